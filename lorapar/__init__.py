@@ -1,0 +1,94 @@
+"""LoRA-PAR: fine-tune a language model as two systems, on one GPU.
+
+Label → score → partition → SFT → GRPO → evaluate → export; each a function here, or all of them with `run("recipe.yaml")`.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapter import activate, attach, load_adapter
+    from .config import load_recipe
+    from .errors import InputError
+    from .evaluate import evaluate
+    from .export import export
+    from .grpo import grpo
+    from .labeling import label
+    from .optim import PartitionedAdamW
+    from .partition import Partition, partition
+    from .pipeline import run
+    from .report import report
+    from .score import Scores, load_scores, save_scores, score
+    from .sft import sft
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "InputError": "errors",
+    "Partition": "partition",
+    "PartitionedAdamW": "optim",
+    "Scores": "score",
+    "activate": "adapter",
+    "attach": "adapter",
+    "evaluate": "evaluate",
+    "export": "export",
+    "grpo": "grpo",
+    "label": "labeling",
+    "load_adapter": "adapter",
+    "load_recipe": "config",
+    "load_scores": "score",
+    "partition": "partition",
+    "report": "report",
+    "run": "pipeline",
+    "save_scores": "score",
+    "score": "score",
+    "sft": "sft",
+}
+__all__ = [
+    "InputError",
+    "Partition",
+    "PartitionedAdamW",
+    "Scores",
+    "activate",
+    "attach",
+    "evaluate",
+    "export",
+    "grpo",
+    "label",
+    "load_adapter",
+    "load_recipe",
+    "load_scores",
+    "partition",
+    "report",
+    "run",
+    "save_scores",
+    "score",
+    "sft",
+]
+
+
+def _lazily(name: str) -> property:
+    """The public object `name`, imported when first asked for, so that `lorapar --help` need not load TRL.
+
+    Several functions share their module's name. The import system binds a submodule on its package once it is loaded;
+    the setter ignores that, so that `lorapar.score` is the function always.
+    """
+
+    def get(_: types.ModuleType):
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+    def ignore(_: types.ModuleType, value: object) -> None:
+        del value
+
+    return property(get, ignore)
+
+
+class _Package(types.ModuleType):
+    pass
+
+
+for _name in __all__:
+    setattr(_Package, _name, _lazily(_name))
+sys.modules[__name__].__class__ = _Package

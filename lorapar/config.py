@@ -1,0 +1,383 @@
+"""The recipe: one YAML file that says everything about a run.
+
+A recipe is read into the dataclasses below, each key checked by name and type before anything else happens. The sections
+`lora`, `sft` and `grpo` take the keys of `peft.LoraConfig`, `trl.SFTConfig` and `trl.GRPOConfig` verbatim, plus the few
+of ours that `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml` starts from another recipe; a command-line
+`--section.key VALUE` wins over both.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .artefacts import read_text
+from .errors import InputError
+
+# LoRA options that change the product our layers compute; each is refused by name (design.md, Contract).
+REFUSED_LORA_KEYS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "megatron_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "ensure_weight_tying",
+)
+# Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
+RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed", "data_seed",
+                         "optim", "optim_args")  # fmt: skip
+
+
+@dataclass
+class ModelConfig:
+    """`name`: a folder, a hub id, a `.gguf` file or the alias `smollm2-135m`."""
+
+    name: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str | None = None
+    attn_implementation: str | None = None
+
+
+@dataclass
+class SourceConfig:
+    """`name`: a .jsonl, .json, .csv or .parquet file, a hub id, or `reasoning_gym:<task>[,<task>...]`."""
+
+    name: str
+    split: str = "train"
+    size: int | None = None
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    held_out: int | float | bool | None = None
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig]
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    system_prompt: str | None = None
+    chat: bool | None = None
+    held_out: int | float = 0.1
+    max_prompt_length: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class LabelConfig:
+    """`column`: labels that exist already; otherwise `voters` vote and `ties` go by the rule named."""
+
+    column: str | None = None
+    voters: list[str | dict[str, Any]] = field(default_factory=lambda: ["operations"])
+    ties: Literal["system1", "system2", "drop"] = "system2"
+
+
+@dataclass
+class ScoreConfig:
+    """`examples` a system (None: all); `method`: the paper's I(φ), |Σgφ| alone, or either shuffled as a control."""
+
+    examples: int | None = 100
+    batch_size: int = 8
+    method: Literal["taylor", "first_order", "random"] = "taylor"
+    max_length: int = 512
+
+
+@dataclass
+class PartitionConfig:
+    """`selection`: by scores, a random choice of the same share, or everything (plain LoRA)."""
+
+    theta: float = 0.9
+    alpha: float = 1.0
+    beta: float = 1.0
+    granularity: Literal["element", "tile", "rank"] = "element"
+    selection: Literal["scores", "random", "all"] = "scores"
+
+
+@dataclass
+class StageConfig:
+    """Our keys in `sft` (and `grpo`), beside the trainer's own: the systems whose rows the stage sees."""
+
+    systems: list[int]
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GRPOStageConfig(StageConfig):
+    """`rewards`: names out of `lorapar.rewards`, or `module:function`."""
+
+    rewards: list[str] = field(default_factory=lambda: ["accuracy"])
+
+
+@dataclass
+class EvaluateConfig:
+    """Greedy answers on held-out rows; `limit` rows a system (None: all)."""
+
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    limit: int | None = None
+
+
+@dataclass
+class ExportConfig:
+    """`merged`: also write the model with the adapter merged in (`dtype`: of the merged weights)."""
+
+    merged: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass
+class Recipe:
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str = "runs/lorapar"
+    seed: int = 0
+    start: Literal["paper", "twin", "pissa", "olora", "peft"] = "twin"
+    stages: list[Literal["sft", "grpo"]] = field(default_factory=lambda: ["sft", "grpo"])
+    lora: dict[str, Any] = field(default_factory=dict)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    sft: StageConfig = field(default_factory=lambda: StageConfig(systems=[1]))
+    grpo: GRPOStageConfig = field(default_factory=lambda: GRPOStageConfig(systems=[2]))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values; `parse` of it gives the same recipe."""
+        values = dataclasses.asdict(self)
+        for stage in ("sft", "grpo"):
+            values[stage].update(values[stage].pop("trainer"))
+        return values
+
+
+def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe file, apply `("section.key", "yaml text")` overrides, check everything.
+
+    Raises InputError, one line, for an unknown key (with the nearest right one), a wrong type or a value out of range.
+    """
+    values = _read(Path(path), seen=())
+    for dotted, text in overrides:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--{dotted}: {text!r} is not a YAML value") from None
+        _set(values, dotted, value)
+    return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> Recipe:
+    """A checked Recipe from plain values (what the YAML holds)."""
+    values = dict(values)
+    for stage, config_class, ours in (("sft", "SFTConfig", StageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
+        if isinstance(values.get(stage), Mapping):
+            values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
+    recipe = _build(Recipe, values, at="")
+    _check_values(recipe)
+    return recipe
+
+
+def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
+    """Refuse the first key of `given` that is not in `allowed`, naming the nearest one that is."""
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+            raise InputError(f"{at}{key}: unknown key; {hint}")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"extends: {path} extends itself")
+    try:
+        values = yaml.load(read_text(path), Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe must be a mapping of sections, got {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string and repeated keys in silence; a recipe means a number and an error."""
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(f"{key}: given twice (line {node.start_mark.line + 1} and below)")
+    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value)))
+
+
+_RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--{dotted}: {section!r} is not a section")
+    values[key] = value
+
+
+def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str, ours: type) -> dict[str, Any]:
+    """Sort a stage's keys into ours and the trainer's, checking the trainer's against TRL's dataclass."""
+    import trl
+
+    fields = {f.name: f for f in dataclasses.fields(getattr(trl, config_class)) if f.init}
+    own = [f.name for f in dataclasses.fields(ours) if f.name != "trainer"]
+    check_keys(values, [*own, *fields], f"{stage}.")
+    for key in RESERVED_TRAINER_KEYS:
+        if key in values:
+            raise InputError(f"{stage}.{key}: set by the run itself (the optimizer is PartitionedAdamW; output_dir and seed are top-level keys)")
+    hints = typing.get_type_hints(getattr(trl, config_class))
+    trainer = {
+        key: _convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own
+    }
+    defaults = {"systems": [1] if stage == "sft" else [2]}
+    return defaults | {key: values[key] for key in own if key in values} | {"trainer": trainer}
+
+
+def _build(cls: type, values: Any, at: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{at.rstrip('.')}: expected a mapping of keys, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    check_keys(values, fields, at)
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{at}{name}: missing; the recipe must give it")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, f"{at}{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    """`value` as the annotated type, or InputError. Integers serve as floats, and text such as 1e-4 as a number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if hint is ModelConfig and isinstance(value, str):
+            value = {"name": value}
+        if hint is SourceConfig and isinstance(value, str):
+            value = {"name": value}
+        return value if isinstance(value, hint) else _build(hint, value, f"{at}.")
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{at}: got {value!r}, allowed: {', '.join(map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        # Exact matches first, so that True stays a bool and 1 an int where both are allowed.
+        for argument in arguments:
+            if isinstance(argument, type) and type(value) is argument:
+                return value
+        for argument in arguments:
+            try:
+                return _convert(argument, value, at)
+            except InputError:
+                continue
+    elif origin is list:
+        if isinstance(value, list):
+            return [_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict or hint is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float and not isinstance(value, bool):
+        with_number = _as_float(value)
+        if with_number is not None:
+            return with_number
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (bool, str, type(None)):
+        if isinstance(value, hint):
+            return value
+    elif hint is Any or hint not in (float, int):
+        return value
+    raise InputError(f"{at}: got {value!r}, expected {_type_name(hint)}")
+
+
+def _as_float(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in typing.get_args(hint))
+    if hint is type(None):
+        return "nothing"
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def _check_values(recipe: Recipe) -> None:
+    p = recipe.partition
+    require(0 < p.theta <= 1, "partition.theta", p.theta, "a share in (0, 1]")
+    require(0 <= p.alpha <= 1, "partition.alpha", p.alpha, "a share in [0, 1]")
+    require(0 <= p.beta <= 1, "partition.beta", p.beta, "a share in [0, 1]")
+    require(recipe.score.batch_size >= 1, "score.batch_size", recipe.score.batch_size, "at least 1")
+    require(recipe.score.examples is None or recipe.score.examples >= 1, "score.examples", recipe.score.examples,
+            "at least 1, or nothing for all")  # fmt: skip
+    require(len(recipe.data.sources) > 0, "data.sources", recipe.data.sources, "at least one source")
+    require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
+    for at, systems in (("sft.systems", recipe.sft.systems), ("grpo.systems", recipe.grpo.systems)):
+        require(systems in ([1], [2], [1, 2]), at, systems, "[1], [2] or [1, 2]")
+    require(recipe.evaluate.batch_size >= 1, "evaluate.batch_size", recipe.evaluate.batch_size, "at least 1")
+    check_lora(recipe.lora)
+
+
+def check_lora(values: Mapping[str, Any]) -> None:
+    """Refuse `lora` keys that PEFT does not know, and those that our layers do not have."""
+    import peft
+
+    fields = {f.name: f for f in dataclasses.fields(peft.LoraConfig) if f.init}
+    check_keys(values, fields, "lora.")
+    defaults = peft.LoraConfig()
+    for key in REFUSED_LORA_KEYS:
+        if key in values and values[key] and values[key] != getattr(defaults, key, None):
+            raise InputError(f"lora.{key}: not supported by the masked LoRA layers; remove it (got {values[key]!r})")
+    bias = values.get("bias", "none")
+    require(bias == "none", "lora.bias", bias, "none: only LoRA elements are trained")
+    hints = typing.get_type_hints(peft.LoraConfig)
+    for key, value in values.items():
+        _convert(hints[key], value, f"lora.{key}")
+    rank = values.get("r", 8)
+    require(isinstance(rank, int) and rank >= 1, "lora.r", rank, "an integer of at least 1")
+
+
+def require(holds: bool, at: str, given: Any, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"{at}: got {given!r}, expected {allowed}")

@@ -1,0 +1,12 @@
+"""The one kind of failure that is the user's to mend."""
+
+
+class InputError(ValueError):
+    """An unusable recipe, argument, file or row.
+
+    Its text is a single line that names the key, column or file, what was given and what is allowed. The command line
+    prints that line and exits with status 2; any other exception is a failure of ours or of the machine (status 1).
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))

@@ -1,0 +1,106 @@
+"""Greedy answers on held-out rows, checked by the maths verifier, with Wilson intervals by system."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .config import require
+from .data import _prompt_ids as prompt_ids
+from .rewards import is_correct
+
+Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+GROUPS = ("all", "system1", "system2")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Sequence[Mapping[str, Any]] | Any,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    description: str = "evaluate",
+) -> dict[str, Any]:
+    """Answer every row greedily and count what is right.
+
+    Args:
+        dataset: rows with prompt, answer and, for the figures by system, system.
+        max_new_tokens: an answer's length limit; batch_size: prompts generated at a time.
+
+    Returns {"accuracy": {group: share}, "interval": {group: [low, high]}, "n": {group: rows}, "answers": [...]} for the
+    groups all, system1, system2 that have rows. A row is right where `lorapar.rewards.is_correct` says so.
+    """
+    rows = [dict(row) for row in dataset]
+    require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
+    completions = generate_greedy(model, tokenizer, rows, max_new_tokens, batch_size, description)
+    answers = [
+        {
+            "id": row.get("id"),
+            "system": row.get("system"),
+            "answer": row["answer"],
+            "completion": completion,
+            "correct": is_correct(completion, row["answer"]),
+        }
+        for row, completion in zip(rows, completions)
+    ]
+    result: dict[str, Any] = {"accuracy": {}, "interval": {}, "n": {}, "answers": answers}
+    for group in GROUPS:
+        hits = [a["correct"] for a in answers if group == "all" or a["system"] == int(group[-1])]
+        if hits:
+            result["accuracy"][group] = sum(hits) / len(hits)
+            result["interval"][group] = wilson(sum(hits), len(hits))
+            result["n"][group] = len(hits)
+    return result
+
+
+def wilson(successes: int, trials: int) -> list[float]:
+    """The Wilson score interval of a proportion at 95 % (Wilson 1927): [low, high]."""
+    share, z2 = successes / trials, Z_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+    batch_size: int,
+    description: str,
+) -> list[str]:
+    """One greedy completion a row, in the rows' order; prompts of like length share a batch, padded on the left."""
+    device = next(model.parameters()).device
+    prompts = [prompt_ids(dict(row), tokenizer) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    texts = [""] * len(rows)
+    training = model.training
+    model.eval()
+    with tqdm(total=len(rows), desc=description, unit="row", disable=None) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = len(prompts[batch[0]])
+            ids = torch.full((len(batch), width), tokenizer.pad_token_id, dtype=torch.long)
+            attention = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                attention[row, width - len(prompts[i]) :] = 1
+            out = cast(Any, model).generate(
+                input_ids=ids.to(device),
+                attention_mask=attention.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
+                texts[i] = text.strip()
+            bar.update(len(batch))
+    model.train(training)
+    return texts

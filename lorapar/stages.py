@@ -1,0 +1,285 @@
+"""Each stage as a function of the recipe and the output folder: load what it reads, call the method, write its artefact."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, set_seed
+
+from .adapter import ADAPTER, attach, load_adapter, lora_parameters, masked_layers, save_adapter
+from .artefacts import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
+from .config import Recipe
+from .data import _to_dataset as to_dataset, load_rows
+from .errors import InputError
+from .evaluate import evaluate
+from .export import export
+from .labeling import Column, label, make_voters
+from .models import load_model, load_tokenizer
+from .partition import Partition, partition
+from .rewards import resolve_rewards
+from .score import Scores, load_scores, save_scores, score
+from .training import rows_of, save_stage
+
+log = logging.getLogger("lorapar")
+Facts = dict[str, Any]
+
+
+def label_stage(recipe: Recipe, folder: Path) -> Facts:
+    tokenizer = load_tokenizer(recipe.model)
+    rows, counts = load_rows(recipe.data, tokenizer)
+    for source, count in counts.items():
+        log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
+    if recipe.label.column:
+        voters = [Column(recipe.label.column)]
+    else:
+        names = [voter if isinstance(voter, str) else voter.get("name") for voter in recipe.label.voters]
+        model = _model(recipe) if "probe" in names else None
+        voters = make_voters(recipe.label.voters, model, tokenizer)
+    labelled = label(rows, voters, ties=recipe.label.ties)
+    needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
+    if recipe.partition.selection != "all":
+        needed |= {1, 2}
+    for system in sorted(needed):
+        rows_of(labelled, [system], "train")
+    write_jsonl(folder / "labels.jsonl", labelled)
+    split_system = list(zip(labelled["split"], labelled["system"]))
+    return {
+        "rows": len(labelled),
+        "sources": counts,
+        **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
+    }
+
+
+def score_stage(recipe: Recipe, folder: Path) -> Facts:
+    """Attach, write the start, and score both systems in this one model load (plain LoRA needs no scores)."""
+    set_seed(recipe.seed)
+    tokenizer, labelled = load_tokenizer(recipe.model), _labels(folder)
+    model = attach(_model(recipe), lora_config(recipe), recipe.start, recipe.seed)
+    with atomic_folder(folder / "start") as temporary:
+        save_adapter(model, temporary, start=recipe.start, stage="start")
+    if recipe.partition.selection == "all":
+        return {"scored": "nothing: partition.selection is all"}
+    config, both, facts = recipe.score, [], {}
+    for system in (1, 2):
+        rows = rows_of(labelled, [system]).shuffle(seed=recipe.seed)
+        rows = rows.select(range(min(config.examples or len(rows), len(rows))))
+        both.append(score(model, tokenizer, rows, config.batch_size, config.method, config.max_length, recipe.seed))
+        facts[f"examples_system{system}"] = len(rows)
+    save_scores(folder / "scores.safetensors", *both)
+    return facts
+
+
+def partition_stage(recipe: Recipe, folder: Path) -> Facts:
+    config = recipe.partition
+    if config.selection == "all":
+        shapes = load_adapter_shapes(folder / "start")
+        rank = read_json(folder / "start" / "lorapar.json")["rank"]
+        both = tuple(Scores(shapes, {"rank": rank}) for _ in range(2))
+    else:
+        both = load_scores(folder / "scores.safetensors")
+    made = partition(*both, **dataclasses.asdict(config), seed=recipe.seed)
+    made.save(folder / "partition.safetensors")
+    summary = made.summary()
+    return {"jaccard": summary["jaccard"], **summary["fraction"]}
+
+
+def load_adapter_shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """Zeros of the saved adapter's shapes under the names the loaded model gives its parameters."""
+    from safetensors.torch import load_file
+
+    ends = ((".lora_A.weight", f".lora_A.{ADAPTER}.weight"), (".lora_B.weight", f".lora_B.{ADAPTER}.weight"))
+    shapes = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for saved, loaded in ends:
+            if name.endswith(saved):
+                shapes[name.removesuffix(saved) + loaded] = torch.zeros(tensor.shape)
+    return shapes
+
+
+def sft_stage(recipe: Recipe, folder: Path) -> Facts:
+    from trl import SFTConfig
+
+    from .sft import sft
+
+    set_seed(recipe.seed)
+    config = _trainer_config(SFTConfig, recipe, "sft", folder)
+    model, tokenizer, made = _start_of_stage(recipe, folder, "sft")
+    trainer, trained = sft(model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True)
+    return _end_of_stage(recipe, folder, "sft", trainer, trained)
+
+
+def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
+    from trl import GRPOConfig
+
+    from .grpo import grpo
+
+    set_seed(recipe.seed)
+    rewards = resolve_rewards(recipe.grpo.rewards)
+    config = _trainer_config(GRPOConfig, recipe, "grpo", folder)
+    model, tokenizer, made = _start_of_stage(recipe, folder, "grpo")
+    trainer, trained = grpo(
+        model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True
+    )
+    return _end_of_stage(recipe, folder, "grpo", trainer, trained)
+
+
+def evaluate_stage(recipe: Recipe, folder: Path) -> Facts:
+    """The base (adapter off) and the model after each stage, on the same held-out rows."""
+    tokenizer, config = load_tokenizer(recipe.model), recipe.evaluate
+    labelled = _labels(folder)
+    rows = [row for row in labelled if row["split"] == "held_out"]
+    if config.limit is not None:
+        rows = [row for s in (1, 2) for row in [r for r in rows if r["system"] == s][: config.limit]]
+    if not rows:
+        raise InputError("data.held_out: no row was held out, so nothing can be evaluated; hold some out")
+    results, answers = {}, []
+    for name in ("base", *recipe.stages):
+        adapter = recipe.stages[0] if name == "base" else name
+        model = load_adapter(_model(recipe), folder / adapter)
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            result = evaluate(model, tokenizer, rows, config.max_new_tokens, config.batch_size, f"evaluate {name}")
+        answers += [{"model": name, **answer} for answer in result.pop("answers")]
+        results[name] = result
+        log.info("evaluate: %s: %s", name, {k: round(v, 4) for k, v in result["accuracy"].items()})
+    made = Partition.load(folder / "partition.safetensors")
+    write_jsonl(folder / "answers.jsonl", answers)
+    write_json(
+        folder / "metrics.json",
+        {
+            "accuracy": {name: result["accuracy"] for name, result in results.items()},
+            "interval": {name: result["interval"] for name, result in results.items()},
+            "n": results["base"]["n"],
+            "partition": made.summary(),
+        },
+    )
+    return {f"{name}": round(result["accuracy"]["all"], 4) for name, result in results.items()}
+
+
+def export_stage(recipe: Recipe, folder: Path) -> Facts:
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_adapter(_model(recipe), folder / recipe.stages[-1])
+    dtype = None if recipe.export.dtype == "auto" else getattr(torch, recipe.export.dtype)
+    differences = export(model, tokenizer, folder, recipe.export.merged, dtype)
+    return {f"{what}_logit_difference": value for what, value in differences.items()}
+
+
+def report_stage(recipe: Recipe, folder: Path) -> Facts:
+    from .report import report
+
+    report(folder)
+    return {}
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """PEFT's configuration of the recipe, with the paper's defaults where it is silent (paper section 4.1)."""
+    defaults = {
+        "r": 8,
+        "lora_alpha": 64,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    try:
+        return LoraConfig(**(defaults | recipe.lora))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lora: {error}") from error
+
+
+def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
+    """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return
+    done = {name: record for name, record in records.items() if "seconds" in record}
+    write_json(
+        path,
+        read_json(path)
+        | {
+            "optimizer_state_bytes": {n: r["optimizer_state_bytes"] for n, r in done.items() if n in ("sft", "grpo")},
+            "seconds": {name: record["seconds"] for name, record in done.items()},
+            "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in done.items()},
+        },
+    )
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove a stage's checkpoints, which belong to inputs that are no longer the recipe's."""
+    if is_main_process():
+        for checkpoint in folder.glob("checkpoint-*"):
+            log.info("%s: made from other inputs, removed", checkpoint)
+            shutil.rmtree(checkpoint)
+
+
+def is_main_process() -> bool:
+    return PartialState().is_main_process
+
+
+def wait_for_everyone() -> None:
+    PartialState().wait_for_everyone()
+
+
+def _model(recipe: Recipe) -> PreTrainedModel:
+    config = recipe.model
+    if config.device is None and PartialState().num_processes > 1:
+        config = dataclasses.replace(config, device=str(PartialState().device))
+    return load_model(config)
+
+
+def _labels(folder: Path) -> Dataset:
+    return to_dataset(read_jsonl(folder / "labels.jsonl"))
+
+
+def _previous(recipe: Recipe, stage: str) -> str:
+    position = recipe.stages.index(stage)  # type: ignore[arg-type]
+    return recipe.stages[position - 1] if position else "start"
+
+
+def _start_of_stage(recipe: Recipe, folder: Path, stage: str) -> tuple[Any, Any, Partition]:
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_adapter(_model(recipe), folder / _previous(recipe, stage))
+    # The checkpoint's configuration says p, so that the layers have it too (the released script edits the configuration
+    # alone, and so trains without dropout).
+    dropout = lora_config(recipe).lora_dropout
+    for layer in masked_layers(model).values():
+        layer.lora_dropout[ADAPTER] = torch.nn.Dropout(dropout) if dropout > 0 else torch.nn.Identity()
+    return model, tokenizer, Partition.load(folder / "partition.safetensors")
+
+
+def _end_of_stage(recipe: Recipe, folder: Path, stage: str, trainer: Any, trained: Any) -> Facts:
+    if is_main_process():
+        facts = {"stage": stage, "start": recipe.start, "partition": trainer.partition.hash,
+                 "systems": getattr(recipe, stage).systems}  # fmt: skip
+        save_stage(trainer, folder / stage, facts, trained)
+    elements = sum(p.numel() for p in lora_parameters(trainer.model).values())
+    return {
+        "rows": trained.rows,
+        "systems": getattr(recipe, stage).systems,
+        "left_out": trained.left_out,
+        "active": trained.verified["active"],
+        "moved": trained.verified["moved"],
+        "elements": elements,
+        "optimizer_state_bytes": trained.optimizer_state_bytes,
+        "resumed_from": trained.resumed_from,
+    }
+
+
+def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path) -> Any:
+    ours = {
+        "output_dir": str(folder / stage),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        # A bar for a person, a line a logging step for a file.
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+    try:
+        return config_class(**(ours | getattr(recipe, stage).trainer))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{stage}: {error}") from error

@@ -1,0 +1,157 @@
+"""What both stages add to a TRL trainer: the masked optimizer, checkpoints that know their partition, the proof at the end.
+
+Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` → a trained adapter, verified bit for bit.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer
+
+from .adapter import Snapshot, activate, save_adapter, verify
+from .artefacts import read_json, write_json
+from .errors import InputError
+from .optim import PartitionedAdamW
+from .partition import Partition
+
+Stage = Literal["sft", "grpo"]
+PAPER = {
+    "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
+    "id": "2507.20999",
+    "citation": """@inproceedings{huang2025lorapar,
+    title     = {{LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning}},
+    author    = {Huang, Yining and Li, Bin and Tang, Keke and Chen, Meilian},
+    booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2025},
+    pages     = {13693--13704},
+    year      = {2025}
+}""",
+}
+
+
+@dataclass
+class Trained:
+    """What a stage did: the trainer's log, what `verify` counted, bytes of optimizer state, and rows left out."""
+
+    history: list[dict[str, Any]]
+    verified: dict[str, float]
+    optimizer_state_bytes: int
+    rows: int
+    resumed_from: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class PartitionedTrainer(Trainer):
+    """A mixin ahead of a TRL trainer. `partition` and `stage` are set by `train` before training starts."""
+
+    partition: Partition
+    stage: Stage
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # Built here, after the trainer has done all it does to the model, so that no parameter is replaced afterwards.
+        if self.optimizer is None:
+            activate(cast(Any, self.model), self.partition, self.stage)
+            args = self.args
+            self.optimizer = PartitionedAdamW(
+                cast(Any, self.model),
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        self.partition.save(folder / "lorapar_partition.safetensors")
+        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": self.partition.hash})
+
+
+def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows: int, resume: bool) -> Trained:
+    """Run `trainer` from its last whole checkpoint (where `resume`) to its end and verify the model.
+
+    Raises InputError where a checkpoint is of another partition, `FrozenElementsChanged` where the proof fails.
+    """
+    trainer.partition, trainer.stage = partition, stage
+    model = cast(PeftModel, trainer.model)
+    activate(model, partition, stage)
+    before = Snapshot.take(model)
+    checkpoint = last_checkpoint(Path(cast(str, trainer.args.output_dir)), partition) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    optimizer = cast(Any, trainer.optimizer)
+    optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+    return Trained(
+        history=list(trainer.state.log_history),
+        verified=verify(model, before, partition, stage),
+        optimizer_state_bytes=optimizer.state_bytes(),
+        rows=rows,
+        resumed_from=checkpoint.name if checkpoint else None,
+    )
+
+
+def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:
+    """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition."""
+    numbered = [
+        (int(folder.name.removeprefix("checkpoint-")), folder)
+        for folder in output_dir.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit()
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        # transformers writes trainer_state.json last; a kill in the middle leaves none, or half of one.
+        try:
+            read_json(folder / "trainer_state.json")
+            facts = read_json(folder / "lorapar.json")
+        except InputError:
+            continue
+        if facts["partition"] != partition.hash:
+            raise InputError(
+                f"{folder}: made with partition {facts['partition'][:12]}, this run's is {partition.hash[:12]}; "
+                "use another output_dir, or remove the checkpoints"
+            )
+        return folder
+    return None
+
+
+def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> Dataset:
+    """The rows of a split that carry one of the systems' labels; all rows where there are no such columns.
+
+    Raises InputError where none is left.
+    """
+    columns = dataset.column_names
+    keep = [
+        i
+        for i in range(len(dataset))
+        if ("system" not in columns or dataset[i]["system"] in systems)
+        and ("split" not in columns or dataset[i]["split"] == split)
+    ]
+    if not keep:
+        raise InputError(
+            f"data: no {split} row is labelled System {' or '.join(map(str, systems))}; "
+            "change the labelling rule or its threshold, or give other rows"
+        )
+    return dataset.select(keep)
+
+
+def save_stage(trainer: PartitionedTrainer, folder: Path, facts: dict[str, Any], trained: Trained) -> None:
+    """Put the trained adapter, its partition and the training log into the stage's folder, each file whole."""
+    model = cast(PeftModel, trainer.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
+    try:
+        save_adapter(model, temporary, **facts)
+        trainer.partition.save(temporary / "lorapar_partition.safetensors")
+        write_json(temporary / "log_history.json", trained.history)
+        for path in temporary.iterdir():
+            # TRL has written a model card with the training's own facts; PEFT's is a template.
+            if path.name != "README.md" or not (folder / "README.md").exists():
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""Σ Gφ and Σ (Gφ)² each against one example at a time in float64; batching, packing, order, and bad offsets."""
+
+import pytest
+import torch
+
+import lorapar_kernels as lk
+
+
+def layer(n_in=7, n_out=5, r=3, dtype=torch.float64):
+    return tuple(torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((n_out, n_in), (r, n_in), (n_out, r)))
+
+
+def naive(examples, w, a, b, scaling):
+    """One forward and backward an example, autograd's gradients, as the released script does."""
+    a, b = a.double().requires_grad_(), b.double().requires_grad_()
+    sums = lk.ScoreSums.zeros_like(a, b)
+    for x, dy in examples:
+        y = x.double() @ w.double().t() + scaling * x.double() @ a.t() @ b.t()
+        grads = torch.autograd.grad(y, (a, b), dy.double())
+        for i, (grad, factor) in enumerate(zip(grads, (a, b))):
+            gphi = (grad * factor).detach()
+            sums[2 * i].add_(gphi)
+            sums[2 * i + 1].add_(gphi * gphi)
+    return sums
+
+
+def ours(examples, w, a, b, scaling):
+    x = torch.cat([x for x, _ in examples]).requires_grad_()
+    dy = torch.cat([dy for _, dy in examples])
+    offsets = torch.tensor([0, *[len(x) for x, _ in examples]]).cumsum(0)
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    sums = lk.ScoreSums.zeros_like(a, b)
+    lk.lora_linear_scored(x, w, a, b, scaling, offsets, sums).backward(dy)
+    assert a.grad is None
+    assert b.grad is None
+    return sums, x.grad
+
+
+def draw_examples(lengths, n_in=7, n_out=5, dtype=torch.float64):
+    return [(torch.randn(n, n_in).to(dtype), torch.randn(n, n_out).to(dtype)) for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [[4], [1], [1, 5, 2, 9], [16, 17, 1, 63]])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_each_sum_equals_one_example_at_a_time(lengths, dtype, bound):
+    w, a, b = layer(dtype=dtype)
+    examples = draw_examples(lengths, dtype=dtype)
+    expected = naive(examples, w, a, b, 1.5)
+    sums, _ = ours(examples, w, a, b, 1.5)
+    for name, got, want in zip(lk.ScoreSums._fields, sums, expected):
+        relative = (got.double() - want).norm() / want.norm()
+        assert relative < bound, (name, relative)
+
+
+def test_input_gradient_is_the_layer_s_own():
+    w, a, b = layer()
+    examples = draw_examples([3, 4])
+    _, dx = ours(examples, w, a, b, 1.5)
+    expected = torch.cat([dy @ w + 1.5 * dy @ b @ a for _, dy in examples])
+    torch.testing.assert_close(dx, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_examples_does_not_matter():
+    w, a, b = layer()
+    examples = draw_examples([3, 9, 1, 30])
+    one, _ = ours(examples, w, a, b, 1.5)
+    other, _ = ours(examples[::-1], w, a, b, 1.5)
+    for got, want in zip(one, other):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
+
+
+def test_squares_are_per_example_not_of_the_batch():
+    """Two examples of opposite gradient: the mean gradient is zero, the Fisher term is not."""
+    w, a, b = layer()
+    (x, dy), = draw_examples([4])
+    sums, _ = ours([(x, dy), (x, -dy)], w, a, b, 1.0)
+    single, _ = ours([(x, dy)], w, a, b, 1.0)
+    torch.testing.assert_close(sums.a_gphi, torch.zeros_like(a), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums.a_gphi_sq, 2 * single.a_gphi_sq)
+
+
+def test_importance_is_the_paper_s_formula():
+    g, f, n = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 4.0]), 2
+    torch.testing.assert_close(lk.importance(g, f, n), torch.tensor([abs(1.5 - 0.5), abs(-0.5 - 1.0)]))
+    with pytest.raises(ValueError, match="n_examples must be at least 1, got 0"):
+        lk.importance(g, f, 0)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 3], "run from 0 to the 4 tokens of x, got 0 to 3"),
+        ([1, 4], "got 1 to 4"),
+        ([0, 2, 2, 4], "offsets must rise, got 2 then 2 at example 1"),
+        ([0, 3, 2, 4], "offsets must rise, got 3 then 2"),
+        ([0], "at least 2 entries"),
+    ],
+)
+def test_bad_offsets_are_refused(offsets, message):
+    w, a, b = layer()
+    sums = lk.ScoreSums.zeros_like(a, b)
+    with pytest.raises(ValueError, match=message):
+        lk.lora_linear_scored(torch.randn(4, 7, dtype=torch.float64), w, a, b, 1.0, torch.tensor(offsets), sums)
+
+
+def test_sums_of_another_shape_are_refused():
+    w, a, b = layer()
+    sums = lk.ScoreSums.zeros_like(a[:1], b)
+    with pytest.raises(ValueError, match=r"sums.a_gphi must be \[3, 7\], got \[1, 7\]"):
+        lk.lora_linear_scored(torch.randn(4, 7, dtype=torch.float64), w, a, b, 1.0, torch.tensor([0, 4]), sums)

@@ -1,0 +1,146 @@
+"""The layer against autograd's own derivative in float64, on fresh shapes; masks, dropout, dtypes, bad arguments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lorapar_kernels as lk
+from lorapar_kernels.lora_linear import drop
+
+SHAPES = [((5,), 7, 3, 2), ((2, 3), 8, 16, 1), ((1, 63), 60, 33, 5), ((0,), 4, 4, 2), ((4, 2, 3), 31, 17, 40)]
+
+
+def tensors(leading, n_in, n_out, r, dtype=torch.float64, seed=None):
+    generator = torch.Generator()
+    generator.manual_seed(generator.seed() if seed is None else seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(*leading, n_in), draw(n_out, n_in), draw(r, n_in), draw(n_out, r), draw(n_out), draw(*leading, n_out)
+
+
+def random_mask(like, share=0.4):
+    return torch.rand(like.shape) < share
+
+
+@pytest.mark.parametrize(("leading", "n_in", "n_out", "r"), SHAPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_equals_autograd_in_float64(leading, n_in, n_out, r, p, opaque):
+    x, w, a, b, bias, dy = tensors(leading, n_in, n_out, r)
+    seed = torch.randint(2**40, (1,)) if p else None
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    expected = F.linear(leaves[0], w, bias) + 1.7 * drop(leaves[0], p, seed) @ leaves[1].t() @ leaves[2].t()
+    expected.backward(dy)
+    mask_a, mask_b = random_mask(a), random_mask(b)
+    ours = [t.clone().requires_grad_() for t in (x, a, b)]
+    options = dict(mask_a=mask_a, mask_b=mask_b, dropout_p=p, seed=seed)
+    if opaque:
+        y = lk.lora_add(F.linear(ours[0], w, bias), *ours, 1.7, **options)
+    else:
+        y = lk.lora_linear(ours[0], w, ours[1], ours[2], 1.7, bias=bias, **options)
+    y.backward(dy)
+    close = dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(ours[0].grad, leaves[0].grad, **close)
+    torch.testing.assert_close(ours[1].grad, leaves[1].grad * mask_a, **close)
+    torch.testing.assert_close(ours[2].grad, leaves[2].grad * mask_b, **close)
+
+
+def test_gradcheck():
+    x, w, a, b, bias, _ = tensors((2, 3), 5, 4, 2)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    assert torch.autograd.gradcheck(lambda x, a, b: lk.lora_linear(x, w, a, b, 0.5, bias=bias), leaves)
+
+
+def test_masked_gradients_are_exactly_zero_even_where_the_gradient_is_nan():
+    x, w, a, b, _, dy = tensors((3,), 4, 5, 2)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    mask_a, mask_b = torch.zeros_like(a, dtype=torch.bool), random_mask(b)
+    dy[0, 0] = float("nan")
+    lk.lora_linear(x, w, a, b, 1.0, mask_a=mask_a, mask_b=mask_b).backward(dy)
+    assert torch.equal(a.grad, torch.zeros_like(a))
+    assert torch.equal(b.grad[~mask_b], torch.zeros_like(b[~mask_b]))
+    assert b.grad[0][mask_b[0]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_error_of_low_precision_is_that_of_its_rounding(dtype, wide):
+    exact = tensors((4, 33), 64, 48, 8, torch.float64, seed=1)
+    x, w, a, b, bias, dy = (t.to(dtype) for t in exact)
+    if wide:
+        a, b = a.float(), b.float()
+    xd, wd, ad, bd, biasd, dyd = (t.double() for t in (x, w, a, b, bias, dy))
+    for t in (x, a, b, xd, ad, bd):
+        t.requires_grad_()
+    y = lk.lora_linear(x, w, a, b, 0.5, bias=bias)
+    expected = lk.lora_linear(xd, wd, ad, bd, 0.5, bias=biasd)
+    y.backward(dy)
+    expected.backward(dyd)
+    # A few roundings of each product's size; fp32 within the 2e-6 that the kernels are held to.
+    bound = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for ours, exact_ in ((y, expected), (x.grad, xd.grad), (a.grad, ad.grad), (b.grad, bd.grad)):
+        relative = (ours.double() - exact_).norm() / exact_.norm()
+        assert relative < bound, relative
+    assert y.dtype == dtype
+    assert a.grad.dtype == a.dtype
+
+
+def test_the_same_seed_gives_the_same_dropout_and_another_a_different_one():
+    x, w, a, b, *_ = tensors((200,), 32, 8, 4)
+    runs = [lk.lora_linear(x, w, a, b, 1.0, dropout_p=0.5, seed=torch.tensor([s])) for s in (3, 3, 4)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_autocast_computes_in_its_dtype_and_gives_fp32_gradients():
+    x, w, a, b, *_ = tensors((6,), 16, 8, 2, torch.float32)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lk.lora_linear(x.requires_grad_(), w, a, b, 1.0)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert a.grad.dtype == b.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_non_contiguous_x():
+    x, w, a, b, *_ = tensors((6, 5), 16, 8, 2)
+    turned = x.transpose(0, 1)
+    torch.testing.assert_close(lk.lora_linear(turned, w, a, b, 1.0), lk.lora_linear(x, w, a, b, 1.0).transpose(0, 1))
+
+
+def test_grouped_equals_one_by_one():
+    x, *_ = tensors((5,), 12, 4, 2)
+    layers = [tensors((5,), 12, n, 2)[1:4] for n in (4, 6, 8)]
+    ys = lk.lora_linear_grouped(x, *zip(*layers), [1.0, 2.0, 3.0])
+    for y, (w, a, b), s in zip(ys, layers, (1.0, 2.0, 3.0)):
+        assert torch.equal(y, lk.lora_linear(x, w, a, b, s))
+    with pytest.raises(ValueError, match="scalings must have 3 entries"):
+        lk.lora_linear_grouped(x, *zip(*layers), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(lora_a=torch.zeros(2, 5)), ValueError, r"lora_a must be \[r >= 1, 4\], got \[2, 5\]"),
+        (dict(lora_a=torch.zeros(0, 4)), ValueError, "lora_a must be"),
+        (dict(lora_b=torch.zeros(3, 3)), ValueError, r"lora_b must be \[3, 2\], got \[3, 3\]"),
+        (dict(weight=torch.zeros(3, 5)), ValueError, r"weight must be \[out, 4\]"),
+        (dict(weight=torch.zeros(3, 4, dtype=torch.float64)), TypeError, "weight must have x's dtype"),
+        (dict(weight=torch.zeros(3, 4, requires_grad=True)), ValueError, "weight must not require"),
+        (dict(mask_a=torch.ones(2, 3, dtype=torch.bool)), ValueError, "mask_a must have 2×4 elements, got 2×3"),
+        (dict(mask_b=torch.ones(3, 2)), TypeError, "mask_b must be bool"),
+        (dict(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
+        (dict(dropout_p=0.5), ValueError, "seed must be"),
+        (dict(lora_a=torch.zeros(2, 4, dtype=torch.bfloat16)), TypeError, "at least as wide"),
+        (dict(x=torch.zeros(2, 4, dtype=torch.long)), TypeError, "x must be floating point"),
+        (dict(bias=torch.zeros(4)), ValueError, r"bias must be frozen and \[3\]"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    good = dict(x=torch.zeros(2, 4), weight=torch.zeros(3, 4), lora_a=torch.zeros(2, 4), lora_b=torch.zeros(3, 2),
+                scaling=1.0)  # fmt: skip
+    with pytest.raises(error, match=message):
+        lk.lora_linear(**(good | change))

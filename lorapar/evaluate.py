@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .config import require
 from .data import _prompt_ids as prompt_ids
+from .progress import Progress
 from .rewards import is_correct
 
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
@@ -80,7 +80,7 @@ def generate_greedy(
     texts = [""] * len(rows)
     training = model.training
     model.eval()
-    with tqdm(total=len(rows), desc=description, unit="row", disable=None) as bar:
+    with Progress(description, len(rows), "row") as progress:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = len(prompts[batch[0]])
@@ -101,6 +101,6 @@ def generate_greedy(
             )
             for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
                 texts[i] = text.strip()
-            bar.update(len(batch))
+            progress.update(len(batch))
     model.train(training)
     return texts

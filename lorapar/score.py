@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lorapar_kernels as lk
 
@@ -23,6 +22,7 @@ from .artefacts import load_tensors, save_tensors
 from .config import require
 from .data import encode
 from .errors import InputError
+from .progress import Progress
 
 Masks = dict[str, Tensor]
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
@@ -62,9 +62,10 @@ def score(
     examples = [_tokens(row, tokenizer, max_length) for row in dataset]
     require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
     batches = length_batches(examples, batch_size)
-    with scoring(model) as layers:
-        for batch in tqdm(batches, desc="score", unit="batch", disable=None):
+    with scoring(model) as layers, Progress("score", len(examples), "example") as progress:
+        for batch in batches:
             _score_batch(model, layers, [examples[i] for i in batch])
+            progress.update(len(batch))
         sums = {name: cast(lk.ScoreSums, layer.scoring) for name, layer in layers.items()}
     scores, trainable = {}, {}
     for name, layer in layers.items():
@@ -163,7 +164,9 @@ def _tokens(row: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> t
         if len(ids) != len(labels):
             raise InputError(f"row {row.get('id', '')}: {len(ids)} input_ids but {len(labels)} labels")
     else:
-        ids, n_prompt = encode(row, tokenizer)
+        if "messages" in row:
+            row = {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+        ids, n_prompt = encode(dict(row), tokenizer)
         labels = [IGNORED] * n_prompt + ids[n_prompt:]
     # The first token is predicted by nothing, so its label never counts.
     if all(label == IGNORED for label in labels[1:]):

@@ -15,12 +15,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapter import Snapshot, activate, save_adapter, verify
 from .artefacts import read_json, write_json
 from .errors import InputError
 from .optim import PartitionedAdamW
 from .partition import Partition
+from .progress import TrainingProgress
 
 Stage = Literal["sft", "grpo"]
 PAPER = {
@@ -84,6 +86,9 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows:
     model = cast(PeftModel, trainer.model)
     activate(model, partition, stage)
     before = Snapshot.take(model)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TrainingProgress(stage))
     checkpoint = last_checkpoint(Path(cast(str, trainer.args.output_dir)), partition) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     optimizer = cast(Any, trainer.optimizer)

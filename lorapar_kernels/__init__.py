@@ -1,0 +1,27 @@
+"""Masked LoRA layers, importance scores, selection, and an optimizer for active elements: the backend alone.
+
+Needs torch; Triton is imported when a Triton kernel is first used, and csrc's library when a native one is.
+What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it).
+"""
+
+from .bitmask import pack_mask, unpack_mask
+from .dropout import dropout_mask
+from .importance import ScoreSums, importance, lora_linear_scored
+from .lora_linear import lora_add, lora_linear, lora_linear_grouped
+from .masked_adamw import masked_adamw
+from .top_mass import top_count, top_mass
+
+__all__ = [
+    "ScoreSums",
+    "dropout_mask",
+    "importance",
+    "lora_add",
+    "lora_linear",
+    "lora_linear_grouped",
+    "lora_linear_scored",
+    "masked_adamw",
+    "pack_mask",
+    "top_count",
+    "top_mass",
+    "unpack_mask",
+]

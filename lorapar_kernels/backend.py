@@ -1,0 +1,49 @@
+"""Which implementation of an op runs: the best that can, or the one that LORAPAR_BACKEND names, or an error.
+
+    LORAPAR_BACKEND=reference   plain PyTorch: the specification, on every device
+    LORAPAR_BACKEND=native      csrc's library (native.py)
+    LORAPAR_BACKEND=triton      the Triton kernel
+
+Unset, an op takes the first that can serve the call, in its own order of preference. Set, that one serves
+every call or the call fails: a forced backend never falls back, so a benchmark or a test cannot measure
+another one by accident.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+
+BACKENDS = ("reference", "native", "triton")
+
+
+def forced() -> str | None:
+    """The backend that LORAPAR_BACKEND names, None where it is unset or empty; else ValueError."""
+    name = os.environ.get("LORAPAR_BACKEND", "")
+    if name and name not in BACKENDS:
+        raise ValueError(f"LORAPAR_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name or None
+
+
+def always() -> None:
+    """The obstacle of a backend that has none."""
+
+
+def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
+    """The backend for one call of `op`.
+
+    Args:
+        obstacles: backend -> a function that says why it cannot serve this call (None: it can), the preferred
+            one first. A backend that is not listed is not implemented for the op.
+
+    Raises ValueError, with the obstacle, where LORAPAR_BACKEND forces a backend that cannot serve.
+    """
+    name = forced()
+    if name is None:
+        return next(backend for backend, obstacle in obstacles.items() if obstacle() is None)
+    if name not in obstacles:
+        raise ValueError(
+            f"LORAPAR_BACKEND={name} cannot serve {op}, which has {' and '.join(obstacles)} only"
+        )
+    reason = obstacles[name]()
+    if reason is not None:
+        raise ValueError(f"LORAPAR_BACKEND={name} cannot serve {op}: {reason}")
+    return name

@@ -1,0 +1,140 @@
+"""Compile every Triton kernel of the package ahead of time, for any architecture, with no GPU present.
+
+    python -m lorapar_kernels.compile --arch 80 90 100
+
+Prints a line per kernel, variant and architecture: registers a thread, bytes spilled, shared memory. Exit
+status 0 when all compiled and none spills, 1 when one failed or spills (or Triton is not there), 2 on
+unusable arguments.
+
+What is shipped is compiled at run time; this is the check that it will compile, and what it will cost, where
+no such GPU is at hand.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .ahead_of_time import Variant
+
+# The files that hold Triton kernels; each lists its variants as AHEAD_OF_TIME. A test finds one left out.
+MODULES = ("dropout_triton",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant costs on one architecture."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    failure: str | None = None
+
+
+def ptxas_figures(log: str) -> tuple[int, int]:
+    """Registers a thread and bytes spilled (stores and loads) in what `ptxas -v` printed; else ValueError."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
+        raise ValueError(f"ptxas -v printed no figures: {log.strip()[:200]!r}")
+    return max(map(int, registers)), sum(int(stores) + int(loads) for stores, loads in spills)
+
+
+def assemble(ptx: str, arch: int) -> str:
+    """What ptxas says of the PTX at -v, with the assembler and the target name that Triton itself takes."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"ptxas exited {done.returncode}: {done.stderr.strip()}")
+    return done.stderr + done.stdout
+
+
+def compile_variant(variant: Variant, arch: int) -> Row:
+    """Compile one variant for one architecture; what goes wrong is in the row."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name = variant.kernel.__name__
+    try:
+        positions = [(list(variant.signature).index(argument),) for argument in variant.aligned]
+        attributes: dict[Any, Any] = {position: [["tt.divisibility", 16]] for position in positions}
+        source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
+        options = {"num_warps": variant.warps, "num_stages": variant.stages}
+        compiled: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        registers, spilled = ptxas_figures(assemble(compiled.asm["ptx"], arch))
+    # Whatever the compiler raises, the other rows are still wanted, and the row makes the exit status 1.
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return Row(name, variant.name, arch, failure=" ".join(text.split())[:500])
+    return Row(name, variant.name, arch, registers, spilled, compiled.metadata.shared)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people."""
+    lines = [f"{'kernel':<32} {'variant':<24} {'arch':>6} {'registers':>9} {'spilled':>8} {'shared':>8}"]
+    for row in rows:
+        figures = row.failure or f"{row.registers:>9} {row.spilled:>8} {row.shared:>8}"
+        lines.append(f"{row.kernel:<32} {row.variant:<24} {f'sm_{row.arch}':>6} {figures}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lorapar_kernels.compile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[80, 90, 100],
+        metavar="N",
+        help="compute capabilities, 80 for 8.0 (default: 80 90 100)",
+    )
+    archs = parser.parse_args(arguments).arch
+    unknown = [arch for arch in archs if not 75 <= arch < 1000]
+    if unknown:
+        parser.error(
+            f"--arch takes compute capabilities of 75 and above, such as 90 for 9.0, got {unknown[0]}"
+        )
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed (pip install triton)", file=sys.stderr)
+        return 1
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print(
+            "TRITON_INTERPRET=1 makes interpreted kernels, which cannot be compiled: unset it",
+            file=sys.stderr,
+        )
+        return 1
+    variants = [
+        variant
+        for module in MODULES
+        for variant in importlib.import_module(f"{__package__}.{module}").AHEAD_OF_TIME
+    ]
+    rows = [compile_variant(variant, arch) for variant in variants for arch in archs]
+    print(table(rows))
+    bad = [row for row in rows if row.failure is not None or row.spilled > 0]
+    print(f"{len(bad)} of {len(rows)} failed or spill" if bad else f"{len(rows)} compiled, no spills")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

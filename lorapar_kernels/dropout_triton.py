@@ -1,0 +1,76 @@
+"""dropout.py's Triton kernel, in a file of its own so that importing the package does not import Triton.
+
+The same bits as `dropout_mask_reference`, which is the specification: a program makes BLOCK Philox blocks of
+8 elements and stores each as 8 neighbouring bytes. `keep_lanes` is for other kernels that draw the mask where
+they need it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ahead_of_time import Variant
+
+# 256 Philox blocks = 2,048 elements a program: 8 bytes a lane and store at 4 warps with 2 blocks each.
+BLOCK = 256
+WARPS = 4
+
+
+@triton.jit
+def keep_lanes(seed, block, threshold):
+    """Whether each of the 8 elements of each Philox block is kept: block int64 [B] -> int1 [B, 8]."""
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)  # pyright: ignore[reportGeneralTypeIssues]
+    # join puts its two operands along a new last dimension: [B, word high bit, word low bit], then the halves
+    # last.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    draws = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(draws, (block.shape[0], 8)) >= threshold
+
+
+@triton.jit
+def _dropout_mask_kernel(seed_ptr, kept_ptr, n, threshold, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = keep_lanes(tl.load(seed_ptr), block, threshold.to(tl.uint32))
+    i_element = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(kept_ptr + i_element, kept.to(tl.uint8), mask=i_element < n)
+
+
+# Under TRITON_INTERPRET=1 triton.jit makes an interpreted function, which is the only kind that takes CPU
+# tensors.
+INTERPRETED = not isinstance(_dropout_mask_kernel, triton.runtime.JITFunction)
+
+
+def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
+    """The bool mask of `shape` on the seed's device; a draw below `threshold` is dropped."""
+    kept = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    n = kept.numel()
+    if n > 0:
+        grid = (triton.cdiv(n, 8 * BLOCK),)
+        launch = _dropout_mask_kernel[grid]
+        launch(seed, kept.view(torch.uint8), n, threshold, BLOCK=BLOCK, num_warps=WARPS)  # pyright: ignore[reportCallIssue]
+    return kept
+
+
+AHEAD_OF_TIME = [
+    Variant(
+        kernel=_dropout_mask_kernel,
+        name=f"n:{size}",
+        signature={
+            "seed_ptr": "*i64",
+            "kept_ptr": "*u8",
+            "n": size,
+            "threshold": "i32",
+            "BLOCK": "constexpr",
+        },
+        constants={"BLOCK": BLOCK},
+        aligned=("seed_ptr", "kept_ptr"),
+        warps=WARPS,
+    )
+    for size in ("i32", "i64")
+]

@@ -1,0 +1,223 @@
+"""csrc: built by setup.py, loaded by native.py, equal to the reference; its error codes and refusals."""
+
+import ctypes
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorapar_kernels import native
+from lorapar_kernels.bitmask import count_mask, pack_mask, pack_mask_reference, unpack_mask
+
+from .native_build import ROOT, build, built_cpu_library
+
+OK, NULL_POINTER, SIZE = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def library_file(tmp_path_factory) -> Path:
+    return built_cpu_library(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture
+def library(library_file) -> ctypes.CDLL:
+    return native.open_library(library_file)
+
+
+@pytest.fixture
+def installed(library_file, monkeypatch):
+    """The package finds the library just built, and LORAPAR_BACKEND forces it."""
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "path", lambda kind: library_file.with_name(f"liblorapar_{kind}.so"))
+    monkeypatch.setenv("LORAPAR_BACKEND", "native")
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 31, 32, 33, 63, 64, 65, 1023, 4608, 10_000_019])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_equals_the_reference(installed, n, share):
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(n)) < share
+    words = pack_mask(mask)
+    assert torch.equal(words, pack_mask_reference(mask))
+    assert torch.equal(unpack_mask(words, mask.shape), mask)
+    assert count_mask(words, n) == int(mask.sum())
+
+
+def test_takes_any_nonzero_byte_and_writes_only_its_own(library):
+    for n in (1, 31, 32, 33, 70):
+        source = torch.tensor([2, 0, 255, 128], dtype=torch.uint8).repeat(18)[:n].contiguous()
+        words = torch.full(((n + 31) // 32 + 1,), 0x5A5A5A5A, dtype=torch.int32)
+        assert library.lorapar_pack_mask(source.data_ptr(), n, words.data_ptr(), None) == OK
+        assert torch.equal(words[:-1], pack_mask_reference(source != 0))
+        assert int(words[-1]) == 0x5A5A5A5A
+        back = torch.full((n + 1,), 77, dtype=torch.uint8)
+        assert library.lorapar_unpack_mask(words.data_ptr(), n, back.data_ptr(), None) == OK
+        assert torch.equal(back[:-1], (source != 0).to(torch.uint8))
+        assert int(back[-1]) == 77
+
+
+def test_count_and_unpack_do_not_look_at_spare_bits(library):
+    words = torch.tensor([-1, -1], dtype=torch.int32)
+    count = torch.full((1,), -5, dtype=torch.int64)
+    for n, expected in ((33, 33), (1, 1), (64, 64), (0, 0)):
+        assert library.lorapar_count_mask(words.data_ptr(), n, count.data_ptr(), None) == OK
+        assert int(count) == expected
+
+
+def test_error_codes(library):
+    word, byte = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.uint8)
+    assert library.lorapar_pack_mask(None, 1, word.data_ptr(), None) == NULL_POINTER
+    assert library.lorapar_pack_mask(byte.data_ptr(), 1, None, None) == NULL_POINTER
+    assert library.lorapar_pack_mask(None, 0, None, None) == OK
+    assert library.lorapar_pack_mask(byte.data_ptr(), -1, word.data_ptr(), None) == SIZE
+    assert library.lorapar_unpack_mask(None, 1, byte.data_ptr(), None) == NULL_POINTER
+    assert library.lorapar_unpack_mask(word.data_ptr(), -(2**62), byte.data_ptr(), None) == SIZE
+    assert library.lorapar_count_mask(word.data_ptr(), 1, None, None) == NULL_POINTER
+    assert library.lorapar_count_mask(None, 1, byte.data_ptr(), None) == NULL_POINTER
+    assert library.lorapar_error_string(OK) == b"no error"
+    assert library.lorapar_error_string(NULL_POINTER) == b"a null pointer where memory was expected"
+    assert library.lorapar_error_string(SIZE) == b"a negative number of elements"
+    assert library.lorapar_error_string(-12345) == b"an unknown status"
+
+
+def test_errors_become_exceptions(installed):
+    with pytest.raises(RuntimeError, match="native pack_mask failed with status 2: a negative number"):
+        native.call("pack_mask", torch.device("cpu"), 0, -1, 0)
+
+
+def test_status_of_a_library_that_is_there(installed, library_file):
+    status = native.status()
+    assert status["cpu"]["loaded"] is True
+    assert status["cpu"]["path"] == str(library_file)
+    assert str(status["cpu"]["build"]).startswith("C++17")
+    assert status["cpu"]["reason"] is None
+    assert status["cuda"]["loaded"] is False
+    assert "is not there" in str(status["cuda"]["reason"])
+    assert set(status["compilers"]) == {"c++", "nvcc"}
+
+
+def test_forced_without_a_library_raises_and_unforced_takes_the_reference(tmp_path, monkeypatch):
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "path", lambda kind: tmp_path / "none.so")
+    mask = torch.tensor([True, False, True])
+    monkeypatch.setenv("LORAPAR_BACKEND", "native")
+    with pytest.raises(ValueError, match=r"LORAPAR_BACKEND=native cannot serve pack_mask: .* is not there"):
+        pack_mask(mask)
+    monkeypatch.setenv("LORAPAR_BACKEND", "")
+    assert pack_mask(mask).tolist() == [5]
+    native.load.cache_clear()
+
+
+def test_a_library_that_does_not_load_warns(tmp_path, monkeypatch):
+    native.load.cache_clear()
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "path", lambda kind: broken)
+    with pytest.warns(RuntimeWarning, match="the native cpu library cannot be used"):
+        library, reason = native.load("cpu")
+    assert library is None
+    assert reason
+    native.load.cache_clear()
+
+
+def test_a_library_of_another_version_is_refused(library_file, monkeypatch):
+    monkeypatch.setattr(native, "ABI_VERSION", 99)
+    with pytest.raises(OSError, match="has ABI version 1, expected 99: build it again"):
+        native.open_library(library_file)
+    monkeypatch.setitem(native.SIGNATURES, "lorapar_of_tomorrow", ([], ctypes.c_int))
+    with pytest.raises(OSError, match="has no function lorapar_of_tomorrow"):
+        native.open_library(library_file)
+
+
+def test_header_and_signatures_name_the_same_functions():
+    header = (ROOT / "csrc" / "lorapar.h").read_text()
+    for name in native.SIGNATURES:
+        assert f" {name}(" in header or f"*{name}(" in header
+    assert header.count("LORAPAR_API ") - 2 == len(native.SIGNATURES)  # two of them are the definitions
+    assert f"#define LORAPAR_ABI_VERSION {native.ABI_VERSION}\n" in header
+
+
+def test_header_is_plain_c(tmp_path):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler is on the path")
+    source = tmp_path / "use.c"
+    source.write_text('#include "lorapar.h"\nint f(void) { return lorapar_abi_version(); }\n')
+    flags = [
+        "-std=c99",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pedantic",
+        "-fsyntax-only",
+        "-I",
+        str(ROOT / "csrc"),
+    ]
+    subprocess.run([compiler, *flags, str(source)], check=True)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_a_failing_compiler_warns_and_the_build_goes_on(tmp_path):
+    pytest.importorskip("setuptools")
+    failing = script(tmp_path / "broken-c++", "echo this compiler is broken >&2; exit 3")
+    done = build(tmp_path / "out", CXX=failing)
+    assert "liblorapar_cpu is left out, the PyTorch reference serves" in done.stderr
+    assert "this compiler is broken" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.so*"))
+    done = build(tmp_path / "out", CXX=str(tmp_path / "no-such-compiler"))
+    assert "is left out" in done.stderr
+
+
+def test_no_compiler_at_all_is_no_failure(tmp_path):
+    pytest.importorskip("setuptools")
+    environment = {"PATH": str(tmp_path), "CXX": ""}
+    done = build(tmp_path / "out", **environment)
+    assert "no C++ compiler was found" in done.stderr
+    assert "nvcc was not found" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.so*"))
+
+
+@pytest.mark.slow
+def test_cuda_source_compiles_for_every_architecture(tmp_path):
+    pytest.importorskip("setuptools")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the path")
+    done = build(tmp_path, NVCC=nvcc)
+    file = tmp_path / "lorapar_kernels" / "liblorapar_cuda.so"
+    assert file.exists(), done.stderr
+    library = native.open_library(file)
+    assert b"sm_80 sm_90" in library.lorapar_build()
+    # What needs no device is answered as the CPU's library does; what needs one says so where there is none.
+    assert library.lorapar_pack_mask(None, 1, None, None) == NULL_POINTER
+    assert library.lorapar_pack_mask(None, -1, None, None) == SIZE
+    assert library.lorapar_error_string(SIZE) == b"a negative number of elements"
+    if not torch.cuda.is_available():
+        word = torch.zeros(1, dtype=torch.int32)
+        status = library.lorapar_pack_mask(word.data_ptr(), 1, word.data_ptr(), None)
+        assert status > 1000
+        assert library.lorapar_error_string(status) not in (b"", b"an unknown status")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 4608, 20_000_003])
+def test_cuda_equals_the_reference(n, monkeypatch):
+    reason = native.obstacle(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("LORAPAR_BACKEND", "native")
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.4
+    words = pack_mask(mask.cuda())
+    assert torch.equal(words.cpu(), pack_mask_reference(mask))
+    assert torch.equal(unpack_mask(words, mask.shape).cpu(), mask)
+    assert count_mask(words, n) == int(mask.sum())

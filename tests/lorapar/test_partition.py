@@ -1,0 +1,177 @@
+"""The partition against a naive sort; α, β; granularities; controls; its file."""
+
+import pytest
+import torch
+
+import lorapar
+from lorapar.errors import InputError
+from lorapar.score import Scores
+
+NAMES = [f"m.layers.{i}.{p}.lora_{f}.default.weight" for i in range(3) for p in ("q", "up") for f in "AB"]
+
+
+def random_scores(seed, rank=4, n_in=70, n_out=90, metadata=None):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in NAMES:
+        shape = (rank, n_in) if ".lora_A." in name else (n_out, rank)
+        tensors[name] = torch.rand(shape, generator=generator).pow(8)
+    return Scores(tensors, metadata or {})
+
+
+def naive_keep(scores, theta):
+    """Sort everything, walk down until θ of the total is held; the first of equals first."""
+    names = sorted(scores)
+    flat = torch.cat([scores[n].reshape(-1) for n in names]).double()
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i].item(), i))
+    total, held, kept = flat.sum().item(), 0.0, set()
+    for i in order:
+        if held >= theta * total:
+            break
+        kept.add(i)
+        held += flat[i].item()
+    mask = torch.tensor([i in kept for i in range(len(flat))])
+    parts = mask.split([scores[n].numel() for n in names])
+    return {n: part.view(scores[n].shape) for n, part in zip(names, parts)}
+
+
+def count(masks):
+    return sum(int(m.sum()) for m in masks.values())
+
+
+@pytest.mark.parametrize("theta", [0.1, 0.5, 0.9, 0.999])
+def test_equals_a_naive_sort(theta):
+    scores = random_scores(1), random_scores(2)
+    made = lorapar.partition(*scores, theta=theta)
+    for system in (1, 2):
+        expected = naive_keep(scores[system - 1], theta)
+        assert all(torch.equal(made.kept(system)[n], expected[n]) for n in NAMES)
+
+
+def test_regions_make_the_stages():
+    made = lorapar.partition(random_scores(1), random_scores(2), theta=0.8)
+    for name in NAMES:
+        assert torch.equal(made.active("sft")[name], made.kept(1)[name])
+        assert torch.equal(made.active("grpo")[name], made.kept(2)[name])
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0, 0), (0.5, 0.25), (1, 0), (0.29, 1)])
+def test_alpha_and_beta_take_the_highest_of_the_shared(alpha, beta):
+    one, two = random_scores(1), random_scores(2)
+    made = lorapar.partition(one, two, theta=0.9, alpha=alpha, beta=beta)
+    shared = {n: made.kept(1)[n] & made.kept(2)[n] for n in NAMES}
+    total = count(shared)
+    for stage, scores, share, own in (("sft", one, alpha, 1), ("grpo", two, beta, 2)):
+        taken = {n: made.active(stage)[n] & shared[n] for n in NAMES}
+        assert count(taken) == int(round(share * 100) * total // 100)
+        only = {n: made.kept(own)[n] & ~shared[n] for n in NAMES}
+        assert all(torch.equal(made.active(stage)[n] & ~shared[n], only[n]) for n in NAMES)
+        inside = [scores[n][taken[n]] for n in NAMES if taken[n].any()]
+        left = [scores[n][shared[n] & ~taken[n]] for n in NAMES if (shared[n] & ~taken[n]).any()]
+        if inside and left:
+            assert torch.cat(inside).min() >= torch.cat(left).max()
+
+
+def test_ties_are_broken_the_same_way_every_time():
+    flat = Scores({n: torch.ones_like(t) for n, t in random_scores(1).items()}, {})
+    first, second = (lorapar.partition(flat, flat, theta=0.5) for _ in range(2))
+    assert first.hash == second.hash
+    assert count(first.kept(1)) == -(-sum(t.numel() for t in flat.values()) // 2)
+
+
+def test_theta_one_keeps_everything_that_scores():
+    made = lorapar.partition(random_scores(1), random_scores(2), theta=1.0)
+    assert made.summary()["fraction"]["active_sft"] == 1.0
+
+
+def test_tile_granularity_keeps_whole_tiles():
+    one, two = random_scores(1, rank=40), random_scores(2, rank=40)
+    made = lorapar.partition(one, two, theta=0.7, granularity="tile")
+    for name, mask in made.kept(1).items():
+        height, width = (16, 64) if ".lora_A." in name else (64, 16)
+        for rows in mask.split(height, 0):
+            for tile in rows.split(width, 1):
+                assert tile.all() or not tile.any()
+    held = sum(float(one[n][m].double().sum()) for n, m in made.kept(1).items())
+    assert held >= 0.7 * sum(float(t.double().sum()) for t in one.values())
+    assert count(made.kept(1)) < sum(t.numel() for t in one.values())
+
+
+def test_rank_granularity_keeps_row_i_of_a_with_column_i_of_b():
+    made = lorapar.partition(random_scores(1), random_scores(2), theta=0.6, granularity="rank")
+    for name in NAMES:
+        if ".lora_A." in name:
+            rows = made.kept(1)[name].any(1)
+            assert torch.equal(made.kept(1)[name].all(1), rows)
+            b = made.kept(1)[name.replace("lora_A", "lora_B")]
+            assert torch.equal(b.all(0), rows)
+            assert torch.equal(b.any(0), rows)
+    assert 0 < count(made.kept(1)) < sum(t.numel() for t in random_scores(1).values())
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile", "rank"])
+@pytest.mark.parametrize("selection", ["scores", "random", "all"])
+def test_a_twin_is_never_active_and_not_counted(granularity, selection):
+    scores = [random_scores(s, rank=8, metadata={"rank": 4}) for s in (1, 2)]
+    for s in scores:
+        for name, tensor in s.items():
+            (tensor[4:] if ".lora_A." in name else tensor[:, 4:]).zero_()
+    made = lorapar.partition(*scores, theta=1.0, granularity=granularity, selection=selection)
+    for stage in ("sft", "grpo"):
+        for name, mask in made.active(stage).items():
+            assert not (mask[4:] if ".lora_A." in name else mask[:, 4:]).any()
+    assert made.summary()["fraction"]["active_sft"] == 1.0
+    assert made.trainable() == sum(t.numel() for t in scores[0].values()) // 2
+
+
+def test_random_is_a_control_of_the_same_shares():
+    scores = random_scores(1), random_scores(2)
+    chosen = lorapar.partition(*scores, theta=0.8)
+    random, other = (lorapar.partition(*scores, theta=0.8, selection="random", seed=s) for s in (0, 1))
+    assert random.summary()["fraction"] == chosen.summary()["fraction"]
+    assert random.summary()["jaccard"] == chosen.summary()["jaccard"]
+    assert len({chosen.hash, random.hash, other.hash}) == 3
+
+
+def test_saved_and_loaded(tmp_path):
+    made = lorapar.partition(random_scores(1), random_scores(2), theta=0.8)
+    made.save(tmp_path / "p.safetensors")
+    back = lorapar.Partition.load(tmp_path / "p.safetensors")
+    assert back.hash == made.hash
+    assert back.metadata == made.metadata
+    assert back.summary() == made.summary()
+    elements = 4 * sum(m.numel() for m in made.kept(1).values())
+    assert (tmp_path / "p.safetensors").stat().st_size < elements / 8 + 20_000
+
+
+def test_a_plain_mapping_serves():
+    one, two = ({n: t for n, t in random_scores(s).items()} for s in (1, 2))
+    assert lorapar.partition(one, two).hash == lorapar.partition(random_scores(1), random_scores(2)).hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(theta=0.0), r"theta: got 0.0, expected a share in \(0, 1\]"),
+        (dict(theta=1.1), "theta: got 1.1"),
+        (dict(alpha=-0.1), "alpha: got -0.1"),
+        (dict(beta=2), "beta: got 2"),
+        (dict(granularity="row"), "granularity: got 'row', expected element, tile or rank"),
+        (dict(selection="best"), "selection: got 'best'"),
+    ],
+)
+def test_values_out_of_range_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        lorapar.partition(random_scores(1), random_scores(2), **change)
+
+
+def test_scores_that_do_not_go_together_are_named():
+    one, two = random_scores(1), random_scores(2)
+    del two[NAMES[0]]
+    with pytest.raises(InputError, match=NAMES[0]):
+        lorapar.partition(one, two)
+    two = random_scores(2, n_in=71)
+    with pytest.raises(InputError, match=r"is \[4, 70\] in System 1's scores, \[4, 71\] in System 2's"):
+        lorapar.partition(one, two)
+    with pytest.raises(InputError, match="System 1"):
+        lorapar.partition({n: torch.zeros_like(t) for n, t in one.items()}, random_scores(2))

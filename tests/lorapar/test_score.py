@@ -1,0 +1,196 @@
+"""Scores of a whole model against one example at a time in float64; batch size, masking, methods, refusals, file."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lorapar
+from lorapar.adapter import ADAPTER, Snapshot, lora_parameters, masked_layers
+from lorapar.errors import InputError
+from lorapar.score import IGNORED, scoring
+from tests.lorapar.test_adapter import config
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def rows(count=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        length = int(torch.randint(4, 20, (1,), generator=generator))
+        ids = torch.randint(2, 258, (length,), generator=generator).tolist()
+        n_prompt = 1 + i % (length - 1)
+        made.append({"input_ids": ids, "labels": [IGNORED] * n_prompt + ids[n_prompt:]})
+    return made
+
+
+def naive_sums(model, examples):
+    """The released script's way in float64: a forward and a backward an example, the mean loss of its answer tokens."""
+    parameters = lora_parameters(model)
+    sums = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in parameters.items()}
+    model.eval()
+    for row in examples:
+        model.zero_grad()
+        out = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        F.cross_entropy(out[:-1], torch.tensor(row["labels"])[1:], ignore_index=IGNORED).backward()
+        for name, parameter in parameters.items():
+            gphi = parameter.grad * parameter.detach()
+            sums[name][0].add_(gphi)
+            sums[name][1].add_(gphi * gphi)
+    model.zero_grad()
+    return sums
+
+
+def large_start(model):
+    """Elements far from zero, where the second-order term of I shows."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.normal_(0, 0.1)
+
+
+@pytest.mark.parametrize("start", ["paper", "twin", "pissa"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_each_sum_equals_one_example_at_a_time_in_float64(start, dtype, bound):
+    exact = lorapar.attach(tiny_model().double(), config(), start=start)
+    exact.double()
+    large_start(exact)
+    expected = naive_sums(exact, rows())
+    model = lorapar.attach(tiny_model().to(dtype), config(), start=start).to(dtype)
+    model.load_state_dict({n: t.to(dtype) for n, t in exact.state_dict().items()})
+    gathered = {}
+    original = lorapar.score.__globals__["_score_batch"]
+
+    def keep_sums(model, layers, batch):
+        original(model, layers, batch)
+        gathered.update({name: layer.scoring for name, layer in layers.items()})
+
+    lorapar.score.__globals__["_score_batch"] = keep_sums
+    try:
+        lorapar.score(model, None, rows(), batch_size=4)
+    finally:
+        lorapar.score.__globals__["_score_batch"] = original
+    for name, sums in gathered.items():
+        for factor, pair in (("lora_A", sums[:2]), ("lora_B", sums[2:])):
+            for got, want in zip(pair, expected[f"{name}.{factor}.{ADAPTER}.weight"]):
+                assert (got.double() - want).norm() / want.norm() < bound
+
+
+def test_batch_of_eight_equals_batch_of_one():
+    model = lorapar.attach(tiny_model(), config(), start="twin")
+    one, eight = (lorapar.score(model, None, rows(), batch_size=n) for n in (1, 8))
+    for name in one:
+        assert (one[name] - eight[name]).norm() < 1e-5 * one[name].norm()
+
+
+def test_order_of_rows_does_not_matter():
+    model = lorapar.attach(tiny_model().double(), config(), start="paper").double()
+    one = lorapar.score(model, None, rows())
+    other = lorapar.score(model, None, rows()[::-1])
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=0)
+
+
+def test_prompt_tokens_carry_no_loss_and_what_they_predict_does_not_matter():
+    """Two rows that differ in nothing but a label inside the prompt's −100 score the same; an answer label does not."""
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    base = rows(4)[3]
+    n_prompt = base["labels"].count(IGNORED)
+    unmasked = {"input_ids": base["input_ids"], "labels": list(base["input_ids"])}
+    again = {"input_ids": base["input_ids"], "labels": [IGNORED] * n_prompt + base["input_ids"][n_prompt:]}
+    scored, same, other = (lorapar.score(model, None, [r]) for r in (base, again, unmasked))
+    name = next(iter(scored))
+    assert torch.equal(scored[name], same[name])
+    assert not torch.allclose(scored[name], other[name])
+
+
+def test_scoring_leaves_the_model_as_it_was():
+    model = lorapar.attach(tiny_model(), config(lora_dropout=0.5), start="twin")
+    model.train()
+    before = Snapshot.take(model)
+    one, two = (lorapar.score(model, None, rows()) for _ in range(2))
+    assert model.training
+    after = Snapshot.take(model)
+    assert after.others == before.others
+    assert all(torch.equal(after.lora[n], before.lora[n]) for n in before.lora)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(layer.scoring is None for layer in masked_layers(model).values())
+    assert all(torch.equal(one[n], two[n]) for n in one)  # dropout was off
+
+
+def test_an_error_inside_leaves_scoring_mode():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    with pytest.raises(RuntimeError, match="stop"), scoring(model):
+        raise RuntimeError("stop")
+    assert all(layer.scoring is None for layer in masked_layers(model).values())
+
+
+def test_a_twin_scores_zero_and_the_trainable_rows_do_not():
+    scores = lorapar.score(lorapar.attach(tiny_model(), config(), start="twin"), None, rows())
+    for name, tensor in scores.items():
+        twin, own = (tensor[4:], tensor[:4]) if ".lora_A." in name else (tensor[:, 4:], tensor[:, :4])
+        assert not twin.any()
+        assert own.all()
+    assert scores.metadata == {"examples": 9, "method": "taylor", "rank": 4}
+
+
+def test_first_order_and_random_differ_from_taylor_as_they_should():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    large_start(model)
+    taylor, first, random = (lorapar.score(model, None, rows(), method=m) for m in ("taylor", "first_order", "random"))
+    flat = [torch.cat([s[n].reshape(-1) for n in sorted(s)]) for s in (taylor, first, random)]
+    assert not torch.allclose(flat[0], flat[1])
+    assert not torch.equal(flat[0], flat[2])
+    assert torch.equal(flat[0].sort().values, flat[2].sort().values)
+
+
+def test_text_rows_of_every_form():
+    model, tokenizer = lorapar.attach(tiny_model(), config(), start="paper"), tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    plain = lorapar.score(model, tokenizer, [{"prompt": "1 + 1 =", "completion": " 2"}])
+    messages = lorapar.score(model, tokenizer, [{"messages": chat}])
+    pair = lorapar.score(model, tokenizer, [{"prompt": chat[:1], "completion": chat[1:]}])
+    name = next(iter(plain))
+    assert torch.equal(messages[name], pair[name])
+    assert not torch.equal(messages[name], plain[name])
+
+
+def test_a_start_that_makes_all_scores_zero_is_refused_with_the_reason():
+    model = lorapar.attach(tiny_model(), config(), start="peft")
+    # B = 0: of B φ is zero, of A the gradient.
+    with pytest.raises(InputError, match="every score is zero, because .* B = 0 .* use start: twin, pissa"):
+        lorapar.score(model, None, rows())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "r1", "input_ids": [3, 4], "labels": [IGNORED, IGNORED]}, "row r1: no answer tokens"),
+        ({"id": "r2", "input_ids": [3, 4], "labels": [3, IGNORED]}, "row r2: no answer tokens"),
+        ({"id": "r3", "input_ids": [3, 4, 5], "labels": [3]}, "row r3: 3 input_ids but 1 labels"),
+        ({"id": "r4", "input_ids": list(range(2, 42)), "labels": list(range(2, 42))}, "40 tokens, more than"),
+    ],
+)
+def test_bad_rows_are_named(row, message):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    with pytest.raises(InputError, match=message):
+        lorapar.score(model, None, [row], max_length=30)
+
+
+def test_no_rows_and_bad_options_are_refused():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    with pytest.raises(InputError, match="dataset: got 'no rows'"):
+        lorapar.score(model, None, [])
+    with pytest.raises(InputError, match="batch_size: got 0"):
+        lorapar.score(model, None, rows(), batch_size=0)
+    with pytest.raises(InputError, match="method: got 'best'"):
+        lorapar.score(model, None, rows(), method="best")
+
+
+def test_saved_and_loaded(tmp_path):
+    model = lorapar.attach(tiny_model(), config(), start="twin")
+    both = lorapar.score(model, None, rows(seed=1)), lorapar.score(model, None, rows(seed=2))
+    lorapar.save_scores(tmp_path / "s.safetensors", *both)
+    for got, want in zip(lorapar.load_scores(tmp_path / "s.safetensors"), both):
+        assert got.metadata == want.metadata
+        assert all(torch.equal(got[n], want[n]) for n in want)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import InputError
+
+TEMPORARY = ".*.tmp"  # what _replacing and atomic_folder call a thing until it is whole
 
 
 @contextlib.contextmanager
@@ -35,8 +38,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary.chmod(0o666 & ~umask)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _flush_to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -56,6 +58,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.chmod(0o777 & ~umask)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -65,6 +70,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files and folders that a process which was killed left in `folder` and its subfolders."""
+    for path in [*folder.glob(TEMPORARY), *folder.glob(f"*/{TEMPORARY}")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def disk_is_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether a full disk (of `folder`) is behind an error, also where a library wraps it in its own words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors names the cause; torch.save reports only that its file is not as long as what it wrote.
+        if any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container")):
+            return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 24
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -87,6 +118,8 @@ def read_text(path: Path | str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
 
@@ -107,15 +140,18 @@ def read_jsonl(path: Path | str) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is corrupt or truncated JSON ({error})") from None
+        if not isinstance(rows[-1], dict):
+            raise InputError(f"{path}: line {number} is not an object of columns but {type(rows[-1]).__name__}")
     return rows
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write safetensors with `metadata` as JSON under its one key, "lorapar"."""
+    """Write safetensors with `metadata` as JSON under its key "lorapar", and a digest of the tensors under "sha256"."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         try:
-            save_file(contiguous, temporary, metadata={"lorapar": json.dumps(dict(metadata))})
+            facts = {"lorapar": json.dumps(dict(metadata)), "sha256": _sha256_tensors(contiguous)}
+            save_file(contiguous, temporary, metadata=facts)
         except SafetensorError as error:
             # safetensors reports the operating system's error as text only.
             if "No space left" in str(error):
@@ -124,18 +160,49 @@ def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and metadata that `save_tensors` wrote; InputError where the file is missing, cut short or another's."""
+    """What `save_tensors` wrote; InputError where the file is missing, cut short, changed since, or another's."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("lorapar")
+            facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: corrupt or truncated safetensors ({error})") from None
-    if metadata is None:
+    if "lorapar" not in facts:
         raise InputError(f"{path}: not an artefact of lorapar (its metadata lacks the key 'lorapar')")
-    return tensors, json.loads(metadata)
+    if facts.get("sha256") != _sha256_tensors(tensors):
+        raise InputError(f"{path}: corrupt: its tensors do not give the sha256 that it records")
+    return tensors, json.loads(facts["lorapar"])
+
+
+def _sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def why_not_whole(path: Path) -> str | None:
+    """What is wrong with one file of a checkpoint or an adapter, None where it is there and complete."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.suffix == ".json":
+        try:
+            read_json(path)
+        except InputError:
+            return f"{path.name} is corrupt or truncated JSON"
+    elif path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is corrupt or truncated safetensors ({error})"
+    # torch.save writes a zip archive, whose directory comes last.
+    elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+        return f"{path.name} is corrupt or truncated"
+    return None
 
 
 def sha256_file(path: Path | str) -> str:

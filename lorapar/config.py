@@ -8,6 +8,7 @@ of ours that `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml` sta
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .artefacts import read_text
 from .errors import InputError
+from .recipe_file import parse_yaml, read_recipe
 
 # LoRA options that change the product our layers compute; each is refused by name (design.md, Contract).
 REFUSED_LORA_KEYS = (
@@ -42,6 +43,9 @@ REFUSED_LORA_KEYS = (
     "rank_pattern",
     "alpha_pattern",
     "ensure_weight_tying",
+    "lora_ga_config",
+    "runtime_config",
+    "inference_mode",
 )
 # Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
 RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed", "data_seed",
@@ -177,10 +181,10 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
 
     Raises InputError, one line, for an unknown key (with the nearest right one), a wrong type or a value out of range.
     """
-    values = _read(Path(path), seen=())
+    values = read_recipe(Path(path))
     for dotted, text in overrides:
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise InputError(f"--{dotted}: {text!r} is not a YAML value") from None
         _set(values, dotted, value)
@@ -189,7 +193,9 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
 
 def parse(values: Mapping[str, Any]) -> Recipe:
     """A checked Recipe from plain values (what the YAML holds)."""
-    values = dict(values)
+    # A section whose keys are all commented out reads as nothing, and means its defaults.
+    sections = [f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING]
+    values = {key: {} if value is None and key in sections and key != "stages" else value for key, value in values.items()}
     for stage, config_class, ours in (("sft", "SFTConfig", StageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
         if isinstance(values.get(stage), Mapping):
             values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
@@ -203,55 +209,22 @@ def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
     allowed = list(allowed)
     for key in given:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5 if len(allowed) < 20 else 0.0)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
             raise InputError(f"{at}{key}: unknown key; {hint}")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise InputError(f"extends: {path} extends itself")
-    try:
-        values = yaml.load(read_text(path), Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe must be a mapping of sections, got {type(values).__name__}")
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string and repeated keys in silence; a recipe means a number and an error."""
-
-
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise InputError(f"{key}: given twice (line {node.start_mark.line + 1} and below)")
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value)))
-
-
-_RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+    for at, section in enumerate(sections):
+        inner = values.get(section)
+        if at == 0 and section == "model" and isinstance(inner, str):
+            inner = {"name": inner}
+        inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
             raise InputError(f"--{dotted}: {section!r} is not a section")
+        values[section] = dict(inner)
+        values = values[section]
     values[key] = value
 
 
@@ -264,7 +237,8 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str
     check_keys(values, [*own, *fields], f"{stage}.")
     for key in RESERVED_TRAINER_KEYS:
         if key in values:
-            raise InputError(f"{stage}.{key}: set by the run itself (the optimizer is PartitionedAdamW; output_dir and seed are top-level keys)")
+            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
+                             "output_dir and seed are top-level keys")  # fmt: skip
     hints = typing.get_type_hints(getattr(trl, config_class))
     trainer = {
         key: _convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own
@@ -313,7 +287,8 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
             return [_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping):
-            return dict(value)
+            of = arguments[1] if arguments else Any
+            return {key: _convert(of, item, f"{at}.{key}") for key, item in value.items()}
     elif hint is float and not isinstance(value, bool):
         with_number = _as_float(value)
         if with_number is not None:
@@ -330,9 +305,10 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
 
 def _as_float(value: Any) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
+    return None if math.isnan(number) else number
 
 
 def _type_name(hint: Any) -> str:
@@ -348,15 +324,26 @@ def _check_values(recipe: Recipe) -> None:
     require(0 < p.theta <= 1, "partition.theta", p.theta, "a share in (0, 1]")
     require(0 <= p.alpha <= 1, "partition.alpha", p.alpha, "a share in [0, 1]")
     require(0 <= p.beta <= 1, "partition.beta", p.beta, "a share in [0, 1]")
-    require(recipe.score.batch_size >= 1, "score.batch_size", recipe.score.batch_size, "at least 1")
-    require(recipe.score.examples is None or recipe.score.examples >= 1, "score.examples", recipe.score.examples,
-            "at least 1, or nothing for all")  # fmt: skip
+    for at, count in (
+        ("score.batch_size", recipe.score.batch_size),
+        ("score.examples", recipe.score.examples),
+        ("score.max_length", recipe.score.max_length),
+        ("data.max_prompt_length", recipe.data.max_prompt_length),
+        ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens),
+        ("evaluate.batch_size", recipe.evaluate.batch_size),
+        ("evaluate.limit", recipe.evaluate.limit),
+    ):
+        require(count is None or count >= 1, at, count, "at least 1")
+    require(0 <= recipe.seed < 2**32, "seed", recipe.seed, "0 to 4294967295")
+    require(recipe.output_dir != "", "output_dir", recipe.output_dir, "a folder")
     require(len(recipe.data.sources) > 0, "data.sources", recipe.data.sources, "at least one source")
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     for at, systems in (("sft.systems", recipe.sft.systems), ("grpo.systems", recipe.grpo.systems)):
         require(systems in ([1], [2], [1, 2]), at, systems, "[1], [2] or [1, 2]")
-    require(recipe.evaluate.batch_size >= 1, "evaluate.batch_size", recipe.evaluate.batch_size, "at least 1")
     check_lora(recipe.lora)
+    weights = recipe.lora.get("init_lora_weights", True)
+    require(weights is True or recipe.start == "peft", "lora.init_lora_weights", weights,
+            f"nothing, since start: {recipe.start} says how A and B begin (start: peft leaves it to PEFT)")  # fmt: skip
 
 
 def check_lora(values: Mapping[str, Any]) -> None:
@@ -374,8 +361,14 @@ def check_lora(values: Mapping[str, Any]) -> None:
     hints = typing.get_type_hints(peft.LoraConfig)
     for key, value in values.items():
         _convert(hints[key], value, f"lora.{key}")
-    rank = values.get("r", 8)
-    require(isinstance(rank, int) and rank >= 1, "lora.r", rank, "an integer of at least 1")
+    rank, alpha, dropout = values.get("r", 8), values.get("lora_alpha", 8), values.get("lora_dropout", 0.0)
+    require(rank >= 1, "lora.r", rank, "an integer of at least 1")
+    require(alpha > 0, "lora.lora_alpha", alpha, "more than 0")
+    require(0 <= float(dropout) < 1, "lora.lora_dropout", dropout, "a share in [0, 1)")
+    task = values.get("task_type")
+    require(task in (None, "CAUSAL_LM"), "lora.task_type", task, "CAUSAL_LM")
+    targets = values.get("target_modules", True)
+    require(bool(targets) or targets is None, "lora.target_modules", targets, "at least one module's name")
 
 
 def require(holds: bool, at: str, given: Any, allowed: str) -> None:

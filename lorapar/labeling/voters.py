@@ -1,0 +1,120 @@
+"""Voters that ask something other than the text: the target model, or a column of labels. And all of them by
+name."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..models import answer_greedily
+from ..rewards import is_correct
+from .rules import Operations, ReasoningSteps
+from .voting import Teacher
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Probe:
+    """System 1 if the target model's greedy short answer is right, else System 2.
+
+    What the model can say at once needs no deliberation. A row that has no answer to compare with gets no
+    vote.
+    """
+
+    name = "probe"
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        max_new_tokens: int = 16,
+        batch_size: int = 16,
+    ):
+        for key, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"label.voters: {key} of probe must be a whole number of at least 1, got {value!r}"
+                )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+
+    def vote(self, rows: "Dataset") -> list[int | None]:
+        asked = [index for index, answer in enumerate(rows["answer"]) if answer]
+        prompts = [rows[index]["prompt"] for index in asked]
+        given = answer_greedily(self.model, self.tokenizer, prompts, self.max_new_tokens, self.batch_size)
+        votes: list[int | None] = [None] * len(rows)
+        for index, text in zip(asked, given):
+            votes[index] = 1 if is_correct(text, rows[index]["answer"]) else 2
+        return votes
+
+
+class Column:
+    """The label that a column holds already: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no
+    vote."""
+
+    def __init__(self, column: str):
+        self.column = column
+        self.name = f"column:{column}"
+
+    def vote(self, rows: "Dataset") -> list[int | None]:
+        if self.column not in rows.column_names:
+            raise InputError(
+                f"label.column: the rows have no column {self.column!r}; "
+                f"they have {', '.join(rows.column_names)}"
+            )
+        votes: list[int | None] = []
+        for row_id, value in zip(rows["id"], rows[self.column]):
+            match = re.fullmatch(r"(?:s|system)?[\s_-]*([12])(?:\.0)?", str(value).strip().casefold())
+            # NaN, a columnar file's empty cell, is the one value that differs from itself.
+            empty = value is None or value != value or not str(value).strip()
+            if match is None and not empty:
+                raise InputError(
+                    f"label.column: {self.column!r} of row {row_id} is {value!r}; "
+                    "allowed: 1, 2, System1, System2, S1, S2"
+                )
+            votes.append(int(match[1]) if match else None)
+        return votes
+
+
+VOTERS = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
+
+
+def make_voters(
+    specs: Sequence[str | dict[str, Any]],
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> list[Teacher]:
+    """The voters that a recipe names: "operations", or {"name": "operations", "threshold": 2}.
+
+    Options are the arguments of the voter's class. "probe" asks `model` with `tokenizer`.
+    """
+    return [
+        _make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer)
+        for spec in specs
+    ]
+
+
+def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
+    name = options.pop("name", None)
+    if name not in VOTERS:
+        near = difflib.get_close_matches(str(name), VOTERS, n=1)
+        hint = f"nearest: {near[0]}" if near else f"allowed: {', '.join(VOTERS)}"
+        raise InputError(f"label.voters: unknown voter {name!r}; {hint}")
+    voter = VOTERS[name]
+    allowed = [key for key in inspect.signature(voter).parameters if key not in ("model", "tokenizer")]
+    for key in options:
+        if key not in allowed:
+            raise InputError(f"label.voters: {name} has no option {key!r}; allowed: {', '.join(allowed)}")
+    if voter is Probe:
+        if model is None or tokenizer is None:
+            raise InputError("label.voters: probe asks the target model, so it needs a model and a tokenizer")
+        return Probe(model, tokenizer, **options)
+    if voter is Column and "column" not in options:
+        raise InputError(
+            "label.voters: column needs the option 'column', the name of the column with the labels"
+        )
+    return voter(**options)

@@ -4,11 +4,10 @@ Exit status: 0 done, 1 failed, 2 unusable arguments or recipe (one line that say
 """
 
 import argparse
-import errno
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import InputError
 
@@ -24,62 +23,72 @@ STAGES = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in the one line that everything unusable gets."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     try:
+        words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = _parser().parse_args(words)
         if options.verb == "doctor":
-            _refuse(rest)
+            if overrides:
+                raise InputError(f"--{overrides[0][0]}: doctor takes no arguments")
             from .doctor import doctor
 
             print(doctor())
         else:
-            _run(options, rest)
+            _run(options, overrides)
     except InputError as error:
         print(f"lorapar: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lorapar: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except Exception as error:
-        if _disk_is_full(error, options):
-            print(f"lorapar: error: the disk is full ({error}); free some space and run the same command again".replace("\n", " "),
-                  file=sys.stderr)  # fmt: skip
-            return 2
-        raise
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    again = "A run that was stopped goes on with the same command."
+    parser = _Parser(
         prog="lorapar",
         description="LoRA-PAR: fine-tune a language model as two systems.",
-        epilog="Any key of the recipe can be given as --section.key VALUE. A run that was stopped goes on with the same command.",
+        epilog=f"Any key of the recipe can be given as --section.key VALUE. {again}",
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     stages = {"run": "run every stage of a recipe, or go on with a run", **STAGES}
     for verb, text in stages.items():
-        sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
-                               usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] [--section.key VALUE ...]")  # fmt: skip
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5.",
+            usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] [--section.key VALUE ...]",
+            allow_abbrev=False,
+        )
         sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
-        sub.add_argument("--output_dir", metavar="DIR", help="where the artefacts go (the recipe's output_dir)")
-        sub.add_argument("--update", action="store_true",
-                         help="take over a folder made by another recipe, and redo what the change touches")  # fmt: skip
-    verbs.add_parser("doctor", help="versions, devices, and which kernels run here", allow_abbrev=False)
+        sub.add_argument("--output_dir", metavar="DIR", help="where the artefacts go, in the recipe's place")
+        takes_over = "take over a folder made by another recipe, and redo what the change touches"
+        sub.add_argument("--update", action="store_true", help=takes_over)
+    text = "say which versions and devices are here, and which implementation of each operation runs"
+    verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
 
 
-def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    overrides = parse_overrides(rest)
-    if options.output_dir is not None:
-        overrides.append(("output_dir", options.output_dir))
-    if not Path(options.recipe).is_file():
-        raise InputError(f"{options.recipe}: no such recipe")
+def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    recipe_path = Path(options.recipe)
+    if not recipe_path.is_file():
+        raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
     try:
         from .config import load_recipe
 
-        recipe = load_recipe(options.recipe, overrides)
+        recipe = load_recipe(recipe_path, overrides)
+        if options.output_dir is not None:
+            recipe.output_dir = options.output_dir
         from .pipeline import run
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
@@ -88,34 +97,29 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(folder / "report.html")
 
 
-def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b value` and `--a.b=value` as ("a.b", "value")."""
-    overrides, words = [], list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or len(word) == 2:
-            raise InputError(f"{word}: unknown argument; a recipe's key is given as --section.key VALUE")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise InputError(f"--{key}: needs a value")
-            value = words.pop(0)
-        overrides.append((key, value))
-    return overrides
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words that argparse reads, and each `--key VALUE` or `--key=VALUE` of the recipe as ("key", "VALUE").
 
-
-def _refuse(rest: Sequence[str]) -> None:
-    if rest:
-        raise InputError(f"{rest[0]}: unknown argument")
-
-
-def _disk_is_full(error: Exception, options: argparse.Namespace) -> bool:
-    """Also where a library wraps the operating system's error in its own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    folder = Path(getattr(options, "output_dir", None) or ".")
-    writing = "No space left" in str(error) or "file write failed" in str(error)
-    return writing and (not folder.exists() or shutil.disk_usage(folder).free < 1 << 24)
+    Apart, because argparse would take the value of an option it does not know for the recipe's path.
+    """
+    ours, overrides, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word in ("--help", "--update"):
+            ours.append(word)
+        elif key == "output_dir" and word.startswith("--"):
+            ours.append(word)
+            ours += [rest.pop(0)] if rest and not equals else []
+        elif word.startswith("--") and key:
+            if not equals:
+                if not rest:
+                    raise InputError(f"--{key}: needs a value, as in --{key} VALUE")
+                value = rest.pop(0)
+            overrides.append((key, value))
+        else:
+            ours.append(word)
+    return ours, overrides
 
 
 if __name__ == "__main__":

@@ -123,11 +123,24 @@ def _turns(raw: dict, columns: dict[str, str], chat: bool, where: str) -> tuple[
     return prompt, completion
 
 
-def _template_fields(template: str) -> list[str]:
+def _template_fields(template: str, key: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise InputError(f"data.prompt: {template!r} is no template for str.format: {error}") from None
+        raise InputError(f"data.{key}: {template!r} is no template for str.format: {error}") from error
+
+
+def _fill(template: str, key: str, values: dict[str, Any], where: str) -> str:
+    for name in _template_fields(template, key):
+        if name not in values:
+            raise InputError(f"data.{key}: the template names {{{name}}}; {where} has {', '.join(values)}")
+    return template.format(**values)
+
+
+def _template_values(raw: dict[str, Any]) -> dict[str, Any]:
+    """A row's columns and, beneath them, what reasoning-gym says of the row in `metadata` (`expression`, ...)."""
+    described = json.loads(raw["metadata"]) if "task" in raw and isinstance(raw.get("metadata"), str) else {}
+    return {**described, **raw}
 
 
 def _apply_template(turns: list[dict], raw: dict, template: str, where: str) -> tuple[list[dict], str]:
@@ -137,15 +150,13 @@ def _apply_template(turns: list[dict], raw: dict, template: str, where: str) -> 
     a row keeps its id, and so its place in the split.
     """
     asked = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
-    values = {**raw, "prompt": turns[asked]["content"]}
-    fields = _template_fields(template)
-    for name in fields:
-        if name not in values:
-            raise InputError(f"data.prompt: the template names {{{name}}}; {where} has {', '.join(values)}")
-    said = [turn["content"] for turn in turns] + [str(values[name]) for name in fields if name != "prompt"]
+    values = _template_values(raw) | {"prompt": turns[asked]["content"]}
+    filled = _fill(template, "prompt", values, where)
+    others = [name for name in _template_fields(template, "prompt") if name != "prompt"]
+    said = [turn["content"] for turn in turns] + [str(values[name]) for name in others]
     digest = hashlib.sha256(" ".join("\n".join(said).casefold().split()).encode()).hexdigest()
     formed = [dict(turn) for turn in turns]
-    formed[asked]["content"] = template.format(**values)
+    formed[asked]["content"] = filled
     return formed, digest[:16]
 
 
@@ -167,11 +178,15 @@ def _form_row(
     if config.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
     apart = "answer" in columns and columns["answer"] != columns.get("completion")
+    last = completion[-1]["content"]
+    answer = _final_answer(raw.get(columns["answer"]) if apart else None, last)
+    values = _template_values(raw) | {"prompt": turns[-1]["content"], "completion": last, "answer": answer}
+    completion = [*completion[:-1], {**completion[-1], "content": _fill(config.completion, "completion", values, where)}]
     row: dict[str, Any] = {
         "id": row_id,
         "prompt": turns if chat else "\n\n".join(turn["content"] for turn in turns),
         "completion": completion if chat else completion[-1]["content"],
-        "answer": _final_answer(raw.get(columns["answer"]) if apart else None, completion[-1]["content"]),
+        "answer": answer,
     }
     used = {"prompt", "completion", "answer", "messages", columns.get("messages"), columns.get("system")}
     for name, item in raw.items():
@@ -241,7 +256,7 @@ def load_rows(
         for row in formed[name]:
             if row["id"] in seen:
                 report[name]["duplicates"] += 1
-            elif limit is not None and len(_prompt_ids(row, tokenizer)) > limit:
+            elif limit is not None and len(prompt_ids(row, tokenizer)) > limit:
                 report[name]["too_long"] += 1
             else:
                 seen.add(row["id"])
@@ -257,10 +272,10 @@ def load_rows(
             rows.append({**row, "split": "held_out" if row["id"] in held_out else "train", "source": name})
     if not rows:
         raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
-    return _to_dataset(rows), report
+    return to_dataset(rows), report
 
 
-def _to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
+def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
     """A data set with every row's columns; InputError that names the first column of two types."""
     from datasets import Dataset
 
@@ -295,7 +310,7 @@ def _token_ids(text: str | list, row: dict[str, Any], tokenizer: Any, **options:
     return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
-def _prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The prompt's token ids as generation sees them: a chat ends with the template's generation prompt."""
     return _token_ids(row["prompt"], row, tokenizer, add_generation_prompt=True)
 
@@ -318,9 +333,9 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
     else:
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
     whole = _token_ids(prompt + completion, row, tokenizer)
-    prompt_ids = _prompt_ids(row, tokenizer)
-    parted = (i for i, (one, other) in enumerate(zip(prompt_ids, whole)) if one != other)
-    n_prompt = next(parted, min(len(prompt_ids), len(whole)))
+    asked = prompt_ids(row, tokenizer)
+    parted = (i for i, (one, other) in enumerate(zip(asked, whole)) if one != other)
+    n_prompt = next(parted, min(len(asked), len(whole)))
     if empty or n_prompt == len(whole):
         raise InputError(f"row {row.get('id', '(no id)')}: the completion has no tokens to learn from")
     return whole, n_prompt

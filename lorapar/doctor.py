@@ -1,30 +1,92 @@
 """What is installed, which devices there are, and which implementation of each operation runs here."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+import lorapar_kernels as lk
 import lorapar_kernels.native as native
 from lorapar_kernels import backend
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
+MODULES = ("lora_linear", "importance", "top_mass", "masked_adamw", "dropout", "bitmask")
 
 
 def doctor() -> str:
     """A report for a person, a fact a line."""
-    lines = [f"python           {platform.python_version()} on {platform.platform()}"]
-    for name in PACKAGES:
-        lines.append(f"{name:<16} {_version(name)}")
-    lines.append("")
-    lines += _devices()
-    lines.append("")
-    lines.append(f"LORAPAR_BACKEND  {os.environ.get('LORAPAR_BACKEND', 'not set (each operation takes its own default)')}")
-    lines += [f"{key:<16} {value}" for key, value in native.status().items()]
-    lines += [f"{operation:<16} {runs}" for operation, runs in backend.operations().items()]
+    forced = os.environ.get("LORAPAR_BACKEND")
+    lines = [f"{'python':<18} {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name:<18} {_version(name)}" for name in ("lorapar", *PACKAGES)]
+    lines += ["", *_devices(), *_libraries(), ""]
+    lines.append(f"{'LORAPAR_BACKEND':<18} {forced or 'not set: each operation takes the first that can serve'}")
+    for device in ("cpu", "cuda"):
+        lines += ["", f"what runs on {device}"]
+        if device == "cuda" and not torch.cuda.is_available():
+            lines.append("  no device")
+            continue
+        lines += [f"  {operation:<20} {runs}" for operation, runs in operations(torch.device(device)).items()]
     return "\n".join(lines)
+
+
+def operations(device: torch.device) -> dict[str, str]:
+    """{operation: the implementation that serves a small call of it on `device`, and why the others cannot}.
+
+    Each operation is called and what it chose is overheard, so that what is said here is what runs.
+    """
+    t, mask = torch.ones(2, 2, device=device), torch.ones(2, 2, dtype=torch.bool, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    sums = lk.ScoreSums.zeros_like(t, t)
+    calls: dict[str, Callable[[], object]] = {
+        "lora_linear": lambda: lk.lora_linear(t, t, t, t, 1.0),
+        "lora_add": lambda: lk.lora_add(t, t, t, t, 1.0),
+        "lora_linear_scored": lambda: lk.lora_linear_scored(t, t, t, t, 1.0, torch.tensor([0, 2]), sums),
+        "top_mass": lambda: lk.top_mass(t, 0.5),
+        "masked_adamw": lambda: lk.masked_adamw([t.clone()], [t], [mask], [t.reshape(-1).clone()],
+                                                [t.reshape(-1).clone()], 1, lr=0.1),
+        "dropout_mask": lambda: lk.dropout_mask(seed, [2, 2], 0.5),
+        "pack_mask": lambda: lk.pack_mask(mask),
+        "unpack_mask": lambda: lk.unpack_mask(torch.ones(1, dtype=torch.int32, device=device), [2, 2]),
+    }  # fmt: skip
+    return {name: _overheard(call) for name, call in calls.items()}
+
+
+def _overheard(call: Callable[[], object]) -> str:
+    with _listening() as heard:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            return f"fails: {error}"
+    if not heard:
+        return "reference"
+    name, others = heard[0]
+    reasons = [f"{other}: {why}" for other, why in others.items() if why is not None]
+    return name + (f"  ({'; '.join(reasons)})" if reasons else "")
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[tuple[str, dict[str, str | None]]]]:
+    """Collect, for every choice made in the block, the backend taken and what stands in the way of each other one."""
+    heard: list[tuple[str, dict[str, str | None]]] = []
+
+    def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
+        name = backend.choose(op, obstacles)
+        heard.append((name, {other: obstacle() for other, obstacle in obstacles.items() if other != name}))
+        return name
+
+    modules = [importlib.import_module(f"lorapar_kernels.{name}") for name in MODULES]
+    for module in modules:
+        module.choose = choose  # type: ignore[attr-defined]
+    try:
+        yield heard
+    finally:
+        for module in modules:
+            module.choose = backend.choose  # type: ignore[attr-defined]
 
 
 def _version(name: str) -> str:
@@ -36,10 +98,20 @@ def _version(name: str) -> str:
 
 def _devices() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    lines = [f"cpu              {capability}, {torch.get_num_threads()} threads"]
+    lines = [f"{'cpu':<18} {capability}, {torch.get_num_threads()} threads"]
     if not torch.cuda.is_available():
-        return [*lines, "cuda             no device"]
+        return [*lines, f"{'cuda':<18} no device"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}           {facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory >> 20} MiB")
+        said = f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory >> 20} MiB"
+        lines.append(f"{f'cuda:{index}':<18} {said}")
+    return lines
+
+
+def _libraries() -> list[str]:
+    status = native.status()
+    lines = [f"{f'{name}':<18} {place or 'not found'}" for name, place in status["compilers"].items()]
+    for kind in native.KINDS:
+        said = status[kind]["build"] if status[kind]["loaded"] else status[kind]["reason"]
+        lines.append(f"{f'native {kind}':<18} {said}")
     return lines

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
 
 from .config import require
-from .data import _prompt_ids as prompt_ids
+from .data import prompt_ids
+from .models import answer_greedily
 from .progress import Progress
 from .rewards import is_correct
 
@@ -35,7 +35,9 @@ def evaluate(
     """
     rows = [dict(row) for row in dataset]
     require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
-    completions = generate_greedy(model, tokenizer, rows, max_new_tokens, batch_size, description)
+    with Progress(description, len(rows), "row") as progress:
+        ids = [prompt_ids(row, tokenizer) for row in rows]
+        completions = answer_greedily(model, tokenizer, ids, max_new_tokens, batch_size, progress.update)
     answers = [
         {
             "id": row.get("id"),
@@ -62,45 +64,3 @@ def wilson(successes: int, trials: int) -> list[float]:
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
     return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-@torch.no_grad()
-def generate_greedy(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Mapping[str, Any]],
-    max_new_tokens: int,
-    batch_size: int,
-    description: str,
-) -> list[str]:
-    """One greedy completion a row, in the rows' order; prompts of like length share a batch, padded on the left."""
-    device = next(model.parameters()).device
-    prompts = [prompt_ids(dict(row), tokenizer) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    texts = [""] * len(rows)
-    training = model.training
-    model.eval()
-    with Progress(description, len(rows), "row") as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            width = len(prompts[batch[0]])
-            ids = torch.full((len(batch), width), tokenizer.pad_token_id, dtype=torch.long)
-            attention = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                attention[row, width - len(prompts[i]) :] = 1
-            out = cast(Any, model).generate(
-                input_ids=ids.to(device),
-                attention_mask=attention.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
-                texts[i] = text.strip()
-            progress.update(len(batch))
-    model.train(training)
-    return texts

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,25 +310,16 @@ def _make_greedy(model: "PreTrainedModel") -> None:
 def answer_greedily(
     model: Any,
     tokenizer: Any,
-    prompts: list[str] | list[list[dict[str, Any]]],
+    ids: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, as text without special tokens, in the prompts'
-    order.
+    """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
-    A prompt is a string or a list of messages; the latter gets the chat template's generation prompt. Prompts
-    of like length share a batch. The model's mode and the tokenizer's padding side are left as they were.
+    `ids` are the prompts' tokens, a generation prompt included (`data.prompt_ids`). Prompts of like length share a
+    batch, padded on the left; `on_batch` hears how many each batch held. The model's mode is left as it was.
     """
-    texts = [
-        prompt
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    # A chat template writes the special tokens itself; the tokenizer adds them to plain text.
-    plain = not prompts or isinstance(prompts[0], str)
-    ids = [tokenizer(text, add_special_tokens=plain)["input_ids"] for text in texts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     answers = [""] * len(ids)
     training = model.training
@@ -345,10 +336,15 @@ def answer_greedily(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
+                # A model's own sampling settings mean nothing to a greedy answer, and would warn.
+                temperature=None,
+                top_p=None,
+                top_k=None,
             )
             texts_out = tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True)
             for index, text in zip(batch, texts_out):
-                answers[index] = text
+                answers[index] = text.strip()
+            on_batch(len(batch))
     finally:
         model.train(training)
     return answers

@@ -8,9 +8,9 @@ fingerprint of everything it read. A stage whose fingerprint stands in the recor
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +20,22 @@ from typing import Any
 import yaml
 
 from . import stages
-from .artefacts import read_json, read_text, sha256_file, sha256_json, write_json, write_text
+from .artefacts import (
+    TEMPORARY,
+    disk_is_full,
+    read_json,
+    read_text,
+    remove_left_over,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from .config import Recipe, load_recipe, parse
 from .errors import InputError
+from .logs import calm_libraries, logging_to
 from .memory import peak_memory_bytes, reset_peak_memory
+from .recipe_file import dump_yaml, parse_yaml
 
 log = logging.getLogger("lorapar")
 
@@ -48,9 +60,11 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The recipe's stages in their order; a training stage reads what the one before it wrote."""
     scored = recipe.partition.selection != "all"
     start, scores = "start/adapter_model.safetensors", "scores.safetensors"
+    # What says how an adapter's weights are used, which the weights themselves do not show: lora_alpha, lora_dropout.
+    adapted = ("model", "lora", "start")
     made = [
         Stage("label", stages.label_stage, ("model", "data", "label"), (), ("labels.jsonl",)),
-        Stage("score", stages.score_stage, ("model", "lora", "start", "score", "seed"), ("labels.jsonl",),
+        Stage("score", stages.score_stage, (*adapted, "score", "seed"), ("labels.jsonl",),
               (start, scores) if scored else (start,)),
         Stage("partition", stages.partition_stage, ("partition", "seed"), (scores if scored else start,),
               ("partition.safetensors",)),
@@ -59,14 +73,14 @@ def plan(recipe: Recipe) -> list[Stage]:
     for name in recipe.stages:
         run = stages.sft_stage if name == "sft" else stages.grpo_stage
         reads = ("labels.jsonl", "partition.safetensors", f"{adapter}/adapter_model.safetensors")
-        made.append(Stage(name, run, ("model", name, "stages", "seed"), reads, (f"{name}/adapter_model.safetensors",)))
+        made.append(Stage(name, run, (*adapted, name, "seed"), reads, (f"{name}/adapter_model.safetensors",)))
         adapter = name
     trained = tuple(f"{name}/adapter_model.safetensors" for name in recipe.stages)
     made += [
-        Stage("evaluate", stages.evaluate_stage, ("model", "evaluate", "stages"),
-              ("labels.jsonl", "partition.safetensors", *trained), ("metrics.json",)),
-        Stage("export", stages.export_stage, ("model", "export", "stages"), (trained[-1],),
-              ("adapter/adapter_model.safetensors",)),
+        Stage("evaluate", stages.evaluate_stage, (*adapted, "evaluate", "stages"),
+              ("labels.jsonl", "partition.safetensors", *trained), ("metrics.json", "answers.jsonl")),
+        Stage("export", stages.export_stage, (*adapted, "export"), (trained[-1],),
+              ("adapter/adapter_model.safetensors", *(["merged/config.json"] if recipe.export.merged else []))),
         Stage("report", stages.report_stage, (), ("labels.jsonl", "metrics.json"), ("report.html",)),
     ]  # fmt: skip
     return made
@@ -84,14 +98,17 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     folder = Path(recipe.output_dir)
-    with logging_to(folder / "run.log"):
-        _claim(recipe, folder, update)
-        names = [stage.name for stage in plan(recipe)]
-        if only is not None and only not in names:
-            raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)})")
-        for stage in plan(recipe):
-            if only in (None, stage.name):
-                _run_stage(stage, recipe, folder)
+    names = [stage.name for stage in plan(recipe)]
+    if only is not None and only not in names:
+        raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)})")
+    with calm_libraries(), as_input_error(folder):
+        stages.check_recipe(recipe, folder)
+        _check_folder(recipe, folder, update)
+        with logging_to(folder / "run.log"):
+            _claim(recipe, folder)
+            for stage in plan(recipe):
+                if only in (None, stage.name):
+                    _run_stage(stage, recipe, folder)
     return folder
 
 
@@ -104,8 +121,11 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     # Every process has read the record before the first one writes it.
     stages.wait_for_everyone()
     if done:
+        stages.check_whole(folder, stage.writes)
         log.info("%s: done before, skipped", stage.name)
         return
+    # Before anything of this stage's is given up: what it reads may be damaged.
+    stages.check_whole(folder, stage.reads)
     if stage.trains and wanted not in (record.get("started"), record.get("fingerprint")):
         stages.discard_checkpoints(folder / stage.name)
     main = stages.is_main_process()
@@ -122,47 +142,77 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
                   "finished": finished, **facts}  # fmt: skip
         write_json(folder / "stages.json", records(folder) | {stage.name: record})
         if stage.name != "report":
-            stages.refresh_metrics(folder, records(folder))
+            planned = [planned.name for planned in plan(recipe)]
+            stages.refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     stages.wait_for_everyone()
-    log.info("%s: done in %.1f s%s", stage.name, seconds, "".join(f", {k} {_short(v)}" for k, v in facts.items()))
+    log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
 
 
 def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
-    """A digest of the recipe's sections and the files that the stage reads, local data and model files included."""
+    """A digest of the recipe's sections and the files that the stage reads, local data and model files included.
+
+    Model weights go by size and time of change, like a Makefile's: hashing them would cost a run many seconds a stage.
+    """
     values = recipe.as_dict()
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     inputs["files"] = {name: sha256_file(folder / name) for name in stage.reads}
     if stage.name == "label":
-        paths = [Path(source.name) for source in recipe.data.sources]
+        paths = [Path(source.name).expanduser() for source in recipe.data.sources]
         inputs["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
+    if "model" in stage.sections:
+        place = Path(recipe.model.name).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+        stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
+        inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return sha256_json(inputs)
 
 
 def records(folder: Path) -> dict[str, Any]:
     """What the finished stages wrote of themselves into `stages.json`; empty where none has finished."""
     path = folder / "stages.json"
-    return read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
+        raise InputError(f"{path}: corrupt: it holds no records of stages; delete it to do every stage again")
+    return found
 
 
-def _claim(recipe: Recipe, folder: Path, update: bool) -> None:
-    """Write the resolved recipe into a new folder; refuse one that another recipe made."""
+def _check_folder(recipe: Recipe, folder: Path, update: bool) -> None:
+    """Refuse an output folder that is not ours, or that another recipe made, before a byte is written there."""
     path = folder / "recipe.yaml"
-    text = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
-    if path.exists():
-        there = yaml.safe_load(read_text(path))
-        difference = _first_difference(parse(there).as_dict(), recipe.as_dict())
-        if difference and not update:
-            key, old, new = difference
-            raise InputError(
-                f"{folder}: made by another recipe ({key} was {old!r}, is {new!r}); use another --output_dir, or "
-                "--update to redo there what the change touches"
-            )
-    elif folder.is_dir() and any(p.name != "run.log" for p in folder.iterdir()):
-        raise InputError(f"{folder}: not empty and holds no recipe.yaml; use another --output_dir")
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise InputError(f"output_dir: {place} is a file; give a folder")
+    if not path.exists():
+        # A process killed at its very start leaves no more than these.
+        strange = [p.name for p in sorted(folder.glob("*")) if p.name != "run.log" and not p.match(TEMPORARY)]
+        if strange:
+            raise InputError(f"{folder}: not empty ({strange[0]}) and holds no recipe.yaml; use another --output_dir")
+        return
+    records(folder)
+    if update:
+        return
+    try:
+        there = parse(parse_yaml(read_text(path))).as_dict()
+    except (InputError, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: corrupt, or of another version ({error}); --update writes it anew") from None
+    difference = _first_difference(there, recipe.as_dict())
+    if difference:
+        key, old, new = difference
+        raise InputError(
+            f"{folder}: made by another recipe ({key} was {old!r}, is {new!r}); use another --output_dir, or "
+            "--update to redo there what the change touches"
+        )
+
+
+def _claim(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe where it is not there yet, and clear away what a killed process has left."""
+    path, text = folder / "recipe.yaml", dump_yaml(recipe.as_dict())
     if stages.is_main_process():
-        write_text(path, text)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
-        log.info("lorapar %s, %s", importlib.metadata.version("lorapar"), versions)
+        remove_left_over(folder)
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+        log.info("version %s, %s", importlib.metadata.version("lorapar"), ", ".join(versions))
     stages.wait_for_everyone()
 
 
@@ -174,34 +224,30 @@ def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] 
             if found and found[0] != "output_dir":
                 return found
         return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        differences = (_first_difference(*pair, f"{at}[{i}]") for i, pair in enumerate(zip(old, new)))
+        return next((found for found in differences if found), None)
     return None if old == new else (at, old, new)
 
 
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Our log on the terminal, one line an event, and in `path` with times."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    terminal, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path, encoding="utf-8")
-    terminal.setFormatter(logging.Formatter("lorapar: %(message)s"))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [terminal, file] if stages.is_main_process() else []
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in handlers:
-        log.addHandler(handler)
+def as_input_error(folder: Path) -> Iterator[None]:
+    """Say in one line what the user can mend and libraries raise as their own: a full disk, a folder closed to us."""
     try:
         yield
-    except BaseException as error:
-        file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "stopped: %r", (error,), None))
+    except InputError:
         raise
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-        file.close()
-        log.setLevel(level)
-        log.propagate = propagate
+    except Exception as error:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        if disk_is_full(error, there):
+            raise InputError(f"{folder}: the disk is full; free some space and run the same command again") from error
+        closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if closed and str(error.filename).startswith(str(folder)):
+            raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
+        raise
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _said(facts: dict[str, Any]) -> str:
+    """The facts of one number or word, for the line that ends a stage."""
+    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in facts.items() if not isinstance(v, dict | list)}
+    return "".join(f", {key} {value}" for key, value in short.items() if value is not None)

@@ -5,19 +5,23 @@ import dataclasses
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
-from .adapter import ADAPTER, attach, load_adapter, lora_parameters, masked_layers, save_adapter
-from .artefacts import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
+from lorapar_kernels import backend
+
+from .adapter import ADAPTER, attach, check_fits, load_adapter, lora_parameters, masked_layers, save_adapter
+from .artefacts import atomic_folder, read_json, read_jsonl, why_not_whole, write_json, write_jsonl
 from .config import Recipe
-from .data import _to_dataset as to_dataset, load_rows
+from .data import load_rows, to_dataset
 from .errors import InputError
 from .evaluate import evaluate
 from .export import export
@@ -30,6 +34,7 @@ from .training import rows_of, save_stage
 
 log = logging.getLogger("lorapar")
 Facts = dict[str, Any]
+LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
 
 def label_stage(recipe: Recipe, folder: Path) -> Facts:
@@ -40,8 +45,8 @@ def label_stage(recipe: Recipe, folder: Path) -> Facts:
     if recipe.label.column:
         voters = [Column(recipe.label.column)]
     else:
-        names = [voter if isinstance(voter, str) else voter.get("name") for voter in recipe.label.voters]
-        model = _model(recipe) if "probe" in names else None
+        asked = any(_voter_name(voter) == "probe" for voter in recipe.label.voters)
+        model = _model(recipe) if asked else None
         voters = make_voters(recipe.label.voters, model, tokenizer)
     labelled = label(rows, voters, ties=recipe.label.ties)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
@@ -193,6 +198,45 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         raise InputError(f"lora: {error}") from error
 
 
+def check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done."""
+    from trl import GRPOConfig, SFTConfig
+
+    try:
+        backend.forced()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    lora_config(recipe)
+    if recipe.label.column is None:
+        make_voters([voter for voter in recipe.label.voters if _voter_name(voter) != "probe"])
+    if "sft" in recipe.stages:
+        _trainer_config(SFTConfig, recipe, "sft", folder)
+    if "grpo" in recipe.stages:
+        _trainer_config(GRPOConfig, recipe, "grpo", folder)
+        resolve_rewards(recipe.grpo.rewards)
+
+
+def check_whole(folder: Path, names: Sequence[str]) -> None:
+    """Read the artefacts that a stage is about to use or has written, and hold partition and adapters together.
+
+    Raises InputError for one that is missing, corrupt or of another model.
+    """
+    for name in names:
+        fault = why_not_whole(folder / name)
+        if fault:
+            raise InputError(f"{folder / name}: {fault}; restore it, or delete it to have it made again")
+    if "labels.jsonl" in names:
+        _labels(folder)
+    if "scores.safetensors" in names:
+        load_scores(folder / "scores.safetensors")
+    if "partition.safetensors" in names:
+        made = Partition.load(folder / "partition.safetensors")
+        for name in names:
+            if name.endswith("/adapter_model.safetensors"):
+                shapes = load_adapter_shapes((folder / name).parent)
+                check_fits(cast(Any, shapes), made.active("sft"), str(folder / "partition.safetensors"))
+
+
 def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
     """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists."""
     path = folder / "metrics.json"
@@ -233,8 +277,21 @@ def _model(recipe: Recipe) -> PreTrainedModel:
     return load_model(config)
 
 
+def _voter_name(voter: str | dict[str, Any]) -> Any:
+    return voter if isinstance(voter, str) else voter.get("name")
+
+
 def _labels(folder: Path) -> Dataset:
-    return to_dataset(read_jsonl(folder / "labels.jsonl"))
+    path = folder / "labels.jsonl"
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        for column in LABELLED_COLUMNS:
+            if row.get(column) is None:
+                raise InputError(f"{path}: line {number} has no {column!r}; label writes {', '.join(LABELLED_COLUMNS)}")
+        if row["system"] not in (1, 2) or row["split"] not in ("train", "held_out"):
+            given = row["system"], row["split"]
+            raise InputError(f"{path}: line {number}: system and split are {given}, allowed: 1 or 2, train or held_out")
+    return to_dataset(rows)
 
 
 def _previous(recipe: Recipe, stage: str) -> str:
@@ -280,6 +337,11 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
         "disable_tqdm": not sys.stderr.isatty(),
     }
     try:
-        return config_class(**(ours | getattr(recipe, stage).trainer))
+        config = config_class(**(ours | getattr(recipe, stage).trainer))
     except (TypeError, ValueError) as error:
         raise InputError(f"{stage}: {error}") from error
+    available = get_available_reporting_integrations()
+    for tracker in config.report_to:
+        if tracker not in available:
+            raise InputError(f"{stage}.report_to: {tracker!r} is not installed here; allowed: none, {', '.join(available)}")
+    return config

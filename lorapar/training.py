@@ -3,6 +3,7 @@
 Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` → a trained adapter, verified bit for bit.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -18,13 +19,16 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapter import Snapshot, activate, save_adapter, verify
-from .artefacts import read_json, write_json
+from .artefacts import read_json, why_not_whole, write_json
 from .errors import InputError
 from .optim import PartitionedAdamW
 from .partition import Partition
 from .progress import TrainingProgress
 
+log = logging.getLogger("lorapar")
 Stage = Literal["sft", "grpo"]
+CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
+                    "scheduler.pt", "trainer_state.json")  # fmt: skip
 PAPER = {
     "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
     "id": "2507.20999",
@@ -110,12 +114,12 @@ def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:
         if folder.name.removeprefix("checkpoint-").isdigit()
     ]
     for _, folder in sorted(numbered, reverse=True):
-        # transformers writes trainer_state.json last; a kill in the middle leaves none, or half of one.
-        try:
-            read_json(folder / "trainer_state.json")
-            facts = read_json(folder / "lorapar.json")
-        except InputError:
+        # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
+        faults = [fault for fault in (why_not_whole(folder / name) for name in CHECKPOINT_FILES) if fault]
+        if faults:
+            log.info("%s: not whole (%s), passed over", folder, faults[0])
             continue
+        facts = read_json(folder / "lorapar.json")
         if facts["partition"] != partition.hash:
             raise InputError(
                 f"{folder}: made with partition {facts['partition'][:12]}, this run's is {partition.hash[:12]}; "
@@ -149,7 +153,7 @@ def save_stage(trainer: PartitionedTrainer, folder: Path, facts: dict[str, Any],
     """Put the trained adapter, its partition and the training log into the stage's folder, each file whole."""
     model = cast(PeftModel, trainer.model)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=folder))
     try:
         save_adapter(model, temporary, **facts)
         trainer.partition.save(temporary / "lorapar_partition.safetensors")

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..data import prompt_ids
 from ..models import answer_greedily
+from ..progress import Progress
 from ..rewards import is_correct
 from .rules import Operations, ReasoningSteps
 from .voting import Teacher
@@ -44,8 +46,11 @@ class Probe:
 
     def vote(self, rows: "Dataset") -> list[int | None]:
         asked = [index for index, answer in enumerate(rows["answer"]) if answer]
-        prompts = [rows[index]["prompt"] for index in asked]
-        given = answer_greedily(self.model, self.tokenizer, prompts, self.max_new_tokens, self.batch_size)
+        ids = [prompt_ids(rows[index], self.tokenizer) for index in asked]
+        with Progress("label: probe", len(ids), "row") as progress:
+            given = answer_greedily(
+                self.model, self.tokenizer, ids, self.max_new_tokens, self.batch_size, progress.update
+            )
         votes: list[int | None] = [None] * len(rows)
         for index, text in zip(asked, given):
             votes[index] = 1 if is_correct(text, rows[index]["answer"]) else 2

@@ -136,18 +136,19 @@ def test_column_reads_labels_in_every_usual_form():
 def test_probe_votes_by_what_the_model_says(monkeypatch):
     asked = {}
 
-    def says(model, tokenizer, prompts, max_new_tokens, batch_size):
-        asked.update(prompts=list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size)
+    def says(model, tokenizer, ids, max_new_tokens, batch_size, on_batch):
+        asked.update(ids=ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
         return ["It is 7.", "8"]
 
     monkeypatch.setattr("lorapar.labeling.voters.answer_greedily", says)
+    monkeypatch.setattr("lorapar.labeling.voters.prompt_ids", lambda row, tokenizer: [len(row["prompt"])])
     rows = rows_of("7", "7", "?").remove_columns("answer").add_column("answer", ["7", "7", ""])
     assert make_voters([{"name": "probe", "batch_size": 4}], "model", "tokenizer")[0].vote(rows) == [
         1,
         2,
         None,
     ]
-    assert asked == {"prompts": ["How many?"] * 2, "max_new_tokens": 16, "batch_size": 4}
+    assert asked == {"ids": [[len("How many?")]] * 2, "max_new_tokens": 16, "batch_size": 4}
 
 
 def test_make_voters_by_name():

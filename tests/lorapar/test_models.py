@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 from lorapar import models
 from lorapar.config import ModelConfig
 from lorapar.errors import InputError
+from lorapar.data import prompt_ids
 from lorapar.models import answer_greedily, best_dtype, load_model, load_tokenizer, resolve
 
 
@@ -114,7 +115,7 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_model, cache, monkeypatch):
 def test_greedy_answers_do_not_depend_on_the_batch(gguf_model):
     config = ModelConfig(str(gguf_model), dtype="float32", device="cpu")
     model, tokenizer = load_model(config), load_tokenizer(config)
-    prompts = ["a", "longer than that", "ab" * 10, "c"]
+    prompts = [tokenizer(text)["input_ids"] for text in ("a", "longer than that", "ab" * 10, "c")]
     singly = [answer_greedily(model, tokenizer, [prompt], 8, 1)[0] for prompt in prompts]
     assert answer_greedily(model, tokenizer, prompts, 8, 3) == singly
     assert len(set(singly)) > 1
@@ -126,10 +127,10 @@ def test_chat_prompts_get_the_generation_prompt(gguf_model):
     config = ModelConfig(str(gguf_model), dtype="float32", device="cpu")
     model, tokenizer = load_model(config), load_tokenizer(config)
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %} >{% endif %}"
-    chat = [[{"role": "user", "content": "hello"}]]
-    assert answer_greedily(model, tokenizer, chat, 8, 1) == answer_greedily(
-        model, tokenizer, ["hello >"], 8, 1
-    )
+    chat = prompt_ids({"prompt": [{"role": "user", "content": "hello"}]}, tokenizer)
+    plain = prompt_ids({"prompt": "hello >"}, tokenizer)
+    assert chat == plain
+    assert answer_greedily(model, tokenizer, [chat], 8, 1) == answer_greedily(model, tokenizer, [plain], 8, 1)
 
 
 def test_sampling_settings_are_taken_out(tmp_path):
@@ -267,7 +268,9 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
         "config = ModelConfig('smollm2-135m', dtype='bfloat16', device='cpu')\n"
         "model, tokenizer = load_model(config), load_tokenizer(config)\n"
         "chat = [{'role': 'user', 'content': 'What is the capital of France?'}]\n"
-        "print(model.name_or_path, model.num_parameters(), answer_greedily(model, tokenizer, [chat], 12, 1))"
+        "from lorapar.data import prompt_ids\n"
+        "ids = prompt_ids({'prompt': chat}, tokenizer)\n"
+        "print(model.name_or_path, model.num_parameters(), answer_greedily(model, tokenizer, [ids], 12, 1))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=600

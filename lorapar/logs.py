@@ -1,0 +1,95 @@
+"""What a run says: our lines on the terminal, everything with its time in `run.log`, libraries calm.
+
+Libraries' warnings go to `run.log` alone; their errors go to the terminal too. Their bars (loading weights, mapping a
+data set) are off: a long step has one progress line of ours (`progress.py`).
+"""
+
+import contextlib
+import fcntl
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from transformers.utils import logging as transformers_logging
+
+from .errors import InputError
+
+log = logging.getLogger("lorapar")
+LIBRARIES = ("transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "torch", "py.warnings")
+
+
+class _RunLog(logging.FileHandler):
+    """`run.log`, which must not stop a run or clutter the terminal where it cannot be written: on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        del record
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+@contextlib.contextmanager
+def calm_libraries() -> Iterator[None]:
+    """Libraries' bars off and their warnings held back, until the block ends."""
+    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.captureWarnings(True)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [terminal], False
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, (handlers, propagate) in zip(loggers, before):
+            logger.handlers, logger.propagate = handlers, propagate
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if bars[1]:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Our log on the terminal, one line an event, and in `path`, held against a second run, with times and warnings.
+
+    In a distributed launch only the main process writes either.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal, file = logging.StreamHandler(sys.stderr), _RunLog(path, encoding="utf-8")
+    terminal.setFormatter(logging.Formatter("lorapar: %(message)s"))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    try:
+        # Of the open file, so that the system lets go of it however the process ends.
+        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path.parent}: another lorapar is running there; wait for it, or stop it") from None
+    libraries = [logging.getLogger(name) for name in LIBRARIES]
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [terminal, file], False
+    log.setLevel(logging.INFO)
+    for logger in libraries:
+        logger.addHandler(file)
+    try:
+        yield
+    except BaseException as error:
+        file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "stopped: %r", (error,), None))
+        raise
+    finally:
+        for logger in libraries:
+            logger.removeHandler(file)
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+        file.close()

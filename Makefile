@@ -1,0 +1,36 @@
+# The verbs of the project; CI calls the same ones.
+PYTHON ?= python
+TEST = $(PYTHON) -m pytest
+
+.PHONY: test quick style types interpret compile native bench
+
+## what CI runs: style, types, every test, the kernels under the interpreter and compiled ahead of time
+test: style types compile interpret
+	$(TEST) tests --ignore=tests/kernels/interpret
+
+## the tests that take seconds
+quick:
+	$(TEST) tests --ignore=tests/kernels/interpret -m "not slow" -x
+
+style:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m pyright
+
+## every Triton kernel under the interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is defined
+interpret:
+	TRITON_INTERPRET=1 $(TEST) tests/kernels/interpret
+
+## every Triton kernel for every architecture, without a GPU
+compile:
+	$(PYTHON) -m lorapar_kernels.compile --arch 80 90 100
+
+## csrc's libraries, where a compiler is
+native:
+	$(PYTHON) setup.py build_ext --inplace
+
+## microbenchmarks and the comparison with the released script's way; writes bench/results/
+bench:
+	$(TEST) bench --benchmark-only

@@ -1,0 +1,58 @@
+"""What export writes is loaded by plain PEFT and plain transformers and computes what the trained model computes."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import lorapar
+from lorapar.adapter import lora_parameters
+from lorapar.export import ExportDiffers
+from tests.lorapar.test_adapter import STARTS, config, logits
+from tests.tiny import tiny_tokenizer
+
+
+def trained(tiny_folder, start, dtype=torch.float32, **keys):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
+    model = lorapar.attach(base, config(**keys), start=start)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_adapter_and_merged_model_give_our_logits(tiny_folder, tmp_path, start):
+    model = trained(tiny_folder, start)
+    differences = lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)
+    assert set(differences) == {"adapter", "merged"}
+    assert max(differences.values()) < 1e-3
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_base(tiny_folder, tmp_path, dtype):
+    model = trained(tiny_folder, "twin", dtype)
+    lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == dtype
+
+
+def test_a_merge_that_loses_the_adapter_is_found_out(tiny_folder, tmp_path, monkeypatch):
+    model = trained(tiny_folder, "paper", lora_alpha=64)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    with pytest.raises(ExportDiffers, match="merged: its logits differ"):
+        lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_trained_model_is_left_as_it_was(tiny_folder, tmp_path):
+    model = trained(tiny_folder, "twin")
+    before = logits(model)
+    lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)
+    assert torch.equal(logits(model), before)
+    assert model.training is False

@@ -1,7 +1,7 @@
 """Reading and writing a run's files, each written whole or not at all.
 
-A file is written beside its destination, flushed to the disk, and renamed over it; a folder likewise. A reader therefore
-finds the old content, the new content, or nothing, also after `kill -9` or on a full disk.
+A file is written beside its destination, flushed to the disk, and renamed over it; a folder likewise. A reader
+therefore finds the old content, the new content, or nothing, also after `kill -9` or on a full disk.
 """
 
 import contextlib
@@ -146,12 +146,15 @@ def read_jsonl(path: Path | str) -> list[dict]:
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write safetensors with `metadata` as JSON under its key "lorapar", and a digest of the tensors under "sha256"."""
+    """Write safetensors with `metadata`, and a digest of the tensors, as JSON under its one key, "lorapar".
+
+    One key, because the library writes several in a random order, and equal artefacts must be equal files.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         try:
-            facts = {"lorapar": json.dumps(dict(metadata)), "sha256": _sha256_tensors(contiguous)}
-            save_file(contiguous, temporary, metadata=facts)
+            facts = {**metadata, "sha256": _sha256_tensors(contiguous)}
+            save_file(contiguous, temporary, metadata={"lorapar": json.dumps(facts)})
         except SafetensorError as error:
             # safetensors reports the operating system's error as text only.
             if "No space left" in str(error):
@@ -165,22 +168,23 @@ def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+            text = (file.metadata() or {}).get("lorapar")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: corrupt or truncated safetensors ({error})") from None
-    if "lorapar" not in facts:
+    if text is None:
         raise InputError(f"{path}: not an artefact of lorapar (its metadata lacks the key 'lorapar')")
-    if facts.get("sha256") != _sha256_tensors(tensors):
+    metadata = json.loads(text)
+    if metadata.pop("sha256", None) != _sha256_tensors(tensors):
         raise InputError(f"{path}: corrupt: its tensors do not give the sha256 that it records")
-    return tensors, json.loads(facts["lorapar"])
+    return tensors, metadata
 
 
 def _sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -193,6 +197,11 @@ def why_not_whole(path: Path) -> str | None:
             read_json(path)
         except InputError:
             return f"{path.name} is corrupt or truncated JSON"
+    elif path.suffix == ".jsonl":
+        try:
+            read_jsonl(path)
+        except InputError as error:
+            return str(error).removeprefix(f"{path}: ")
     elif path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):

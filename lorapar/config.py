@@ -1,9 +1,9 @@
 """The recipe: one YAML file that says everything about a run.
 
-A recipe is read into the dataclasses below, each key checked by name and type before anything else happens. The sections
-`lora`, `sft` and `grpo` take the keys of `peft.LoraConfig`, `trl.SFTConfig` and `trl.GRPOConfig` verbatim, plus the few
-of ours that `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml` starts from another recipe; a command-line
-`--section.key VALUE` wins over both.
+A recipe is read into the dataclasses below, each key checked by name and type before anything else happens. The
+sections `lora`, `sft` and `grpo` take the keys of `peft.LoraConfig`, `trl.SFTConfig` and `trl.GRPOConfig` verbatim,
+plus the few of ours that `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml` starts from another recipe; a
+command-line `--section.key VALUE` wins over both.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ REFUSED_LORA_KEYS = (
     "inference_mode",
 )
 # Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
-RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed", "data_seed",
-                         "optim", "optim_args")  # fmt: skip
+RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed",
+                         "data_seed", "optim", "optim_args")  # fmt: skip
 
 
 @dataclass
@@ -194,8 +194,8 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
 def parse(values: Mapping[str, Any]) -> Recipe:
     """A checked Recipe from plain values (what the YAML holds)."""
     # A section whose keys are all commented out reads as nothing, and means its defaults.
-    sections = [f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING]
-    values = {key: {} if value is None and key in sections and key != "stages" else value for key, value in values.items()}
+    sections = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING} - {"stages"}
+    values = {key: {} if value is None and key in sections else value for key, value in values.items()}
     for stage, config_class, ours in (("sft", "SFTConfig", StageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
         if isinstance(values.get(stage), Mapping):
             values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
@@ -206,12 +206,21 @@ def parse(values: Mapping[str, Any]) -> Recipe:
 
 def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
     """Refuse the first key of `given` that is not in `allowed`, naming the nearest one that is."""
-    allowed = list(allowed)
+    allowed = sorted(allowed)
     for key in given:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5 if len(allowed) < 20 else 0.0)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+            near = max(allowed, key=lambda name: _likeness(str(key), name))
+            # Of a few keys that are all unlike it the reader would rather see them all.
+            hint = f"did you mean {near!r}?"
+            if len(allowed) < 20 and _likeness(str(key), near) < 1.0:
+                hint = f"allowed: {', '.join(allowed)}"
             raise InputError(f"{at}{key}: unknown key; {hint}")
+
+
+def _likeness(one: str, other: str) -> float:
+    """0 to 2, letters in order and letters in any order: what is mistyped often has them swapped (tetha)."""
+    ordered = difflib.SequenceMatcher(None, one, other).ratio()
+    return ordered + difflib.SequenceMatcher(None, sorted(one), sorted(other)).ratio()
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

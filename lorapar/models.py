@@ -287,6 +287,11 @@ def load_model(config: "ModelConfig") -> "PreTrainedModel":
             **options,
         )
     _make_greedy(model)
+    head = model.get_output_embeddings()
+    if head is not None and device.type == "cpu":
+        # Generation hands the head the last position of each prompt, a strided view [batch, 1, hidden]. With a frozen weight torch's
+        # CPU matmul does not fold it but copies the weight once a row: 3.4 s in place of 0.01 s for 64 prompts of SmolLM2-135M.
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model.to(device).train()
 
 

@@ -1,6 +1,6 @@
 """The order of the stages, and resuming.
 
-    labels.jsonl → start/ + scores.safetensors → partition.safetensors → sft/ → grpo/ → metrics.json → adapter/ → report.html
+    labels.jsonl → start/, scores.safetensors → partition.safetensors → sft/ → grpo/ → metrics.json → adapter/ → report
 
 A stage is a function of the recipe and of files; it writes its artefact whole, then its record into `stages.json`: a
 fingerprint of everything it read. A stage whose fingerprint stands in the record, with its artefact there, is skipped.
@@ -134,7 +134,14 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     log.info("%s: started", stage.name)
     reset_peak_memory()
     began = time.perf_counter()
-    facts = stage.run(recipe, folder) if main or stage.trains else {}
+    made = _times(stage, folder)
+    try:
+        facts = stage.run(recipe, folder) if main or stage.trains else {}
+    except InputError:
+        # Refused before it wrote anything: what stood there is still what its record says.
+        if main and record and made == _times(stage, folder):
+            write_json(folder / "stages.json", records(folder) | {stage.name: record})
+        raise
     seconds = time.perf_counter() - began
     if main:
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -146,6 +153,10 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
             stages.refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     stages.wait_for_everyone()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
+
+
+def _times(stage: Stage, folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_mtime_ns for name in stage.writes if (folder / name).exists()}
 
 
 def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
@@ -241,9 +252,9 @@ def as_input_error(folder: Path) -> Iterator[None]:
         there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
         if disk_is_full(error, there):
             raise InputError(f"{folder}: the disk is full; free some space and run the same command again") from error
-        closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if closed and str(error.filename).startswith(str(folder)):
-            raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # noqa: SIM102
+            if str(error.filename).startswith(str(folder)):
+                raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         raise
 
 

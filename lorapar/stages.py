@@ -1,4 +1,4 @@
-"""Each stage as a function of the recipe and the output folder: load what it reads, call the method, write its artefact."""
+"""Each stage as a function of recipe and output folder: load what it reads, call the method, write its artefact."""
 
 import contextlib
 import dataclasses
@@ -87,7 +87,7 @@ def partition_stage(recipe: Recipe, folder: Path) -> Facts:
     if config.selection == "all":
         shapes = load_adapter_shapes(folder / "start")
         rank = read_json(folder / "start" / "lorapar.json")["rank"]
-        both = tuple(Scores(shapes, {"rank": rank}) for _ in range(2))
+        both = Scores(shapes, {"rank": rank}), Scores(shapes, {"rank": rank})
     else:
         both = load_scores(folder / "scores.safetensors")
     made = partition(*both, **dataclasses.asdict(config), seed=recipe.seed)
@@ -140,7 +140,7 @@ def evaluate_stage(recipe: Recipe, folder: Path) -> Facts:
     """The base (adapter off) and the model after each stage, on the same held-out rows."""
     tokenizer, config = load_tokenizer(recipe.model), recipe.evaluate
     labelled = _labels(folder)
-    rows = [row for row in labelled if row["split"] == "held_out"]
+    rows = [row for row in cast(Sequence[dict[str, Any]], labelled) if row["split"] == "held_out"]
     if config.limit is not None:
         rows = [row for s in (1, 2) for row in [r for r in rows if r["system"] == s][: config.limit]]
     if not rows:
@@ -343,5 +343,6 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
     available = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in available:
-            raise InputError(f"{stage}.report_to: {tracker!r} is not installed here; allowed: none, {', '.join(available)}")
+            allowed = ", ".join(["none", *available])
+            raise InputError(f"{stage}.report_to: {tracker!r} is not installed here; allowed: {allowed}")
     return config

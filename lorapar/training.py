@@ -74,6 +74,13 @@ class PartitionedTrainer(Trainer):
             )
         return self.optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or cast(str, self.args.output_dir))

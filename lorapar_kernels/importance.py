@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import always, choose
-from .lora_linear import add_input_gradient, add_lora, as_autocast, check_arguments, check_weight
+from .lora_linear import add_input_gradient, add_lora, as_autocast, check_arguments, check_weight, thin
 
 
 class ScoreSums(NamedTuple):
@@ -56,7 +56,7 @@ def add_example_products(
     gphi_sum, gphi_sq_sum = sums
     phi = phi.to(gphi_sum.dtype) * scaling
     for start, end in zip(offsets, offsets[1:]):
-        gphi = (left[start:end].t() @ right[start:end]).to(gphi_sum.dtype).mul_(phi)
+        gphi = thin(left[start:end], right[start:end]).to(gphi_sum.dtype).mul_(phi)
         gphi_sum += gphi
         gphi_sq_sum.addcmul_(gphi, gphi)
 
@@ -75,7 +75,7 @@ class _LoraLinearScored(torch.autograd.Function):
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
-        ds = (rows @ b).mul_(ctx.scaling)
+        ds = thin(rows.t(), b).mul_(ctx.scaling)
         sums, columns = ctx.sums, x.reshape(-1, x.shape[-1])
         add_example_products((sums.a_gphi, sums.a_gphi_sq), ds, columns, lora_a, 1.0, ctx.offsets)
         add_example_products((sums.b_gphi, sums.b_gphi_sq), rows, s, lora_b, ctx.scaling, ctx.offsets)
@@ -90,7 +90,9 @@ class _LoraLinearScored(torch.autograd.Function):
 def check_offsets(offsets: Tensor, tokens: int) -> list[int]:
     """Offsets as a list; ValueError unless they rise strictly from 0 to `tokens` (an empty example has no gradient)."""
     if offsets.ndim != 1 or offsets.numel() < 2 or offsets.is_floating_point():
-        raise ValueError(f"offsets must be a 1-D integer tensor of at least 2 entries, got {offsets.dtype} {list(offsets.shape)}")
+        raise ValueError(
+            f"offsets must be a 1-D integer tensor of at least 2 entries, got {offsets.dtype} {list(offsets.shape)}"
+        )
     values = [int(value) for value in offsets.tolist()]
     if values[0] != 0 or values[-1] != tokens:
         raise ValueError(f"offsets must run from 0 to the {tokens} tokens of x, got {values[0]} to {values[-1]}")

@@ -41,6 +41,7 @@ def assert_same_training(folder: Path, other: Path, stage: str) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage(recipe_file: Path, finished_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
     before: dict = {}
@@ -124,6 +125,8 @@ def test_checkpoints_of_other_inputs_are_not_gone_on_from(finished: Path, recipe
 
 
 def test_a_second_run_skips_every_stage_and_touches_no_file(finished: Path, recipe_file: Path):
+    # The copy stands in another place than the run it is a copy of, which the recipe in it says from now on.
+    assert skipped(succeeds("run", recipe_file, "--output_dir", finished)) == ORDER
     before = tree(finished)
     log = succeeds("run", recipe_file, "--output_dir", finished)
     assert skipped(log) == ORDER
@@ -136,12 +139,12 @@ def test_a_finished_folder_can_be_moved(finished: Path, recipe_file: Path, tmp_p
 
 
 def test_a_deleted_artefact_is_made_again_and_what_follows_is_kept(finished: Path, recipe_file: Path):
-    before = tree(finished, "stages.json", "metrics.json", "report.html")
+    before = tree(finished, "stages.json", "metrics.json", "report.html", "recipe.yaml")
     (finished / "partition.safetensors").unlink()
     log = succeeds("run", recipe_file, "--output_dir", finished)
     # Made again from the same scores it is the same file, so only the report, which tells the times, follows.
     assert skipped(log) == [name for name in ORDER if name not in ("partition", "report")]
-    after = tree(finished, "stages.json", "metrics.json", "report.html")
+    after = tree(finished, "stages.json", "metrics.json", "report.html", "recipe.yaml")
     for files in (before, after):
         for name in [n for n in files if n.startswith("figures")]:
             files.pop(name)

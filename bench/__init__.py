@@ -1,0 +1,1 @@
+"""Speed cases; `pytest bench/` runs them, `pytest tests/` does not collect them."""

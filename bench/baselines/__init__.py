@@ -1,0 +1,1 @@
+"""What lorapar is measured against, each way written afresh and as plain as its original."""

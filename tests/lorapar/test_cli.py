@@ -1,0 +1,207 @@
+"""The command line: verbs, help, overrides, exit status, and a terminal that only says what matters."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorapar
+from lorapar.cli import STAGES, main, split_overrides
+from lorapar.doctor import doctor, operations
+
+from .driver import lorapar as command
+from .driver import refused, succeeds
+
+OPERATIONS = ["lora_linear", "lora_add", "lora_linear_scored", "top_mass", "masked_adamw", "dropout_mask", "pack_mask",
+              "unpack_mask"]  # fmt: skip
+
+
+def in_process_of_its_own(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lorapar", *map(str, words)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("verb", ["run", *STAGES])
+def test_help_of_every_verb(verb: str):
+    code, out, err = command(verb, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: lorapar {verb} RECIPE.yaml")
+    for said in ("--output_dir", "--update", "--section.key"):
+        assert said in out
+
+
+def test_help_names_every_verb_and_loads_no_heavy_library():
+    code, out, _ = command("--help")
+    assert code == 0
+    for verb in ("run", *STAGES, "doctor"):
+        assert re.search(rf"^    {verb}\b", out, re.M), verb
+    assert command("doctor", "--help")[0] == 0
+    loaded = "import sys; from lorapar.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = subprocess.run(
+        [sys.executable, "-c", f"{loaded}sys.exit('torch' in sys.modules)"], stdout=subprocess.DEVNULL
+    )
+    assert code.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "arguments are required: VERB"),
+        (("rnu",), "invalid choice: 'rnu'"),
+        (("run",), "arguments are required: RECIPE.yaml"),
+        (("run", "gone.yaml"), "gone.yaml: no such recipe"),
+        (("run", "."), "no such recipe; it is a folder"),
+        (("run", "r.yaml", "s.yaml"), "unrecognized arguments: s.yaml"),
+        (("run", "r.yaml", "--partition.theta"), "--partition.theta: needs a value"),
+        (("run", "r.yaml", "--output_dir"), "--output_dir: expected one argument"),
+        (("doctor", "now"), "unrecognized arguments: now"),
+        (("doctor", "--theta", "1"), "--theta: doctor takes no arguments"),
+        (("run", "-x"), "arguments are required"),
+    ],
+)
+def test_unusable_arguments_are_one_line_and_exit_status_2(words, says):
+    refused(*words, says=(says,), alone=True)
+
+
+def test_the_same_in_a_process_of_its_own(recipe_file: Path, tmp_path: Path):
+    done = in_process_of_its_own("run", recipe_file, "--output_dir", tmp_path / "run", "--partition.theta=2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lorapar: error: partition.theta: got 2.0, expected a share in (0, 1]\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own_says_only_what_matters(recipe_file: Path, tmp_path: Path):
+    done = in_process_of_its_own("run", recipe_file, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run' / 'report.html'}\n"
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("lorapar: ") for line in lines), done.stderr
+    for stage in STAGES:
+        assert f"lorapar: {stage}: started" in lines
+        assert any(line.startswith(f"lorapar: {stage}: done in ") for line in lines)
+    for stage in ("sft", "grpo"):
+        progress = [line for line in lines if re.match(rf"lorapar: {stage}: 4/4, .* step/s, 0 s left, .*loss ", line)]
+        assert len(progress) == 1
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert all(line.removeprefix("lorapar: ") in log for line in lines)
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO sft: started$", log, re.M)
+
+
+def test_what_libraries_warn_of_is_in_the_log_and_their_errors_are_on_the_terminal(tmp_path: Path, capsys):
+    import logging
+    import warnings
+
+    from lorapar.logs import calm_libraries, logging_to
+
+    transformers_log = logging.getLogger("transformers")
+    before = list(transformers_log.handlers), transformers_log.propagate
+    with calm_libraries(), logging_to(tmp_path / "run.log"):
+        logging.getLogger("transformers.trainer").warning("a library's warning")
+        logging.getLogger("transformers.trainer").error("a library's error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            logging.captureWarnings(True)
+            warnings.warn("deprecated", FutureWarning, stacklevel=1)
+    assert (list(transformers_log.handlers), transformers_log.propagate) == before
+    text = (tmp_path / "run.log").read_text()
+    assert "WARNING a library's warning" in text
+    assert "ERROR a library's error" in text
+    err = capsys.readouterr().err
+    assert "a library's error" in err
+    assert "a library's warning" not in err
+
+
+def test_a_failure_of_ours_is_not_hidden(recipe_file: Path, tmp_path: Path, monkeypatch):
+    from lorapar import stages
+
+    def fails(*_: object, **__: object):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(stages, "label", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["run", str(recipe_file), "--output_dir", str(tmp_path / "run")])
+    assert "ERROR stopped: RuntimeError('a defect')" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("RECIPE", "--partition.theta", "0.5", "--seed", "7"),
+        ("RECIPE", "--partition.theta=0.5", "--seed=7"),
+        ("--partition.theta", "0.5", "--seed=7", "RECIPE"),
+        ("--update", "--seed", "7", "RECIPE", "--partition.theta", "5e-1"),
+    ],
+)
+def test_overrides_in_every_spelling_and_order(words, recipe_file: Path, tmp_path: Path):
+    from lorapar import load_recipe
+
+    words = [str(recipe_file) if word == "RECIPE" else word for word in words]
+    succeeds("label", *words, f"--output_dir={tmp_path / 'run'}")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (recipe.partition.theta, recipe.seed) == (0.5, 7)
+    assert recipe.output_dir == str(tmp_path / "run")
+
+
+def test_an_overridden_value_may_look_like_an_option_or_hold_anything():
+    words = ["run", "r.yaml", "--seed", "-1", "--data.prompt", "--x=y", "--lora.target_modules=[a, b]", "--update"]
+    ours, overrides = split_overrides(words)
+    assert ours == ["run", "r.yaml", "--update"]
+    assert overrides == [("seed", "-1"), ("data.prompt", "--x=y"), ("lora.target_modules", "[a, b]")]
+
+
+def test_a_folders_name_is_taken_as_it_is(recipe_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    succeeds("label", recipe_file, "--output_dir", "123")
+    succeeds("label", recipe_file, "--output_dir=a: b")
+    assert (tmp_path / "123" / "labels.jsonl").is_file()
+    assert (tmp_path / "a: b" / "labels.jsonl").is_file()
+
+
+# Doctor
+
+
+def test_doctor_says_versions_devices_and_what_runs():
+    code, out, err = command("doctor")
+    assert (code, err) == (0, "")
+    assert re.search(r"^python +3\.", out, re.M)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    assert re.search(r"^(native cpu|native cuda) +\S", out, re.M)
+    cpu, cuda = out.split("what runs on ")[1:]
+    for operation in OPERATIONS:
+        assert re.search(rf"^  {operation} +(reference|native|triton)", cpu, re.M), operation
+        if torch.cuda.is_available():
+            assert re.search(rf"^  {operation} +(reference|native|triton)", cuda, re.M), operation
+    if not torch.cuda.is_available():
+        assert "no device" in cuda
+
+
+def test_doctor_says_what_is_forced(monkeypatch):
+    monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    said = operations(torch.device("cpu"))
+    assert list(said) == OPERATIONS
+    assert all(runs.startswith("reference") for runs in said.values())
+    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    assert operations(torch.device("cpu"))["pack_mask"].startswith("fails: LORAPAR_BACKEND=triton cannot serve")
+    monkeypatch.setenv("LORAPAR_BACKEND", "tritno")
+    assert "fails: LORAPAR_BACKEND must be one of" in doctor()
+
+
+def test_doctor_leaves_the_operations_as_they_were():
+    import importlib
+
+    from lorapar_kernels import backend
+
+    doctor()
+    for name in ("lora_linear", "bitmask", "dropout"):
+        assert importlib.import_module(f"lorapar_kernels.{name}").choose is backend.choose
+
+
+def test_the_version_is_the_projects():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert lorapar.__version__ == project["version"]

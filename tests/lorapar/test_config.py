@@ -1,0 +1,233 @@
+"""A recipe is checked by key and type before anything happens."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorapar import InputError, load_recipe
+from lorapar.config import REFUSED_LORA_KEYS, parse
+from lorapar.recipe_file import dump_yaml, parse_yaml
+
+from .driver import recipe_values, write_recipe
+
+
+def values(**changes: object) -> dict:
+    return {"model": "m", "data": {"sources": ["x.jsonl"]}, **changes}
+
+
+def fault(**changes: object) -> str:
+    with pytest.raises(InputError) as caught:
+        parse(values(**changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "nearest"),
+    [
+        ({"partitoin": {}}, "partitoin", "partition"),
+        ({"partition": {"tetha": 1}}, "partition.tetha", "theta"),
+        ({"model": {"name": "m", "dtpye": "float32"}}, "model.dtpye", "dtype"),
+        ({"data": {"sources": [{"name": "x", "sise": 3}]}}, "data.sources[0].sise", "size"),
+        ({"data": {"sources": ["x"], "prmpt": "{q}"}}, "data.prmpt", "prompt"),
+        ({"label": {"tie": "drop"}}, "label.tie", "ties"),
+        ({"score": {"example": 5}}, "score.example", "examples"),
+        ({"lora": {"lora_aplha": 8}}, "lora.lora_aplha", "lora_alpha"),
+        ({"sft": {"learning_rte": 1}}, "sft.learning_rte", "learning_rate"),
+        ({"sft": {"max_step": 1}}, "sft.max_step", "max_steps"),
+        ({"grpo": {"num_generation": 4}}, "grpo.num_generation", "num_generations"),
+        ({"grpo": {"reward": ["accuracy"]}}, "grpo.reward", "rewards"),
+        ({"evaluate": {"max_new_token": 4}}, "evaluate.max_new_token", "max_new_tokens"),
+        ({"export": {"merge": True}}, "export.merge", "merged"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one(given, key, nearest):
+    assert fault(**given) == f"{key}: unknown key; did you mean '{nearest}'?"
+
+
+def test_a_key_like_no_other_lists_what_is_allowed():
+    assert fault(export={"zzz": 1}) == "export.zzz: unknown key; allowed: dtype, merged"
+    # GRPO's own keys are not SFT's, and ours in grpo are not in sft.
+    assert fault(sft={"num_generations": 4}).startswith("sft.num_generations: unknown key")
+    assert fault(sft={"rewards": ["accuracy"]}).startswith("sft.rewards: unknown key")
+    assert fault(sft={"trainer": {}}).startswith("sft.trainer: unknown key")
+    assert fault(**{"1": 2}).startswith("1: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate: got 'fast', expected float"),
+        ({"sft": {"max_steps": 1.5}}, "sft.max_steps: got 1.5, expected int"),
+        ({"sft": {"max_steps": "many"}}, "sft.max_steps: got 'many', expected int"),
+        ({"sft": {"bf16": "yes please"}}, "sft.bf16: got 'yes please', expected bool"),
+        ({"sft": {"learning_rate": [1e-4]}}, "sft.learning_rate: got [0.0001], expected float"),
+        ({"sft": {"learning_rate": float("nan")}}, "sft.learning_rate: got nan"),
+        ({"grpo": {"beta": {}}}, "grpo.beta: got {}, expected float"),
+        ({"grpo": {"rewards": "accuracy"}}, "grpo.rewards: got 'accuracy', expected list[str]"),
+        ({"grpo": "quick"}, "grpo: expected a mapping of keys, got 'quick'"),
+        ({"partition": {"theta": [0.9]}}, "partition.theta: got [0.9], expected float"),
+        ({"partition": {"theta": True}}, "partition.theta: got True, expected float"),
+        ({"partition": {"granularity": "row"}}, "partition.granularity: got 'row', allowed: element, tile, rank"),
+        ({"partition": {"selection": "best"}}, "partition.selection: got 'best', allowed: scores, random, all"),
+        ({"start": "zero"}, "start: got 'zero', allowed: paper, twin, pissa, olora, peft"),
+        ({"stages": "sft"}, "stages: got 'sft', expected list"),
+        ({"stages": ["sft", "dpo"]}, "stages[1]: got 'dpo', allowed: sft, grpo"),
+        ({"stages": ["sft", "sft"]}, "stages: got ['sft', 'sft'], expected sft and grpo, once each"),
+        ({"stages": []}, "stages: got [], expected"),
+        ({"seed": 1.0}, "seed: got 1.0, expected int"),
+        ({"seed": -1}, "seed: got -1, expected 0 to"),
+        ({"lora": {"r": "8"}}, "lora.r: got '8', expected int"),
+        ({"lora": {"r": 0}}, "lora.r: got 0, expected an integer of at least 1"),
+        ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha: got 0, expected more than 0"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout: got 1.0, expected a share in [0, 1)"),
+        ({"lora": {"target_modules": 5}}, "lora.target_modules: got 5"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules: got []"),
+        ({"lora": [1]}, "lora: got [1], expected"),
+        ({"model": ["m"]}, "model: expected a mapping of keys, got ['m']"),
+        ({"model": {"dtype": "float32"}}, "model.name: missing"),
+        ({"model": {"name": 5}}, "model.name: got 5, expected str"),
+        ({"model": {"name": "m", "dtype": "int8"}}, "model.dtype: got 'int8', allowed: auto, float32"),
+        ({"data": {}}, "data.sources: missing"),
+        ({"data": {"sources": "x.jsonl"}}, "data.sources: got 'x.jsonl', expected list"),
+        ({"data": {"sources": []}}, "data.sources: got [], expected at least one source"),
+        ({"data": {"sources": [{"split": "train"}]}}, "data.sources[0].name: missing"),
+        ({"data": {"sources": [{"name": "x", "size": 1.5}]}}, "data.sources[0].size: got 1.5, expected int"),
+        ({"data": {"sources": ["x"], "columns": {"prompt": ["q"]}}}, "data.columns.prompt: got ['q'], expected str"),
+        ({"data": {"sources": ["x"], "held_out": "some"}}, "data.held_out: got 'some', expected int or float"),
+        ({"data": {"sources": ["x"], "max_prompt_length": 0}}, "data.max_prompt_length: got 0, expected at least 1"),
+        ({"score": {"batch_size": 0}}, "score.batch_size: got 0, expected at least 1"),
+        ({"evaluate": {"limit": 0}}, "evaluate.limit: got 0, expected at least 1"),
+        ({"sft": {"systems": [3]}}, "sft.systems: got [3], expected [1], [2] or [1, 2]"),
+        ({"sft": {"systems": 1}}, "sft.systems: got 1, expected list[int]"),
+        ({"sft": {"output_dir": "x"}}, "sft.output_dir: set by the run itself"),
+        ({"grpo": {"seed": 3}}, "grpo.seed: set by the run itself"),
+    ],
+)
+def test_a_wrong_type_or_value_names_the_key_what_was_given_and_what_is_allowed(given, says):
+    assert fault(**given).startswith(says), fault(**given)
+
+
+@pytest.mark.parametrize("theta", [0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_theta_outside_its_interval(theta):
+    assert fault(partition={"theta": theta}).startswith(f"partition.theta: got {float(theta)}, expected")
+    assert parse(values(partition={"theta": 1})).partition.theta == 1.0
+
+
+@pytest.mark.parametrize("key", ["alpha", "beta"])
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_alpha_and_beta_outside_their_interval(key, share):
+    assert fault(partition={key: share}) == f"partition.{key}: got {share}, expected a share in [0, 1]"
+    assert getattr(parse(values(partition={key: 0})).partition, key) == 0.0
+
+
+@pytest.mark.parametrize("key", REFUSED_LORA_KEYS)
+def test_a_lora_option_that_our_layers_do_not_have_is_refused_by_name(key):
+    assert fault(lora={key: ["something"]}).startswith(f"lora.{key}: not supported by the masked LoRA layers")
+
+
+def test_a_refused_lora_option_may_be_given_as_its_default():
+    lora = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "rank_pattern": {}, "bias": "none"}
+    assert parse(values(lora=lora)).lora == lora
+
+
+def test_lora_options_that_would_be_overruled_or_change_the_task_are_refused():
+    assert fault(lora={"bias": "all"}).startswith("lora.bias: got 'all', expected none")
+    assert fault(lora={"task_type": "SEQ_CLS"}).startswith("lora.task_type: got 'SEQ_CLS', expected CAUSAL_LM")
+    said = "lora.init_lora_weights: got 'gaussian', expected nothing, since start: twin"
+    assert fault(lora={"init_lora_weights": "gaussian"}).startswith(said)
+    assert parse(values(start="peft", lora={"init_lora_weights": "gaussian"})).start == "peft"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", ".1e-3", "1.e-4", "0.1e-3"])
+def test_numbers_that_yaml_reads_as_text_are_numbers(text: str, tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\ndata: {{sources: [x]}}\nsft: {{learning_rate: {text}, "
+                    f"lr_scheduler_kwargs: {{min_lr: {text}}}}}\n")  # fmt: skip
+    recipe = load_recipe(path)
+    assert recipe.sft.trainer == {"learning_rate": 1e-4, "lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    assert load_recipe(path, [("sft.learning_rate", text)]).sft.trainer["learning_rate"] == 1e-4
+
+
+def test_text_that_looks_like_a_number_stays_text_where_it_is_quoted():
+    for value in ("1e-4", "5", "true", "no", 1e-4, 1e-05, 5, True):
+        assert parse_yaml(dump_yaml({"key": value})) == {"key": value}
+        assert type(parse_yaml(dump_yaml({"key": value}))["key"]) is type(value)
+
+
+def test_a_recipe_without_a_thing_but_model_and_data_has_the_paper_defaults():
+    recipe = parse(values())
+    assert (recipe.partition.theta, recipe.partition.alpha, recipe.partition.beta) == (0.9, 1.0, 1.0)
+    assert (recipe.sft.systems, recipe.grpo.systems, recipe.stages) == ([1], [2], ["sft", "grpo"])
+    assert recipe.model.name == "m"
+    assert recipe.data.sources[0].name == "x.jsonl"
+    assert parse(values(sft=None, lora=None, partition=None)) == recipe
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tiny_folder: Path, tmp_path: Path):
+    recipe = parse(recipe_values(tiny_folder))
+    assert parse(recipe.as_dict()) == recipe
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_yaml(recipe.as_dict()))
+    assert load_recipe(path) == recipe
+    assert parse(yaml.safe_load(path.read_text())) == recipe
+
+
+def test_overrides_win_over_the_file_and_the_file_over_what_it_extends(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    write_recipe(tmp_path / "base.yaml", values(partition={"theta": 0.5, "alpha": 0.1}, seed=3, sft={"max_steps": 7}))
+    over = write_recipe(tmp_path / "sub" / "over.yaml", {"extends": "../base.yaml", "partition": {"theta": 0.6}})
+    recipe = load_recipe(over, [("partition.beta", "0.2"), ("sft.max_steps", "9"), ("model.dtype", "float32")])
+    assert dataclasses.astuple(recipe.partition)[:3] == (0.6, 0.1, 0.2)
+    assert (recipe.seed, recipe.sft.trainer, recipe.model.name) == (3, {"max_steps": 9}, "m")
+    assert recipe.model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (("partition.theta", "["), "--partition.theta: '[' is not a YAML value"),
+        (("partition.theta", ""), "partition.theta: got None, expected float"),
+        (("partition.tetha", "0.5"), "partition.tetha: unknown key; did you mean 'theta'?"),
+        (("seed.x", "1"), "--seed.x: 'seed' is not a section"),
+        (("theta", "0.5"), "theta: unknown key"),
+    ],
+)
+def test_an_override_that_does_not_fit(override, says, tmp_path: Path):
+    with pytest.raises(InputError) as caught:
+        load_recipe(write_recipe(tmp_path / "r.yaml", values(seed=1)), [override])
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- a\n- b\n", "a recipe must be a mapping of sections, got list"),
+        ("", "a recipe must be a mapping of sections, got NoneType"),
+        ("model: m\nseed: 1\nseed: 2\n", "seed: given twice (again in line 3)"),
+        ("model: m\n? [a]\n: b\n", "line 2: a key must be a word"),
+        ("model: m\nextends: [a.yaml]\n", "extends: got ['a.yaml'], expected the path"),
+        ("extends: gone.yaml\n", "gone.yaml: no such file"),
+        ("extends: r.yaml\n", "extends itself"),
+        ("extends: .\n", "cannot be read (Is a directory)"),
+        ("model: !!python/object:os.system {}\n", "not valid YAML"),
+        ("model: \udcff", "not a UTF-8 text file"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text: str, says: str, tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_and_merge_keys_are_yamls_own(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata: {sources: [x]}\nsft: &t {max_steps: 5, weight_decay: 0.1}\n"
+                    "grpo:\n  <<: *t\n  max_steps: 6\n")  # fmt: skip
+    assert load_recipe(path).grpo.trainer == {"max_steps": 6, "weight_decay": 0.1}

@@ -17,7 +17,7 @@ style:
 	$(PYTHON) -m ruff format --check .
 
 types:
-	$(PYTHON) -m pyright
+	$(PYTHON) -m basedpyright --level error --pythonpath "$$($(PYTHON) -c "import sys; print(sys.executable)")"
 
 ## every Triton kernel under the interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is defined
 interpret:

@@ -25,11 +25,7 @@ CUDA_ARCHS = (80, 90, 100)
 def cxx_command(source, target):
     """The command line that builds the CPU library, or the reason why there is none."""
     named = os.environ.get("CXX")
-    found = (
-        shlex.split(named)
-        if named
-        else [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
-    )
+    found = shlex.split(named) if named else [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
     if not found:
         return None, "no C++ compiler was found (CXX is not set; none of c++, g++, clang++ is on the path)"
     flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -44,9 +40,7 @@ def nvcc_command(source, target):
     if not nvcc:
         return None, "nvcc was not found (NVCC, CUDA_HOME and the path name none)"
     try:
-        listed = subprocess.run(
-            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True, timeout=60
-        )
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{nvcc} --list-gpu-arch failed: {error}"
     # An older nvcc does not know the newest of them; the PTX of the newest it knows carries it forward.

@@ -112,15 +112,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     write = terminalreporter.write_line
     terminalreporter.section("ours against other ways: medians of interleaved rounds, equal results checked first")
-    line = "{:<46} {:>9}  {:<26} {:>9}  {:>8}  {}"
-    write(line.format("case", "ours", "other way", "takes", "speed-up", "required"))
+    line = "{:<46} {:>9}  {:<26} {:>9}  {:>8}  {:>8}  {}"
+    write(line.format("case", "ours", "other way", "takes", "speed-up", "in CPU", "required"))
     # Those with a requirement last, where the eye ends up.
     for one in sorted(timed, key=lambda one: bool(one.required)):
         for way in list(one.seconds)[1:]:
             ratio, least = one.speedup(way), one.required.get(way)
             verdict = "" if least is None else f"{least:g}: {'reached' if ratio >= least else 'NOT REACHED'}"
             times = readable(one.median(one.ours)), readable(one.median(way))
-            write(line.format(one.case, times[0], way, times[1], f"{ratio:.2f}x", verdict).rstrip())
+            write(
+                line.format(
+                    one.case, times[0], way, times[1], f"{ratio:.2f}x", f"{one.cpu_speedup(way):.2f}x", verdict
+                ).rstrip()
+            )
     folder: Path = config.getoption("--results")  # type: ignore[assignment]
     for device in sorted({one.device for one in timed}):
         path = write_results(folder, device, [one for one in timed if one.device == device])

@@ -15,12 +15,16 @@ import torch
 
 @dataclass
 class Timed:
-    """Seconds a call of every way, our way first, and what the last call of each returned."""
+    """Seconds a call of every way, our way first, and what the last call of each returned.
+
+    `cpu_seconds` is this process's CPU time over all threads: what a machine that others use cannot stretch.
+    """
 
     case: str
     device: str
     seconds: dict[str, list[float]]
     results: dict[str, Any]
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
     required: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -35,6 +39,10 @@ class Timed:
         """How many times as fast as `way` ours is: the ratio of the medians."""
         return self.median(way) / self.median(self.ours)
 
+    def cpu_speedup(self, way: str) -> float:
+        """The same ratio in CPU time."""
+        return statistics.median(self.cpu_seconds[way]) / statistics.median(self.cpu_seconds[self.ours])
+
     def short(self) -> list[str]:
         """What was required and not reached, a line each."""
         return [
@@ -48,8 +56,17 @@ class Timed:
             way: {"median_s": self.median(way), "min_s": min(times), "max_s": max(times), "rounds": len(times)}
             for way, times in self.seconds.items()
         }
-        ratios = {way: self.speedup(way) for way in list(self.seconds)[1:]}
-        return {"ours": self.ours, "ways": ways, "speedup": ratios, "required": self.required, **self.facts}
+        others = list(self.seconds)[1:]
+        speedup = {way: self.speedup(way) for way in others}
+        cpu = {way: self.cpu_speedup(way) for way in others}
+        return {
+            "ours": self.ours,
+            "ways": ways,
+            "speedup": speedup,
+            "speedup_cpu_time": cpu,
+            "required": self.required,
+            **self.facts,
+        }
 
 
 def interleave(
@@ -69,17 +86,18 @@ def interleave(
     A case warms up by calling what it times before. `--benchmark-disable` runs one round.
     """
     ours, *others = ways
-    timed = Timed(case, device, {way: [] for way in ways}, {})
+    timed = Timed(case, device, {way: [] for way in ways}, {}, {way: [] for way in ways})
 
     def run(way: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for _ in range(calls):
             timed.results[way] = ways[way]()
         if device == "cuda":
             torch.cuda.synchronize()
         timed.seconds[way].append((time.perf_counter() - began) / calls)
+        timed.cpu_seconds[way].append((time.process_time() - cpu_began) / calls)
 
     def run_others() -> None:
         for way in others:

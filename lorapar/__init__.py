@@ -1,6 +1,7 @@
 """LoRA-PAR: fine-tune a language model as two systems, on one GPU.
 
-Label → score → partition → SFT → GRPO → evaluate → export; each a function here, or all of them with `run("recipe.yaml")`.
+Label → score → partition → SFT → GRPO → evaluate → export: each a function here, and all of them in turn with
+`run("recipe.yaml")`.
 """
 
 import importlib

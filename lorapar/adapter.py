@@ -3,8 +3,8 @@
 `MaskedLinear` is PEFT's LoRA linear layer with the forward and backward of `lorapar_kernels` and two buffers, the masks
 of the running stage. PEFT's names, saving, loading and adapter switching are untouched.
 
-A start with a twin (`twin`, `pissa`, `olora`) gives the adapter rank 2r at the same scaling: rows r..2r of A hold A₀, and
-columns r..2r of B hold −B₀, inactive for ever. They cancel the start, so the model's function is the base's until
+A start with a twin (`twin`, `pissa`, `olora`) gives the adapter rank 2r at the same scaling: rows r..2r of A hold A₀,
+and columns r..2r of B hold −B₀, inactive for ever. They cancel the start, so the model's function is the base's until
 training moves it, and the base is never written. (Departure from the paper, which re-draws A and B from N(0, 0.01²) and
 so shifts the base before the first step; that start is `paper`.)
 """
@@ -69,9 +69,7 @@ class MaskedLinear(Linear):
         if self.scoring is not None:
             assert self.offsets is not None
             a, b, scaling = self.factors(ADAPTER)
-            return lk.lora_linear_scored(
-                x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias
-            )
+            return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
         y: Tensor | None = None
         for name in names:
             a, b, scaling = self.factors(name)
@@ -85,7 +83,8 @@ class MaskedLinear(Linear):
         return y
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+        return a.weight, b.weight, self.scaling[name]
 
     def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
         """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
@@ -138,7 +137,8 @@ def attach(
         config.init_lora_weights = True
     if start in TWIN_STARTS:
         config.r = 2 * rank
-        config.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)  # the same scaling
+        # The same scaling at rank 2r; PEFT takes a float too.
+        config.lora_alpha = cast(int, config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2))
     _register(config)
     try:
         peft_model = cast(PeftModel, get_peft_model(cast(Any, model), config))
@@ -255,7 +255,7 @@ def check_fits(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], 
 
 
 def save_adapter(model: PeftModel, folder: Path, **facts: Any) -> None:
-    """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank beside it in lorapar.json."""
+    """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank in lorapar.json."""
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER])
     rank = next(iter(masked_layers(model).values())).trainable_rank
     write_json(folder / "lorapar.json", {"rank": rank, **facts})
@@ -291,7 +291,7 @@ class Snapshot:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """An order-sensitive 64-bit checksum of the bits of every parameter that is not the trained or the ref adapter's."""
+    """An order-sensitive 64-bit checksum of the bits of every parameter that is no adapter's."""
     return {name: _checksum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name}
 
 
@@ -306,7 +306,9 @@ def _checksum(tensor: Tensor) -> int:
     return total % (1 << 64)
 
 
-def verify(model: nn.Module, before: Snapshot, partition: "Partition", stage: Literal["sft", "grpo"]) -> dict[str, float]:
+def verify(
+    model: nn.Module, before: Snapshot, partition: "Partition", stage: Literal["sft", "grpo"]
+) -> dict[str, float]:
     """Compare the whole model, bit for bit, with what it was before `stage`.
 
     Returns {"active": count, "moved": count of active elements that changed}. Raises FrozenElementsChanged where an

@@ -249,9 +249,7 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
                              "output_dir and seed are top-level keys")  # fmt: skip
     hints = typing.get_type_hints(getattr(trl, config_class))
-    trainer = {
-        key: _convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own
-    }
+    trainer = {key: _convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
     defaults = {"systems": [1] if stage == "sft" else [2]}
     return defaults | {key: values[key] for key in own if key in values} | {"trainer": trainer}
 

@@ -55,8 +55,7 @@ def _find_columns(rows: list[dict[str, Any]], config: "DataConfig", source: "Sou
         name = next((name for name in ("prompt", "question", "messages") if name in there), None)
         if name is None:
             raise InputError(
-                f"data.columns.prompt: {source.name} has no column prompt, question or messages; "
-                f"map one of {listed}"
+                f"data.columns.prompt: {source.name} has no column prompt, question or messages; map one of {listed}"
             )
         columns["messages" if name == "messages" else "prompt"] = name
     if "answer" not in columns and "answer" in there:
@@ -65,8 +64,7 @@ def _find_columns(rows: list[dict[str, Any]], config: "DataConfig", source: "Sou
         name = "completion" if "completion" in there else columns.get("answer")
         if name is None:
             raise InputError(
-                f"data.columns.completion: {source.name} has no column completion or answer; "
-                f"map one of {listed}"
+                f"data.columns.completion: {source.name} has no column completion or answer; map one of {listed}"
             )
         columns["completion"] = name
     return columns
@@ -96,9 +94,7 @@ def _turns(raw: dict, columns: dict[str, str], chat: bool, where: str) -> tuple[
         if _is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
     if isinstance(raw[names[0]], list) and not chat:
-        raise InputError(
-            f"{where}: column {names[0]!r} holds messages, which data.chat: false does not allow"
-        )
+        raise InputError(f"{where}: column {names[0]!r} holds messages, which data.chat: false does not allow")
     if "messages" in columns:
         turns = _messages(raw[names[0]], f"{where}: column {names[0]!r}")
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
@@ -169,9 +165,7 @@ def _final_answer(value: Any, completion: str) -> str:
     return marked_answer(completion) or (short if len(short) <= SHORT_ANSWER and "\n" not in short else "")
 
 
-def _form_row(
-    raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str
-) -> dict[str, Any]:
+def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str) -> dict[str, Any]:
     """One row of a source in our form: id, prompt, completion, answer, and the source's own columns."""
     turns, completion = _turns(raw, columns, chat, where)
     turns, row_id = _apply_template(turns, raw, config.prompt, where)
@@ -181,7 +175,10 @@ def _form_row(
     last = completion[-1]["content"]
     answer = _final_answer(raw.get(columns["answer"]) if apart else None, last)
     values = _template_values(raw) | {"prompt": turns[-1]["content"], "completion": last, "answer": answer}
-    completion = [*completion[:-1], {**completion[-1], "content": _fill(config.completion, "completion", values, where)}]
+    completion = [
+        *completion[:-1],
+        {**completion[-1], "content": _fill(config.completion, "completion", values, where)},
+    ]
     row: dict[str, Any] = {
         "id": row_id,
         "prompt": turns if chat else "\n\n".join(turn["content"] for turn in turns),
@@ -242,17 +239,13 @@ def load_rows(
     for name, source in zip(names, config.sources):
         raws = read_source(source)
         columns = _find_columns(raws, config, source)
-        formed[name] = [
-            _form_row(raw, columns, config, chat, f"{name}: row {i}") for i, raw in enumerate(raws, 1)
-        ]
+        formed[name] = [_form_row(raw, columns, config, chat, f"{name}: row {i}") for i, raw in enumerate(raws, 1)]
 
     report = {name: {"read": len(rows), "duplicates": 0, "too_long": 0} for name, rows in formed.items()}
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     seen: set[str] = set()
     limit = config.max_prompt_length
-    for name, _ in sorted(
-        zip(names, shares), key=lambda pair: pair[1] is not True
-    ):  # stable: else in given order
+    for name, _ in sorted(zip(names, shares), key=lambda pair: pair[1] is not True):  # stable: else in given order
         for row in formed[name]:
             if row["id"] in seen:
                 report[name]["duplicates"] += 1
@@ -288,12 +281,9 @@ def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
             other = next((row for row in given if type(row[name]) is not type(given[0][name])), None)
             if other is not None:
                 kinds = [
-                    f"{type(row[name]).__name__} in {row['source']} (row {row['id']})"
-                    for row in (given[0], other)
+                    f"{type(row[name]).__name__} in {row['source']} (row {row['id']})" for row in (given[0], other)
                 ]
-                raise InputError(
-                    f"data.sources: column {name!r} is {' and '.join(kinds)}; give it one type"
-                ) from None
+                raise InputError(f"data.sources: column {name!r} is {' and '.join(kinds)}; give it one type") from None
         raise InputError(f"data.sources: the rows do not fit one table: {error}") from error
 
 

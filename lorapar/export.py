@@ -24,7 +24,9 @@ class ExportDiffers(RuntimeError):
     """What was written does not compute what the trained model computes."""
 
 
-def export(model: PeftModel, tokenizer: Any, folder: Path, merged: bool = False, dtype: torch.dtype | None = None) -> dict[str, float]:
+def export(
+    model: PeftModel, tokenizer: Any, folder: Path, merged: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, float]:
     """Write `folder`/adapter (plain PEFT) and, where `merged`, `folder`/merged (plain transformers).
 
     Args:
@@ -52,7 +54,9 @@ def export(model: PeftModel, tokenizer: Any, folder: Path, merged: bool = False,
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             back = _load_plain(str(temporary), target).to(probe.device)
-            differences["merged"] = _check("merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness))
+            differences["merged"] = _check(
+                "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness)
+            )
     return differences
 
 

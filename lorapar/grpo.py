@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from .partition import Partition
 from .training import PAPER, PartitionedTrainer, Trained, rows_of, train

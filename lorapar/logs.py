@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 from accelerate import PartialState
@@ -72,7 +73,7 @@ def logging_to(path: Path) -> Iterator[None]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     try:
         # Of the open file, so that the system lets go of it however the process ends.
-        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(cast(Any, file.stream), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise InputError(f"{path.parent}: another lorapar is running there; wait for it, or stop it") from None

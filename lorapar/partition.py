@@ -87,9 +87,7 @@ class Partition:
 
     def save(self, path: Path | str) -> None:
         """Write safetensors: `s1/`, `s2/`, `sft/`, `grpo/` before each name, as mask words; shapes in the metadata."""
-        words = {
-            f"{kind}/{name}": lk.pack_mask(mask) for kind in SETS for name, mask in self.masks[kind].items()
-        }
+        words = {f"{kind}/{name}": lk.pack_mask(mask) for kind in SETS for name, mask in self.masks[kind].items()}
         shapes = {name: list(mask.shape) for name, mask in self.masks["s1"].items()}
         save_tensors(path, words, {"shapes": shapes, "hash": self.hash, **self.metadata})
 
@@ -166,7 +164,10 @@ def partition(
     k1, k2 = kept
     shared = {name: k1[name] & k2[name] for name in names}
     active = {}
-    for stage, own, other, scores, share in (("sft", k1, k2, by_system[0], alpha), ("grpo", k2, k1, by_system[1], beta)):
+    for stage, own, other, scores, share in (
+        ("sft", k1, k2, by_system[0], alpha),
+        ("grpo", k2, k1, by_system[1], beta),
+    ):
         top = _top_share(scores, shared, share)
         active[stage] = {name: (own[name] & ~other[name]) | top[name] for name in names}
     return Partition({"s1": k1, "s2": k2, **active}, metadata)

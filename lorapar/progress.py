@@ -36,7 +36,9 @@ class Progress:
             speed = (self.done - self.first) / max(now - self.began, 1e-9)
             left = (self.total - self.done) / speed if speed > 0 else float("inf")
             said = "".join(f", {key} {value}" for key, value in facts.items())
-            log.info("%s: %d/%d, %.3g %s/s, %.0f s left%s", self.what, self.done, self.total, speed, self.unit, left, said)
+            log.info(
+                "%s: %d/%d, %.3g %s/s, %.0f s left%s", self.what, self.done, self.total, speed, self.unit, left, said
+            )
 
     def __enter__(self) -> "Progress":
         return self

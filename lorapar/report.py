@@ -59,9 +59,7 @@ def report(output_dir: Path | str) -> Path:
         body = [f"{_header(run)}<nav>{contents}</nav>"]
         for key, title, write in parts:
             body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run)}</section>')
-        body.append(
-            "<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>"
-        )
+        body.append("<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>")
     template = Template(read_text(Path(__file__).parent / "templates" / "report.html"))
     page = folder / "report.html"
     write_text(page, template.substitute(title=escaped(f"LoRA-PAR: {model_name(run)}"), body="\n".join(body)))
@@ -109,9 +107,7 @@ def _result(run: Run) -> str:
     if cost is not None:
         name, points = cost
         verb = "cost" if points < 0 else "gave"
-        said += (
-            f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
-        )
+        said += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
     return escaped(said + ".")
 
 
@@ -127,10 +123,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if run.partition is not None:
         active = active_counts(run)
         total = run.partition.trainable()
-        tiles += [
-            (percent(active[s] / total), f"of LoRA elements active in {s.upper()}", "")
-            for s in ("sft", "grpo")
-        ]
+        tiles += [(percent(active[s] / total), f"of LoRA elements active in {s.upper()}", "") for s in ("sft", "grpo")]
     if run.metrics is not None and run.metrics.get("seconds"):
         tiles.append((duration(sum(run.metrics["seconds"].values())), "all stages together", ""))
     return tiles
@@ -169,8 +162,7 @@ def _accuracy(run: Run) -> str:
             within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
             cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
         cells += [
-            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>"
-            for a, b in itertools.pairwise(steps)
+            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
         ]
         rows.append("".join(cells))
     changes = [f"change by {step.upper()}, points" for step in steps[1:]]

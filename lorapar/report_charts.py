@@ -135,9 +135,7 @@ def accuracy_panel(
             if interval is not None:
                 axes.vlines(i, 100 * interval[0], 100 * interval[1], color=INK, linewidth=1.1)
                 end = interval[1]
-            axes.text(
-                i, 100 * end + 0.02 * top, f"{100 * value:.1f}", ha="center", va="bottom", fontweight="bold"
-            )
+            axes.text(i, 100 * end + 0.02 * top, f"{100 * value:.1f}", ha="center", va="bottom", fontweight="bold")
         axes.set_xticks(range(len(values)), labels, color=INK)
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylim(0, top)
@@ -211,9 +209,7 @@ def heat_panel(
             if np.isnan(share):
                 continue
             # Opacity, not a colour map: the lowest share is then the page itself, in either scheme.
-            axes.add_patch(
-                Rectangle((j, i), 0.96, 0.94, color=colour, alpha=0.85 * share / highest, linewidth=0)
-            )
+            axes.add_patch(Rectangle((j, i), 0.96, 0.94, color=colour, alpha=0.85 * share / highest, linewidth=0))
             if len(layers) <= 48:
                 axes.text(j + 0.48, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.3)
         axes.set_xlim(0, len(modules))
@@ -228,9 +224,7 @@ def heat_panel(
             side.set_visible(False)
 
     width = 0.34 + max(2.1, 0.34 * len(modules))
-    return Panel(
-        title, alt, draw, width=width, height=cell * len(layers) + 0.52, margins=(0.28, 0.06, 0.04, 0.48)
-    )
+    return Panel(title, alt, draw, width=width, height=cell * len(layers) + 0.52, margins=(0.28, 0.06, 0.04, 0.48))
 
 
 def theta_panel(
@@ -290,9 +284,7 @@ def _percent_axes(axes: "Axes") -> None:
     axes.tick_params(length=0, pad=4)
 
 
-def curve_panel(
-    title: str, colour: str, steps: np.ndarray, values: np.ndarray, spread: np.ndarray | None
-) -> Panel:
+def curve_panel(title: str, colour: str, steps: np.ndarray, values: np.ndarray, spread: np.ndarray | None) -> Panel:
     """One logged quantity by step, its running mean where the log is long, `spread` as a band of ± one
     deviation.
     """
@@ -306,9 +298,7 @@ def curve_panel(
 
         if spread is not None:
             axes.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(
-            steps, values, color=colour, linewidth=0.9 if window > 1 else 1.6, alpha=0.4 if window > 1 else 1
-        )
+        axes.plot(steps, values, color=colour, linewidth=0.9 if window > 1 else 1.6, alpha=0.4 if window > 1 else 1)
         if window > 1:
             axes.plot(*running_mean(steps, values, window), color=colour, linewidth=1.8)
         axes.grid(axis="y")
@@ -354,9 +344,7 @@ def bars_panel(title: str, colour: str | Sequence[str], labels: Sequence[str], v
     return Panel(title, alt, draw, height=0.5 + 0.24 * len(values), margins=(left, 0.1, 0.08, 0.4))
 
 
-def stacked_panel(
-    title: str, labels: Sequence[str], counts: Sequence[tuple[int, int, int]], alt: str
-) -> Panel:
+def stacked_panel(title: str, labels: Sequence[str], counts: Sequence[tuple[int, int, int]], alt: str) -> Panel:
     """Shares of System 1, System 2 and neither in each row, as one bar of 100 %."""
     labels = [label if len(label) <= 20 else f"{label[:19]}…" for label in labels]
     left = 0.2 + 0.068 * max(len(label) for label in labels)

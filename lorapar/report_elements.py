@@ -72,20 +72,14 @@ def region_map(codes: Mapping[str, np.ndarray]) -> RegionMap:
     model.
     """
     places = {name: place(name) for name in codes}
-    layers = sorted(
-        {layer for layer, _ in places.values()}, key=lambda layer: (not layer.isdecimal(), layer.zfill(6))
-    )
+    layers = sorted({layer for layer, _ in places.values()}, key=lambda layer: (not layer.isdecimal(), layer.zfill(6)))
     found = {module for _, module in places.values()}
-    order = [
-        m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in found
-    ]
+    order = [m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in found]
     modules = order + sorted(found - set(order))
     counts = np.zeros((len(layers), len(modules), len(REGIONS)), dtype=np.int64)
     for name, array in codes.items():
         layer, module = places[name]
-        counts[layers.index(layer), modules.index(module)] += np.bincount(
-            array.reshape(-1), minlength=len(REGIONS)
-        )
+        counts[layers.index(layer), modules.index(module)] += np.bincount(array.reshape(-1), minlength=len(REGIONS))
     return RegionMap(layers, modules, counts)
 
 
@@ -119,9 +113,7 @@ def keep_curve(scores: Mapping[str, np.ndarray], granularity: str) -> KeepCurve:
     summed score.
     """
     if granularity == "element":
-        sums = np.sort(np.concatenate([array.reshape(-1) for array in scores.values()]))[::-1].astype(
-            np.float64
-        )
+        sums = np.sort(np.concatenate([array.reshape(-1) for array in scores.values()]))[::-1].astype(np.float64)
         sizes = np.ones(len(sums))
     else:
         units = _tiles(scores) if granularity == "tile" else _ranks(scores)

@@ -67,9 +67,7 @@ def load(folder: Path, figures: Path) -> Run:
         if (folder / path).is_file()
     }  # fmt: skip
     if not files:
-        raise InputError(
-            f"{folder}: holds no artefact of a run (recipe.yaml, labels.jsonl, scores.safetensors, …)"
-        )
+        raise InputError(f"{folder}: holds no artefact of a run (recipe.yaml, labels.jsonl, scores.safetensors, …)")
     newest = max(path.stat().st_mtime for path in files.values())
     run = Run(folder, figures, datetime.fromtimestamp(newest, UTC))
     if "recipe" in files:
@@ -83,16 +81,12 @@ def load(folder: Path, figures: Path) -> Run:
         run.codes = elements.region_codes(run.partition)
     if "scores" in files:
         run.scores = {
-            system: {
-                name: elements.trainable(name, t, scores.metadata.get("rank")) for name, t in scores.items()
-            }
+            system: {name: elements.trainable(name, t, scores.metadata.get("rank")) for name, t in scores.items()}
             for system, scores in enumerate(load_scores(files["scores"]), start=1)
         }
         shapes = {name: array.shape for name, array in run.scores[1].items()}
         if run.codes is not None and shapes != {name: array.shape for name, array in run.codes.items()}:
-            raise InputError(
-                f"{files['partition']}: does not fit scores.safetensors: its parameters or shapes differ"
-            )
+            raise InputError(f"{files['partition']}: does not fit scores.safetensors: its parameters or shapes differ")
         run.curves = {(s, g): elements.keep_curve(run.scores[s], g) for s in (1, 2) for g in GRANULARITIES}
     return run
 

@@ -40,9 +40,7 @@ def importance(run: Run) -> str:
     codes = None if run.codes is None else _pick(run.codes, names, chosen)
     both = np.concatenate([one[visible], two[visible]])
     if not len(both):
-        return (
-            '<p class="absent">No element scores above zero for both systems: there is nothing to draw.</p>'
-        )
+        return '<p class="absent">No element scores above zero for both systems: there is nothing to draw.</p>'
     limits = float(np.quantile(both, 0.0005)) / 1.5, float(both.max()) * 1.8
     inside = visible & (np.minimum(one, two) >= limits[0])
     thresholds, labels, counted = None, [""] * 4, ""
@@ -53,10 +51,7 @@ def importance(run: Run) -> str:
         labels = [f"{name} {100 * share:.1f} %" for name, share in zip(REGIONS, shares)]
         alt += " Shares: " + ", ".join(labels) + f"; Jaccard {regions.jaccard:.3f}."
         counted = _region_table(regions)
-        if (
-            run.partition.metadata["granularity"] == "element"
-            and run.partition.metadata["selection"] == "scores"
-        ):
+        if run.partition.metadata["granularity"] == "element" and run.partition.metadata["selection"] == "scores":
             thresholds = _threshold(run, 1), _threshold(run, 2)
     regions_drawn = None if codes is None else codes[inside]
     panel = charts.scatter_panel(one[inside], two[inside], regions_drawn, limits, labels, thresholds, alt)
@@ -66,9 +61,7 @@ def importance(run: Run) -> str:
         "lie below the axes)."
     )
     if thresholds is not None:
-        caption += (
-            " Dashed: the lowest importance that each system keeps; the two lines make the four regions."
-        )
+        caption += " Dashed: the lowest importance that each system keeps; the two lines make the four regions."
     elif counted:
         caption += " Colours are the regions; here single elements do not decide them, so they mix."
     if not counted:
@@ -80,8 +73,7 @@ def _region_table(regions: elements.RegionMap) -> str:
     totals, shares = regions.totals, regions.totals / regions.totals.sum()
     order = ((1, "s1"), (2, "s2"), (3, "shared"), (0, "muted"))
     rows = [
-        f'<th class="{css}">{REGIONS[code]}</th><td>{number(totals[code])}</td>'
-        f"<td>{percent(shares[code])}</td>"
+        f'<th class="{css}">{REGIONS[code]}</th><td>{number(totals[code])}</td><td>{percent(shares[code])}</td>'
         for code, css in order
     ]
     kept = [int(totals[system] + totals[3]) for system in (1, 2)]
@@ -149,9 +141,7 @@ def theta(run: Run) -> str:
     for s in (1, 2):
         curves = {g: run.curves[s, g].thinned() for g in GRANULARITIES}
         at = {g: kept[s, g] for g in GRANULARITIES}
-        alt = f"System {s} at {percent(chosen[s])} active: " + ", ".join(
-            f"{g} keeps {percent(at[g])}" for g in at
-        )
+        alt = f"System {s} at {percent(chosen[s])} active: " + ", ".join(f"{g} keeps {percent(at[g])}" for g in at)
         panels.append(charts.granularity_panel(s, curves, chosen[s], at, alt))
     rows = []
     for g in GRANULARITIES:
@@ -222,8 +212,7 @@ def labels(run: Run) -> str:
     for system, css in ((1, "s1"), (2, "s2")):
         cells = [counts[system, split] for split in splits]
         table.append(
-            f'<th class="{css}">System {system}</th>'
-            + "".join(f"<td>{number(c)}</td>" for c in [*cells, sum(cells)])
+            f'<th class="{css}">System {system}</th>' + "".join(f"<td>{number(c)}</td>" for c in [*cells, sum(cells)])
         )
     cells = [sum(counts[system, split] for system in (1, 2)) for split in splits]
     table.append("<th>both</th>" + "".join(f"<td>{number(c)}</td>" for c in [*cells, sum(cells)]))
@@ -253,9 +242,7 @@ def labels(run: Run) -> str:
     panel = charts.stacked_panel(
         "Votes, System 1 blue, System 2 orange", [b[0] for b in bars], [b[1] for b in bars], alt
     )
-    caption = (
-        'Votes for <b class="s1">System 1</b>, <b class="s2">System 2</b> or none (grey), and the label.'
-    )
+    caption = 'Votes for <b class="s1">System 1</b>, <b class="s2">System 2</b> or none (grey), and the label.'
     by_voter = []
     for voter, c in votes.items():
         cast = c[1] + c[2]
@@ -315,8 +302,7 @@ def optimizer(run: Run) -> str:
         full = STATE_BYTES * run.partition.trainable()
         bars.append(("every element", full, charts.INACTIVE))
         rows.append(
-            f"<th>every element</th><td>{number(full // STATE_BYTES)}</td><td>{number(full)}</td><td>100 "
-            "%</td>"
+            f"<th>every element</th><td>{number(full // STATE_BYTES)}</td><td>{number(full)}</td><td>100 %</td>"
         )
     for stage, size in held.items():
         bars.append((stage.upper(), size, charts.S1 if stage == "sft" else charts.S2))
@@ -327,9 +313,7 @@ def optimizer(run: Run) -> str:
     texts = [byte_size(size) for size in sizes]
     alt = "Optimizer state: " + ", ".join(f"{name} {text}" for name, text in zip(names, texts))
     panel = charts.bars_panel("Optimizer state", list(colours), list(names), list(sizes), texts, alt)
-    caption = (
-        "AdamW's two fp32 moments, 8 bytes an element: for all that could train, and as each stage held it."
-    )
+    caption = "AdamW's two fp32 moments, 8 bytes an element: for all that could train, and as each stage held it."
     table = html_table(["state for", "elements", "bytes", "of full"], rows)
     return f'<div class="beside">{run.figure("optimizer", [panel], caption)}<div>{table}</div></div>'
 

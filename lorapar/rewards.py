@@ -86,9 +86,7 @@ NUMBER = re.compile(
     r"(?<![a-z])(?<![a-z]\^)(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\w))?"
 )
 # 1/2 and 2 1/2 are one number; longer sums of numbers are not, math-verify sees to those.
-FRACTION = re.compile(
-    rf"(?:(?P<whole>{NUMBER.pattern})\s+)?(?P<over>{NUMBER.pattern})\s*/\s*(?P<under>\d[\d,]*)"
-)
+FRACTION = re.compile(rf"(?:(?P<whole>{NUMBER.pattern})\s+)?(?P<over>{NUMBER.pattern})\s*/\s*(?P<under>\d[\d,]*)")
 GROUPED = re.compile(r"\d{1,3}(,\d{2,3})*,\d{3}")
 UNITS = (
     *(
@@ -109,9 +107,7 @@ UNITS = (
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 TENS = ("thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-WORDS = {word: value for value, word in enumerate(UNITS)} | {
-    word: 10 * tens for tens, word in enumerate(TENS, start=3)
-}
+WORDS = {word: value for value, word in enumerate(UNITS)} | {word: 10 * tens for tens, word in enumerate(TENS, start=3)}
 
 
 def _plain(text: str) -> str:
@@ -174,10 +170,7 @@ def _is_number(text: str) -> bool:
     """True where the whole of a text is one number with at most a currency, a percent sign and a unit around
     it."""
     number = rf"(?:{FRACTION.pattern}|{NUMBER.pattern})"
-    return (
-        re.fullmatch(rf"[$€£]?\s*{number}\s*[$€£%]?\s*(?:[^\W\d]+\.?\s*){{0,3}}", text.rstrip(" ."))
-        is not None
-    )
+    return re.fullmatch(rf"[$€£]?\s*{number}\s*[$€£%]?\s*(?:[^\W\d]+\.?\s*){{0,3}}", text.rstrip(" .")) is not None
 
 
 # Right or wrong
@@ -226,11 +219,7 @@ def _math_verify(answer: str, gold: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         raise InputError("rewards: math-verify is not installed; pip install 'lorapar[train]'") from None
-    if (
-        max(len(answer), len(gold)) > LONGEST_EXPRESSION
-        or HUGE_POWER.search(answer)
-        or HUGE_POWER.search(gold)
-    ):
+    if max(len(answer), len(gold)) > LONGEST_EXPRESSION or HUGE_POWER.search(answer) or HUGE_POWER.search(gold):
         return False
     # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each
     # call.
@@ -298,18 +287,14 @@ def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
 
 def _answers(name: str, columns: dict[str, Any]) -> list[str | None]:
     if "answer" not in columns:
-        raise InputError(
-            f"grpo.rewards: {name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}"
-        )
+        raise InputError(f"grpo.rewards: {name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}")
     return columns["answer"]
 
 
 def accuracy(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
     """1 for the right answer, else 0; None for a row that has no answer."""
     rights = zip(completions, _answers("accuracy", columns))
-    return [
-        float(is_correct(text_of(completion), answer)) if answer else None for completion, answer in rights
-    ]
+    return [float(is_correct(text_of(completion), answer)) if answer else None for completion, answer in rights]
 
 
 def correct(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
@@ -373,8 +358,7 @@ def tags(prompts, completions, completion_ids=None, **columns) -> list[float | N
 
 
 REWARDS: dict[str, Reward] = {
-    reward.__name__: reward
-    for reward in (correct, integer, strict_format, soft_format, tags, accuracy, closeness)
+    reward.__name__: reward for reward in (correct, integer, strict_format, soft_format, tags, accuracy, closeness)
 }
 
 

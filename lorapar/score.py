@@ -37,7 +37,7 @@ class Scores(dict[str, Tensor]):
 def score(
     model: nn.Module,
     tokenizer: Any,
-    dataset: Iterable[Mapping[str, Any]],
+    dataset: Iterable[Any],
     batch_size: int = 8,
     method: Literal["taylor", "first_order", "random"] = "taylor",
     max_length: int | None = None,

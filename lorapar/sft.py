@@ -1,11 +1,11 @@
-"""Stage 1: supervised fine-tuning of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
+"""Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from .data import encode
 from .errors import InputError
@@ -37,7 +37,7 @@ def sft(
             columns `system` and `split`, only train rows of `systems` are used.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
 
-    Rows longer than `config.max_length` are left out and counted, not cut (a departure from TRL, which cuts in silence).
+    Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     rows = rows_of(dataset, systems)
@@ -46,9 +46,7 @@ def sft(
     if not fits:
         raise InputError(f"sft.max_length: got {config.max_length}, shorter than every row ({min(lengths)} tokens)")
     examples = rows.select(fits).select_columns(["prompt", "completion"])
-    trainer = PartitionedSFTTrainer(
-        model=model, args=config, train_dataset=examples, processing_class=tokenizer
-    )
+    trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
     trained = train(trainer, partition, "sft", len(examples), resume)
     trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
     return trainer, trained

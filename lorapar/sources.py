@@ -33,9 +33,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}: line {number} is corrupt or truncated JSON ({error})"
-                    ) from None
+                    raise InputError(f"{path}: line {number} is corrupt or truncated JSON ({error})") from None
     elif path.suffix == ".json":
         rows = read_json(path)
         if not isinstance(rows, list):
@@ -70,9 +68,7 @@ def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
     # `datasets` raises FileNotFoundError, ConnectionError (both OSError) or ValueError for an unknown name,
     # config or split, for a hub out of reach and for data sets that would need to run code.
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"data.sources: {name!r} (split {split!r}) could not be read from the hub: {error}"
-        ) from error
+        raise InputError(f"data.sources: {name!r} (split {split!r}) could not be read from the hub: {error}") from error
 
 
 def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
@@ -86,8 +82,7 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise InputError(
-            f"data.sources: {source.name!r} needs the package reasoning-gym; "
-            "pip install 'lorapar[quickstart]'"
+            f"data.sources: {source.name!r} needs the package reasoning-gym; pip install 'lorapar[quickstart]'"
         ) from None
 
     tasks = [task.strip() for task in source.name.partition(":")[2].split(",")]
@@ -103,8 +98,7 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
         for key in options:
             if key not in allowed:
                 raise InputError(
-                    f"data.sources: config key {key!r} is no option of {task}; "
-                    f"allowed: {', '.join(sorted(allowed))}"
+                    f"data.sources: config key {key!r} is no option of {task}; allowed: {', '.join(sorted(allowed))}"
                 )
         count = size // len(tasks) + (index < size % len(tasks))
         try:
@@ -114,9 +108,7 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
         for position in range(count):
             entry = entries[position]
             if entry["answer"] is None:
-                raise InputError(
-                    f"data.sources: reasoning_gym's {task} gives no single answer (row {position})"
-                )
+                raise InputError(f"data.sources: reasoning_gym's {task} gives no single answer (row {position})")
             # The metadata of two tasks have nothing in common, so they stay JSON text.
             metadata = json.dumps(entry["metadata"], default=str)
             rows.append(

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations  # pyright: ignore[reportPrivateImportUsage]
 
 from lorapar_kernels import backend
 
@@ -110,7 +110,7 @@ def load_adapter_shapes(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def sft_stage(recipe: Recipe, folder: Path) -> Facts:
-    from trl import SFTConfig
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from .sft import sft
 
@@ -122,7 +122,7 @@ def sft_stage(recipe: Recipe, folder: Path) -> Facts:
 
 
 def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
-    from trl import GRPOConfig
+    from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from .grpo import grpo
 
@@ -130,9 +130,7 @@ def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
     rewards = resolve_rewards(recipe.grpo.rewards)
     config = _trainer_config(GRPOConfig, recipe, "grpo", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "grpo")
-    trainer, trained = grpo(
-        model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True
-    )
+    trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True)
     return _end_of_stage(recipe, folder, "grpo", trainer, trained)
 
 
@@ -200,7 +198,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 def check_recipe(recipe: Recipe, folder: Path) -> None:
     """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done."""
-    from trl import GRPOConfig, SFTConfig
+    from trl import GRPOConfig, SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         backend.forced()

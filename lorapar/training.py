@@ -1,4 +1,4 @@
-"""What both stages add to a TRL trainer: the masked optimizer, checkpoints that know their partition, the proof at the end.
+"""What both stages add to a TRL trainer: the masked optimizer, checkpoints that know their partition, the final proof.
 
 Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` → a trained adapter, verified bit for bit.
 """

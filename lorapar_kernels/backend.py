@@ -40,9 +40,7 @@ def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
     if name is None:
         return next(backend for backend, obstacle in obstacles.items() if obstacle() is None)
     if name not in obstacles:
-        raise ValueError(
-            f"LORAPAR_BACKEND={name} cannot serve {op}, which has {' and '.join(obstacles)} only"
-        )
+        raise ValueError(f"LORAPAR_BACKEND={name} cannot serve {op}, which has {' and '.join(obstacles)} only")
     reason = obstacles[name]()
     if reason is not None:
         raise ValueError(f"LORAPAR_BACKEND={name} cannot serve {op}: {reason}")

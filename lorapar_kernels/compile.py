@@ -58,9 +58,7 @@ def assemble(ptx: str, arch: int) -> str:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
-        done = subprocess.run(
-            [*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"ptxas exited {done.returncode}: {done.stderr.strip()}")
     return done.stderr + done.stdout
@@ -112,9 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     archs = parser.parse_args(arguments).arch
     unknown = [arch for arch in archs if not 75 <= arch < 1000]
     if unknown:
-        parser.error(
-            f"--arch takes compute capabilities of 75 and above, such as 90 for 9.0, got {unknown[0]}"
-        )
+        parser.error(f"--arch takes compute capabilities of 75 and above, such as 90 for 9.0, got {unknown[0]}")
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed (pip install triton)", file=sys.stderr)
         return 1
@@ -125,9 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     variants = [
-        variant
-        for module in MODULES
-        for variant in importlib.import_module(f"{__package__}.{module}").AHEAD_OF_TIME
+        variant for module in MODULES for variant in importlib.import_module(f"{__package__}.{module}").AHEAD_OF_TIME
     ]
     rows = [compile_variant(variant, arch) for variant in variants for arch in archs]
     print(table(rows))

@@ -82,9 +82,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
     if device.type == "cpu" and dropout_triton.INTERPRETED:
         return None
-    return (
-        f"no Triton kernel runs on {device.type} tensors; set TRITON_INTERPRET=1 to interpret it on the CPU"
-    )
+    return f"no Triton kernel runs on {device.type} tensors; set TRITON_INTERPRET=1 to interpret it on the CPU"
 
 
 def _backend(device: torch.device) -> str:

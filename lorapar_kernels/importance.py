@@ -14,6 +14,7 @@ Trade-off: each example's G is made once, [r, in] and [out, r], instead of a bat
 GEMMs and keeps the extra memory at one example's gradient whatever the batch.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class ScoreSums(NamedTuple):
 
 
 def importance(sum_gphi: Tensor, sum_gphi_sq: Tensor, n_examples: int) -> Tensor:
-    """I(φ) = |Σ Gφ / N − ½ Σ (Gφ)² / N|, elementwise, in the sums' dtype. ValueError unless n_examples is at least 1."""
+    """I(φ) = |Σ Gφ / N − ½ Σ (Gφ)² / N|, elementwise, in the sums' dtype. ValueError unless n_examples ≥ 1."""
     if n_examples < 1:
         raise ValueError(f"n_examples must be at least 1, got {n_examples}")
     return (sum_gphi - 0.5 * sum_gphi_sq).abs_().div_(n_examples)
@@ -55,7 +56,7 @@ def add_example_products(
     """Add Gφ and (Gφ)² for G = scaling · leftᵀ right over each example's rows offsets[i]:offsets[i + 1]."""
     gphi_sum, gphi_sq_sum = sums
     phi = phi.to(gphi_sum.dtype) * scaling
-    for start, end in zip(offsets, offsets[1:]):
+    for start, end in itertools.pairwise(offsets):
         gphi = thin(left[start:end], right[start:end]).to(gphi_sum.dtype).mul_(phi)
         gphi_sum += gphi
         gphi_sq_sum.addcmul_(gphi, gphi)
@@ -96,7 +97,7 @@ def check_offsets(offsets: Tensor, tokens: int) -> list[int]:
     values = [int(value) for value in offsets.tolist()]
     if values[0] != 0 or values[-1] != tokens:
         raise ValueError(f"offsets must run from 0 to the {tokens} tokens of x, got {values[0]} to {values[-1]}")
-    for i, (start, end) in enumerate(zip(values, values[1:])):
+    for i, (start, end) in enumerate(itertools.pairwise(values)):
         if end <= start:
             raise ValueError(f"offsets must rise, got {start} then {end} at example {i}")
     return values
@@ -126,7 +127,8 @@ def lora_linear_scored(
     """
     choose("lora_linear_scored", {"reference": always})
     x_, weight_, bias_ = as_autocast(x, weight, bias)
-    assert x_ is not None and weight_ is not None
+    assert x_ is not None
+    assert weight_ is not None
     check_weight(x_, weight_, bias_)
     check_arguments(x_, lora_a, lora_b, weight_.shape[0])
     starts = check_offsets(offsets, x_.numel() // x_.shape[-1])

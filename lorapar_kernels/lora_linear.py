@@ -1,7 +1,7 @@
 """Masked LoRA linear layer: y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ, with gradients for x, A and B only.
 
-Shapes: x [..., in], weight W [out, in], lora_a A [r, in], lora_b B [out, r], masks bool of A's and B's shape. W and x share
-a dtype; A and B may be wider (PEFT keeps them in fp32 beside a bf16 base). With S = drop(x) Aᵀ and dS = s · dY B,
+Shapes: x [..., in], weight W [out, in], lora_a A [r, in], lora_b B [out, r], masks bool of A's and B's shape. W and x
+share a dtype; A and B may be wider (PEFT keeps them in fp32 beside a bf16 base). With S = drop(x) Aᵀ and dS = s · dY B,
 
     dX = dY W + undrop(dS A),    dA = mask_a ⊙ dSᵀ drop(x),    dB = mask_b ⊙ s · dYᵀ S.
 
@@ -102,7 +102,7 @@ def check_arguments(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> None:
-    """Raise ValueError or TypeError that names the first argument that does not fit, what was expected and what came."""
+    """Raise ValueError or TypeError that names the first argument that does not fit, what was expected, what came."""
     check_input(x)
     if lora_a.ndim != 2 or lora_a.shape[1] != x.shape[-1] or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a must be [r >= 1, {x.shape[-1]}], got {list(lora_a.shape)}")
@@ -181,7 +181,8 @@ def lora_linear(
     """
     choose("lora_linear", {"reference": always})
     x_, weight_, bias_ = as_autocast(x, weight, bias)
-    assert x_ is not None and weight_ is not None
+    assert x_ is not None
+    assert weight_ is not None
     check_weight(x_, weight_, bias_)
     check_arguments(x_, lora_a, lora_b, weight_.shape[0], mask_a, mask_b, dropout_p, seed)
     with torch.autocast(x.device.type, enabled=False):

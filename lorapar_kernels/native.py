@@ -47,9 +47,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, result
     version = library.lorapar_abi_version()
     if version != ABI_VERSION:
-        raise OSError(
-            f"{file} has ABI version {version}, expected {ABI_VERSION}: build it again (pip install)"
-        )
+        raise OSError(f"{file} has ABI version {version}, expected {ABI_VERSION}: build it again (pip install)")
     return library
 
 

@@ -185,9 +185,7 @@ def _flat_mask(among: Tensor | Sequence[Tensor], scores: Tensor | Sequence[Tenso
         raise ValueError(f"among must hold {len(listed)} masks, one a tensor of scores, got {len(masks)}")
     for i, (mask, score) in enumerate(zip(masks, listed)):
         if mask.dtype != torch.bool or mask.shape != score.shape:
-            raise ValueError(
-                f"among[{i}] must be torch.bool {list(score.shape)}, got {mask.dtype} {list(mask.shape)}"
-            )
+            raise ValueError(f"among[{i}] must be torch.bool {list(score.shape)}, got {mask.dtype} {list(mask.shape)}")
     return torch.cat([mask.reshape(-1).to(listed[0].device) for mask in masks])
 
 
@@ -224,9 +222,7 @@ def top_mass(scores: Tensor | Sequence[Tensor], theta: float) -> Tensor | list[T
 @overload
 def top_count(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor: ...
 @overload
-def top_count(
-    scores: Sequence[Tensor], count: int, among: Sequence[Tensor] | None = None
-) -> list[Tensor]: ...
+def top_count(scores: Sequence[Tensor], count: int, among: Sequence[Tensor] | None = None) -> list[Tensor]: ...
 def top_count(
     scores: Tensor | Sequence[Tensor], count: int, among: Tensor | Sequence[Tensor] | None = None
 ) -> Tensor | list[Tensor]:

@@ -34,9 +34,7 @@ def reasoning_of(row: dict[str, Any]) -> str:
     stated = [match.start() for sign in (ANSWER_TAG, HASHES, BOXED, STATED) for match in sign.finditer(text)]
     if stated:
         # The sentence that states the answer is no step: "So the answer is 5."
-        begins = [match.end() for match in SENTENCE_END.finditer(text)] + [
-            m.end() for m in re.finditer("\n", text)
-        ]
+        begins = [match.end() for match in SENTENCE_END.finditer(text)] + [m.end() for m in re.finditer("\n", text)]
         cut = max((begin for begin in begins if begin <= max(stated)), default=0)
         text = text[:cut]
     return re.sub(r"</?(?:reasoning|think)>", "", text).strip()
@@ -54,19 +52,13 @@ def count_operations(row: dict[str, Any]) -> int:
     text = reasoning_of(row)
     if not text:
         prompt = row["prompt"]
-        text = (
-            prompt
-            if isinstance(prompt, str)
-            else text_of([turn for turn in prompt if turn["role"] == "user"][-1:])
-        )
+        text = prompt if isinstance(prompt, str) else text_of([turn for turn in prompt if turn["role"] == "user"][-1:])
     return len(OPERATION.findall(text))
 
 
 def _check_threshold(name: str, threshold: Any) -> int:
     if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
-        raise InputError(
-            f"label.voters: threshold of {name} must be a whole number of at least 0, got {threshold!r}"
-        )
+        raise InputError(f"label.voters: threshold of {name} must be a whole number of at least 0, got {threshold!r}")
     return threshold
 
 

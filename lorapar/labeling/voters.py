@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
 from ..data import prompt_ids
+from ..errors import InputError
 from ..models import answer_greedily
 from ..progress import Progress
 from ..rewards import is_correct
@@ -38,9 +38,7 @@ class Probe:
     ):
         for key, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"label.voters: {key} of probe must be a whole number of at least 1, got {value!r}"
-                )
+                raise InputError(f"label.voters: {key} of probe must be a whole number of at least 1, got {value!r}")
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
@@ -68,8 +66,7 @@ class Column:
     def vote(self, rows: "Dataset") -> list[int | None]:
         if self.column not in rows.column_names:
             raise InputError(
-                f"label.column: the rows have no column {self.column!r}; "
-                f"they have {', '.join(rows.column_names)}"
+                f"label.column: the rows have no column {self.column!r}; they have {', '.join(rows.column_names)}"
             )
         votes: list[int | None] = []
         for row_id, value in zip(rows["id"], rows[self.column]):
@@ -97,10 +94,7 @@ def make_voters(
 
     Options are the arguments of the voter's class. "probe" asks `model` with `tokenizer`.
     """
-    return [
-        _make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer)
-        for spec in specs
-    ]
+    return [_make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer) for spec in specs]
 
 
 def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
@@ -119,7 +113,5 @@ def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
             raise InputError("label.voters: probe asks the target model, so it needs a model and a tokenizer")
         return Probe(model, tokenizer, **options)
     if voter is Column and "column" not in options:
-        raise InputError(
-            "label.voters: column needs the option 'column', the name of the column with the labels"
-        )
+        raise InputError("label.voters: column needs the option 'column', the name of the column with the labels")
     return voter(**options)

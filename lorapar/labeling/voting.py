@@ -43,16 +43,12 @@ def label(
     names = [teacher.name for teacher in teachers]
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(
-                f"label.voters: {count} voters are called {name!r}; each needs a name of its own"
-            )
+            raise InputError(f"label.voters: {count} voters are called {name!r}; each needs a name of its own")
     for teacher in teachers:
         if teacher.name not in cast:
             cast[teacher.name] = list(teacher.vote(dataset))
     if not cast:
-        raise InputError(
-            "label.voters: expected at least one voter or votes that were cast already, got none"
-        )
+        raise InputError("label.voters: expected at least one voter or votes that were cast already, got none")
     for name, given in cast.items():
         if len(given) != len(dataset):
             raise InputError(f"label: {name} cast {len(given)} votes for {len(dataset)} rows")

@@ -16,7 +16,11 @@ from tests.tiny import TARGETS
 RECIPE = {
     "data": {
         "sources": [
-            {"name": "reasoning_gym:chain_sum", "size": 150, "config": dict(min_terms=n, max_terms=n, min_digits=1, max_digits=1)}
+            {
+                "name": "reasoning_gym:chain_sum",
+                "size": 150,
+                "config": {"min_terms": n, "max_terms": n, "min_digits": 1, "max_digits": 1},
+            }
             for n in (2, 3)
         ],
         "held_out": 10,

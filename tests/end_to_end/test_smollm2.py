@@ -155,18 +155,19 @@ def test_sums_equal_one_example_at_a_time_in_float64():
 
 
 def test_gsm8k_rows_through_the_same_pipeline(gsm8k, tmp_path):
-    rows = Dataset.from_json(str(gsm8k / "train.jsonl")).select(range(120))
-    rows.to_json(str(tmp_path / "rows.jsonl"))
+    rows = tmp_path / "rows.jsonl"
+    Dataset.from_json(str(gsm8k / "train.jsonl")).select(range(120)).to_json(str(rows))
     recipe = {
         "model": "smollm2-135m",
         "output_dir": str(tmp_path / "run"),
-        "data": {"sources": [{"name": str(tmp_path / "rows.jsonl"), "held_out": 12}], "chat": True, "max_prompt_length": 256},
+        "data": {"sources": [{"name": str(rows), "held_out": 12}], "chat": True, "max_prompt_length": 256},
         "label": {"voters": [{"name": "operations", "threshold": 3}]},
         "lora": {"r": 4, "lora_alpha": 8},
         "score": {"examples": 8},
-        "sft": {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "max_length": 512, "learning_rate": 1e-3},
+        "sft": {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "max_length": 512},
         "grpo": {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 24,
-                 "bf16": False, "rewards": ["correct", "integer", "tags", "closeness"], "learning_rate": 1e-3, "beta": 0.04},
+                 "bf16": False, "rewards": ["correct", "integer", "tags", "closeness"], "beta": 0.04,
+                 "learning_rate": 1e-3},
         "evaluate": {"max_new_tokens": 16, "limit": 3},
     }  # fmt: skip
     folder = lorapar.run(parse(recipe))

@@ -69,9 +69,7 @@ def test_logic_on_words_is_logic_on_masks():
 def test_references_agree_with_what_runs():
     mask = torch.rand(3, 1001, generator=torch.Generator().manual_seed(3)) < 0.5
     assert torch.equal(pack_mask(mask), pack_mask_reference(mask))
-    assert torch.equal(
-        unpack_mask(pack_mask(mask), mask.shape), unpack_mask_reference(pack_mask(mask), mask.shape)
-    )
+    assert torch.equal(unpack_mask(pack_mask(mask), mask.shape), unpack_mask_reference(pack_mask(mask), mask.shape))
 
 
 def test_refusals():
@@ -81,11 +79,7 @@ def test_refusals():
         unpack_mask(torch.zeros(1, dtype=torch.int64), (4,))
     with pytest.raises(ValueError, match="words must be 2 for 33 elements, got 1"):
         unpack_mask(torch.zeros(1, dtype=torch.int32), (33,))
-    with pytest.raises(
-        ValueError, match="28 spare bits of the last word must be 0 for 4 elements, got 0x00000010"
-    ):
+    with pytest.raises(ValueError, match="28 spare bits of the last word must be 0 for 4 elements, got 0x00000010"):
         unpack_mask(torch.tensor([16], dtype=torch.int32), (4,))
-    with pytest.raises(
-        ValueError, match="31 spare bits of the last word must be 0 for 33 elements, got 0x80000000"
-    ):
+    with pytest.raises(ValueError, match="31 spare bits of the last word must be 0 for 33 elements, got 0x80000000"):
         count_mask(torch.tensor([0, -(1 << 31)], dtype=torch.int32), 33)

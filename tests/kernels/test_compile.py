@@ -40,9 +40,7 @@ def test_every_kernel_compiles_for_every_architecture():
 
 
 def test_no_file_with_a_kernel_is_left_out():
-    with_kernels = {
-        file.stem for file in PACKAGE.glob("*.py") if re.search(r"^@triton\.jit", file.read_text(), re.M)
-    }
+    with_kernels = {file.stem for file in PACKAGE.glob("*.py") if re.search(r"^@triton\.jit", file.read_text(), re.M)}
     assert with_kernels == set(MODULES)
 
 

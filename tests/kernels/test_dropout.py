@@ -30,9 +30,7 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, output):
-    got = philox4x32(
-        [torch.tensor([word]) for word in words(counter)], [torch.tensor(word) for word in words(key)]
-    )
+    got = philox4x32([torch.tensor([word]) for word in words(counter)], [torch.tensor(word) for word in words(key)])
     assert [int(word) for word in got] == words(output)
     assert philox_in_python(words(counter), words(key)) == words(output)
 

@@ -49,7 +49,8 @@ def test_each_sum_equals_one_example_at_a_time(lengths, dtype, bound):
     sums, _ = ours(examples, w, a, b, 1.5)
     for name, got, want in zip(lk.ScoreSums._fields, sums, expected):
         relative = (got.double() - want).norm() / want.norm()
-        assert relative < bound, (name, relative)
+        # A square has twice the relative error of what is squared.
+        assert relative < (2 * bound if name.endswith("sq") else bound), (name, relative)
 
 
 def test_input_gradient_is_the_layer_s_own():
@@ -72,7 +73,7 @@ def test_order_of_examples_does_not_matter():
 def test_squares_are_per_example_not_of_the_batch():
     """Two examples of opposite gradient: the mean gradient is zero, the Fisher term is not."""
     w, a, b = layer()
-    (x, dy), = draw_examples([4])
+    ((x, dy),) = draw_examples([4])
     sums, _ = ours([(x, dy), (x, -dy)], w, a, b, 1.0)
     single, _ = ours([(x, dy)], w, a, b, 1.0)
     torch.testing.assert_close(sums.a_gphi, torch.zeros_like(a), rtol=0, atol=1e-12)

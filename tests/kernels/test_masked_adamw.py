@@ -82,9 +82,7 @@ def test_strided_parameters_and_row_major_state():
     mask[1, 2] = mask[0, 5] = mask[7, 0] = True
     grad = torch.arange(48.0).view(8, 6)
     exp_avg, exp_avg_sq = torch.zeros(3), torch.zeros(3)
-    masked_adamw(
-        [param], [grad], [mask], [exp_avg], [exp_avg_sq], 1, lr=0.1, betas=(0.0, 0.0), weight_decay=0.0
-    )
+    masked_adamw([param], [grad], [mask], [exp_avg], [exp_avg_sq], 1, lr=0.1, betas=(0.0, 0.0), weight_decay=0.0)
     assert exp_avg.tolist() == [5.0, 8.0, 42.0]
     assert exp_avg_sq.tolist() == [25.0, 64.0, 1764.0]
     assert (wide.t() != 0).nonzero().tolist() == [[0, 5], [1, 2], [7, 0]]
@@ -93,9 +91,7 @@ def test_strided_parameters_and_row_major_state():
 def test_nothing_active_and_no_parameters():
     param = torch.ones(2, 2)
     empty = torch.zeros(0)
-    masked_adamw(
-        [param], [torch.ones(2, 2)], [torch.zeros(2, 2, dtype=torch.bool)], [empty], [empty], 1, lr=1.0
-    )
+    masked_adamw([param], [torch.ones(2, 2)], [torch.zeros(2, 2, dtype=torch.bool)], [empty], [empty], 1, lr=1.0)
     assert torch.equal(param, torch.ones(2, 2))
     masked_adamw([], [], [], [], [], 1, lr=1.0)
 
@@ -103,9 +99,7 @@ def test_nothing_active_and_no_parameters():
 def test_takes_a_leaf_that_requires_a_gradient():
     param = torch.nn.Parameter(torch.ones(3))
     mask = torch.tensor([True, False, True])
-    masked_adamw(
-        [param], [torch.ones(3)], [mask], [torch.zeros(2)], [torch.zeros(2)], 1, lr=0.1, weight_decay=0.0
-    )
+    masked_adamw([param], [torch.ones(3)], [mask], [torch.zeros(2)], [torch.zeros(2)], 1, lr=0.1, weight_decay=0.0)
     torch.testing.assert_close(param.detach(), torch.tensor([0.9, 1.0, 0.9]))
     assert param.requires_grad
     assert param.is_leaf

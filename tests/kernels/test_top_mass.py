@@ -145,9 +145,7 @@ def test_refusals(scores, theta, message):
 
 
 def naive_count(scores: torch.Tensor, count: int, among: torch.Tensor) -> torch.Tensor:
-    order = (
-        scores.reshape(-1).masked_fill(~among.reshape(-1), -1.0).sort(descending=True, stable=True).indices
-    )
+    order = scores.reshape(-1).masked_fill(~among.reshape(-1), -1.0).sort(descending=True, stable=True).indices
     kept = torch.zeros(scores.numel(), dtype=torch.bool)
     kept[order[:count]] = True
     return kept.view(scores.shape)

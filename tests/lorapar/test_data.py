@@ -58,9 +58,7 @@ def write_jsonl(path, rows):
 
 
 def load(tokenizer, *sources, **settings):
-    sources = [
-        source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in sources
-    ]
+    sources = [source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in sources]
     return load_rows(DataConfig(sources, **{"held_out": 0, **settings}), tokenizer)
 
 
@@ -121,9 +119,7 @@ def test_an_answer_is_mapped_or_marked_or_short_or_counted_as_missing(tmp_path, 
         {"prompt": "c", "completion": "short", "gold": ""},
         {"prompt": "d", "completion": "long " * 30, "gold": None},
     ]
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [{**row, "gold": row["gold"] and str(row["gold"])} for row in rows]
-    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "gold": row["gold"] and str(row["gold"])} for row in rows])
     loaded, report = load(tokenizer, path, columns={"answer": "gold"})
     assert loaded["answer"] == ["7", "8", "short", ""]
     assert report[path]["no_answer"] == 1
@@ -131,26 +127,20 @@ def test_an_answer_is_mapped_or_marked_or_short_or_counted_as_missing(tmp_path, 
 
 def test_columns_are_mapped_and_missing_ones_named(tmp_path, tokenizer):
     path = tmp_path / "rows.csv"
-    path.write_text(
-        '\ufeffproblem,solution,persona,id\n"What, is 1+1?",2,You are terse.,x7\n', encoding="utf-8"
-    )
+    path.write_text('\ufeffproblem,solution,persona,id\n"What, is 1+1?",2,You are terse.,x7\n', encoding="utf-8")
     columns = {"prompt": "problem", "completion": "solution", "system": "persona"}
     row = load(tokenizer, path, columns=columns)[0][0]
     assert [turn["content"] for turn in row["prompt"]] == ["You are terse.", "What, is 1+1?"]
     assert (row["answer"], row["original_id"]) == ("2", "x7")
     there = "problem, solution, persona, id"
     assert f"no column prompt, question or messages; map one of {there}" in load_error(tokenizer, path)
-    assert f"has no column 'problm'; it has {there}" in load_error(
-        tokenizer, path, columns={"prompt": "problm"}
-    )
+    assert f"has no column 'problm'; it has {there}" in load_error(tokenizer, path, columns={"prompt": "problm"})
     assert "no column completion or answer" in load_error(tokenizer, path, columns={"prompt": "problem"})
     assert "unknown key 'promt'; allowed: prompt" in load_error(tokenizer, path, columns={"promt": "problem"})
 
 
 def test_the_template_takes_other_columns_and_keeps_the_ids(tmp_path, tokenizer):
-    rows = [
-        {"prompt": "Who?", "completion": "x", "context": context} for context in ("Anna {ran}", "Bob sat")
-    ]
+    rows = [{"prompt": "Who?", "completion": "x", "context": context} for context in ("Anna {ran}", "Bob sat")]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     loaded, report = load(tokenizer, path, prompt="{context}\n{prompt}", chat=False)
     assert loaded["prompt"] == ["Anna {ran}\nWho?", "Bob sat\nWho?"]
@@ -204,9 +194,7 @@ def test_unusable_sources_are_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "completion": "c", "level": "high"}])
     assert "column 'level' is int in" in load_error(tokenizer, path, other)
-    assert "no chat template; allowed: false" in load_error(
-        type("T", (), {"chat_template": None})(), path, chat=True
-    )
+    assert "no chat template; allowed: false" in load_error(type("T", (), {"chat_template": None})(), path, chat=True)
 
 
 # Split
@@ -214,9 +202,7 @@ def test_unusable_sources_are_named(tmp_path, tokenizer):
 
 def test_duplicates_go_across_sources_and_whole_held_out_sources_win(tmp_path, tokenizer):
     first = write_jsonl(tmp_path / "first.jsonl", [*QUESTIONS, {**QUESTIONS[4], "prompt": "  ADD 4\nand 1 "}])
-    second = write_jsonl(
-        tmp_path / "second.jsonl", [QUESTIONS[0], {"prompt": "new", "completion": "x", "level": 0}]
-    )
+    second = write_jsonl(tmp_path / "second.jsonl", [QUESTIONS[0], {"prompt": "new", "completion": "x", "level": 0}])
     loaded, report = load(tokenizer, first, SourceConfig(second, held_out=True), held_out=5)
     assert report[first] == dict(read=21, duplicates=2, too_long=0, train=14, held_out=5, no_answer=0)
     assert report[second] == dict(read=2, duplicates=0, too_long=0, train=0, held_out=2, no_answer=0)
@@ -227,11 +213,7 @@ def test_duplicates_go_across_sources_and_whole_held_out_sources_win(tmp_path, t
 
 def test_the_split_depends_on_content_and_seed_not_on_order(tmp_path, tokenizer):
     def held_out(path, **settings):
-        return {
-            row["id"]
-            for row in load(tokenizer, path, held_out=0.25, **settings)[0]
-            if row["split"] == "held_out"
-        }
+        return {row["id"] for row in load(tokenizer, path, held_out=0.25, **settings)[0] if row["split"] == "held_out"}
 
     there = write_jsonl(tmp_path / "there.jsonl", QUESTIONS)
     back = write_jsonl(tmp_path / "back.jsonl", QUESTIONS[::-1])
@@ -245,10 +227,7 @@ def test_the_split_depends_on_content_and_seed_not_on_order(tmp_path, tokenizer)
 def test_prompts_over_the_limit_are_left_out_and_counted(tmp_path, tokenizer):
     rows = [*QUESTIONS[:3], {"prompt": "question " * 50, "completion": "x", "level": 9}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    longest = (
-        len(tokenizer.apply_chat_template([{"role": "user", "content": "Add 2 and 1"}], return_dict=False))
-        + 9
-    )
+    longest = len(tokenizer.apply_chat_template([{"role": "user", "content": "Add 2 and 1"}], return_dict=False)) + 9
     loaded, report = load(tokenizer, path, max_prompt_length=longest)
     assert (len(loaded), report[path]["too_long"], report[path]["train"]) == (3, 1, 3)
     assert loaded[2]["prompt"][0]["content"] == "Add 2 and 1"
@@ -281,12 +260,8 @@ def test_reasoning_gym_rows_and_their_overlapping_seeds(tokenizer):
     assert json.loads(row["metadata"])["source_dataset"] == row["task"] == "chain_sum"
     both = SourceConfig("reasoning_gym:chain_sum,gcd", size=7, config={"chain_sum": options})
     assert load(tokenizer, both)[0]["task"].count("chain_sum") == 4
-    assert "no task 'chain_sums'; nearest: chain_sum" in load_error(
-        tokenizer, source("reasoning_gym:chain_sums")
-    )
-    assert "'min_term' is no option of chain_sum; allowed:" in load_error(
-        tokenizer, source(config={"min_term": 2})
-    )
+    assert "no task 'chain_sums'; nearest: chain_sum" in load_error(tokenizer, source("reasoning_gym:chain_sums"))
+    assert "'min_term' is no option of chain_sum; allowed:" in load_error(tokenizer, source(config={"min_term": 2}))
     assert "min_terms must be positive" in load_error(tokenizer, source(config={"min_terms": 0}))
 
 
@@ -296,9 +271,7 @@ def test_a_missing_package_names_its_extra(tokenizer, monkeypatch):
     assert "pip install 'lorapar[quickstart]'" in error
 
 
-@pytest.mark.skipif(
-    "LORAPAR_GSM8K" not in os.environ, reason="LORAPAR_GSM8K does not name a folder with GSM8K"
-)
+@pytest.mark.skipif("LORAPAR_GSM8K" not in os.environ, reason="LORAPAR_GSM8K does not name a folder with GSM8K")
 def test_gsm8k_reads_whole(plain_tokenizer):
     folder = Path(os.environ["LORAPAR_GSM8K"])
     sources = [
@@ -354,9 +327,7 @@ def assert_encode_equals_trl(tokenizer, rows, folder):
         ids, n_prompt = encode(row, tokenizer)
         theirs = prepared[row["id"]]
         assert ids == theirs["input_ids"]
-        assert [int(label != -100) for label in theirs["labels"]] == [0] * n_prompt + [1] * (
-            len(ids) - n_prompt
-        )
+        assert [int(label != -100) for label in theirs["labels"]] == [0] * n_prompt + [1] * (len(ids) - n_prompt)
         assert 0 < n_prompt < len(ids)
 
 
@@ -375,10 +346,7 @@ def test_encode_ends_plain_text_with_one_eos(tokenizer):
     for row in PLAIN:
         ids, n_prompt = encode(row, tokenizer)
         assert ids.count(tokenizer.eos_token_id) == 1
-        assert (
-            tokenizer.decode(ids)
-            == row["prompt"] + row["completion"].removesuffix("<|im_end|>") + "<|im_end|>"
-        )
+        assert tokenizer.decode(ids) == row["prompt"] + row["completion"].removesuffix("<|im_end|>") + "<|im_end|>"
         assert tokenizer.decode(ids[n_prompt:]).endswith("42<|im_end|>")
 
 

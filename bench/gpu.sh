@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The kernel tests, then the microbenchmarks on the GPU, on a machine that need not reach anything.
+#
+#   bench/gpu.sh                    needs a Python with torch, triton, pytest, pytest-benchmark and hypothesis
+#   WHEELS=folder bench/gpu.sh      takes what is missing from wheels in that folder (README.md beside this says which)
+#   bench/gpu.sh --cpu              the same steps on the CPU, to try this script without a GPU
+#
+# PYTHON names the interpreter (python3). Results go to $OUT, else to bench/results. With PEFT there, its layer is one of
+# the ways compared. Exit status: 0 all passed, 1 a test or a case failed, 2 it cannot run here.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+out="${OUT:-bench/results}"
+device=cuda
+[ "${1:-}" = --cpu ] && device=cpu
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+
+if [ -n "${WHEELS:-}" ]; then
+  # Beside the machine's own packages, not into them; and without requirements, so that its torch stays.
+  "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+"$python" - "$device" <<'PY' || exit 2
+import importlib.util
+import sys
+
+missing = [name for name in ("torch", "pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(name)]
+if missing:
+    sys.exit(f"bench/gpu.sh: {sys.executable} has no {', '.join(missing)}; put the wheels into a folder and set WHEELS")
+import torch
+
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("bench/gpu.sh: torch sees no CUDA device; --cpu tries the script without one")
+triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+name = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU"
+print(f"{name}: Python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton or 'missing'}")
+PY
+
+# Without a compiler the native ops are left out, and their tests say so.
+"$python" setup.py --quiet build_ext --inplace >"$work/build" 2>&1 || { echo "csrc was not built:"; tail -3 "$work/build"; }
+
+status=0
+echo "== kernel tests"
+"$python" -m pytest tests/kernels --ignore=tests/kernels/interpret -q -p no:cacheprovider || status=1
+echo "== microbenchmarks ($device)"
+"$python" -m pytest bench -q -p no:cacheprovider -k "$device" --benchmark-only --benchmark-columns=median,iqr,rounds \
+  --results "$out" || status=1
+exit "$status"

@@ -37,13 +37,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)
     try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
-        raise
+        with _full_disk_named(path):
+            yield temporary
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,19 +54,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with _full_disk_named(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush_to_disk(file)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -61,6 +61,6 @@ def select(frame: pd.DataFrame, theta: float) -> set[tuple[str, int, int]]:
     for _, element in ordered.iterrows():
         kept.add((element["parameter"], element["row"], element["column"]))
         mass += element["importance"]
-        if mass >= threshold:
+        if mass >= threshold:  # type: ignore[reportGeneralTypeIssues]
             break
     return kept

@@ -1,0 +1,35 @@
+"""README's commands and its example of the backend are what they say."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_backend_example_runs_and_masks_as_it_says():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "lorapar_kernels" in block)
+    names: dict = {}
+    exec(code, names)
+    gradient, active = names["a"].grad, names["active"]
+    assert torch.equal(gradient[~active], torch.zeros_like(gradient[~active]))
+    assert gradient[active].abs().sum() > 0
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+
+
+def test_the_two_set_up_commands_are_there_and_name_what_exists():
+    assert "pip install -e '.[quickstart]' && lorapar run examples/quickstart.yaml" in README
+    assert "pip install -e '.[test]' && make test" in README
+    assert (ROOT / "examples" / "quickstart.yaml").is_file()
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "'.[test]'" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
+def test_every_link_inside_the_project_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

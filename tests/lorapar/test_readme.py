@@ -10,7 +10,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_backend_example_runs_and_masks_as_it_says():
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "lorapar_kernels" in block)
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "lorapar_kernels" in block
+    )
     names: dict = {}
     exec(code, names)
     gradient, active = names["a"].grad, names["active"]

@@ -1,4 +1,4 @@
-"""Imports point one way: cli → pipeline → stages → method → lorapar_kernels, and the backend knows nothing of the method."""
+"""Imports point one way, and the backend knows nothing of the method."""
 
 import ast
 import subprocess

@@ -122,6 +122,8 @@ def in_child(patch: Callable[..., None], arguments: tuple[Any, ...], *words: obj
 
 
 def _child(patch: Callable[..., None], arguments: tuple[Any, ...], words: list[str], log: str) -> None:
+    # A shell that starts its jobs in the background has them ignore SIGINT; a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,17 +23,27 @@ from setuptools.command.build_ext import build_ext
 CUDA_ARCHS = (80, 90, 100)
 
 
-def cxx_command(source, target):
+def cxx_command(sources, target):
     """The command line that builds the CPU library, or the reason why there is none."""
     named = os.environ.get("CXX")
     found = shlex.split(named) if named else [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
     if not found:
         return None, "no C++ compiler was found (CXX is not set; none of c++, g++, clang++ is on the path)"
-    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    return [*found, *flags, str(source), "-o", str(target)], None
+    # No contraction into fused multiply-adds: the same result to the bit on every machine, and on the GPU.
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+    openmp = ["-fopenmp"] if has_openmp(found) else []
+    return [*found, *flags, *openmp, *sources, "-o", str(target)], None
 
 
-def nvcc_command(source, target):
+def has_openmp(compiler):
+    """Whether the compiler builds and links a program with -fopenmp (Apple's does not)."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "program.cpp")
+        program.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        return run([*compiler, "-fopenmp", str(program), "-o", str(program.with_suffix(".out"))]) is None
+
+
+def nvcc_command(sources, target):
     """The command line that cross-compiles the CUDA library (no GPU needed), or why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     named = os.environ.get("NVCC")
@@ -51,6 +62,8 @@ def nvcc_command(source, target):
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     names = " ".join(f"sm_{arch}" for arch in archs) + f" and PTX {archs[-1]}"
     flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    # The same roundings as on the CPU; these kernels wait for memory, not for arithmetic. What each costs is printed.
+    flags += ["-fmad=false", "-Xptxas=-v", "--threads=0"]
     host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
     return [
         nvcc,
@@ -58,7 +71,7 @@ def nvcc_command(source, target):
         *host,
         *codes,
         f'-DLORAPAR_CUDA_ARCHS="{names}"',
-        str(source),
+        *sources,
         "-o",
         str(target),
     ], None
@@ -68,7 +81,7 @@ COMMANDS = {"liblorapar_cpu": cxx_command, "liblorapar_cuda": nvcc_command}
 
 
 class BuildLibraries(build_ext):
-    """Each extension is one source and one compiler call; what goes wrong is said, and leaves it out."""
+    """Each extension is one compiler call; what goes wrong is said, and leaves it out."""
 
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"
@@ -79,7 +92,7 @@ class BuildLibraries(build_ext):
         # Neither an older build nor half of this one may stay behind for native.py to load.
         target.unlink(missing_ok=True)
         partial = target.with_suffix(".partial")
-        command, reason = COMMANDS[ext.name.rpartition(".")[2]](ext.sources[0], partial)
+        command, reason = COMMANDS[ext.name.rpartition(".")[2]](ext.sources, partial)
         if command is not None:
             reason = run(command)
         if reason is None:
@@ -105,6 +118,7 @@ def run(command):
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     if done.returncode == 0:
+        print(done.stderr, end="")
         return None
     said = (done.stderr or done.stdout).strip()
     return f"{shlex.join(command)} exited {done.returncode}: {said[-2000:]}"
@@ -117,11 +131,17 @@ class PlainWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-# optional: setuptools then tolerates that the file is not there afterwards.
-header = ["csrc/lorapar.h"]
-libraries = [
-    Extension("lorapar_kernels.liblorapar_cpu", ["csrc/cpu/lorapar.cpp"], depends=header, optional=True),
-    Extension("lorapar_kernels.liblorapar_cuda", ["csrc/cuda/lorapar.cu"], depends=header, optional=True),
-]
+def library(kind, pattern):
+    """Every source of one library; a new topic is a new file beside the others."""
+    # Relative, as setuptools wants them.
+    root = Path(__file__).parent
+    sources = sorted(str(path.relative_to(root)) for path in root.glob(f"csrc/{kind}/{pattern}"))
+    headers = sorted(str(path.relative_to(root)) for path in root.glob("csrc/**/*.*h"))
+    # optional: setuptools then tolerates that the file is not there afterwards.
+    return Extension(f"lorapar_kernels.liblorapar_{kind}", sources, depends=headers, optional=True)
 
-setup(ext_modules=libraries, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlainWheel})
+
+setup(
+    ext_modules=[library("cpu", "*.cpp"), library("cuda", "*.cu")],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlainWheel},
+)

@@ -29,6 +29,27 @@ def unpack_mask_reference(words: Tensor, shape: torch.Size) -> Tensor:
     return bits.view(-1)[: shape.numel()].to(torch.bool).view(shape)
 
 
+def _pack_mask_native(mask: Tensor) -> Tensor:
+    """The mask is contiguous."""
+    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32, device=mask.device)
+    native.call("pack_mask", mask.device, mask.data_ptr(), mask.numel(), words.data_ptr())
+    return words
+
+
+def _unpack_mask_native(words: Tensor, shape: torch.Size) -> Tensor:
+    """The words are contiguous and checked."""
+    mask = torch.empty(shape, dtype=torch.bool, device=words.device)
+    native.call("unpack_mask", words.device, words.data_ptr(), mask.numel(), mask.data_ptr())
+    return mask
+
+
+def _count_mask_native(words: Tensor, n: int) -> int:
+    """The words are contiguous and checked."""
+    count = torch.empty(1, dtype=torch.int64, device=words.device)
+    native.call("count_mask", words.device, words.data_ptr(), n, count.data_ptr())
+    return int(count)
+
+
 def check_words(words: Tensor, n: int) -> None:
     """ValueError unless `words` are the words of a mask of n elements."""
     expected = (n + 31) // 32
@@ -61,7 +82,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
     if _backend("pack_mask", mask.device) == "native":
-        return native.pack_mask(mask.contiguous())
+        return _pack_mask_native(mask.contiguous())
     return pack_mask_reference(mask)
 
 
@@ -73,7 +94,7 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     size = torch.Size(shape)
     check_words(words, math.prod(size))
     if _backend("unpack_mask", words.device) == "native":
-        return native.unpack_mask(words.contiguous(), size)
+        return _unpack_mask_native(words.contiguous(), size)
     return unpack_mask_reference(words, size)
 
 
@@ -84,5 +105,5 @@ def count_mask(words: Tensor, n: int) -> int:
     """
     check_words(words, n)
     if _backend("count_mask", words.device) == "native":
-        return int(native.count_mask(words.contiguous(), n))
+        return _count_mask_native(words.contiguous(), n)
     return int(unpack_mask_reference(words, torch.Size([n])).sum())

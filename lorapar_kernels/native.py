@@ -13,22 +13,24 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-ABI_VERSION = 1  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 2  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
-# name -> (argument types, result type), as in csrc/lorapar.h. Pointers travel as void *: they come from
-# data_ptr().
-_pointer, _size = ctypes.c_void_p, ctypes.c_int64
-SIGNATURES = {
+# name -> (argument types, result type), as in csrc/lorapar.h, a dict a topic. Pointers travel as void *: they come from
+# data_ptr(). The last argument of what does work is `queue`, which `call` supplies.
+POINTER, SIZE, QUEUE, STATUS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_ssize_t, ctypes.c_int
+LIBRARY = {
     "lorapar_abi_version": ([], ctypes.c_int),
     "lorapar_build": ([], ctypes.c_char_p),
-    "lorapar_error_string": ([ctypes.c_int], ctypes.c_char_p),
-    "lorapar_pack_mask": ([_pointer, _size, _pointer, _pointer], ctypes.c_int),
-    "lorapar_unpack_mask": ([_pointer, _size, _pointer, _pointer], ctypes.c_int),
-    "lorapar_count_mask": ([_pointer, _size, _pointer, _pointer], ctypes.c_int),
+    "lorapar_error_string": ([STATUS], ctypes.c_char_p),
 }
+BITMASK = {
+    "lorapar_pack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_unpack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_count_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+}
+SIGNATURES = LIBRARY | BITMASK
 
 
 def path(kind: str) -> Path:
@@ -75,41 +77,23 @@ def obstacle(device: torch.device) -> str | None:
     return load(device.type)[1]
 
 
-def call(function: str, device: torch.device, *arguments: int) -> None:
-    """Call lorapar_<function>(*arguments, stream) on `device`; RuntimeError in the library's words."""
+def call(function: str, device: torch.device, *arguments: object) -> None:
+    """Call lorapar_<function>(*arguments, queue) on `device`; RuntimeError in the library's words.
+
+    On CUDA the queue is torch's current stream, on the CPU the number of threads that torch uses.
+    """
     library, reason = load(device.type)
     if library is None:
         raise RuntimeError(reason)
+    native = getattr(library, f"lorapar_{function}")
     if device.type == "cuda":
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            status = getattr(library, f"lorapar_{function}")(*arguments, stream)
+            status = native(*arguments, torch.cuda.current_stream(device).cuda_stream)
     else:
-        status = getattr(library, f"lorapar_{function}")(*arguments, None)
+        status = native(*arguments, torch.get_num_threads())
     if status != 0:
         said = library.lorapar_error_string(status).decode()
         raise RuntimeError(f"native {function} failed with status {status}: {said}")
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """`bitmask.pack_mask` by the native library; the mask is contiguous."""
-    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32, device=mask.device)
-    call("pack_mask", mask.device, mask.data_ptr(), mask.numel(), words.data_ptr())
-    return words
-
-
-def unpack_mask(words: Tensor, shape: torch.Size) -> Tensor:
-    """`bitmask.unpack_mask` by the native library; words are contiguous and checked."""
-    mask = torch.empty(shape, dtype=torch.bool, device=words.device)
-    call("unpack_mask", words.device, words.data_ptr(), mask.numel(), mask.data_ptr())
-    return mask
-
-
-def count_mask(words: Tensor, n: int) -> Tensor:
-    """`bitmask.count_mask` by the native library, one int64 element; words are contiguous and checked."""
-    count = torch.empty(1, dtype=torch.int64, device=words.device)
-    call("count_mask", words.device, words.data_ptr(), n, count.data_ptr())
-    return count
 
 
 def status() -> dict[str, dict[str, object]]:

@@ -1,9 +1,11 @@
 """csrc: built by setup.py, loaded by native.py, equal to the reference; its error codes and refusals."""
 
 import ctypes
+import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from lorapar_kernels.bitmask import count_mask, pack_mask, pack_mask_reference, 
 
 from .native_build import ROOT, build, built_cpu_library
 
-OK, NULL_POINTER, SIZE = 0, 1, 2
+OK, NULL_POINTER, SIZE, ALIGNMENT = 0, 1, 2, 3
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,11 @@ def test_takes_any_nonzero_byte_and_writes_only_its_own(library):
     for n in (1, 31, 32, 33, 70):
         source = torch.tensor([2, 0, 255, 128], dtype=torch.uint8).repeat(18)[:n].contiguous()
         words = torch.full(((n + 31) // 32 + 1,), 0x5A5A5A5A, dtype=torch.int32)
-        assert library.lorapar_pack_mask(source.data_ptr(), n, words.data_ptr(), None) == OK
+        assert library.lorapar_pack_mask(source.data_ptr(), n, words.data_ptr(), 1) == OK
         assert torch.equal(words[:-1], pack_mask_reference(source != 0))
         assert int(words[-1]) == 0x5A5A5A5A
         back = torch.full((n + 1,), 77, dtype=torch.uint8)
-        assert library.lorapar_unpack_mask(words.data_ptr(), n, back.data_ptr(), None) == OK
+        assert library.lorapar_unpack_mask(words.data_ptr(), n, back.data_ptr(), 1) == OK
         assert torch.equal(back[:-1], (source != 0).to(torch.uint8))
         assert int(back[-1]) == 77
 
@@ -64,28 +66,82 @@ def test_count_and_unpack_do_not_look_at_spare_bits(library):
     words = torch.tensor([-1, -1], dtype=torch.int32)
     count = torch.full((1,), -5, dtype=torch.int64)
     for n, expected in ((33, 33), (1, 1), (64, 64), (0, 0)):
-        assert library.lorapar_count_mask(words.data_ptr(), n, count.data_ptr(), None) == OK
+        assert library.lorapar_count_mask(words.data_ptr(), n, count.data_ptr(), 1) == OK
         assert int(count) == expected
 
 
 def test_error_codes(library):
     word, byte = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.uint8)
-    assert library.lorapar_pack_mask(None, 1, word.data_ptr(), None) == NULL_POINTER
-    assert library.lorapar_pack_mask(byte.data_ptr(), 1, None, None) == NULL_POINTER
-    assert library.lorapar_pack_mask(None, 0, None, None) == OK
-    assert library.lorapar_pack_mask(byte.data_ptr(), -1, word.data_ptr(), None) == SIZE
-    assert library.lorapar_unpack_mask(None, 1, byte.data_ptr(), None) == NULL_POINTER
-    assert library.lorapar_unpack_mask(word.data_ptr(), -(2**62), byte.data_ptr(), None) == SIZE
-    assert library.lorapar_count_mask(word.data_ptr(), 1, None, None) == NULL_POINTER
-    assert library.lorapar_count_mask(None, 1, byte.data_ptr(), None) == NULL_POINTER
+    assert library.lorapar_pack_mask(None, 1, word.data_ptr(), 1) == NULL_POINTER
+    assert library.lorapar_pack_mask(byte.data_ptr(), 1, None, 1) == NULL_POINTER
+    assert library.lorapar_pack_mask(None, 0, None, 1) == OK
+    assert library.lorapar_pack_mask(byte.data_ptr(), -1, word.data_ptr(), 1) == SIZE
+    assert library.lorapar_unpack_mask(None, 1, byte.data_ptr(), 1) == NULL_POINTER
+    assert library.lorapar_unpack_mask(word.data_ptr(), -(2**62), byte.data_ptr(), 1) == SIZE
+    assert library.lorapar_count_mask(word.data_ptr(), 1, None, 1) == NULL_POINTER
+    assert library.lorapar_count_mask(None, 1, byte.data_ptr(), 1) == NULL_POINTER
     assert library.lorapar_error_string(OK) == b"no error"
     assert library.lorapar_error_string(NULL_POINTER) == b"a null pointer where memory was expected"
-    assert library.lorapar_error_string(SIZE) == b"a negative number of elements"
+    assert library.lorapar_error_string(SIZE) == b"a number of elements below 0 or above 2^48"
     assert library.lorapar_error_string(-12345) == b"an unknown status"
 
 
+def test_misaligned_pointers_and_sizes_beyond_the_limit(library):
+    words, count = torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    byte = torch.zeros(64, dtype=torch.uint8)
+    assert library.lorapar_pack_mask(byte.data_ptr(), 5, words.data_ptr() + 2, 1) == ALIGNMENT
+    assert library.lorapar_unpack_mask(words.data_ptr() + 1, 5, byte.data_ptr(), 1) == ALIGNMENT
+    assert library.lorapar_count_mask(words.data_ptr(), 5, count.data_ptr() + 4, 1) == ALIGNMENT
+    for n in (2**48 + 1, 2**62, 2**63 - 1):
+        assert library.lorapar_pack_mask(byte.data_ptr(), n, words.data_ptr(), 1) == SIZE
+    assert library.lorapar_error_string(ALIGNMENT) == b"a pointer that is not aligned to its type"
+
+
+LARGE = 8_000_003
+
+
+def test_threads_are_as_many_as_asked_for_and_change_nothing(library):
+    mask = (torch.rand(LARGE, generator=torch.Generator().manual_seed(1)) < 0.5).to(torch.uint8)
+    made = []
+    for threads in (0, 1, 2, 3, 7, -5, 10**6):
+        words = torch.full(((LARGE + 31) // 32,), 0x5A5A5A5A, dtype=torch.int32)
+        assert library.lorapar_pack_mask(mask.data_ptr(), LARGE, words.data_ptr(), threads) == OK
+        made.append(words)
+    assert all(torch.equal(words, made[0]) for words in made)
+
+
+FORKS = """
+import os, sys, torch
+from pathlib import Path
+from lorapar_kernels import native
+library = native.open_library(Path(sys.argv[1]))
+mask, words = torch.ones(8_000_000, dtype=torch.uint8), torch.zeros(250_000, dtype=torch.int32)
+def pack(threads):
+    assert library.lorapar_pack_mask(mask.data_ptr(), mask.numel(), words.data_ptr(), threads) == 0
+    assert bool((words == -1).all())
+pack(4)
+threads = len(os.listdir("/proc/self/task"))
+child = os.fork()
+torch.set_num_threads(1) if child == 0 else None
+pack(4)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("threads", threads)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/task").exists(), reason="needs fork and /proc")
+@pytest.mark.parametrize("allowed", ["1", "4"])
+def test_a_forked_child_does_not_wait_for_threads_it_has_not(library_file, allowed):
+    environment = {**os.environ, "OMP_NUM_THREADS": allowed, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FORKS, str(library_file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_errors_become_exceptions(installed):
-    with pytest.raises(RuntimeError, match="native pack_mask failed with status 2: a negative number"):
+    with pytest.raises(RuntimeError, match="native pack_mask failed with status 2: a number of elements below 0"):
         native.call("pack_mask", torch.device("cpu"), 0, -1, 0)
 
 
@@ -126,7 +182,7 @@ def test_a_library_that_does_not_load_warns(tmp_path, monkeypatch):
 
 def test_a_library_of_another_version_is_refused(library_file, monkeypatch):
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    with pytest.raises(OSError, match="has ABI version 1, expected 99: build it again"):
+    with pytest.raises(OSError, match="has ABI version 2, expected 99: build it again"):
         native.open_library(library_file)
     monkeypatch.setitem(native.SIGNATURES, "lorapar_of_tomorrow", ([], ctypes.c_int))
     with pytest.raises(OSError, match="has no function lorapar_of_tomorrow"):
@@ -198,12 +254,12 @@ def test_cuda_source_compiles_for_every_architecture(tmp_path):
     library = native.open_library(file)
     assert b"sm_80 sm_90" in library.lorapar_build()
     # What needs no device is answered as the CPU's library does; what needs one says so where there is none.
-    assert library.lorapar_pack_mask(None, 1, None, None) == NULL_POINTER
-    assert library.lorapar_pack_mask(None, -1, None, None) == SIZE
-    assert library.lorapar_error_string(SIZE) == b"a negative number of elements"
+    assert library.lorapar_pack_mask(None, 1, None, 1) == NULL_POINTER
+    assert library.lorapar_pack_mask(None, -1, None, 1) == SIZE
+    assert library.lorapar_error_string(SIZE) == b"a number of elements below 0 or above 2^48"
     if not torch.cuda.is_available():
         word = torch.zeros(1, dtype=torch.int32)
-        status = library.lorapar_pack_mask(word.data_ptr(), 1, word.data_ptr(), None)
+        status = library.lorapar_pack_mask(word.data_ptr(), 1, word.data_ptr(), 1)
         assert status > 1000
         assert library.lorapar_error_string(status) not in (b"", b"an unknown status")
 

@@ -1,0 +1,37 @@
+// What both libraries check before they work, and what they say about it.
+#pragma once
+
+#include "lorapar.h"
+
+namespace lorapar {
+
+// Null, not aligned to T, or fine; memory for no elements may be anything.
+template <typename T>
+int check_pointer(const T *pointer, int64_t n) {
+    if (n == 0) return LORAPAR_OK;
+    if (pointer == nullptr) return LORAPAR_ERROR_NULL_POINTER;
+    return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0 ? LORAPAR_OK : LORAPAR_ERROR_ALIGNMENT;
+}
+
+// The size, then each pointer in turn: the first thing that is wrong.
+template <typename... T>
+int check(int64_t n, const T *...pointers) {
+    if (n < 0 || n > LORAPAR_MAX_SIZE) return LORAPAR_ERROR_SIZE;
+    int status = LORAPAR_OK;
+    ((status = status != LORAPAR_OK ? status : check_pointer(pointers, n)), ...);
+    return status;
+}
+
+// One line on a status that is not CUDA's own, else nullptr.
+inline const char *status_text(int status) {
+    switch (status) {
+        case LORAPAR_OK: return "no error";
+        case LORAPAR_ERROR_NULL_POINTER: return "a null pointer where memory was expected";
+        case LORAPAR_ERROR_SIZE: return "a number of elements below 0 or above 2^48";
+        case LORAPAR_ERROR_ALIGNMENT: return "a pointer that is not aligned to its type";
+        case LORAPAR_ERROR_MEMORY: return "no memory for working space";
+        default: return nullptr;
+    }
+}
+
+}  // namespace lorapar

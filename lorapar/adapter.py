@@ -58,7 +58,7 @@ class MaskedLinear(Linear):
         self.register_buffer("mask_b", None, persistent=False)
         self.trainable_rank: int = self.r[adapter_name]
         self.scoring: lk.ScoreSums | None = None
-        self.offsets: Tensor | None = None
+        self.offsets: lk.Examples | Tensor | None = None
         self._unmerged_weight: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -46,6 +46,7 @@ def operations(device: torch.device) -> dict[str, str]:
         "lora_linear": lambda: lk.lora_linear(t, t, t, t, 1.0),
         "lora_add": lambda: lk.lora_add(t, t, t, t, 1.0),
         "lora_linear_scored": lambda: lk.lora_linear_scored(t, t, t, t, 1.0, torch.tensor([0, 2]), sums),
+        "lora_add_scored": lambda: lk.lora_add_scored(t, t, t, t, 1.0, torch.tensor([0, 2]), sums),
         "top_mass": lambda: lk.top_mass(t, 0.5),
         "masked_adamw": lambda: lk.masked_adamw([t.clone()], [t], [mask], [t.reshape(-1).clone()],
                                                 [t.reshape(-1).clone()], 1, lr=0.1),

@@ -6,16 +6,18 @@ What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it).
 
 from .bitmask import pack_mask, unpack_mask
 from .dropout import dropout_mask
-from .importance import ScoreSums, importance, lora_linear_scored
+from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
 from .masked_adamw import masked_adamw
 from .top_mass import top_count, top_mass
 
 __all__ = [
+    "Examples",
     "ScoreSums",
     "dropout_mask",
     "importance",
     "lora_add",
+    "lora_add_scored",
     "lora_linear",
     "lora_linear_grouped",
     "lora_linear_scored",

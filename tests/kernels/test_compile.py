@@ -29,14 +29,15 @@ def test_every_kernel_compiles_for_every_architecture():
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["kernel", "variant", "arch", "registers", "spilled", "shared"]
     for arch in ("sm_80", "sm_90", "sm_100"):
-        rows = [line.split() for line in lines if f" {arch} " in line and "_dropout_mask_kernel" in line]
-        assert len(rows) == 2
+        rows = [line.split() for line in lines if f" {arch} " in line]
+        for kernel in ("_dropout_mask_kernel", "_example_products_kernel", "_add_partial_sums_kernel"):
+            assert any(row[0] == kernel for row in rows), (kernel, arch)
         for row in rows:
             registers, spilled, shared = map(int, row[-3:])
             assert 0 < registers <= 255
             assert spilled == 0
             assert shared >= 0
-    assert lines[-1] == "6 compiled, no spills"
+    assert re.fullmatch(r"\d+ compiled, no spills", lines[-1])
 
 
 def test_no_file_with_a_kernel_is_left_out():

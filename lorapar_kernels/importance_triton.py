@@ -1,0 +1,187 @@
+"""importance.py's Triton kernels, in a file of its own so that importing the package does not import Triton.
+
+One factor's G is a product over an example's tokens of something thin and something wide: for A of dS [tokens, r] and x
+[tokens, in], for B of S [tokens, r] and dY [tokens, out]. So one kernel serves both, with the factor read by strides:
+A is [r, in], B is [out, r] read across.
+
+A program of `_example_products_kernel` owns a tile of the factor and a contiguous range of examples. It makes one
+example's G in fp32 registers over that example's tokens, and at its end adds Gφ and (Gφ)² to two fp32 tiles; those go
+out once, as partial sums. `_add_partial_sums_kernel` then adds the ranges' partial sums in their order to the running
+sums. No atomics, and neither G nor a `.grad` is ever written: equal calls give equal bits.
+
+Trade-off: the ranges fill the GPU where a factor has few tiles, and cost 8 bytes an element of one layer a range.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ahead_of_time import Variant
+
+# A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
+BLOCK_N = 64
+# Tokens a step: one K of the tensor cores' instructions twice over (bf16 has 16), a short example wastes little.
+BLOCK_T = 32
+# Elements a program of the second kernel.
+BLOCK = 1024
+WARPS = 4
+# Programs a multiprocessor should have at hand: four, so that the loads of one hide behind the products of another.
+PROGRAMS_PER_SM = 4
+
+
+@triton.jit
+def _example_products_kernel(
+    thin_ptr, wide_ptr, phi_ptr, offsets_ptr, partial_ptr, scale, n_examples, rank, width,
+    stride_thin, stride_wide, stride_phi_r, stride_phi_n,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """partial[range] = (Σ Gφ, Σ (Gφ)²) of the range's examples, each [rank, width]."""
+    n_ranges = tl.num_programs(2)
+    i_range = tl.program_id(2)
+    i_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_r, m_n = i_r < rank, i_n < width
+    m_tile = m_r[:, None] & m_n[None, :]
+    i_phi = i_r.to(tl.int64)[:, None] * stride_phi_r + i_n.to(tl.int64)[None, :] * stride_phi_n
+    b_phi = tl.load(phi_ptr + i_phi, mask=m_tile, other=0.0).to(tl.float32) * scale
+    b_sum = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    b_sum_sq = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for i_example in range(i_range * n_examples // n_ranges, (i_range + 1) * n_examples // n_ranges):
+        start = tl.load(offsets_ptr + i_example)
+        end = tl.load(offsets_ptr + i_example + 1)
+        b_g = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for i_token in range(start, end, BLOCK_T):
+            i_t = i_token + tl.arange(0, BLOCK_T).to(tl.int64)
+            m_t = i_t < end
+            p_thin = thin_ptr + i_t[:, None] * stride_thin + i_r[None, :]
+            p_wide = wide_ptr + i_t[:, None] * stride_wide + i_n[None, :]
+            b_thin = tl.load(p_thin, mask=m_t[:, None] & m_r[None, :], other=0.0)
+            b_wide = tl.load(p_wide, mask=m_t[:, None] & m_n[None, :], other=0.0)
+            # fp32 stays fp32: TF32 would keep 10 bits of each factor.
+            b_g = tl.dot(tl.trans(b_thin), b_wide, acc=b_g, input_precision="ieee")
+        b_gphi = b_g * b_phi
+        b_sum += b_gphi
+        b_sum_sq += b_gphi * b_gphi
+    # Laid out as the factor is, so that the second kernel needs no strides.
+    p_partial = partial_ptr + i_range.to(tl.int64) * 2 * rank * width + i_phi
+    tl.store(p_partial, b_sum, mask=m_tile)
+    tl.store(p_partial + rank * width, b_sum_sq, mask=m_tile)
+
+
+@triton.jit
+def add_compensated(high, low, value):
+    """(high, low) + value as an unevaluated pair, high the rounded total (Knuth's exact sum, then Dekker's)."""
+    total = high + value
+    of_value = total - high
+    lost = (high - (total - of_value)) + (value - of_value)
+    lost += low
+    high = total + lost
+    return high, lost - (high - total)
+
+
+@triton.jit
+def _add_partial_sums_kernel(partial_ptr, sum_ptr, rest_ptr, sum_sq_ptr, rest_sq_ptr, n_ranges, elements,
+                             BLOCK: tl.constexpr):  # fmt: skip
+    """Add every range's partial sums, in order, to the two running sums and their rests."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = i < elements
+    b_sum, b_rest = tl.load(sum_ptr + i, mask=m), tl.load(rest_ptr + i, mask=m)
+    b_sum_sq, b_rest_sq = tl.load(sum_sq_ptr + i, mask=m), tl.load(rest_sq_ptr + i, mask=m)
+    p_partial = partial_ptr + i
+    for _ in range(n_ranges):
+        b_partial, b_partial_sq = tl.load(p_partial, mask=m), tl.load(p_partial + elements, mask=m)
+        b_sum, b_rest = add_compensated(b_sum, b_rest, b_partial)  # pyright: ignore[reportGeneralTypeIssues]
+        b_sum_sq, b_rest_sq = add_compensated(b_sum_sq, b_rest_sq, b_partial_sq)
+        p_partial += 2 * elements
+    tl.store(sum_ptr + i, b_sum, mask=m)
+    tl.store(rest_ptr + i, b_rest, mask=m)
+    tl.store(sum_sq_ptr + i, b_sum_sq, mask=m)
+    tl.store(rest_sq_ptr + i, b_rest_sq, mask=m)
+
+
+# Under TRITON_INTERPRET=1 triton.jit makes an interpreted function, which is the only kind that takes CPU tensors.
+INTERPRETED = not isinstance(_example_products_kernel, triton.runtime.JITFunction)
+
+
+def block_r(rank: int) -> int:
+    """Rows of a tile: a tensor core's least where the rank fits, else twice that."""
+    return 16 if rank <= 16 else 32
+
+
+def ranges_of_examples(n_examples: int, tiles: int, device: torch.device) -> int:
+    """How many ranges the examples are cut into, so that ranges × tiles fill the device; at most one an example."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return min(n_examples, -(-PROGRAMS_PER_SM * processors // tiles))
+
+
+def add_example_products(
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    thin: Tensor,
+    wide: Tensor,
+    phi: Tensor,
+    across: bool,
+    scale: float,
+    offsets: Tensor,
+) -> None:
+    """Add Gφ and (Gφ)² of each example to (Σ, its rest, Σ of squares, its rest), fp32 of phi's shape, contiguous.
+
+    thin [tokens, r], wide [tokens, n] and phi [r, n] ([n, r] where `across`), offsets int64 [N + 1] on their device;
+    G = scale · thinᵀ wide.
+    """
+    thin, wide, phi = thin.contiguous(), wide.contiguous(), phi.contiguous()
+    rank, width = thin.shape[1], wide.shape[1]
+    strides = (1, rank) if across else (width, 1)
+    n_examples = offsets.numel() - 1
+    rows = block_r(rank)
+    tiles_n, tiles_r = -(-width // BLOCK_N), -(-rank // rows)
+    ranges = ranges_of_examples(n_examples, tiles_n * tiles_r, thin.device)
+    partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
+    launch = _example_products_kernel[(tiles_n, tiles_r, ranges)]
+    launch(  # pyright: ignore[reportCallIssue]
+        thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
+        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    launch = _add_partial_sums_kernel[(-(-phi.numel() // BLOCK),)]
+    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK, num_warps=WARPS)  # pyright: ignore[reportCallIssue]
+
+
+def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Variant:
+    # Triton makes an argument that is 1 a constant: of phi's strides one always is.
+    unit, other = ("stride_phi_r", "stride_phi_n") if across else ("stride_phi_n", "stride_phi_r")
+    return Variant(
+        kernel=_example_products_kernel,
+        name=f"{dtype},{factor} r:{rows} {'B' if across else 'A'}",
+        signature={
+            "thin_ptr": f"*{dtype}", "wide_ptr": f"*{dtype}", "phi_ptr": f"*{factor}", "offsets_ptr": "*i64",
+            "partial_ptr": "*fp32", "scale": "fp32", "n_examples": "i32", "rank": "i32", "width": "i32",
+            "stride_thin": "i32", "stride_wide": "i32",
+            "stride_phi_r": "constexpr" if across else "i32", "stride_phi_n": "i32" if across else "constexpr",
+            "BLOCK_R": "constexpr", "BLOCK_N": "constexpr", "BLOCK_T": "constexpr",
+        },
+        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": BLOCK_T},
+        aligned=("thin_ptr", "wide_ptr", "phi_ptr", "offsets_ptr", "partial_ptr", "width", "stride_wide",
+                 *(() if across else (other,))),
+        warps=WARPS,
+    )  # fmt: skip
+
+
+AHEAD_OF_TIME = [
+    *(
+        _products_variant(dtype, factor, rows, across)
+        for dtype, factor in (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
+        for rows in (16, 32)
+        for across in (False, True)
+    ),
+    Variant(
+        kernel=_add_partial_sums_kernel,
+        name="fp32",
+        signature={
+            "partial_ptr": "*fp32", "sum_ptr": "*fp32", "rest_ptr": "*fp32", "sum_sq_ptr": "*fp32",
+            "rest_sq_ptr": "*fp32", "n_ranges": "i32", "elements": "i32", "BLOCK": "constexpr",
+        },
+        constants={"BLOCK": BLOCK},
+        aligned=("partial_ptr", "sum_ptr", "rest_ptr", "sum_sq_ptr", "rest_sq_ptr"),
+        warps=WARPS,
+    ),
+]  # fmt: skip

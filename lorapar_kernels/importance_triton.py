@@ -21,10 +21,11 @@ from .ahead_of_time import Variant
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64
-# Tokens a step: one K of the tensor cores' instructions twice over (bf16 has 16), a short example wastes little.
-BLOCK_T = 32
-# Elements a program of the second kernel.
-BLOCK = 1024
+# Tokens a step: one K of the tensor cores' instructions twice over (bf16 has 16), a short example wastes little. In fp32,
+# which has no such instruction at full precision, 32 spill on sm_90.
+TOKENS_16_BIT, TOKENS_32_BIT = 32, 16
+# Elements a program of the second kernel: 1,024 take 191 registers.
+BLOCK = 512
 WARPS = 4
 # Programs a multiprocessor should have at hand: four, so that the loads of one hide behind the products of another.
 PROGRAMS_PER_SM = 4
@@ -109,6 +110,10 @@ def block_r(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
+def block_t(bits: int) -> int:
+    return TOKENS_16_BIT if bits == 16 else TOKENS_32_BIT
+
+
 def ranges_of_examples(n_examples: int, tiles: int, device: torch.device) -> int:
     """How many ranges the examples are cut into, so that ranges × tiles fill the device; at most one an example."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -140,7 +145,7 @@ def add_example_products(
     launch = _example_products_kernel[(tiles_n, tiles_r, ranges)]
     launch(  # pyright: ignore[reportCallIssue]
         thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
-        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=block_t(8 * thin.element_size()), num_warps=WARPS,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     launch = _add_partial_sums_kernel[(-(-phi.numel() // BLOCK),)]
     launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK, num_warps=WARPS)  # pyright: ignore[reportCallIssue]
@@ -159,7 +164,7 @@ def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Varia
             "stride_phi_r": "constexpr" if across else "i32", "stride_phi_n": "i32" if across else "constexpr",
             "BLOCK_R": "constexpr", "BLOCK_N": "constexpr", "BLOCK_T": "constexpr",
         },
-        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": BLOCK_T},
+        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": block_t(int(dtype[-2:]))},
         aligned=("thin_ptr", "wide_ptr", "phi_ptr", "offsets_ptr", "partial_ptr", "width", "stride_wide",
                  *(() if across else (other,))),
         warps=WARPS,

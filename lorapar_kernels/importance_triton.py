@@ -21,12 +21,12 @@ from .ahead_of_time import Variant
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64
-# Tokens a step: one K of the tensor cores' instructions twice over (bf16 has 16), a short example wastes little. In fp32,
-# which has no such instruction at full precision, 32 spill on sm_90.
-TOKENS_16_BIT, TOKENS_32_BIT = 32, 16
+# (tokens a step, warps) by the input's bits. 32 tokens are one K of the tensor cores' instructions twice over (bf16 has
+# 16), and a short example wastes little. fp32 has no such instruction at full precision; with it 32 tokens, or 16 at 4
+# warps, spill on sm_90.
+STEP = {16: (32, 4), 32: (16, 8)}
 # Elements a program of the second kernel: 1,024 take 191 registers.
 BLOCK = 512
-WARPS = 4
 # Programs a multiprocessor should have at hand: four, so that the loads of one hide behind the products of another.
 PROGRAMS_PER_SM = 4
 
@@ -110,10 +110,6 @@ def block_r(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
-def block_t(bits: int) -> int:
-    return TOKENS_16_BIT if bits == 16 else TOKENS_32_BIT
-
-
 def ranges_of_examples(n_examples: int, tiles: int, device: torch.device) -> int:
     """How many ranges the examples are cut into, so that ranges × tiles fill the device; at most one an example."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -142,17 +138,19 @@ def add_example_products(
     tiles_n, tiles_r = -(-width // BLOCK_N), -(-rank // rows)
     ranges = ranges_of_examples(n_examples, tiles_n * tiles_r, thin.device)
     partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
+    tokens, warps = STEP[8 * thin.element_size()]
     launch = _example_products_kernel[(tiles_n, tiles_r, ranges)]
     launch(  # pyright: ignore[reportCallIssue]
         thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
-        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=block_t(8 * thin.element_size()), num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=tokens, num_warps=warps,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     launch = _add_partial_sums_kernel[(-(-phi.numel() // BLOCK),)]
-    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK, num_warps=WARPS)  # pyright: ignore[reportCallIssue]
+    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)  # pyright: ignore[reportCallIssue]
 
 
 def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Variant:
     # Triton makes an argument that is 1 a constant: of phi's strides one always is.
+    tokens, warps = STEP[int(dtype[-2:])]
     unit, other = ("stride_phi_r", "stride_phi_n") if across else ("stride_phi_n", "stride_phi_r")
     return Variant(
         kernel=_example_products_kernel,
@@ -164,10 +162,10 @@ def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Varia
             "stride_phi_r": "constexpr" if across else "i32", "stride_phi_n": "i32" if across else "constexpr",
             "BLOCK_R": "constexpr", "BLOCK_N": "constexpr", "BLOCK_T": "constexpr",
         },
-        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": block_t(int(dtype[-2:]))},
+        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": tokens},
         aligned=("thin_ptr", "wide_ptr", "phi_ptr", "offsets_ptr", "partial_ptr", "width", "stride_wide",
                  *(() if across else (other,))),
-        warps=WARPS,
+        warps=warps,
     )  # fmt: skip
 
 
@@ -187,6 +185,5 @@ AHEAD_OF_TIME = [
         },
         constants={"BLOCK": BLOCK},
         aligned=("partial_ptr", "sum_ptr", "rest_ptr", "sum_sq_ptr", "rest_sq_ptr"),
-        warps=WARPS,
     ),
 ]  # fmt: skip

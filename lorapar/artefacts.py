@@ -157,7 +157,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         try:
-            facts = {**metadata, "sha256": _sha256_tensors(contiguous)}
+            facts = {**metadata, "sha256": sha256_tensors(contiguous)}
             save_file(contiguous, temporary, metadata={"lorapar": json.dumps(facts)})
         except SafetensorError as error:
             # safetensors reports the operating system's error as text only.
@@ -179,12 +179,13 @@ def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     if text is None:
         raise InputError(f"{path}: not an artefact of lorapar (its metadata lacks the key 'lorapar')")
     metadata = json.loads(text)
-    if metadata.pop("sha256", None) != _sha256_tensors(tensors):
+    if metadata.pop("sha256", None) != sha256_tensors(tensors):
         raise InputError(f"{path}: corrupt: its tensors do not give the sha256 that it records")
     return tensors, metadata
 
 
-def _sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of contiguous tensors on the CPU: names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())

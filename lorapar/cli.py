@@ -23,6 +23,13 @@ STAGES = {
 }
 
 
+STABLE = "0.95"  # the Jaccard index that --until-stable without one asks for
+STABLE_HELP = (
+    f"stop scoring once a system's kept set has a Jaccard index of at least J (default {STABLE}) with the one at half "
+    "as many examples; sets score.until_stable"
+)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in the one line that everything unusable gets."""
 
@@ -73,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
         sub.add_argument("--output_dir", metavar="DIR", help="where the artefacts go, in the recipe's place")
         takes_over = "take over a folder made by another recipe, and redo what the change touches"
+        if verb in ("run", "score"):
+            # Read by split_overrides, which comes first; here for the help.
+            sub.add_argument("--until-stable", metavar="J", nargs="?", help=STABLE_HELP)
         sub.add_argument("--update", action="store_true", help=takes_over)
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
@@ -111,6 +121,11 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
         elif key == "output_dir" and word.startswith("--"):
             ours.append(word)
             ours += [rest.pop(0)] if rest and not equals else []
+        elif word.startswith("--") and key == "until-stable":
+            # A level may follow, a recipe's path may too.
+            if not equals and rest and _is_number(rest[0]):
+                equals, value = "=", rest.pop(0)
+            overrides.append(("score.until_stable", value if equals else STABLE))
         elif word.startswith("--") and key:
             if not equals:
                 if not rest:
@@ -120,6 +135,14 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
         else:
             ours.append(word)
     return ours, overrides
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -100,12 +100,17 @@ class LabelConfig:
 
 @dataclass
 class ScoreConfig:
-    """`examples` a system (None: all); `method`: the paper's I(φ), |Σgφ| alone, or either shuffled as a control."""
+    """`examples` a system at most (None: all); `method`: the paper's I(φ), |Σgφ| alone, or shuffled as a control.
+
+    `until_stable`: a Jaccard index; a system's scoring stops once its kept set at `partition.theta` has at least that
+    index with the kept set at half as many examples.
+    """
 
     examples: int | None = 100
     batch_size: int = 8
     method: Literal["taylor", "first_order", "random"] = "taylor"
     max_length: int = 512
+    until_stable: float | None = None
 
 
 @dataclass
@@ -331,6 +336,8 @@ def _check_values(recipe: Recipe) -> None:
     require(0 < p.theta <= 1, "partition.theta", p.theta, "a share in (0, 1]")
     require(0 <= p.alpha <= 1, "partition.alpha", p.alpha, "a share in [0, 1]")
     require(0 <= p.beta <= 1, "partition.beta", p.beta, "a share in [0, 1]")
+    stable = recipe.score.until_stable
+    require(stable is None or 0 < stable <= 1, "score.until_stable", stable, "a Jaccard index in (0, 1]")
     for at, count in (
         ("score.batch_size", recipe.score.batch_size),
         ("score.examples", recipe.score.examples),

@@ -62,9 +62,11 @@ def plan(recipe: Recipe) -> list[Stage]:
     start, scores = "start/adapter_model.safetensors", "scores.safetensors"
     # What says how an adapter's weights are used, which the weights themselves do not show: lora_alpha, lora_dropout.
     adapted = ("model", "lora", "start")
+    # When scoring stops depends on θ only where it waits for the kept sets.
+    stop = ("partition",) if recipe.score.until_stable is not None else ()
     made = [
         Stage("label", stages.label_stage, ("model", "data", "label"), (), ("labels.jsonl",)),
-        Stage("score", stages.score_stage, (*adapted, "score", "seed"), ("labels.jsonl",),
+        Stage("score", stages.score_stage, (*adapted, "score", "seed", *stop), ("labels.jsonl",),
               (start, scores) if scored else (start,)),
         Stage("partition", stages.partition_stage, ("partition", "seed"), (scores if scored else start,),
               ("partition.safetensors",)),
@@ -126,8 +128,8 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
         return
     # Before anything of this stage's is given up: what it reads may be damaged.
     stages.check_whole(folder, stage.reads)
-    if stage.trains and wanted not in (record.get("started"), record.get("fingerprint")):
-        stages.discard_checkpoints(folder / stage.name)
+    if wanted not in (record.get("started"), record.get("fingerprint")):
+        stages.discard_checkpoints(folder, stage.name)
     main = stages.is_main_process()
     if main:
         write_json(folder / "stages.json", records(folder) | {stage.name: {"started": wanted}})

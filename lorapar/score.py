@@ -1,14 +1,14 @@
 """Importance of every LoRA element for one system's rows (paper section 3.3), and the file that holds it.
 
-Rows → token batches of like length → forward and a backward that carries each example's gradient into two sums a factor
-(`lorapar_kernels.importance`) → I(φ) by parameter name. The loss of an example is the mean over its own answer tokens;
-the batch's loss is their sum, so that a batch of 8 gives what 8 batches of 1 give, to rounding.
+Rows → token batches of like length (score_batches.py) → forward and a backward that carries each example's gradient
+into two sums a factor (`lorapar_kernels.importance`) → running sums (score_sums.py) → I(φ) by parameter name.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,17 @@ import lorapar_kernels as lk
 from .adapter import ADAPTER, MaskedLinear, lora_parameters, masked_layers
 from .artefacts import load_tensors, save_tensors
 from .config import require
-from .data import encode
 from .errors import InputError
 from .progress import Progress
+from .score_batches import Example, packs, plan_batches, read_examples, score_batch
+from .score_sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
 
+log = logging.getLogger("lorapar")
 Masks = dict[str, Tensor]
-IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
+ALL_ZERO = (
+    "start: every score is zero, because an element that is zero scores zero for ever and B = 0 makes A's "
+    "gradient zero; use start: twin, pissa, olora or paper"
+)
 
 
 class Scores(dict[str, Tensor]):
@@ -39,9 +44,13 @@ def score(
     tokenizer: Any,
     dataset: Iterable[Any],
     batch_size: int = 8,
-    method: Literal["taylor", "first_order", "random"] = "taylor",
+    method: Method = "taylor",
     max_length: int | None = None,
     seed: int = 0,
+    until_stable: float | None = None,
+    theta: float = 0.9,
+    checkpoint: Path | None = None,
+    on_batch: Callable[[RunningSums], None] = lambda sums: None,
 ) -> Scores:
     """Score the attached adapter's elements on one system's rows.
 
@@ -51,52 +60,95 @@ def score(
         batch_size: examples a step; changes speed and memory, not the result.
         method: "taylor": I = |gφ − ½Fφ²|; "first_order": |gφ|; "random": taylor's values at shuffled places.
         max_length: rows with more tokens are refused (InputError), never cut; None: no limit.
+        until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
+            examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
+        checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
+        on_batch: called after every batch; `RunningSums.importance` reads the mean so far.
 
-    Returns `Scores`, zero on a twin's rows. Dropout is off, prompt tokens carry no loss, the base gets no gradient and
-    nothing is written. Raises InputError for a row without answer tokens, no rows, or scores that are all zero.
+    Returns `Scores`, zero on a twin's rows; `metadata` says how many examples it took and, under `until_stable`, the
+    looks. Dropout is off, prompt tokens carry no loss, the base gets no gradient and nothing is written. Raises
+    InputError for a row without answer tokens, no rows, a gradient that is NaN or Inf (naming row and layer), or
+    scores that are all zero.
     """
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     require(method in ("taylor", "first_order", "random"), "method", method, "taylor, first_order or random")
-    examples = [_tokens(row, tokenizer, max_length) for row in dataset]
+    require(until_stable is None or 0 < until_stable <= 1, "until_stable", until_stable, "a Jaccard index in (0, 1]")
+    examples = read_examples(dataset, tokenizer, max_length)
     require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
-    batches = length_batches(examples, batch_size)
-    with scoring(model) as layers, Progress("score", len(examples), "example") as progress:
-        for batch in batches:
-            _score_batch(model, layers, [examples[i] for i in batch])
-            progress.update(len(batch))
-        sums = {name: cast(lk.ScoreSums, layer.scoring) for name, layer in layers.items()}
-    scores, trainable = {}, {}
-    for name, layer in layers.items():
-        for factor, gphi, gphi_sq in (("lora_A", *sums[name][:2]), ("lora_B", *sums[name][2:])):
-            parameter = f"{name}.{factor}.{ADAPTER}.weight"
-            squares = torch.zeros_like(gphi_sq) if method == "first_order" else gphi_sq
-            trainable[parameter] = trainable_mask(parameter, gphi, layer.trainable_rank)
-            values = lk.importance(gphi, squares, len(examples)).cpu().float()
-            if not bool(values.isfinite().all()):
-                raise InputError(
-                    f"scores: {parameter} holds NaN or Inf; score in float32 (model.dtype) or check the rows"
-                )
-            scores[parameter] = torch.where(trainable[parameter], values, 0.0)
+    with scoring(model) as layers:
+        pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
+        if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
+            raise InputError(ALL_ZERO)
+        packed = packs(model)
+        marks = [] if until_stable is None else marks_of(len(examples))
+        plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
+        running = RunningSums(layers)
+        key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
+        if checkpoint is not None:
+            running.restore(checkpoint, key)
+        _run(model, running, examples, plan, packed, until_stable, theta, marks, checkpoint, key, on_batch)
+        scores = running.importance(method)
     if not any(bool(tensor.any()) for tensor in scores.values()):
-        raise InputError(
-            "start: every score is zero, because an element that is zero scores zero for ever and B = 0 makes A's "
-            "gradient zero; use start: twin, pissa, olora or paper"
-        )
-    if method == "random":
-        scores = shuffled([scores], trainable, seed)[0]
+        raise InputError(ALL_ZERO)
     rank = next(iter(layers.values())).trainable_rank
-    return Scores(scores, {"examples": len(examples), "method": method, "rank": rank})
+    if method == "random":
+        trainable = {name: trainable_mask(name, tensor, rank) for name, tensor in scores.items()}
+        scores = shuffled([scores], trainable, seed)[0]
+    facts: dict[str, Any] = {"examples": running.examples, "method": method, "rank": rank}
+    if until_stable is not None:
+        stable = bool(running.looks) and running.looks[-1][1] >= until_stable
+        facts |= {"until_stable": until_stable, "theta": theta, "stable": stable, "looks": running.looks}
+    return Scores(scores, facts)
 
 
-def trainable_mask(name: str, like: Tensor, rank: int | None) -> Tensor:
-    """True on the r trainable rows of A (columns of B); everywhere where there is no twin."""
-    mask = torch.ones(like.shape, dtype=torch.bool)
-    if rank is not None:
-        if ".lora_A." in name:
-            mask[rank:] = False
-        else:
-            mask[:, rank:] = False
-    return mask
+def _run(
+    model: nn.Module,
+    running: RunningSums,
+    examples: list[Example],
+    plan: list[list[int]],
+    packed: bool,
+    until_stable: float | None,
+    theta: float,
+    marks: list[int],
+    checkpoint: Path | None,
+    key: str,
+    on_batch: Callable[[RunningSums], None],
+) -> None:
+    """Every batch of the plan that is not in the sums yet, until they are stable where that is asked for."""
+    if until_stable is not None and running.looks and running.looks[-1][1] >= until_stable:
+        return
+    with Progress("score", len(examples), "example", running.examples) as progress:
+        for batch in plan[running.batches :]:
+            running.loss_scale = score_batch(model, running.layers, [examples[i] for i in batch], packed)
+            if not running.finite():
+                raise blame(model, running, [examples[i] for i in batch], packed)
+            running.examples += len(batch)
+            running.batches += 1
+            jaccard = None
+            if until_stable is not None and running.examples in (*marks, len(examples)):
+                jaccard = running.look(theta)
+                if jaccard is not None:
+                    log.info("score: %d examples, Jaccard %.4f with half of them", running.examples, jaccard)
+            on_batch(running)
+            progress.update(len(batch))
+            if until_stable is not None and jaccard is not None and jaccard >= until_stable:
+                break
+            if checkpoint is not None:
+                running.save_if_due(checkpoint, key)
+    if checkpoint is not None:
+        running.save(checkpoint, key)
+
+
+def blame(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
+    """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
+    for example in batch:
+        for layer in running.layers.values():
+            layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
+        score_batch(model, running.layers, [example], packed)
+        fault = first_fault(running.layers)
+        if fault is not None:
+            return not_finite(example.name, fault, running.loss_scale != 1.0)
+    return not_finite(f"{batch[0].name} to {batch[-1].name}", "the sums leave fp32's range", running.loss_scale != 1.0)
 
 
 def shuffled(by_system: list[Masks], trainable: Masks, seed: int) -> list[Masks]:
@@ -135,9 +187,13 @@ def load_scores(path: Path | str) -> tuple[Scores, Scores]:
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLinear]]:
     """Put the layers into scoring mode with fresh sums; on leaving, everything is as it was."""
-    layers, training = masked_layers(model), model.training
+    layers, training = masked_layers(model), {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in lora_parameters(model).values()}
     model.eval()
+    for module in training:
+        # transformers checkpoints a block only in training mode; its children, dropout among them, are not put there.
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
     try:
         for parameter in required:
             parameter.requires_grad_(True)
@@ -149,87 +205,5 @@ def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLinear]]:
             parameter.requires_grad_(value)
         for layer in layers.values():
             layer.scoring = layer.offsets = None
-        model.train(training)
-
-
-def length_batches(examples: list[tuple[list[int], list[int]]], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first, so that what does not fit in memory fails at once.
-
-    A batch ends early where padding would be more than a sixteenth of it: a padded token costs what a real one does.
-    """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    batches: list[list[int]] = []
-    room = 0.0
-    for i in order:
-        length = len(examples[i][0])
-        # `room`: tokens that may still be padding; each row adds a sixteenth of the width, less what it lacks itself.
-        if batches and len(batches[-1]) < batch_size:
-            width = len(examples[batches[-1][0]][0])
-            left = room + width / 16 - (width - length)
-            if left >= 0:
-                batches[-1].append(i)
-                room = left
-                continue
-        batches.append([i])
-        room = length / 16
-    return batches
-
-
-def _tokens(row: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> tuple[list[int], list[int]]:
-    if "input_ids" in row:
-        ids, labels = list(row["input_ids"]), list(row["labels"])
-        if len(ids) != len(labels):
-            raise InputError(f"row {row.get('id', '')}: {len(ids)} input_ids but {len(labels)} labels")
-    else:
-        if "messages" in row:
-            row = {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-        ids, n_prompt = encode(dict(row), tokenizer)
-        labels = [IGNORED] * n_prompt + ids[n_prompt:]
-    # The first token is predicted by nothing, so its label never counts.
-    if all(label == IGNORED for label in labels[1:]):
-        raise InputError(f"row {row.get('id', '')}: no answer tokens; a completion must not be empty")
-    if max_length is not None and len(ids) > max_length:
-        raise InputError(f"row {row.get('id', '')}: {len(ids)} tokens, more than score.max_length {max_length}")
-    return ids, labels
-
-
-def _score_batch(model: nn.Module, layers: dict[str, MaskedLinear], batch: list[tuple[list[int], list[int]]]) -> None:
-    device = next(iter(lora_parameters(model).values())).device
-    width = max(len(ids) for ids, _ in batch)
-    # Padding is on the right, where causal attention keeps it from touching a real token.
-    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), IGNORED)
-    for i, (ids, row_labels) in enumerate(batch):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        labels[i, : len(ids)] = torch.tensor(row_labels)
-    offsets = torch.arange(len(batch) + 1) * width
-    for layer in layers.values():
-        layer.offsets = offsets
-    # Position t predicts token t + 1.
-    targets = labels.roll(-1, 1).to(device)
-    targets[:, -1] = IGNORED
-    answers = targets != IGNORED
-    # No attention mask: padding is on the right, where causal attention keeps it from touching a real token.
-    with head_on(model, answers):
-        logits = model(input_ids=input_ids.to(device), use_cache=False).logits
-    # The gradient of each example's mean cross-entropy over its own answer tokens, (softmax − one-hot) / count, written
-    # down: autograd would pass over a [n, vocabulary] tensor twice as often and keep two more of them.
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    gradient = logits.detach().to(wide).softmax(-1)
-    gradient[torch.arange(len(gradient), device=device), targets[answers]] -= 1.0
-    counts = answers.sum(1, keepdim=True).expand_as(answers)[answers]
-    logits.backward(gradient.div_(counts[:, None]).to(logits.dtype))
-
-
-@contextlib.contextmanager
-def head_on(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let the output head see only the hidden states at `positions` (bool [rows, tokens]): logits are [n, vocabulary].
-
-    Its product is the widest of all: with SmolLM2-135M a fifth of the work at every position.
-    """
-    head = cast(Any, model).get_base_model().get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][positions],))
-    try:
-        yield
-    finally:
-        hook.remove()
+        for module, value in training.items():
+            module.training = value

@@ -34,6 +34,7 @@ from .training import rows_of, save_stage
 
 log = logging.getLogger("lorapar")
 Facts = dict[str, Any]
+SCORING = "scoring-system{}.safetensors"  # a system's running sums, until scores.safetensors is there
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
 
@@ -76,9 +77,18 @@ def score_stage(recipe: Recipe, folder: Path) -> Facts:
     for system in (1, 2):
         rows = rows_of(labelled, [system]).shuffle(seed=recipe.seed)
         rows = rows.select(range(min(config.examples or len(rows), len(rows))))
-        both.append(score(model, tokenizer, rows, config.batch_size, config.method, config.max_length, recipe.seed))
-        facts[f"examples_system{system}"] = len(rows)
+        made = score(
+            model, tokenizer, rows, config.batch_size, config.method, config.max_length, recipe.seed,
+            config.until_stable, recipe.partition.theta, folder / SCORING.format(system),
+        )  # fmt: skip
+        both.append(made)
+        facts[f"examples_system{system}"] = made.metadata["examples"]
+        if config.until_stable is not None:
+            facts[f"stable_system{system}"] = made.metadata["stable"]
+            facts[f"looks_system{system}"] = made.metadata["looks"]
     save_scores(folder / "scores.safetensors", *both)
+    for system in (1, 2):
+        (folder / SCORING.format(system)).unlink()
     return facts
 
 
@@ -252,12 +262,15 @@ def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
     )
 
 
-def discard_checkpoints(folder: Path) -> None:
-    """Remove a stage's checkpoints, which belong to inputs that are no longer the recipe's."""
+def discard_checkpoints(folder: Path, stage: str) -> None:
+    """Remove what an unfinished stage has left, which belongs to inputs that are no longer the recipe's."""
     if is_main_process():
-        for checkpoint in folder.glob("checkpoint-*"):
+        for checkpoint in (folder / stage).glob("checkpoint-*"):
             log.info("%s: made from other inputs, removed", checkpoint)
             shutil.rmtree(checkpoint)
+        for sums in folder.glob(SCORING.format("*")) if stage == "score" else ():
+            log.info("%s: made from other inputs, removed", sums)
+            sums.unlink()
 
 
 def is_main_process() -> bool:

@@ -17,7 +17,6 @@ from lorapar.adapter import ADAPTER, load_adapter
 from lorapar.config import ModelConfig, load_recipe, parse
 from lorapar.data import encode
 from lorapar.models import load_model, load_tokenizer
-from lorapar.score import scoring
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SHORT = {
@@ -147,11 +146,13 @@ def test_sums_equal_one_example_at_a_time_in_float64():
     config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"])
     model = lorapar.attach(load_model(model_config), config, "paper")
     gathered: dict[str, tuple[torch.Tensor, ...]] = {}
-    with scoring(model) as layers:
-        lorapar.score.__globals__["_score_batch"](model, layers, [(row["input_ids"], row["labels"]) for row in rows])
-        for name, layer in layers.items():
-            gathered[f"{name}.lora_A.{ADAPTER}.weight"] = layer.scoring[:2]
-            gathered[f"{name}.lora_B.{ADAPTER}.weight"] = layer.scoring[2:]
+
+    def keep(running):
+        for name, sums in running.sums.items():
+            gathered[f"{name}.lora_A.{ADAPTER}.weight"] = sums[:2]
+            gathered[f"{name}.lora_B.{ADAPTER}.weight"] = sums[2:]
+
+    lorapar.score(model, None, rows, on_batch=keep)
     expected = naive_sums(model.double(), rows)
     for which in (0, 1):
         error = {name: (gathered[name][which].double() - want[which]).norm() for name, want in expected.items()}

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import lorapar
 from lorapar.adapter import ADAPTER, Snapshot, lora_parameters, masked_layers
 from lorapar.errors import InputError
-from lorapar.score import IGNORED, scoring
+from lorapar.score import scoring
+from lorapar.score_batches import IGNORED
 from tests.lorapar.test_adapter import config
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -58,17 +59,12 @@ def test_each_sum_equals_one_example_at_a_time_in_float64(start, dtype, bound):
     model = lorapar.attach(tiny_model().to(dtype), config(), start=start).to(dtype)
     model.load_state_dict({n: t.to(dtype) for n, t in exact.state_dict().items()})
     gathered = {}
-    original = lorapar.score.__globals__["_score_batch"]
 
-    def keep_sums(model, layers, batch):
-        original(model, layers, batch)
-        gathered.update({name: layer.scoring for name, layer in layers.items()})
+    def keep_sums(running):
+        assert running.examples <= 9
+        gathered.update(running.sums)
 
-    lorapar.score.__globals__["_score_batch"] = keep_sums
-    try:
-        lorapar.score(model, None, rows(), batch_size=4)
-    finally:
-        lorapar.score.__globals__["_score_batch"] = original
+    lorapar.score(model, None, rows(), batch_size=4, on_batch=keep_sums)
     for name, sums in gathered.items():
         for factor, pair in (("lora_A", sums[:2]), ("lora_B", sums[2:])):
             for got, want in zip(pair, expected[f"{name}.{factor}.{ADAPTER}.weight"]):
@@ -194,3 +190,223 @@ def test_saved_and_loaded(tmp_path):
     for got, want in zip(lorapar.load_scores(tmp_path / "s.safetensors"), both):
         assert got.metadata == want.metadata
         assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_a_packed_row_gives_what_padded_rows_give():
+    """Eight examples in one row, kept apart by their positions, against one example at a time in float64."""
+    from lorapar.score_batches import keeps_apart, read_examples, score_batch
+
+    model = lorapar.attach(tiny_model().double(), config(), start="paper").double()
+    large_start(model)
+    expected = naive_sums(model, rows(8))
+    assert keeps_apart(model)
+    with scoring(model) as layers:
+        score_batch(model, layers, read_examples(rows(8), None, None), packed=True)
+        for name, layer in layers.items():
+            for factor, pair in (("lora_A", layer.scoring[:2]), ("lora_B", layer.scoring[2:])):
+                for got, want in zip(pair, expected[f"{name}.{factor}.{ADAPTER}.weight"]):
+                    assert (got - want).norm() / want.norm() < 1e-10
+
+
+def test_a_model_whose_packed_examples_see_one_another_is_not_packed(monkeypatch):
+    from lorapar import score_batches
+
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    assert not score_batches.packs(model)  # sdpa: padded
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    monkeypatch.setattr(score_batches, "keeps_apart", lambda model: True)
+    assert score_batches.packs(model)
+    monkeypatch.undo()
+    inputs = score_batches._inputs
+    # Positions that run on through the row, as a model has them that takes no notice of ours.
+    monkeypatch.setattr(score_batches, "_inputs", lambda *a, **kw: {"input_ids": inputs(*a, **kw)["input_ids"]})
+    assert not score_batches.keeps_apart(model)
+
+
+@pytest.mark.parametrize("lengths", [[1], [5] * 20, [20, 19, 19, 18, 17, 3, 3, 2, 1], list(range(50, 450))])
+def test_padding_is_at_most_a_twentieth_and_marks_are_kept(lengths):
+    from lorapar.score_batches import plan_batches
+
+    for marks in ([], [n for n in (1, 4, 16) if n < len(lengths)]):
+        plan = plan_batches(lengths, 8, marks, padded=True)
+        assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+        done = 0
+        ends = set()
+        for batch in plan:
+            assert 1 <= len(batch) <= 8
+            width = max(lengths[i] for i in batch)
+            assert sum(width - lengths[i] for i in batch) <= len(batch) * width / 20
+            done += len(batch)
+            ends.add(done)
+        assert set(marks) <= ends
+    packed = plan_batches(lengths, 8, [], padded=False)
+    assert len(packed) == -(-len(lengths) // 8)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing():
+    model = lorapar.attach(tiny_model(), config(lora_dropout=0.5), start="paper")
+    plain = lorapar.score(model, None, rows())
+    calls = []
+    model.get_base_model().model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    lorapar.score(model, None, rows(1))
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable()
+    model.train()
+    calls.clear()
+    lorapar.score(model, None, rows(1))
+    assert len(calls) == 2
+    assert all(module.training for module in model.modules())
+    again = lorapar.score(model, None, rows())
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_a_gradient_of_nan_is_named_by_row_and_layer():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    # The second block's down_proj is where the backward meets it first; the row is the one that holds token 77.
+    some = [{**row, "id": f"r{i}"} for i, row in enumerate(rows(5))]
+    for row in some:
+        row["input_ids"] = [token if token != 77 else 78 for token in row["input_ids"]]
+    some[3]["input_ids"][0] = 77
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[77, 0] = float("nan")
+    with pytest.raises(InputError, match=r"row r3: NaN or Inf in the gradient of \S*layers.1.mlp.down_proj.lora_"):
+        lorapar.score(model, None, some)
+    assert all(layer.scoring is None for layer in masked_layers(model).values())
+
+
+def test_a_square_beyond_fp32_is_named():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(1e25)
+    with pytest.raises(
+        InputError, match=r"row \d: the square of gradient times value leaves fp32's range at \S*layers.1"
+    ):
+        lorapar.score(model, None, rows(3))
+
+
+def test_fp16_is_scaled_so_that_small_gradients_are_not_lost():
+    exact = lorapar.attach(tiny_model().double(), config(), start="paper").double()
+    expected = lorapar.score(exact, None, rows())
+    model = lorapar.attach(tiny_model().half(), config(), start="paper")
+    got = lorapar.score(model, None, rows())
+    flat = [torch.cat([scores[name].double().reshape(-1) for name in sorted(scores)]) for scores in (got, expected)]
+    assert (flat[0] - flat[1]).norm() / flat[1].norm() < 1e-2
+
+
+def test_an_fp16_overflow_is_refused_with_the_remedy():
+    model = lorapar.attach(tiny_model().half(), config(), start="paper")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(3e4)
+    with pytest.raises(
+        InputError, match=r"row \d: NaN or Inf in the gradient of .*fp16 ends at 65504: score in bfloat16"
+    ):
+        lorapar.score(model, None, rows())
+
+
+@pytest.mark.parametrize("which", [".lora_A.", ".lora_B.", ".lora_"])
+def test_factors_of_zeros_are_refused_before_anything_runs(which, monkeypatch):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if which in name:
+                parameter.zero_()
+    model.get_base_model().register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(InputError, match="every score is zero"):
+        lorapar.score(model, None, rows())
+
+
+# Running sums
+
+
+def test_the_mean_so_far_can_be_read_after_every_batch():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    seen = []
+    lorapar.score(model, None, rows(), 4, on_batch=lambda r: seen.append((r.examples, r.importance())))
+    order = [n for n, _ in seen]
+    assert order == sorted(order)
+    assert order[-1] == 9
+    whole = lorapar.score(model, None, rows())
+    assert all(torch.allclose(seen[-1][1][name], whole[name], rtol=1e-5) for name in whole)
+    assert any(not torch.equal(seen[0][1][name], whole[name]) for name in whole)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(batches):
+    def on_batch(running):
+        if running.batches == batches:
+            raise Stopped
+
+    return on_batch
+
+
+@pytest.mark.parametrize("until_stable", [None, 1.0])
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, until_stable):
+    from lorapar import score_sums
+
+    monkeypatch.setattr(score_sums, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(score_sums, "SAVE_SHARE", float("inf"))
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    options = {"batch_size": 2, "until_stable": until_stable}
+    whole = lorapar.score(model, None, rows(40), **options)
+    path, counted = tmp_path / "sums.safetensors", []
+    with pytest.raises(Stopped):
+        lorapar.score(model, None, rows(40), checkpoint=path, on_batch=stop_after(13), **options)
+    again = lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert whole.metadata == again.metadata
+    # 12 batches were in the file when the 13th stopped it.
+    total = []
+    lorapar.score(model, None, rows(40), on_batch=lambda r: total.append(1), **options)
+    assert len(counted) == len(total) - 12
+    counted.clear()
+    lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+    assert counted == []
+
+
+def test_sums_of_other_rows_settings_or_factors_are_not_gone_on_from(tmp_path):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    path, counted = tmp_path / "sums.safetensors", []
+
+    def batches(some, **options):
+        counted.clear()
+        lorapar.score(model, None, some, checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+        return len(counted)
+
+    assert batches(rows()) > 0
+    assert batches(rows()) == 0
+    assert batches(rows(seed=1)) > 0
+    assert batches(rows(seed=1), batch_size=1) == 9
+    with torch.no_grad():
+        next(iter(lora_parameters(model).values())).mul_(2)
+    assert batches(rows(seed=1), batch_size=1) == 9
+
+
+def test_a_damaged_file_of_sums_is_refused(tmp_path):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    path = tmp_path / "sums.safetensors"
+    lorapar.score(model, None, rows(), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="sums.safetensors: corrupt or truncated"):
+        lorapar.score(model, None, rows(), checkpoint=path)
+
+
+def test_until_stable_stops_at_the_first_look_that_reaches_the_level():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    every = lorapar.score(model, None, rows(128), until_stable=1.0).metadata
+    assert [n for n, _ in every["looks"]] == [32, 64, 128]
+    assert (every["stable"], every["examples"]) == (False, 128)
+    jaccards = [j for _, j in every["looks"]]
+    assert all(0 < j < 1 for j in jaccards)
+    at = jaccards.index(max(jaccards))
+    stopped = lorapar.score(model, None, rows(128), until_stable=jaccards[at])
+    n = [32, 64, 128][at]
+    assert stopped.metadata["examples"] == n
+    assert (stopped.metadata["stable"], stopped.metadata["looks"]) == (True, every["looks"][: at + 1])
+    # The rows are taken in their own order, so it is the score of the first n.
+    first = lorapar.score(model, None, rows(128)[:n])
+    assert all(torch.allclose(first[name], stopped[name], rtol=1e-4) for name in first)
+    with pytest.raises(InputError, match="until_stable: got 1.5, expected a Jaccard index"):
+        lorapar.score(model, None, rows(), until_stable=1.5)

@@ -19,7 +19,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
-def score(model: nn.Module, examples: Sequence[Example]) -> dict[str, Tensor]:
+def score(model: nn.Module, examples: Sequence[Example], device: str = "cpu") -> dict[str, Tensor]:
     """|g φ − ½ F φ²| by parameter name: g, F the means over examples of the gradient and of its square.
 
     The model is a PeftModel, in eval mode. Its own loss is the mean over an example's answer tokens.
@@ -29,7 +29,8 @@ def score(model: nn.Module, examples: Sequence[Example]) -> dict[str, Tensor]:
     square = {name: torch.zeros_like(factor) for name, factor in factors.items()}
     for ids, labels in examples:
         model.zero_grad()
-        model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss.backward()
+        input_ids, targets = torch.tensor([ids], device=device), torch.tensor([labels], device=device)
+        model(input_ids=input_ids, labels=targets, use_cache=False).loss.backward()
         for name, factor in factors.items():
             assert factor.grad is not None
             gradient[name] += factor.grad

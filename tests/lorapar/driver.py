@@ -161,6 +161,22 @@ def kill_at_step(stage: str, step: int, send: int = signal.SIGKILL) -> None:
     progress.TrainingProgress.on_step_end = patched
 
 
+def kill_while_scoring(saves: int) -> None:
+    """Save the running sums after every batch, and die right after the save of that number."""
+    sums = importlib.import_module("lorapar.score_sums")
+    sums.SAVE_SECONDS, sums.SAVE_SHARE = 0.0, float("inf")
+    save, count = sums.RunningSums.save, 0
+
+    def patched(self: Any, path: Path, fingerprint: str) -> None:
+        nonlocal count
+        save(self, path, fingerprint)
+        count += 1
+        if count == saves:
+            kill_self()
+
+    sums.RunningSums.save = patched
+
+
 def kill_in_checkpoint(stage: str, step: int) -> None:
     """Die with half of a checkpoint's optimizer.pt written."""
     import torch

@@ -1,5 +1,6 @@
 """The command line: verbs, help, overrides, exit status, and a terminal that only says what matters."""
 
+import json
 import re
 import subprocess
 import sys
@@ -153,6 +154,35 @@ def test_an_overridden_value_may_look_like_an_option_or_hold_anything():
     ours, overrides = split_overrides(words)
     assert ours == ["run", "r.yaml", "--update"]
     assert overrides == [("seed", "-1"), ("data.prompt", "--x=y"), ("lora.target_modules", "[a, b]")]
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["score", "r.yaml", "--until-stable"], "0.95"),
+        (["score", "--until-stable", "r.yaml"], "0.95"),
+        (["score", "r.yaml", "--until-stable", "0.9"], "0.9"),
+        (["score", "--until-stable=0.9", "r.yaml"], "0.9"),
+    ],
+)
+def test_until_stable_takes_a_level_or_none(words, level):
+    assert split_overrides(words) == (["score", "r.yaml"], [("score.until_stable", level)])
+
+
+def test_until_stable_stops_scoring_and_says_after_how_many_examples(recipe_file: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    options = (recipe_file, "--output_dir", folder, "--until-stable", "0.01", "--score.examples", "40")
+    succeeds("label", *options)
+    log = succeeds("score", *options)
+    assert re.search(r"score: 32 examples, Jaccard 0\.\d{4} with half of them", log)
+    record = json.loads((folder / "stages.json").read_text())["score"]
+    for system in (1, 2):
+        assert (record[f"examples_system{system}"], record[f"stable_system{system}"]) == (32, True)
+        assert [n for n, _ in record[f"looks_system{system}"]] == [32]
+    refused("score", recipe_file, "--until-stable", "2", says=("score.until_stable: got 2.0, expected a Jaccard",))
+    code, out, _ = command("score", "--help")
+    assert code == 0
+    assert "--until-stable" in out
 
 
 def test_a_folders_name_is_taken_as_it_is(recipe_file: Path, tmp_path: Path, monkeypatch):

@@ -71,6 +71,35 @@ def test_kill_9_in_every_stage(recipe_file: Path, finished_run: Path, tmp_path: 
     assert set(metrics["seconds"]) == set(ORDER) - {"report"}
 
 
+def test_kill_9_between_two_batches_of_scoring(changed_recipe, tmp_path: Path):
+    """In the second system's second batch: the first system's sums and the second's first batch are not done again."""
+    recipe = changed_recipe(score={"examples": 8, "batch_size": 2})
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    for verb in ("label", "score"):
+        succeeds(verb, recipe, "--output_dir", whole)
+    succeeds("label", recipe, "--output_dir", folder)
+    # Four batches at least a system, and a save at its end.
+    code, log = in_child(driver.kill_while_scoring, (7,), "score", recipe, "--output_dir", folder)
+    assert code == -signal.SIGKILL, log
+    sums = sorted(path.name for path in folder.glob("scoring-*"))
+    assert sums == ["scoring-system1.safetensors", "scoring-system2.safetensors"]
+    log = succeeds("score", recipe, "--output_dir", folder)
+    assert "score: going on after 8 examples" in log
+    assert log.count("score: going on after") == 2
+    assert (folder / "scores.safetensors").read_bytes() == (whole / "scores.safetensors").read_bytes()
+    assert not list(folder.glob("scoring-*"))
+
+
+def test_sums_of_another_recipe_are_removed(changed_recipe, tmp_path: Path):
+    folder = tmp_path / "run"
+    recipe = changed_recipe(score={"batch_size": 2})
+    succeeds("label", recipe, "--output_dir", folder)
+    assert in_child(driver.kill_while_scoring, (2,), "score", recipe, "--output_dir", folder)[0] == -signal.SIGKILL
+    log = succeeds("score", recipe, "--output_dir", folder, "--seed", "1", "--update")
+    assert "scoring-system1.safetensors: made from other inputs, removed" in log
+    assert "going on after" not in log
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 

@@ -89,13 +89,17 @@ def write_results(folder: Path, device: str, cases: list[Timed]) -> Path:
         "versions": {package: version for package in VERSIONS if (version := installed(package))},
     }
     known |= {timed.case: {**timed.as_json(), **facts} for timed in cases}
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"device": name, "kind": device, "cases": dict(sorted(known.items()))}, indent=1)
-    # Whole or not at all.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    write_whole(path, text + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def readable(seconds: float) -> str:

@@ -145,7 +145,7 @@ def add_example_products(
         BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=tokens, num_warps=warps,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     launch = _add_partial_sums_kernel[(-(-phi.numel() // BLOCK),)]
-    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)  # pyright: ignore[reportCallIssue]
+    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)  # pyright: ignore
 
 
 def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Variant:

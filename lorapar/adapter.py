@@ -122,8 +122,10 @@ def attach(
 
     Raises InputError for a LoRA option our layers do not have, or target modules that match nothing or no nn.Linear.
     """
-    given = {key: value for key, value in lora_config.to_dict().items() if key in REFUSABLE}
-    check_lora(given)
+    defaults = LoraConfig().to_dict()
+    given = {key: value for key, value in lora_config.to_dict().items() if value != defaults[key]}
+    # PEFT keeps the names of modules in sets.
+    check_lora({key: sorted(value) if isinstance(value, set) else value for key, value in given.items()})
     config = copy.deepcopy(lora_config)
     config.task_type = config.task_type or "CAUSAL_LM"
     rank = config.r
@@ -152,10 +154,6 @@ def attach(
             if start != "peft":
                 _start_layer(layer, start, rank, generator, svd_device)
     return peft_model
-
-
-REFUSABLE = frozenset(("use_dora", "lora_bias", "modules_to_save", "bias", "rank_pattern", "alpha_pattern",
-                       "layer_replication", "target_parameters", "trainable_token_indices", "r"))  # fmt: skip
 
 
 def _register(config: LoraConfig) -> None:

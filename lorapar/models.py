@@ -6,6 +6,7 @@ transformers trains and saves those, and PEFT's `base_model_name_or_path` can na
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -83,13 +84,14 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` transformers keeps the quantised form, which is slow on a CPU and refuses to be
-        # saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
+        # saved. Its reader draws a bar that nothing turns off, on a terminal or in a file.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
     except ImportError as error:
         raise InputError(f"{file}: {error}; pip install 'lorapar[train]'") from None
     # What its reader raises for a file cut short, another version or an architecture it does not know.

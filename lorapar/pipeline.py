@@ -133,6 +133,8 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     main = stages.is_main_process()
     if main:
         write_json(folder / "stages.json", records(folder) | {stage.name: {"started": wanted}})
+    # No process may go on from a checkpoint that the first is about to remove.
+    stages.wait_for_everyone()
     log.info("%s: started", stage.name)
     reset_peak_memory()
     began = time.perf_counter()

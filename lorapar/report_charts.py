@@ -66,7 +66,7 @@ def svg(panel: Panel, prefix: str) -> str:
 def png(panels: Sequence[Panel], path: Path, columns: int) -> None:
     """The panels in one picture, `columns` to a row."""
     with open(path, "wb") as file:
-        _save(panels, columns, file, format="png", dpi=PNG_DPI, facecolor="white")
+        _save(panels, columns, file, format="png", dpi=PNG_DPI)
 
 
 def _save(panels: Sequence[Panel], columns: int, target: Any, **options: Any) -> None:
@@ -89,8 +89,8 @@ def _save(panels: Sequence[Panel], columns: int, target: Any, **options: Any) ->
     width = max(sum(panel.width for panel in row) for row in rows)
     height = sum(max(panel.height for panel in row) for row in rows)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height))
-        figure.patch.set_alpha(0)
+        # The page shows through an SVG; a PNG may be looked at on any ground, so it brings its own.
+        figure = Figure(figsize=(width, height), facecolor="none" if options["format"] == "svg" else PAGE)
         top = height
         for row in rows:
             left = 0.0
@@ -233,8 +233,9 @@ def theta_panel(
     """The share of elements that holds θ of the score, for both systems, with the chosen θ marked."""
 
     def draw(axes: "Axes") -> None:
-        for system, colour in ((1, S1), (2, S2)):
-            axes.plot(thetas, 100 * shares[system], color=colour, linewidth=1.8)
+        # The two often all but coincide: the wider one shows on both sides of the other.
+        for system, colour, width in ((1, S1, 3.4), (2, S2, 1.4)):
+            axes.plot(thetas, 100 * shares[system], color=colour, linewidth=width)
         if theta is not None:
             axes.axvline(theta, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.text(theta - 0.02, 97, f"θ = {theta:g}", ha="right", va="top")

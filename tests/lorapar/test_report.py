@@ -6,6 +6,7 @@ import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -209,6 +210,9 @@ def test_figures_are_png_of_sane_size(run):
         assert 600 <= width <= 2400, (name, width)
         assert 100 <= height <= 2400, (name, height)
         assert len(content) > 3000
+        pixels = matplotlib.image.imread(folder / "figures" / f"{name}.png")
+        assert pixels[0, 0].tolist() == [1, 1, 1, 1], "white, also before a dark ground"
+        assert (pixels[..., 3] == 1).all()
 
 
 def test_accuracy_is_that_of_the_metrics(run):

@@ -28,6 +28,7 @@ STABLE_HELP = (
     f"stop scoring once a system's kept set has a Jaccard index of at least J (default {STABLE}) with the one at half "
     "as many examples; sets score.until_stable"
 )
+MORE_OPTIONS = {"label": "[--dry-run | --review] "}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog="--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5.",
-            usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] [--section.key VALUE ...]",
+            usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] {MORE_OPTIONS.get(verb, '')}"
+            "[--section.key VALUE ...]",
             allow_abbrev=False,
         )
         sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
@@ -84,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
             # Read by split_overrides, which comes first; here for the help.
             sub.add_argument("--until-stable", metavar="J", nargs="?", help=STABLE_HELP)
         sub.add_argument("--update", action="store_true", help=takes_over)
+        if verb == "label":
+            what = "say how many calls, tokens and what cost remain, and ask nobody"
+            sub.add_argument("--dry-run", action="store_true", help=what)
+            what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
+            sub.add_argument("--review", action="store_true", help=what)
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
@@ -99,9 +106,12 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         recipe = load_recipe(recipe_path, overrides)
         if options.output_dir is not None:
             recipe.output_dir = options.output_dir
-        from .pipeline import run
+        from .pipeline import label_only, run
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
+    if options.verb == "label" and (options.dry_run or options.review):
+        print(label_only(recipe, "dry_run" if options.dry_run else "review"))
+        return
     folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
     if options.verb in ("run", "report"):
         print(folder / "report.html")
@@ -116,7 +126,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "--update"):
+        if word in ("--help", "--update", "--dry-run", "--review"):
             ours.append(word)
         elif key == "output_dir" and word.startswith("--"):
             ours.append(word)

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .errors import InputError
+from .config_label import LabelConfig, check_label
+from .errors import InputError, require
 from .recipe_file import parse_yaml, read_recipe
 
 # LoRA options that change the product our layers compute; each is refused by name (design.md, Contract).
@@ -87,15 +88,6 @@ class DataConfig:
     held_out: int | float = 0.1
     max_prompt_length: int | None = None
     seed: int = 0
-
-
-@dataclass
-class LabelConfig:
-    """`column`: labels that exist already; otherwise `voters` vote and `ties` go by the rule named."""
-
-    column: str | None = None
-    voters: list[str | dict[str, Any]] = field(default_factory=lambda: ["operations"])
-    ties: Literal["system1", "system2", "drop"] = "system2"
 
 
 @dataclass
@@ -352,6 +344,7 @@ def _check_values(recipe: Recipe) -> None:
     require(recipe.output_dir != "", "output_dir", recipe.output_dir, "a folder")
     require(len(recipe.data.sources) > 0, "data.sources", recipe.data.sources, "at least one source")
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
+    check_label(recipe.label)
     for at, systems in (("sft.systems", recipe.sft.systems), ("grpo.systems", recipe.grpo.systems)):
         require(systems in ([1], [2], [1, 2]), at, systems, "[1], [2] or [1, 2]")
     check_lora(recipe.lora)
@@ -383,8 +376,3 @@ def check_lora(values: Mapping[str, Any]) -> None:
     require(task in (None, "CAUSAL_LM"), "lora.task_type", task, "CAUSAL_LM")
     targets = values.get("target_modules", True)
     require(bool(targets) or targets is None, "lora.target_modules", targets, "at least one module's name")
-
-
-def require(holds: bool, at: str, given: Any, allowed: str) -> None:
-    if not holds:
-        raise InputError(f"{at}: got {given!r}, expected {allowed}")

@@ -10,3 +10,9 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+def require(holds: bool, at: str, given: object, allowed: str) -> None:
+    """InputError that names the key `at`, what was given and what is allowed, unless `holds`."""
+    if not holds:
+        raise InputError(f"{at}: got {given!r}, expected {allowed}")

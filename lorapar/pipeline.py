@@ -11,6 +11,7 @@ import datetime
 import errno
 import importlib.metadata
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,11 +34,18 @@ from .artefacts import (
 )
 from .config import Recipe, load_recipe, parse
 from .errors import InputError
+from .labeling.review import read_corrections
 from .logs import calm_libraries, logging_to
 from .memory import peak_memory_bytes, reset_peak_memory
 from .recipe_file import dump_yaml, parse_yaml
 
 log = logging.getLogger("lorapar")
+# Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
+# stands (it can be moved), how fast and for how much teachers are asked.
+ANOTHER_WAY = re.compile(
+    r"output_dir|label\.(budget|store|set_aside|enough)\b.*"
+    r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ def plan(recipe: Recipe) -> list[Stage]:
     # When scoring stops depends on θ only where it waits for the kept sets.
     stop = ("partition",) if recipe.score.until_stable is not None else ()
     made = [
-        Stage("label", stages.label_stage, ("model", "data", "label"), (), ("labels.jsonl",)),
+        Stage("label", stages.label_stage, ("model", "data", "label"), (),
+              ("labels.jsonl", *(["votes.jsonl"] if recipe.label.teachers else []))),
         Stage("score", stages.score_stage, (*adapted, "score", "seed", *stop), ("labels.jsonl",),
               (start, scores) if scored else (start,)),
         Stage("partition", stages.partition_stage, ("partition", "seed"), (scores if scored else start,),
@@ -112,6 +121,18 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
                 if only in (None, stage.name):
                     _run_stage(stage, recipe, folder)
     return folder
+
+
+def label_only(recipe: Recipe, what: str) -> str:
+    """What the label stage's teachers have still to be asked ("dry_run"), or the path of the file for "review"."""
+    folder = Path(recipe.output_dir)
+    with calm_libraries(), as_input_error(folder):
+        stages.check_recipe(recipe, folder)
+        if what == "dry_run":
+            return stages.label_dry_run(recipe, folder)
+        if not (folder / "recipe.yaml").is_file():
+            raise InputError(f"{folder}: not a run's output folder, it holds no recipe.yaml; run label first")
+        return str(stages.label_review(recipe, folder))
 
 
 def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
@@ -173,7 +194,10 @@ def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
     inputs["files"] = {name: sha256_file(folder / name) for name in stage.reads}
     if stage.name == "label":
         paths = [Path(source.name).expanduser() for source in recipe.data.sources]
+        paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
         inputs["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
+        if (folder / "review.csv").is_file():
+            inputs["review"] = read_corrections(folder / "review.csv")
     if "model" in stage.sections:
         place = Path(recipe.model.name).expanduser()
         files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
@@ -235,8 +259,7 @@ def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] 
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             found = _first_difference(old.get(key), new.get(key), f"{at}.{key}" if at else key)
-            # Where the folder stands may change: it can be moved.
-            if found and found[0] != "output_dir":
+            if found and not ANOTHER_WAY.fullmatch(found[0]):
                 return found
         return None
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

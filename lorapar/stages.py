@@ -25,7 +25,8 @@ from .data import load_rows, to_dataset
 from .errors import InputError
 from .evaluate import evaluate
 from .export import export
-from .labeling import Column, label, make_voters
+from .labeling import Column, label, make_voters, votes_of
+from .labeling import stage as teaching
 from .models import load_model, load_tokenizer
 from .partition import Partition, partition
 from .rewards import resolve_rewards
@@ -39,17 +40,19 @@ LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "
 
 
 def label_stage(recipe: Recipe, folder: Path) -> Facts:
+    """Ask every voter about every row; teachers, where there are any, after those that cost nothing."""
+    # First of all, so that a key that is not set or a template that cannot serve is refused before a model is loaded.
+    panel = teaching.panel_of(recipe, _voter_names(recipe))
+    corrections = teaching.corrections_of(recipe, folder)
     tokenizer = load_tokenizer(recipe.model)
     rows, counts = load_rows(recipe.data, tokenizer)
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
-    if recipe.label.column:
-        voters = [Column(recipe.label.column)]
-    else:
-        asked = any(_voter_name(voter) == "probe" for voter in recipe.label.voters)
-        model = _model(recipe) if asked else None
-        voters = make_voters(recipe.label.voters, model, tokenizer)
-    labelled = label(rows, voters, ties=recipe.label.ties)
+    votes, asked = _local_votes(recipe, rows, tokenizer), {}
+    if panel is not None:
+        given, asked = teaching.ask_panel(panel, rows, votes, folder, tokenizer)
+        votes |= given
+    labelled = label(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
         needed |= {1, 2}
@@ -60,8 +63,39 @@ def label_stage(recipe: Recipe, folder: Path) -> Facts:
     return {
         "rows": len(labelled),
         "sources": counts,
+        **asked,
+        **teaching.summary(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
     }
+
+
+def label_dry_run(recipe: Recipe, folder: Path) -> str:
+    """What the teachers have still to be asked, as a table; nobody is asked and nothing is written."""
+    panel = teaching.panel_of(recipe, _voter_names(recipe))
+    if panel is None:
+        return "No call remains: the recipe has no teachers."
+    tokenizer = load_tokenizer(recipe.model)
+    return teaching.what_remains(panel, load_rows(recipe.data, tokenizer)[0], folder, tokenizer)
+
+
+def label_review(recipe: Recipe, folder: Path) -> Path:
+    """Write the rows that the votes so far split on as a CSV for a person; nobody is asked."""
+    panel = teaching.panel_of(recipe, _voter_names(recipe))
+    tokenizer = load_tokenizer(recipe.model)
+    rows, _ = load_rows(recipe.data, tokenizer)
+    path, count = teaching.write_split(recipe, rows, _local_votes(recipe, rows, tokenizer), panel, folder)
+    log.info("label: %d rows to review in %s; write 1 or 2 under corrected and run label again", count, path)
+    return path
+
+
+def _local_votes(recipe: Recipe, rows: Dataset, tokenizer: Any) -> dict[str, list[int | None]]:
+    """The votes of the voters that need no network."""
+    if recipe.label.column:
+        voters = [Column(recipe.label.column)]
+    else:
+        probes = any(_voter_name(voter) == "probe" for voter in recipe.label.voters or [])
+        voters = make_voters(recipe.label.voters or [], _model(recipe) if probes else None, tokenizer)
+    return votes_of(voters, rows)
 
 
 def score_stage(recipe: Recipe, folder: Path) -> Facts:
@@ -216,7 +250,7 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         raise InputError(str(error)) from None
     lora_config(recipe)
     if recipe.label.column is None:
-        make_voters([voter for voter in recipe.label.voters if _voter_name(voter) != "probe"])
+        make_voters([voter for voter in recipe.label.voters or [] if _voter_name(voter) != "probe"])
     if "sft" in recipe.stages:
         _trainer_config(SFTConfig, recipe, "sft", folder)
     if "grpo" in recipe.stages:
@@ -286,6 +320,12 @@ def _model(recipe: Recipe) -> PreTrainedModel:
     if config.device is None and PartialState().num_processes > 1:
         config = dataclasses.replace(config, device=str(PartialState().device))
     return load_model(config)
+
+
+def _voter_names(recipe: Recipe) -> list[str]:
+    """The names that the recipe's voters vote under."""
+    return [f"column:{voter.get('column')}" if isinstance(voter, dict) and voter.get("name") == "column"
+            else str(_voter_name(voter)) for voter in recipe.label.voters or []]  # fmt: skip
 
 
 def _voter_name(voter: str | dict[str, Any]) -> Any:

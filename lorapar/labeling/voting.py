@@ -1,4 +1,4 @@
-"""From votes to labels: the majority of the votes cast, ties by a stated rule, every vote kept."""
+"""From votes to labels: the majority of the votes cast, ties by a stated rule; every vote kept, a person's wins."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TIES = ("system1", "system2", "drop")
-LABEL_COLUMNS = ("system", "votes", "agreement", "teachers")
+TIES = ("system1", "system2", "drop", "ask")
+LABEL_COLUMNS = ("system", "votes", "agreement", "teachers", "decided_by")
 
 
 class Teacher(Protocol):
@@ -26,27 +26,25 @@ def label(
     teachers: Sequence[Teacher],
     votes: Mapping[str, Sequence[int | None]] | None = None,
     ties: str = "system2",
+    weights: Mapping[str, float] | None = None,
+    corrections: Mapping[str, int] | None = None,
 ) -> "Dataset":
-    """`dataset` with the columns `system` (1 | 2), `votes` ({name: 1 | 2 | None}), `agreement` and
-    `teachers`.
+    """`dataset` with the columns `system` (1 | 2), `votes` ({name: 1 | 2 | None}), `agreement`, `teachers` and
+    `decided_by` ("votes" | "tie" | "no_votes" | "person").
 
     `votes` holds votes that were cast already, by teacher's name; a teacher of that name is not asked again.
     A row with as many votes for one system as for the other, or with none at all, goes by `ties`: to
-    "system1", to "system2", or out of the data ("drop"). `agreement` is the share of the cast votes that the
-    majority has: 0.5 at a tie, 0 where no vote was cast. Labels that the data set has already are replaced.
+    "system1", to "system2", or out of the data ("drop"); "ask" is "system2" where asking once more has not
+    broken the tie. A vote weighs what `weights` says of its teacher, else 1. `corrections` are a person's labels by
+    `id`, which win. `agreement` is the share of the cast votes, by weight, that the majority has: 0.5 at a tie, 0
+    where no vote was cast. Labels that the data set has already are replaced.
     """
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     if ties not in TIES:
         raise InputError(f"label.ties: unknown rule {ties!r}; allowed: {', '.join(TIES)}")
     cast = {name: list(given) for name, given in (votes or {}).items()}
-    names = [teacher.name for teacher in teachers]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"label.voters: {count} voters are called {name!r}; each needs a name of its own")
-    for teacher in teachers:
-        if teacher.name not in cast:
-            cast[teacher.name] = list(teacher.vote(dataset))
+    cast |= votes_of([teacher for teacher in teachers if teacher.name not in cast], dataset)
     if not cast:
         raise InputError("label.voters: expected at least one voter or votes that were cast already, got none")
     for name, given in cast.items():
@@ -56,14 +54,20 @@ def label(
             if vote not in (1, 2, None):
                 raise InputError(f"label: {name} voted {vote!r}; allowed: 1, 2 or None")
 
-    systems, agreements, by_row = [], [], []
+    corrected = corrections or {}
+    ids = [str(row_id) for row_id in dataset["id"]] if corrected else []
+    strays = set(corrected).difference(ids)
+    if strays:
+        raise InputError(f"label.corrections: no row has the id {min(strays)!r}; {len(strays)} such in all")
+    systems, agreements, decided, by_row = [], [], [], []
     for index in range(len(dataset)):
         of_row = {name: given[index] for name, given in cast.items()}
-        first = sum(vote == 1 for vote in of_row.values())
-        second = sum(vote == 2 for vote in of_row.values())
-        tie = {"system1": 1, "system2": 2, "drop": 0}[ties]
-        systems.append(1 if first > second else 2 if second > first else tie)
-        agreements.append(max(first, second) / (first + second) if first + second else 0.0)
+        system, agreement, by = decide(of_row, ties, weights or {})
+        if corrected and ids[index] in corrected:
+            system, by = corrected[ids[index]], "person"
+        systems.append(system)
+        agreements.append(agreement)
+        decided.append(by)
         by_row.append(of_row)
     added = Dataset.from_dict(
         {
@@ -71,14 +75,35 @@ def label(
             "votes": by_row,
             "agreement": agreements,
             "teachers": [list(cast)] * len(dataset),
+            "decided_by": decided,
         },
         features=Features(
             system=Value("int64"),
             votes={name: Value("int64") for name in cast},
             agreement=Value("float64"),
             teachers=List(Value("string")),
+            decided_by=Value("string"),
         ),
     )
     bare = dataset.remove_columns([name for name in LABEL_COLUMNS if name in dataset.column_names])
     labelled = concatenate_datasets([bare, added], axis=1)
     return labelled.select([index for index, system in enumerate(systems) if system])
+
+
+def votes_of(teachers: Sequence[Teacher], dataset: "Dataset") -> dict[str, list[int | None]]:
+    """{name: votes on every row}; InputError for two teachers of one name."""
+    for name, count in Counter(teacher.name for teacher in teachers).items():
+        if count > 1:
+            raise InputError(f"label.voters: {count} voters are called {name!r}; each needs a name of its own")
+    return {teacher.name: list(teacher.vote(dataset)) for teacher in teachers}
+
+
+def decide(votes: Mapping[str, int | None], ties: str, weights: Mapping[str, float]) -> tuple[int, float, str]:
+    """(1 or 2, or 0 for a row to drop; the majority's share of the cast votes; "votes", "tie" or "no_votes")."""
+    first = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 1)
+    second = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 2)
+    agreement = max(first, second) / (first + second) if first + second else 0.0
+    # Weights such as 0.1 + 0.2 and 0.3 are equal but for rounding.
+    if abs(first - second) > 1e-9:
+        return (1 if first > second else 2), agreement, "votes"
+    return {"system1": 1, "system2": 2, "ask": 2, "drop": 0}[ties], agreement, "tie" if first else "no_votes"

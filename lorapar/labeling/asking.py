@@ -1,0 +1,306 @@
+"""Asking a panel of teachers about every row: many calls at once, each vote stored as it arrives, none asked twice.
+
+    example → the seats still needed → claim → gate (in flight, per minute, pauses) → call → read → store
+
+A call that fails is tried again, later each time; a teacher whose calls keep failing is set aside and the vote goes on
+while enough are left. The number of examples under way is bounded, so memory does not grow with their number.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..progress import Progress
+from .panel import (
+    LETTERS_PER_TOKEN,
+    UNANSWERED,
+    Example,
+    Panel,
+    Rows,
+    Seat,
+    check_context,
+    check_ids,
+    empty_votes,
+    examples,
+    missing,
+)
+from .parsing import KEPT, read_answer
+from .store import Vote, VoteStore
+from .teachers import CallFailed, Gate, Reply
+
+log = logging.getLogger("lorapar")
+
+# The longest pause of our own between two tries, in seconds; a server's Retry-After may ask for a longer one.
+LONGEST_BACKOFF = 60.0
+# From the next failure in a row on, all calls of the teacher wait, twice as long each time.
+FAILURES_WITHOUT_PAUSE = 3
+# How often to look whether another process has its vote, in seconds: at first, and at most.
+POLL_SECONDS = (0.05, 1.0)
+AGAIN = ('\n\nA reply to this could not be read as one label. Reply with one JSON object and nothing else: {"reason": '
+         '"one short sentence", "system": "System1" or "System2"}')  # fmt: skip
+
+
+def ask(
+    panel: Panel,
+    rows: Rows,
+    store: VoteStore | Path | str,
+    local: Mapping[str, Sequence[int | None]] | None = None,
+    tokenizer: Any = None,
+) -> dict[str, array]:
+    """The panel's votes on the rows: by teacher, for each row 1, 2, UNASKED or UNANSWERED.
+
+    Args:
+        rows: with `id`, `prompt` and `completion`, gone through several times. store: where votes are and go; what is
+        there is not asked again. local: the votes of voters that need no asking. tokenizer: counts tokens where a
+        teacher's context is known.
+
+    Raises InputError where ids come twice, a row is too long, no teacher can be reached, too few are left or the
+    budget is spent; every vote that has arrived is in the store by then, and the same call goes on from there.
+    """
+    if not isinstance(store, VoteStore):
+        with VoteStore(store) as opened:
+            return ask(panel, rows, opened, local, tokenizer)
+    check_ids(rows)
+    return asyncio.run(_Session(panel, rows, store, local or {}).run(tokenizer))
+
+
+class _Session:
+    def __init__(self, panel: Panel, rows: Rows, store: VoteStore, local: Mapping[str, Sequence[int | None]]):
+        self.panel, self.rows, self.store, self.local = panel, rows, store, local
+        self.votes = empty_votes(panel, len(rows))
+        self.missing = missing(panel, rows, store)
+        self.stopped: str | None = None  # the line for the user, once there are to be no more calls
+        self.progress: dict[str, Progress] = {}
+        self.promised = 0.0  # what the calls in flight may cost
+
+    async def run(self, tokenizer: Any) -> dict[str, array]:
+        seats = self.panel.seats
+        self.gates = {seat.name: Gate(seat.config.in_flight, seat.config.per_minute) for seat in seats}
+        try:
+            await self._check_teachers()
+            check_context(self.panel, self.rows, self.store, tokenizer)
+            self.progress = {seat.name: Progress(f"label: {seat.name}", self.missing[seat.name], "vote")
+                             for seat in seats if self.missing[seat.name] and not seat.aside}  # fmt: skip
+            # Twice what can be in flight, so that gates stay full while some examples wait for their next try.
+            under_way = asyncio.Semaphore(max(64, 2 * sum(seat.config.in_flight for seat in seats)))
+            async with asyncio.TaskGroup() as tasks:
+                for example in examples(self.rows):
+                    await under_way.acquire()
+                    if self.stopped:
+                        break
+                    tasks.create_task(self._example(example, under_way))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        finally:
+            for progress in self.progress.values():
+                progress.__exit__()
+            for seat in seats:
+                await seat.teacher.close()
+        if self.stopped:
+            raise InputError(self.stopped)
+        return self.votes
+
+    async def _check_teachers(self) -> None:
+        """A look at every teacher that has votes to give, before any is paid."""
+        asked = [seat for seat in self.panel.seats if self.missing[seat.name]]
+        results = await asyncio.gather(*(seat.teacher.check() for seat in asked), return_exceptions=True)
+        unusable = [result for result in results if isinstance(result, BaseException)]
+        for error in unusable:
+            if not isinstance(error, CallFailed):
+                raise error
+        if asked and len(unusable) == len(asked):
+            raise InputError("label.teachers: none can be reached: " + "; ".join(
+                f"{seat.name} at {seat.config.base_url}: {error}" for seat, error in zip(asked, unusable)))  # fmt: skip
+        for seat, result in zip(asked, results):
+            if isinstance(result, CallFailed):
+                self._set_aside(seat, f"cannot be reached at {seat.config.base_url}: {result}")
+        if self.stopped:
+            raise InputError(self.stopped)
+
+    async def _example(self, example: Example, under_way: asyncio.Semaphore) -> None:
+        try:
+            counted = {name: votes[example.index] for name, votes in self.local.items()}
+            seats = self.panel.first
+            while seats and not self._decided(counted):
+                needed = self._needed(counted, seats)
+                turn, seats = seats[:needed], seats[needed:]
+                given = await asyncio.gather(*(self._vote(seat, example) for seat in turn))
+                counted |= {seat.name: vote for seat, vote in zip(turn, given)}
+            for seat in self.panel.reserves if self.panel.label.ties == "ask" else []:
+                first, second = self._weights(counted)
+                if abs(first - second) > 1e-9:
+                    break
+                counted[seat.name] = await self._vote(seat, example)
+        finally:
+            under_way.release()
+
+    def _weights(self, counted: Mapping[str, int | None]) -> tuple[float, float]:
+        weights = [(vote, self.panel.weight(name)) for name, vote in counted.items()]
+        return sum(w for vote, w in weights if vote == 1), sum(w for vote, w in weights if vote == 2)
+
+    def _decided(self, counted: Mapping[str, int | None]) -> bool:
+        stop = self.panel.label.stop_early
+        return stop is not None and max(self._weights(counted)) >= stop - 1e-9
+
+    def _needed(self, counted: Mapping[str, int | None], seats: list[Seat]) -> int:
+        """How many more must be asked at once: all, or as few as could settle it if they agree."""
+        if self.panel.label.stop_early is None:
+            return len(seats)
+        weight, needed = max(self._weights(counted)), 0
+        while needed < len(seats) and weight < self.panel.label.stop_early - 1e-9:
+            weight += self.panel.weight(seats[needed].name)
+            needed += 1
+        return needed
+
+    async def _vote(self, seat: Seat, example: Example) -> int | None:
+        """The seat's vote on the example: out of the store, else by asking; None where there is none."""
+        key = seat.key(example)
+        vote = self.store.get(key)
+        if vote is None:
+            vote = await self._claim_and_ask(seat, example, key)
+            if seat.name in self.progress:
+                self.progress[seat.name].update(1, failed=f"{seat.failed} of {seat.asked} calls")
+        self.votes[seat.name][example.index] = (vote.vote or UNANSWERED) if vote else UNANSWERED
+        return vote.vote if vote else None
+
+    async def _claim_and_ask(self, seat: Seat, example: Example, key: str) -> Vote | None:
+        poll = POLL_SECONDS[0]
+        while not (self.stopped or seat.aside):
+            claimed = self.store.claim(key)
+            if isinstance(claimed, Vote):
+                return claimed
+            if claimed:
+                vote = None
+                try:
+                    vote = await self._ask(seat, example, key)
+                finally:
+                    if vote is None:
+                        self.store.release(key)
+                return vote
+            await asyncio.sleep(poll)
+            poll = min(2 * poll, POLL_SECONDS[1])
+        return None
+
+    async def _ask(self, seat: Seat, example: Example, key: str) -> Vote | None:
+        """Calls until there is a vote, the teacher has nothing better to say, or its tries are used up."""
+        prompt = self.panel.prompt.fill(example.question, example.answer)
+        vote = Vote(key, example.id, seat.name, None, "", calls=0)
+        failures, unread = 0, 0
+        while failures < seat.config.attempts and vote.vote is None and unread <= self.panel.label.reask:
+            try:
+                reply = await self._call(seat, prompt + (AGAIN if unread else ""), vote)
+            except CallFailed as failure:
+                if failure.too_long:
+                    vote.outcome, vote.reason = "too_long", failure.what
+                    break
+                if failure.again:
+                    continue
+                self._failed(seat, failure, example)
+                if not failure.retry:
+                    return None
+                failures += 1
+                if failures < seat.config.attempts:
+                    await asyncio.sleep(self._backoff(seat, failures))
+                continue
+            if reply is None:
+                return None
+            reading = read_answer(reply.text, reply.refusal)
+            vote.vote, vote.outcome, vote.reason = reading.vote, reading.outcome, reading.reason
+            vote.answer = reply.text[:KEPT]
+            unread += 1
+        if not vote.outcome:
+            return None
+        self.store.put(vote)
+        return vote
+
+    async def _call(self, seat: Seat, prompt: str, vote: Vote) -> Reply | None:
+        """One call, its tokens, cost and latency added to `vote`; None where no more calls are to be made."""
+        async with self.gates[seat.name]:
+            most = seat.cost(len(prompt) / 3, seat.teacher.max_tokens)
+            if self.stopped or seat.aside or not self._may_spend(seat, most):
+                return None
+            self.promised += most
+            seat.asked += 1
+            vote.calls += 1
+            began = time.monotonic()
+            try:
+                reply = await seat.teacher.ask(prompt)
+            except CallFailed as failure:
+                failure.seconds = time.monotonic() - began
+                raise
+            finally:
+                self.promised -= most
+                vote.latency = time.monotonic() - began
+        seat.failures = 0
+        vote.tokens_in = _plus(vote.tokens_in, reply.tokens_in)
+        vote.tokens_out = _plus(vote.tokens_out, reply.tokens_out)
+        # An endpoint that counts no tokens costs money all the same.
+        tokens_in = len(prompt) / LETTERS_PER_TOKEN if reply.tokens_in is None else reply.tokens_in
+        tokens_out = len(reply.text) / LETTERS_PER_TOKEN if reply.tokens_out is None else reply.tokens_out
+        cost = seat.cost(tokens_in, tokens_out)
+        if cost:
+            vote.cost += cost
+            self.store.spend_money(seat.name, cost)
+        return reply
+
+    def _failed(self, seat: Seat, failure: CallFailed, example: Example) -> None:
+        seat.failed += 1
+        log.debug("label: %s: row %s: %s", seat.name, example.id, failure)
+        gate, now = self.gates[seat.name], time.monotonic()
+        if failure.retry_after is not None:
+            # For all its calls: the next one would be refused as well.
+            if failure.retry_after > LONGEST_BACKOFF:
+                log.warning("label: %s asks to wait %.0f s (%s)", seat.name, failure.retry_after, failure)
+            gate.pause(failure.retry_after * random.uniform(1.0, 1.1))
+        # Calls that were in flight together fail together: one failure in a row.
+        if now - failure.seconds >= seat.failed_at:
+            seat.failures += 1
+            seat.failed_at = now
+            if seat.failures > FAILURES_WITHOUT_PAUSE:
+                gate.pause(self._backoff(seat, seat.failures - FAILURES_WITHOUT_PAUSE))
+        if failure.fatal:
+            self._set_aside(seat, str(failure))
+        elif seat.failures >= self.panel.label.set_aside:
+            self._set_aside(seat, f"its calls failed {seat.failures} times in a row, the last: {failure}")
+
+    def _set_aside(self, seat: Seat, why: str) -> None:
+        if seat.aside:
+            return
+        seat.aside = why
+        left = [s for s in self.panel.first if not s.aside]
+        log.warning("label: %s is set aside for this run: %s", seat.name, why)
+        if len(left) + len(self.panel.local) < self.panel.enough:
+            asides = "; ".join(f"{s.name}: {s.aside}" for s in self.panel.seats if s.aside)
+            self.stopped = self.stopped or (
+                f"label.enough: {len(left) + len(self.panel.local)} of {len(self.panel.first) + len(self.panel.local)} "
+                f"voters are left, and {self.panel.enough} are needed ({asides}); the votes so far are kept, and the "
+                "same command goes on from there"
+            )
+
+    def _may_spend(self, seat: Seat, most: float) -> bool:
+        budget = self.panel.label.budget
+        limit = None if budget.cost is None else budget.cost - self.promised - most
+        if self.store.spend_call(seat.name, budget.calls, limit):
+            return True
+        calls, cost = self.store.spent()
+        reached = f"calls: {calls} of {budget.calls}" if budget.calls and calls >= budget.calls else (
+            f"cost: {cost:.4f} of {budget.cost:g}, and the next call could exceed it,")  # fmt: skip
+        self.stopped = self.stopped or (
+            f"label.budget.{reached} are spent; the votes so far are kept: raise the budget and run the same command "
+            "again, or see what remains with --dry-run"
+        )
+        return False
+
+    def _backoff(self, seat: Seat, failures: int) -> float:
+        longest = max(LONGEST_BACKOFF, seat.config.backoff)
+        return min(seat.config.backoff * 2 ** (failures - 1), longest) * random.uniform(0.5, 1.5)
+
+
+def _plus(total: int | None, count: int | None) -> int | None:
+    return total if count is None else count + (total or 0)

@@ -1,0 +1,112 @@
+"""What a teacher said, read as a vote: JSON where it kept to the schema, and whatever else names one system plainly.
+
+Nothing is guessed. An answer that names both systems, that says which one it is *not*, or whose JSON was cut off
+before the label, is no vote; the reason why is kept.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "reason": {"type": "string", "description": "one short sentence"},
+        "system": {"type": "string", "enum": ["System1", "System2"]},
+    },
+    "required": ["reason", "system"],
+    "additionalProperties": False,
+}
+# Reasons and raw answers are kept to this many characters.
+KEPT = 2000
+LABEL_KEYS = ("system", "label", "vote", "answer", "class", "classification")
+REASON_KEYS = ("reason", "explanation", "rationale")
+LABEL = re.compile(r"(?:system|s)?[\s_-]*([12])(?:\.0?)?", re.IGNORECASE)
+NAMED = re.compile(r"\bsystem[\s_-]*([12])\b", re.IGNORECASE)
+# The label of JSON that was cut off behind it.
+LABEL_FIELD = re.compile(rf'"(?:{"|".join(LABEL_KEYS)})"\s*:\s*"?\s*(?:system[\s_-]*)?([12])\b"?', re.IGNORECASE)
+NEGATED = re.compile(
+    r"(?:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bunlike|\bother than|\bthan)"
+    r"(?:\s+(?:a|an|the|really|quite|just|simply|purely|in|of|be|is|by|for|fit|need|require|belong|to|use|from))*"
+    r"[\s\"'`*_(]*$",
+    re.IGNORECASE,
+)
+REFUSED = re.compile(
+    r"\b(?:i(?:'m| am)? (?:sorry|unable|afraid)|i (?:can(?:'t|not)|won't|will not|must decline)|"
+    r"as an ai\b|cannot (?:help|assist|comply)|can't (?:help|assist|comply)|against (?:my|the) (?:policy|guidelines))",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Reading:
+    """`vote` 1, 2 or None; `outcome` "answered", "refused", "unparseable" or "both"."""
+
+    vote: int | None
+    outcome: str
+    reason: str = ""
+
+
+def read_answer(text: str, refusal: str | None = None) -> Reading:
+    """The vote in a teacher's answer. `refusal`: what the endpoint itself marks as one."""
+    if refusal:
+        return Reading(None, "refused", refusal[:KEPT])
+    text = re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL).strip()
+    found = [reading for reading in map(_of_object, _objects(text)) if reading is not None]
+    votes = {reading.vote for reading in found}
+    if votes == {1, 2}:
+        return Reading(None, "both", _short(text))
+    if votes - {None}:
+        return next(reading for reading in reversed(found) if reading.vote)
+    cut_off = LABEL_FIELD.search(text) if "{" in text else None
+    if cut_off:
+        others = {match[1] for match in LABEL_FIELD.finditer(text)}
+        return Reading(None, "both", _short(text)) if len(others) > 1 else Reading(int(cut_off[1]), "answered", "")
+    if found or re.match(r"(?:```\w*\s*)?\{", text):
+        return Reading(None, "refused" if REFUSED.search(text) else "unparseable", _short(text))
+    return _of_prose(text)
+
+
+def _of_prose(text: str) -> Reading:
+    whole = LABEL.fullmatch(text.strip(" \t\r\n\"'`*_."))
+    if whole:
+        return Reading(int(whole[1]), "answered", "")
+    if REFUSED.search(text[:200].replace("’", "'")):
+        return Reading(None, "refused", _short(text))
+    named = list(NAMED.finditer(text))
+    systems = {int(match[1]) for match in named}
+    if len(systems) > 1:
+        return Reading(None, "both", _short(text))
+    if not named or any(NEGATED.search(text[: match.start()].replace("’", "'")) for match in named):
+        return Reading(None, "unparseable", _short(text))
+    return Reading(systems.pop(), "answered", _short(text))
+
+
+def _objects(text: str) -> list[dict]:
+    """Every JSON object in the text that is not inside another."""
+    decoder, found, at = json.JSONDecoder(strict=False), [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        # RecursionError: thousands of open brackets.
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            found.append(value)
+        at = text.find("{", end)
+    return found
+
+
+def _of_object(value: dict) -> Reading | None:
+    """The vote of an object with a label; None for one that has no key of a label."""
+    lower = {str(key).casefold(): item for key, item in value.items()}
+    key = next((key for key in LABEL_KEYS if key in lower), None)
+    if key is None:
+        return None
+    match = LABEL.fullmatch(str(lower[key]).strip())
+    reason = next((lower[key] for key in REASON_KEYS if isinstance(lower.get(key), str)), "")
+    return Reading(int(match[1]) if match else None, "answered" if match else "unparseable", reason[:KEPT])
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:KEPT]

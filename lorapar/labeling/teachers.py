@@ -1,0 +1,285 @@
+"""Teachers that are asked in words: a model behind an OpenAI-compatible endpoint, or a local transformers model.
+
+Both answer `await ask(prompt)` with what the model said, or raise `CallFailed`, which says whether another try may help
+and when. Keys come from environment variables, are handed to the client and to nothing else; every text that comes back
+passes `hide`, because servers repeat keys in their errors.
+"""
+
+import asyncio
+import difflib
+import email.utils
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import InputError
+from .parsing import SCHEMA
+
+if TYPE_CHECKING:
+    from ..config_label import TeacherConfig
+
+log = logging.getLogger("lorapar")
+
+# How long the free look at an endpoint's list of models may take, in seconds.
+CHECK_SECONDS = 10.0
+# What endpoints call a model's context in their list of models: vLLM, OpenRouter, Groq, llama.cpp's proxy.
+CONTEXT_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length")
+DEFAULT_MAX_TOKENS = 256
+TOO_LONG = re.compile(
+    r"context.{0,12}(?:length|window|size)|maximum context|too many tokens|(?:prompt|input) is too long"
+)
+
+
+@dataclass
+class Reply:
+    """What a teacher said; token counts are None where the endpoint does not give them."""
+
+    text: str
+    refusal: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+
+
+@dataclass
+class CallFailed(Exception):
+    """A call without a reply, and why.
+
+    `retry`: another try may help, after `retry_after` seconds where the server says so; `fatal`: no call of this
+    teacher will; `too_long`: this example exceeds its context; `again`: no failure, ask at once in the teacher's way.
+    """
+
+    what: str
+    retry: bool = True
+    retry_after: float | None = None
+    fatal: bool = False
+    too_long: bool = False
+    again: bool = False
+    seconds: float = 0.0  # that the call took
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class Asked(Protocol):
+    """A teacher: its `name`, the `identity` that its votes are stored under, and `max_tokens` it may answer with."""
+
+    name: str
+    identity: dict[str, Any]
+    max_tokens: int
+    context: int | None
+
+    async def ask(self, prompt: str) -> Reply: ...
+    async def check(self) -> None: ...
+    async def close(self) -> None: ...
+    def hide(self, text: str) -> str: ...
+
+
+def make_teacher(config: "TeacherConfig", at: str) -> Asked:
+    """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
+    if config.base_url is None:
+        from .local import LocalTeacher
+
+        return LocalTeacher(config, at)
+    return EndpointTeacher(config, at)
+
+
+class EndpointTeacher:
+    """A chat model behind `base_url`: hosted, or vLLM, llama.cpp, Ollama, `transformers serve`, ..."""
+
+    def __init__(self, config: "TeacherConfig", at: str):
+        self.config, self.at = config, at
+        self.name = config.name or config.model
+        self.key = _key_of(config, at)
+        try:
+            import openai
+        except ModuleNotFoundError:
+            raise InputError(f"{at}: an endpoint needs the openai client; pip install 'lorapar[teachers]'") from None
+        self.openai = openai
+        self.client: Any = None
+        self.structured = config.structured != "none"
+        self.context = config.context
+        limits = [config.parameters.get(key) for key in ("max_completion_tokens", "max_tokens")]
+        self.max_tokens = next((limit for limit in limits if isinstance(limit, int)), DEFAULT_MAX_TOKENS)
+        self.identity = {
+            "base_url": (config.base_url or "").rstrip("/"),
+            "model": config.model,
+            "parameters": config.parameters,
+            "structured": config.structured,
+        }
+
+    def _client(self) -> Any:
+        if self.client is None:
+            # Its own retries are off: ours know the teacher's other calls, and honour Retry-After for all of them.
+            self.client = self.openai.AsyncOpenAI(
+                api_key=self.key or "none",
+                base_url=self.config.base_url,
+                max_retries=0,
+                timeout=self.config.timeout,
+            )
+        return self.client
+
+    async def close(self) -> None:
+        if self.client is not None:
+            await self.client.close()
+            self.client = None
+
+    def hide(self, text: str) -> str:
+        return text.replace(self.key, "[key]") if self.key else text
+
+    async def check(self) -> None:
+        """Look at the endpoint's list of models, which costs nothing. InputError for a key or model that it does not
+        take, CallFailed where it cannot be reached; an endpoint without a list is taken at its word."""
+        openai = self.openai
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                page = await self._client().models.list()
+        except openai.AuthenticationError as error:
+            raise InputError(f"{self._key_place()} is refused by {self.config.base_url}: {self._said(error)}") from None
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise CallFailed(self._connection(error)) from None
+        except (openai.OpenAIError, ValueError):
+            return
+        listed = [model for model in getattr(page, "data", None) or [] if getattr(model, "id", None)]
+        names = [str(model.id) for model in listed]
+        wanted = self.config.model
+        mine = next((m for m, name in zip(listed, names) if name in (wanted, f"{wanted}:latest")), None)
+        if names and mine is None and self.config.check_model:
+            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:5]
+            raise InputError(f"{self.at}.model: {self.config.base_url} lists no model {wanted!r}, but "
+                             f"{', '.join(near)}; check_model: false asks it all the same")  # fmt: skip
+        if mine is not None and self.context is None:
+            known = [(getattr(mine, "model_extra", None) or {}).get(key) for key in CONTEXT_KEYS]
+            self.context = next((size for size in known if isinstance(size, int) and size > 0), None)
+
+    async def ask(self, prompt: str) -> Reply:
+        openai, structured = self.openai, self.structured
+        body = {"model": self.config.model, "messages": [{"role": "user", "content": prompt}], **self.config.parameters}
+        if structured:
+            schema = {"name": "vote", "strict": True, "schema": SCHEMA}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        try:
+            # The client's own timeout is of each read; this one is of the whole call. `post`, not
+            # `chat.completions.create`, which spends half of a call's CPU time on turning a body that is plain already
+            # into plain values, and the reply into objects.
+            async with asyncio.timeout(self.config.timeout):
+                reply = await self._client().post("/chat/completions", cast_to=object, body=body)
+        except openai.APIStatusError as error:
+            return self._status(error, structured)
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise CallFailed(self._connection(error)) from None
+        # ValueError: a body that is no JSON, or JSON cut short.
+        except (openai.OpenAIError, ValueError) as error:
+            raise CallFailed(f"a reply that is not JSON ({type(error).__name__})") from None
+        try:
+            choice = reply["choices"][0]
+            content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+            usage = reply.get("usage") or {}
+            counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+        except (LookupError, TypeError, AttributeError):
+            raise CallFailed("a reply without a message") from None
+        if not isinstance(content, str | None) or not isinstance(refusal, str | None):
+            raise CallFailed("a reply without a message")
+        if not refusal and choice.get("finish_reason") == "content_filter":
+            refusal = "content filter"
+        tokens_in, tokens_out = (count if isinstance(count, int) else None for count in counts)
+        return Reply(self.hide(content or ""), self.hide(refusal) if refusal else None, tokens_in, tokens_out)
+
+    def _status(self, error: Any, structured: bool) -> Reply:
+        """What an HTTP error means: another try, another way, or none. A content filter's is an answer of a kind."""
+        status, said = error.status_code, self._said(error)
+        code, lower = str(error.code or ""), f"{error.code} {error.message}".casefold()
+        what = f"HTTP {status}: {said}"
+        if status in (400, 404, 413, 422):
+            if code == "content_filter" or "content_filter" in lower:
+                return Reply("", refusal=said)
+            if "context_length" in code or TOO_LONG.search(lower):
+                raise CallFailed(what, retry=False, too_long=True) from None
+            if structured and self.config.structured == "auto" and re.search(r"response_format|json_schema", lower):
+                if self.structured:
+                    log.warning("label: %s: takes no JSON schema (%s); asking without one", self.name, what)
+                self.structured = False
+                raise CallFailed(what, again=True) from None
+            missing = status == 404 or "model_not_found" in code
+            raise CallFailed(what, retry=False, fatal=missing) from None
+        if status in (401, 402, 403) or "insufficient_quota" in code:
+            raise CallFailed(what, retry=False, fatal=True) from None
+        retry = status in (408, 409, 425, 429) or status >= 500
+        raise CallFailed(what, retry=retry, retry_after=retry_after(error.response.headers)) from None
+
+    def _said(self, error: Any) -> str:
+        return self.hide(" ".join(str(error.message).split()))[:300]
+
+    def _connection(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError | self.openai.APITimeoutError):
+            return "timed out"
+        cause = error.__cause__ or error
+        return self.hide(" ".join(f"no connection: {cause or type(cause).__name__}".split()))[:300]
+
+    def _key_place(self) -> str:
+        return f"{self.at}.api_key_env: " + (f"the key in {self.config.api_key_env}" if self.key else "no key, which")
+
+
+def _key_of(config: "TeacherConfig", at: str) -> str | None:
+    name = config.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise InputError(f"{at}.api_key_env: the environment variable {name} is not set; set it to the key of "
+                         f"{config.name or config.model}")  # fmt: skip
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{at}.api_key_env: what {name} holds is no key: it has spaces or other odd characters")
+    return key
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds to wait by `Retry-After` (seconds or a date, RFC 9110) or `retry-after-ms`; None where neither says."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            return max(0.0, float(value) * scale)
+        except ValueError:
+            pass
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+@dataclass
+class Gate:
+    """Lets calls of one teacher start: so many in flight, so many a minute (evenly spaced), none while it pauses."""
+
+    in_flight: int
+    per_minute: float | None
+    paused_until: float = 0.0
+    next_start: float = 0.0
+    semaphore: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.semaphore = asyncio.Semaphore(self.in_flight)
+
+    def pause(self, seconds: float) -> None:
+        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
+
+    async def __aenter__(self) -> None:
+        await self.semaphore.acquire()
+        try:
+            while (wait := self.paused_until - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            if self.per_minute is not None:
+                start = max(time.monotonic(), self.next_start)
+                self.next_start = start + 60.0 / self.per_minute
+                await asyncio.sleep(start - time.monotonic())
+        except BaseException:
+            self.semaphore.release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self.semaphore.release()

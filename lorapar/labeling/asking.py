@@ -95,6 +95,9 @@ class _Session:
                     if self.stopped:
                         break
                     tasks.create_task(self._example(example, under_way))
+            for seat in seats:
+                if seat.asked and seat.failed == seat.asked and not self.stopped:
+                    self._set_aside(seat, f"none of its {seat.asked} calls succeeded, the last: {seat.last_failure}")
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
         finally:
@@ -223,7 +226,7 @@ class _Session:
         """One call, its tokens, cost and latency added to `vote`; None where no more calls are to be made."""
         async with self.gates[seat.name]:
             most = seat.cost(len(prompt) / 3, seat.teacher.max_tokens)
-            if self.stopped or seat.aside or not self._may_spend(seat, most):
+            if not await self._may_call(seat, most):
                 return None
             self.promised += most
             seat.asked += 1
@@ -251,6 +254,7 @@ class _Session:
 
     def _failed(self, seat: Seat, failure: CallFailed, example: Example) -> None:
         seat.failed += 1
+        seat.last_failure = str(failure)
         log.debug("label: %s: row %s: %s", seat.name, example.id, failure)
         gate, now = self.gates[seat.name], time.monotonic()
         if failure.retry_after is not None:
@@ -283,18 +287,26 @@ class _Session:
                 "same command goes on from there"
             )
 
-    def _may_spend(self, seat: Seat, most: float) -> bool:
+    async def _may_call(self, seat: Seat, most: float) -> bool:
+        """Whether a call that may cost `most` is within the budget; counted, if so. Waits for what calls in flight turn
+        out to cost, where that decides it."""
         budget = self.panel.label.budget
-        limit = None if budget.cost is None else budget.cost - self.promised - most
-        if self.store.spend_call(seat.name, budget.calls, limit):
-            return True
-        calls, cost = self.store.spent()
-        reached = f"calls: {calls} of {budget.calls}" if budget.calls and calls >= budget.calls else (
-            f"cost: {cost:.4f} of {budget.cost:g}, and the next call could exceed it,")  # fmt: skip
-        self.stopped = self.stopped or (
-            f"label.budget.{reached} are spent; the votes so far are kept: raise the budget and run the same command "
-            "again, or see what remains with --dry-run"
-        )
+        while not (self.stopped or seat.aside):
+            limit = None if budget.cost is None else budget.cost - self.promised - most
+            if self.store.spend_call(seat.name, budget.calls, limit):
+                return True
+            calls, cost = self.store.spent()
+            if budget.calls is not None and calls >= budget.calls:
+                reached = f"calls: {calls} of {budget.calls} are"
+            elif self.promised > 0:
+                await asyncio.sleep(POLL_SECONDS[0])
+                continue
+            else:
+                reached = f"cost: {cost:.4f} of {budget.cost:g}, and the next call could exceed it, is"
+            self.stopped = self.stopped or (
+                f"label.budget.{reached} spent; the votes so far are kept: raise the budget and run the same command "
+                "again, or see what remains with --dry-run"
+            )
         return False
 
     def _backoff(self, seat: Seat, failures: int) -> float:

@@ -48,6 +48,7 @@ class Seat:
     failed: int = 0
     failures: int = 0
     failed_at: float = 0.0
+    last_failure: str = ""
     aside: str | None = None
 
     @property

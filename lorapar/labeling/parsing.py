@@ -23,8 +23,10 @@ LABEL_KEYS = ("system", "label", "vote", "answer", "class", "classification")
 REASON_KEYS = ("reason", "explanation", "rationale")
 LABEL = re.compile(r"(?:system|s)?[\s_-]*([12])(?:\.0?)?", re.IGNORECASE)
 NAMED = re.compile(r"\bsystem[\s_-]*([12])\b", re.IGNORECASE)
-# The label of JSON that was cut off behind it.
-LABEL_FIELD = re.compile(rf'"(?:{"|".join(LABEL_KEYS)})"\s*:\s*"?\s*(?:system[\s_-]*)?([12])\b"?', re.IGNORECASE)
+# The field with the label, also in JSON that was cut off behind it.
+LABEL_FIELD = re.compile(
+    rf'"(?:{"|".join(LABEL_KEYS)})"\s*:\s*"?\s*(?:system|s)?[\s_-]*([12])\s*(?:["\',}}\n]|$)', re.IGNORECASE
+)
 NEGATED = re.compile(
     r"(?:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bunlike|\bother than|\bthan)"
     r"(?:\s+(?:a|an|the|really|quite|just|simply|purely|in|of|be|is|by|for|fit|need|require|belong|to|use|from))*"
@@ -53,17 +55,16 @@ def read_answer(text: str, refusal: str | None = None) -> Reading:
         return Reading(None, "refused", refusal[:KEPT])
     text = re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL).strip()
     found = [reading for reading in map(_of_object, _objects(text)) if reading is not None]
-    votes = {reading.vote for reading in found}
-    if votes == {1, 2}:
+    votes = {reading.vote for reading in found if reading.vote} | {int(m[1]) for m in LABEL_FIELD.finditer(text)}
+    if len(votes) > 1:
         return Reading(None, "both", _short(text))
-    if votes - {None}:
-        return next(reading for reading in reversed(found) if reading.vote)
-    cut_off = LABEL_FIELD.search(text) if "{" in text else None
-    if cut_off:
-        others = {match[1] for match in LABEL_FIELD.finditer(text)}
-        return Reading(None, "both", _short(text)) if len(others) > 1 else Reading(int(cut_off[1]), "answered", "")
+    if votes:
+        whole = next((reading for reading in found if reading.vote), None)
+        return whole or Reading(votes.pop(), "answered")
     if found or re.match(r"(?:```\w*\s*)?\{", text):
-        return Reading(None, "refused" if REFUSED.search(text) else "unparseable", _short(text))
+        both = found and len({match[1] for match in NAMED.finditer(text)}) > 1
+        outcome = "both" if both else "refused" if REFUSED.search(text) else "unparseable"
+        return Reading(None, outcome, _short(text))
     return _of_prose(text)
 
 

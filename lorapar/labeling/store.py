@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import InputError
@@ -47,7 +47,7 @@ class Vote:
 
 COLUMNS = tuple(field.name for field in fields(Vote))
 SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS votes (key TEXT PRIMARY KEY, {", ".join(COLUMNS[1:])}, at REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS votes (key TEXT PRIMARY KEY, {", ".join(COLUMNS[1:])}, at REAL);
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER);
 CREATE TABLE IF NOT EXISTS spending (teacher TEXT PRIMARY KEY, calls INTEGER, cost REAL) WITHOUT ROWID;
@@ -139,7 +139,7 @@ class VoteStore:
         """Write a vote for good, and let go of its claim."""
         with self._writing():
             marks = ", ".join("?" * (len(COLUMNS) + 1))
-            self.db.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", (*astuple(vote), time.time()))
+            self.db.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", (*vars(vote).values(), time.time()))
             self.db.execute("DELETE FROM claims WHERE key = ?", (vote.key,))
 
     def spend_call(self, teacher: str, most_calls: int | None, most_cost: float | None) -> bool:

@@ -116,8 +116,8 @@ class Server:
         if which < self.fails:
             kinds = BROKEN + UNREADABLE
             kind = kinds[int(which / self.fails * len(kinds))]
-        elif self.settings.get("always"):
-            kind = self.settings["always"]
+        elif "first" in self.settings and not before:
+            kind = self.settings["first"]
         else:
             kind = GOOD[int(share("form", model, question, len(before)) * len(GOOD))]
         before.append(kind)

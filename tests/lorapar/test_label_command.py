@@ -1,0 +1,371 @@
+"""`lorapar label` with teachers: killed and started again, shared, dry, reviewed, and silent about keys."""
+
+import collections
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapar.artefacts import read_jsonl
+
+from .driver import _child, lorapar, nothing, refused, succeeds, write_recipe
+from .teaching_server import GOOD, MODELS, final_vote, opinion, running, tally
+
+KEY = "sk-test-0123456789abcdef"
+IN_FLIGHT = 8
+
+
+def recipe_values(model: Path, tmp_path: Path, url: str, count: int, models=MODELS, **label: Any) -> dict[str, Any]:
+    teacher = {"base_url": url, "in_flight": IN_FLIGHT, "timeout": 1.5, "backoff": 0.02, **label.pop("teacher", {})}
+    rows = [{"prompt": f"Question no. {i}: what is {i} + 3?", "completion": f"{i + 3}"} for i in range(count)]
+    source = tmp_path / f"rows{count}.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"sources": [str(source)], "held_out": 0.1},
+        "label": {"teachers": [{"model": name, **teacher} for name in models], **label},
+        "sft": {"report_to": "none", "bf16": False},
+        "grpo": {"report_to": "none", "bf16": False},
+    }
+
+
+def start(words: tuple[object, ...], log: Path) -> Any:
+    """The command line in a process of its own, which starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.lorapar.driver", "lorapar.pipeline", "lorapar.sft", "lorapar.grpo"])
+    child = context.Process(target=_child, args=(nothing, (), [str(word) for word in words], str(log)))
+    child.start()
+    return child
+
+
+def number_of(row: dict[str, Any]) -> int:
+    return int(re.search(r"no\. (\d+)", row["prompt"])[1])  # type: ignore[index]
+
+
+def requests_of(found: dict[str, Any]) -> int:
+    return sum(len(kinds) for asked in found["said"].values() for kinds in asked.values())
+
+
+def majority(votes: list[int | None]) -> int:
+    return 1 if votes.count(1) > votes.count(2) else 2
+
+
+@pytest.mark.slow
+def test_five_kills_lose_no_vote_and_repeat_no_more_than_was_in_flight(tiny_folder: Path, tmp_path: Path):
+    count, folder = 1000, tmp_path / "run"
+    with running(fails=0.3, latency=0.01, hang=3.0) as url:
+        recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_folder, tmp_path, url, count))
+        command = "label", recipe, "--output_dir", folder
+        stored: dict[tuple[str, str], float] = {}
+        for kill in range(1, 6):
+            child = start(command, tmp_path / "stderr")
+            while requests_of(tally(url)) < kill * 1100:
+                assert child.is_alive(), (tmp_path / "stderr").read_text()
+                time.sleep(0.1)
+            os.kill(child.pid, signal.SIGKILL)
+            child.join(60)
+            died = tally(url)["now"]
+            with contextlib.closing(sqlite3.connect(folder / "votes.sqlite")) as db:
+                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                for pair in db.execute("SELECT teacher, example FROM votes"):
+                    stored.setdefault(pair, died)
+            assert not (folder / "labels.jsonl").exists()
+        before_last = requests_of(tally(url))
+        child = start(command, tmp_path / "stderr")
+        child.join(180)
+        assert child.exitcode == 0, (tmp_path / "stderr").read_text()
+        found = tally(url)
+        assert len(stored) > 2000
+        assert before_last < requests_of(found)
+
+        rows = read_jsonl(folder / "labels.jsonl")
+        assert sorted(map(number_of, rows)) == list(range(count))
+        number = {row["id"]: number_of(row) for row in rows}
+        for row in rows:
+            votes = [final_vote(found["said"][model][number_of(row)], model, number_of(row)) for model in MODELS]
+            assert row["votes"] == dict(zip(MODELS, votes))
+            assert row["system"] == majority(votes)
+        assert 0.3 < sum(row["system"] == 1 for row in rows) / count < 0.7
+        for (model, row_id), died in stored.items():
+            assert max(found["asked_at"][model][number[row_id]]) <= died, "a stored vote was asked again"
+        good = [sum(kind in GOOD for kind in kinds) for asked in found["said"].values() for kinds in asked.values()]
+        assert sum(n - 1 for n in good if n > 1) <= 5 * len(MODELS) * IN_FLIGHT
+
+        # Done is done: neither a second command nor a lost labels.jsonl asks anybody.
+        assert "label: done before, skipped" in succeeds(*command)
+        (folder / "labels.jsonl").unlink()
+        succeeds(*command)
+        assert requests_of(tally(url)) == requests_of(found)
+        assert read_jsonl(folder / "labels.jsonl") == rows
+
+
+def test_two_processes_share_a_store_and_the_work(tiny_folder: Path, tmp_path: Path):
+    with running(latency=0.02) as url:
+        recipe = write_recipe(
+            tmp_path / "r.yaml",
+            recipe_values(
+                tiny_folder,
+                tmp_path,
+                url,
+                150,
+                MODELS[:3],
+                store=str(tmp_path / "shared.sqlite"),
+                teacher={"timeout": 60.0},
+            ),
+        )
+        children = [
+            start(("label", recipe, "--output_dir", tmp_path / name), tmp_path / f"{name}.log") for name in "ab"
+        ]
+        for child in children:
+            child.join(120)
+        assert [child.exitcode for child in children] == [0, 0], (tmp_path / "a.log").read_text()
+        said = tally(url)["said"]
+    assert {len(kinds) for asked in said.values() for kinds in asked.values()} == {1}
+    assert {len(asked) for asked in said.values()} == {150}
+    one, two = (read_jsonl(tmp_path / name / "labels.jsonl") for name in "ab")
+    assert one == two
+
+
+def test_what_remains_is_said_before_it_is_paid(tiny_folder: Path, tmp_path: Path):
+    price = {"price": {"input": 3.0, "output": 15.0}}
+    with running(latency=0.0) as url:
+        values = recipe_values(tiny_folder, tmp_path, url, 40, MODELS[:2], teacher=price, budget={"calls": 30})
+        recipe = write_recipe(tmp_path / "r.yaml", values)
+        folder = tmp_path / "run"
+        code, out, err = lorapar("label", recipe, "--output_dir", folder, "--dry-run")
+        assert (code, err) == (0, "")
+        assert not folder.exists()
+        assert requests_of(tally(url)) == 0
+        assert re.search(r"^ada +0 +40 +\d+ +10240 +\d\.\d+$", out, re.M), out
+        assert re.search(r"^all +0 +80 ", out, re.M)
+        assert "Budget spent: 0 of 30 calls." in out
+        refused("label", recipe, "--output_dir", folder, says=("label.budget.calls: 30 of 30 are spent",))
+        assert requests_of(tally(url)) == 30
+        out = lorapar("label", recipe, "--output_dir", folder, "--dry-run")[1]
+        assert re.search(r"^all +30 +50 ", out, re.M), out
+        # The endpoint has counted 20 tokens a reply.
+        assert int(re.search(r"^all +30 +50 +\d+ +(\d+)", out, re.M)[1]) == 1000  # type: ignore[index]
+        # A larger budget is no other recipe.
+        succeeds("label", recipe, "--output_dir", folder, "--label.budget.calls", "80")
+        assert requests_of(tally(url)) == 80
+    assert "No call remains" in lorapar("label", recipe, "--label.teachers", "[]", "--dry-run")[1]
+
+
+def test_a_person_s_correction_wins_and_is_marked(tiny_folder: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    with running(latency=0.0) as url:
+        values = recipe_values(tiny_folder, tmp_path, url, 60, MODELS[:3], voters=["operations"], ties="drop")
+        recipe = write_recipe(tmp_path / "r.yaml", values)
+        command = "label", recipe, "--output_dir", folder
+        refused(*command, "--review", says=("it holds no recipe.yaml; run label first",))
+        succeeds(*command)
+        first = {number_of(row): row for row in read_jsonl(folder / "labels.jsonl")}
+        asked = requests_of(tally(url))
+        code, out, err = lorapar(*command, "--review")
+        assert (code, out, err) == (0, f"{folder / 'review.csv'}\n", "")
+        review = list(csv.DictReader((folder / "review.csv").read_text(encoding="utf-8-sig").splitlines(keepends=True)))
+        # Operations says System 1 of every row, so those split on are where a teacher says System 2; ties are dropped.
+        split = {i for i in range(60) if 2 in [opinion(model, i) for model in MODELS[:3]]}
+        assert {int(re.search(r"no\. (\d+)", row["question"])[1]) for row in review} == split  # type: ignore[index]
+        dropped = [row for row in review if row["system"] == "dropped"]
+        assert len(first) == 60 - len(dropped) < 60
+        kept = next(row for row in review if row["system"] == "1")
+        dropped[0]["corrected"], kept["corrected"] = "System1", "2"
+        with (folder / "review.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(review[0]))
+            writer.writeheader()
+            writer.writerows(review)
+        log = succeeds(*command)
+        assert "2 labels corrected by a person" in log
+        assert requests_of(tally(url)) == asked
+        rows = {row["id"]: row for row in read_jsonl(folder / "labels.jsonl")}
+        assert len(rows) == len(first) + 1
+        assert (rows[dropped[0]["id"]]["system"], rows[dropped[0]["id"]]["decided_by"]) == (1, "person")
+        assert (rows[kept["id"]]["system"], rows[kept["id"]]["decided_by"]) == (2, "person")
+        assert sum(row["decided_by"] == "person" for row in rows.values()) == 2
+        # Written again, the file keeps what the person wrote.
+        succeeds(*command, "--review")
+        again = csv.DictReader((folder / "review.csv").read_text(encoding="utf-8-sig").splitlines(keepends=True))
+        assert {row["id"]: row["corrected"] for row in again if row["corrected"]} == {
+            dropped[0]["id"]: "System1", kept["id"]: "2"}  # fmt: skip
+        assert "label: done before, skipped" in succeeds(*command)
+    for text, says in [
+        ("id,corrected\nx,3\n", "corrected of row x is '3'; allowed: 1, 2, System1, System2 or empty"),
+        ("id,corrected\nx,1\nx,1\n", "the id 'x' comes twice"),
+        ("id,right\nx,1\n", "has no column 'corrected'"),
+        ("id,corrected\nx,1\n", "label.corrections: no row has the id 'x'"),
+    ]:
+        (folder / "review.csv").write_text(text)
+        refused(*command, says=(says,))
+
+
+def everything_written(folder: Path) -> bytes:
+    return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_a_key_is_nowhere(tiny_folder: Path, tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.setenv("LORAPAR_TEST_KEY", KEY)
+    said = []
+    outside, folder = tmp_path, tmp_path / "run"
+    teacher = {"api_key_env": "LORAPAR_TEST_KEY", "price": {"input": 1, "output": 1}}
+    # The server repeats the key wherever it can: in replies, in errors.
+    for settings, options, code in [
+        ({"key": KEY, "echo": True}, (), 0),
+        ({"key": "another"}, (), 2),
+        ({"status": 401, "echo": True}, (), 2),
+        ({"status": 500, "echo": True}, ("--label.set_aside", "2"), 2),
+        ({"status": 400, "echo": True}, (), 2),
+    ]:
+        with running(**settings) as url:
+            values = recipe_values(tiny_folder, outside, url, 30, ["ada"], teacher={**teacher, "attempts": 3})
+            recipe = write_recipe(outside / "r.yaml", values | {"partition": {"selection": "all"}, "stages": ["sft"]})
+            run_folder = folder / str(len(said))
+            got = lorapar("label", recipe, "--output_dir", run_folder, *options)
+            assert got[0] == code, got
+            said += [*got[1:], *lorapar("label", recipe, "--output_dir", run_folder, "--dry-run")[1:]]
+            if code == 0:
+                assert f"Bearer {KEY}" in tally(url)["keys"]
+                assert "your key is Bearer [key]" in (run_folder / "votes.jsonl").read_text()
+                said += lorapar("label", recipe, "--output_dir", run_folder, "--review")[1:]
+                said += lorapar("report", recipe, "--output_dir", run_folder)[1:]
+    assert any("[key]" in text for text in said)
+    captured = capfd.readouterr()
+    for text in (*said, captured.out, captured.err):
+        assert KEY not in text
+    assert KEY.encode() not in everything_written(outside)
+    assert b"LORAPAR_TEST_KEY" in everything_written(folder)
+    # A key pasted where its variable's name belongs is neither repeated nor written.
+    values["label"]["teachers"][0]["api_key_env"] = KEY
+    got = lorapar("label", write_recipe(outside / "pasted.yaml", values), "--output_dir", folder / "pasted")
+    assert got[0] == 2
+    assert KEY not in got[2]
+    assert KEY.encode() not in everything_written(folder)
+
+
+def test_bad_input_is_one_line_before_anybody_is_asked(tiny_folder: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "template.txt").write_text("{question} {target}")
+    with running(latency=0.0) as url:
+        recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_folder, tmp_path, url, 5))
+        folder = tmp_path / "run"
+        for words, says in [
+            (("--label.ties", "null"), "label.ties: got None, allowed: system1, system2, drop, ask"),
+            (("--label.ties", "ask"), "label.ties: ask needs a teacher with reserve: true"),
+            (("--label.template", str(tmp_path / "template.txt")), "lacks the field {answer}"),
+            (("--label.template", "gone.txt"), "gone.txt: no such file"),
+            (("--label.corrections", "gone.csv"), "gone.csv: no such file"),
+            (("--label.teachers", "[{modle: x}]"), "label.teachers[0].modle: unknown key; did you mean 'model'"),
+            (("--label.teachers", f"[{{model: x, base_url: '{url}'}}]"), "lists no model 'x', but"),
+            (("--label.teachers", f"[{{model: ada, base_url: '{url}', context: 300}}]"), "teachers[0].context: row"),
+            (("--label.teachers", f"[{{model: ada, base_url: '{url}', api_key_env: LORAPAR_UNSET}}]"),
+             "label.teachers[0].api_key_env: the environment variable LORAPAR_UNSET is not set"),
+            (("--label.teachers", "[{model: a, base_url: 'http://127.0.0.1:9/v1'}]"), "none can be reached"),
+            (("--label.teachers", "[{model: no/such-model-here}]"), "a teacher without base_url is a local model"),
+            (("--label.voters", "[ada]"), "label.voters: unknown voter 'ada'"),
+        ]:  # fmt: skip
+            refused("label", recipe, "--output_dir", folder, "--update", *words, says=(says,))
+        assert requests_of(tally(url)) == 0
+
+
+def test_a_local_model_is_a_teacher_too(tiny_folder: Path, tmp_path: Path):
+    values = recipe_values(tiny_folder, tmp_path, "http://unused/v1", 12, [], voters=["operations"])
+    values["label"]["teachers"] = [{"model": str(tiny_folder), "name": "tiny", "in_flight": 5, "context": 2000,
+                                    "parameters": {"max_tokens": 4}}]  # fmt: skip
+    values |= {"partition": {"selection": "all"}, "stages": ["sft"]}
+    folder = tmp_path / "run"
+    succeeds("label", write_recipe(tmp_path / "r.yaml", values), "--output_dir", folder)
+    for row in read_jsonl(folder / "votes.jsonl"):
+        assert row["votes"]["tiny"]["outcome"] == "unparseable"
+        assert row["votes"]["tiny"]["calls"] == 3
+        assert row["votes"]["tiny"]["tokens_in"] > 3 * 500
+    for row in read_jsonl(folder / "labels.jsonl"):
+        assert row["votes"] == {"operations": 1, "tiny": None}
+        assert row["teachers"] == ["operations", "tiny"]
+
+
+# A real server
+
+
+@contextlib.contextmanager
+def transformers_serve(folder: Path, log: Path):
+    """`transformers serve` with a model on loopback; skips, with the reason, where it does not start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", port,
+               "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    if not command[0].exists():
+        pytest.skip("the `transformers` command is not beside this Python")
+    with log.open("w") as out:
+        server = subprocess.Popen([str(word) for word in command], stdout=out, stderr=out)
+    try:
+        began = time.monotonic()
+        while True:
+            if server.poll() is not None or time.monotonic() - began > 180:
+                said = [line for line in log.read_text().splitlines() if line.strip()]
+                pytest.skip(f"transformers serve did not start here: {said[-1] if said else 'it said nothing'}")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_fifty_rows_of_gsm8k_by_a_real_server(gsm8k: Path, tmp_path: Path):
+    from lorapar.models import resolve
+
+    model, folder = resolve("smollm2-135m"), tmp_path / "run"
+    # A short one, for the time a CPU takes to read it.
+    template = tmp_path / "template.txt"
+    template.write_text(
+        "You are {target}.{habits}\n{question}\n{answer}\nOne step is System1, more are System2. Which?"
+    )
+    with transformers_serve(Path(model), tmp_path / "serve.log") as url:
+        teacher = {"model": str(model), "name": "smollm2", "base_url": url, "in_flight": 4, "timeout": 300,
+                   "attempts": 2, "parameters": {"max_tokens": 8, "temperature": 0}}  # fmt: skip
+        values = {
+            "model": "smollm2-135m",
+            "data": {"sources": [{"name": str(gsm8k / "train.jsonl"), "size": 50}], "held_out": 5},
+            "label": {"template": str(template), "teachers": [teacher], "voters": [{"name": "operations", "threshold": 3}], "reask": 0,
+                      "habits": "short, often wrong"},
+            "sft": {"bf16": False, "report_to": "none"},
+            "grpo": {"bf16": False, "report_to": "none"},
+        }  # fmt: skip
+        recipe = write_recipe(tmp_path / "r.yaml", values)
+        log = succeeds("label", recipe, "--output_dir", folder)
+        asked = (tmp_path / "serve.log").read_text().count("[Request received]")
+        rows, votes = read_jsonl(folder / "labels.jsonl"), read_jsonl(folder / "votes.jsonl")
+        (folder / "labels.jsonl").unlink()
+        succeeds("label", recipe, "--output_dir", folder)
+        assert (tmp_path / "serve.log").read_text().count("[Request received]") == asked
+        assert read_jsonl(folder / "labels.jsonl") == rows
+    assert (len(rows), asked) == (50, 50)
+    outcomes = collections.Counter(row["votes"]["smollm2"]["outcome"] for row in votes)
+    print(f"outcomes of 50 rows: {dict(outcomes)}")
+    assert outcomes.total() == 50
+    assert set(outcomes) <= {"answered", "refused", "unparseable", "both"}
+    with contextlib.closing(sqlite3.connect(folder / "votes.sqlite")) as db:
+        stored = {row[0]: row[1:] for row in db.execute("SELECT example, vote, outcome, answer, tokens_in FROM votes")}
+    assert len(stored) == 50
+    for row in rows:
+        vote, outcome, answer, tokens_in = stored[row["id"]]
+        assert row["votes"]["smollm2"] == vote
+        assert (vote is not None) == (outcome == "answered")
+        assert tokens_in > 50
+        assert answer.strip()
+    assert re.search(r"unanswered \d+", log)

@@ -1,0 +1,99 @@
+"""The store of votes: what is there is final, a claim ends with its process, and spending is counted once."""
+
+import multiprocessing
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from lorapar.errors import InputError
+from lorapar.labeling.store import Vote, VoteStore
+
+
+def vote(key: str = "k", system: int | None = 1, **values) -> Vote:
+    return Vote(key, "row", "ada", system, "answered", **values)
+
+
+def test_a_vote_is_written_once_and_stays(tmp_path: Path):
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        assert store.get("k") is None
+        assert store.claim("k") is True
+        store.put(vote(reason="so", latency=0.5, tokens_in=10, tokens_out=2, calls=2, cost=0.1))
+        store.put(vote(system=2))
+        assert store.claim("k") == store.get("k")
+    with VoteStore(tmp_path / "v.sqlite", read_only=True) as store:
+        assert store.get("k") == vote(reason="so", latency=0.5, tokens_in=10, tokens_out=2, calls=2, cost=0.1)
+        assert store.means("ada") == (5.0, 1.0)
+        assert store.means("bob") is None
+
+
+def test_what_is_being_asked_is_not_asked_again_until_it_is_let_go(tmp_path: Path):
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        assert store.claim("k") is True
+        assert store.claim("k") is False
+        store.release("k")
+        assert store.claim("k") is True
+
+
+def _hold(path: str, ready, stop) -> None:
+    store = VoteStore(path)
+    store.claim("held")
+    store.put(vote("done"))
+    ready.set()
+    stop.wait(60)
+    os._exit(9)
+
+
+def test_another_process_s_claim_holds_while_it_lives_and_no_longer(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    ready, stop = context.Event(), context.Event()
+    child = context.Process(target=_hold, args=(str(tmp_path / "v.sqlite"), ready, stop))
+    child.start()
+    assert ready.wait(60)
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        assert store.claim("held") is False
+        assert isinstance(store.claim("done"), Vote)
+        assert store.claim("other") is True
+        child.kill()
+        child.join(60)
+        began = time.monotonic()
+        assert store.claim("held") is True
+        assert time.monotonic() - began < 1
+
+
+def test_a_budget_is_of_every_process_s_calls(tmp_path: Path):
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        assert [store.spend_call("ada", 2, None) for _ in range(3)] == [True, True, False]
+        store.spend_money("ada", 0.25)
+        store.spend_money("bob", 0.5)
+        assert store.spent() == (2, 0.75)
+        assert store.spend_call("bob", None, 0.74) is False
+        assert store.spend_call("bob", None, 0.75) is True
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        assert store.spend_call("bob", 3, None) is False
+        assert store.spent() == (3, 0.75)
+
+
+def test_what_is_no_store_is_one_line(tmp_path: Path):
+    (tmp_path / "text.sqlite").write_text("no database " * 100)
+    for path in (tmp_path / "text.sqlite", tmp_path):
+        with pytest.raises(InputError, match="no store of votes that can be opened here"):
+            VoteStore(path)
+    sqlite3.connect(tmp_path / "other.sqlite").execute("CREATE TABLE t (x)")
+    with pytest.raises(InputError, match="no store of votes"):
+        VoteStore(tmp_path / "other.sqlite", read_only=True)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path):
+    with VoteStore(tmp_path / "v.sqlite") as store:
+        pages = store.db.execute("PRAGMA page_count").fetchone()[0]
+        store.db.execute(f"PRAGMA max_page_count = {pages}")
+
+        def fill() -> None:
+            for i in range(1000):
+                store.put(vote(str(i), answer="x" * 1000))
+
+        with pytest.raises(InputError, match="cannot be written .*full"):
+            fill()

@@ -14,6 +14,7 @@ from . import report_charts as charts
 from . import report_sections as sections
 from .artefacts import atomic_folder, read_text, sha256_file, write_text
 from .errors import InputError
+from .report_agreement import agreement
 from .report_run import (
     SYSTEMS,
     Run,
@@ -51,6 +52,7 @@ def report(output_dir: Path | str) -> Path:
             ("theta", "θ and granularity", sections.theta),
             ("training", "Training", sections.training),
             ("labels", "Labels", sections.labels),
+            ("agreement", "Agreement", agreement),
             ("cost", "Time and memory", sections.cost),
             ("optimizer", "Optimizer state", sections.optimizer),
             ("recipe", "Recipe", sections.recipe),

@@ -341,8 +341,8 @@ def test_fifty_rows_of_gsm8k_by_a_real_server(gsm8k: Path, tmp_path: Path):
         values = {
             "model": "smollm2-135m",
             "data": {"sources": [{"name": str(gsm8k / "train.jsonl"), "size": 50}], "held_out": 5},
-            "label": {"template": str(template), "teachers": [teacher], "voters": [{"name": "operations", "threshold": 3}], "reask": 0,
-                      "habits": "short, often wrong"},
+            "label": {"template": str(template), "habits": "short, often wrong", "teachers": [teacher], "reask": 0,
+                      "voters": [{"name": "operations", "threshold": 3}]},
             "sft": {"bf16": False, "report_to": "none"},
             "grpo": {"bf16": False, "report_to": "none"},
         }  # fmt: skip

@@ -18,7 +18,7 @@ from lorapar.partition import Partition, partition
 from lorapar.report import report
 from lorapar.score import Scores, save_scores
 
-SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "cost", "optimizer", "recipe")
+SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer", "recipe")
 FIGURES = (
     "accuracy",
     "importance",
@@ -27,6 +27,7 @@ FIGURES = (
     "training_sft",
     "training_grpo",
     "labels",
+    "agreement",
     "cost",
     "optimizer",
 )
@@ -133,6 +134,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text: dict[str, str] = {}
         self.rows: list[list[str]] = []
+        self.places: list[str] = []  # each row's section
         self.section, self.in_cell, self.open = "header", False, []
         self.feed(text)
 
@@ -144,6 +146,7 @@ class Page(HTMLParser):
             self.section = str(dict(attrs)["id"])
         elif tag == "tr":
             self.rows.append([])
+            self.places.append(self.section)
         elif tag in ("td", "th"):
             self.rows[-1].append("")
             self.in_cell = True
@@ -164,9 +167,10 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def row_of(page: Page, *starts: str) -> list[str]:
-    """The cells after the head of the one row that begins with `starts`."""
-    found = [row[len(starts) :] for row in page.rows if tuple(row[: len(starts)]) == starts]
+def row_of(page: Page, *starts: str, section: str | None = None) -> list[str]:
+    """The cells after the head of the one row (of the section, where one is named) that begins with `starts`."""
+    rows = [row for row, place in zip(page.rows, page.places) if section in (None, place)]
+    found = [row[len(starts) :] for row in rows if tuple(row[: len(starts)]) == starts]
     assert len(found) == 1, (starts, found)
     return found[0]
 
@@ -193,7 +197,7 @@ def test_every_section_and_figure_is_there(run):
     figures = [a["id"] for tag, a in page.elements if tag == "figure"]
     assert figures == [f"fig-{name}" for name in FIGURES]
     pictures = [a for tag, a in page.elements if tag == "svg"]
-    assert len(pictures) == 3 + 1 + 4 + 3 + 3 + 3 + 1 + 2 + 1
+    assert len(pictures) == 3 + 1 + 4 + 3 + 3 + 3 + 1 + 2 + 2 + 1
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
     ids = [a["id"] for _, a in page.elements if a.get("id")]
     assert len(ids) == len(set(ids)), "an id is used twice"
@@ -257,14 +261,50 @@ def test_cost_labels_and_recipe(run):
     assert row_of(page, "score") == ["38.4 s", f"{3844 / total:.1f} %", "1.62 GB"]
     assert row_of(page, "grpo") == ["4 min 07 s", f"{24690 / total:.1f} %", "2.41 GB"]
     assert row_of(page, "evaluate")[2] == "–"
-    assert row_of(page, "operations") == ["40", "20", "0", "100.0 %"]
-    assert row_of(page, "a<script>$b$")[:3] == ["30", "0", "30"]
+    assert row_of(page, "operations", section="labels") == ["40", "20", "0", "100.0 %"]
+    assert row_of(page, "a<script>$b$", section="labels")[:3] == ["30", "0", "30"]
     assert "40 of 60 rows (66.7 %) were unanimous" in page.text["labels"]
     assert "gradient norm was not finite in 1 of 9 logged steps" in page.text["training"]
     recipe = (folder / "recipe.yaml").read_text()
     assert recipe in page.text["recipe"]
     assert html.escape(recipe) in text
     assert "<script" not in text.lower().replace("&lt;script", "")
+
+
+def test_agreement_is_that_of_the_votes(run):
+    page = Page(run[1])
+    # 60 rows: operations says 1 unless i % 3 == 0, the other says 1 where i is odd and else nothing.
+    both = [i for i in range(60) if i % 2]
+    alike = [i for i in both if i % 3]
+    text = page.text["agreement"]
+    assert f"The voters split on {len(both) - len(alike)} of 60 rows" in text
+    chance = sum((n / 60) ** 2 for n in (30 + len(alike), 30 - len(alike)))
+    kappa = (len(alike) / len(both) - chance) / (1 - chance)
+    assert f"Fleiss' κ is {kappa:.3f} (poor)" in text
+    # Ties have no majority, so operations is always with it.
+    assert row_of(page, "operations", section="agreement") == ["40", "0", "0", "0", "10", "0", "100.0 %"]
+    assert row_of(page, "a<script>$b$", section="agreement") == ["20", "0", "20", "0", "0", "10", "100.0 %"]
+    assert row_of(page, "What is 3 + 3?") == ["a<script>$b$", "operations", "System\xa02", "50 % of votes"]
+    assert "teacher" not in [row[0] for row in page.rows if row]
+
+
+def test_agreement_says_what_teachers_took(tmp_path):
+    def vote(vote, outcome="answered", **values):
+        return {"vote": vote, "outcome": outcome, "latency": 0.5, "tokens_in": 100, "tokens_out": 7, "calls": 2,
+                "cost": 0.001, **values}  # fmt: skip
+
+    votes = [{"a": vote(1), "b": vote(2, latency=2.0)}, {"a": vote(None, "refused"), "b": {"vote": None,
+             "outcome": "not_asked"}}, {"a": vote(2), "b": vote(2, tokens_in=None, cost=0.0)}]  # fmt: skip
+    write_jsonl(tmp_path / "votes.jsonl", [{"id": str(i), "votes": said} for i, said in enumerate(votes)])
+    write_jsonl(tmp_path / "labels.jsonl",
+                [{"id": str(i), "prompt": [{"role": "user", "content": "x" * 500}], "system": 2, "split": "train",
+                  "votes": {name: v["vote"] for name, v in said.items()}, "agreement": 0.5, "decided_by": "person"}
+                 for i, said in enumerate(votes)])  # fmt: skip
+    page = Page(report(tmp_path).read_text(encoding="utf-8"))
+    took = [row for row, place in zip(page.rows, page.places) if place == "agreement" and len(row) == 8]
+    assert ["a", "2", "1 | 1 refused", "6", "0.50 s", "300", "21", "0.003"] in took
+    assert ["b", "2", "1 | 1 not asked", "4", "2.00 s", "100", "14", "0.001"] in took
+    assert row_of(page, "x" * 159 + "…") == ["a", "b", "System\xa02", "a person"]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,19 @@ def test_the_two_set_up_commands_are_there_and_name_what_exists():
     assert "-e '.[test]' && make test" in ci
 
 
+def test_the_recipes_of_the_labelling_page_are_recipes():
+    from lorapar.config import parse
+    from lorapar.recipe_file import parse_yaml
+
+    page = (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8")
+    recipes = [parse(parse_yaml(block)) for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]
+    assert [len(recipe.label.teachers) for recipe in recipes] == [1, 6, 1]
+    assert all(teacher.api_key_env for teacher in recipes[1].label.teachers)
+    assert recipes[2].label.teachers[0].base_url is None
+    for target in re.findall(r"\]\(([^)#:]+)\)", page):
+        assert (ROOT / "docs" / target).exists(), target
+
+
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
 

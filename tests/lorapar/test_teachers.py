@@ -135,7 +135,8 @@ def test_calls_a_minute_are_spaced_evenly(tmp_path: Path):
 
 
 def test_the_throughput_is_what_the_limits_allow(tmp_path: Path):
-    latency, in_flight, count = 0.25, 8, 160
+    # A second, as language models take, beside which a busy machine's hiccups are small.
+    latency, in_flight, count = 1.0, 16, 80
     with running(latency=latency) as url:
         panel = make_panel(LabelConfig(teachers=endpoints(url, ["ada"], in_flight=in_flight)), "target")
         ask(panel, rows_of(8, start=count), tmp_path / "warm.sqlite")
@@ -144,6 +145,7 @@ def test_the_throughput_is_what_the_limits_allow(tmp_path: Path):
     times = [at for i, ats in found["asked_at"]["ada"].items() for at in ats if i < count]
     # From the first call's start to the last one's end.
     took = max(times) - min(times) + latency
+    print(f"{count * latency / in_flight / took:.3f} of what the limits allow")
     assert count * latency / in_flight / took > 0.9
 
 

@@ -1,5 +1,6 @@
 """What the scoring cases share: rows, padded batches for the other ways, how near two results are, and peak memory."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -27,15 +28,15 @@ def model_config(dtype: str, device: str = "cpu") -> ModelConfig:
     return ModelConfig(name=name, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
-def gsm8k_rows(count: int) -> Rows:
-    """GSM8K's first training rows in the model's chat template; the test is skipped without them."""
+def gsm8k_rows(count: int, first: int = 0) -> Rows:
+    """`count` of GSM8K's training rows from `first` on, in the model's chat template; skips the test without them."""
     folder = os.environ.get("LORAPAR_GSM8K")
     if not folder:
         pytest.skip("LORAPAR_GSM8K is not set: it names a folder with GSM8K's train.jsonl")
     tokenizer = load_tokenizer(model_config("float32"))
     made = []
     with (Path(folder) / "train.jsonl").open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(count)):
+        for line in itertools.islice(lines, first, first + count):
             row = json.loads(line)
             prompt = [{"role": "user", "content": row["question"]}]
             completion = [{"role": "assistant", "content": row["answer"]}]

@@ -2,9 +2,10 @@
 
     LORAPAR_GSM8K=<folder with train.jsonl> pytest bench/test_scoring.py --benchmark-only
 
-On a CPU: SmolLM2-135M and GSM8K's first rows; `LORAPAR_BENCH_ROWS` (64) and `LORAPAR_BENCH_ROUNDS` (3) make it shorter,
-`LORAPAR_BENCH_MODEL` names another model. All ways see the same rows, tokens and factors: the paper's start
-N(0, 0.01²), rank 8, its six target modules. Each way's peak of memory beyond what was there before it is recorded.
+On a CPU: SmolLM2-135M and GSM8K's first rows; `LORAPAR_BENCH_ROWS` (64) and `LORAPAR_BENCH_ROUNDS` (3) make it
+shorter, `LORAPAR_BENCH_FIRST` (0) begins further on, and `LORAPAR_BENCH_MODEL` names another model. All ways see the
+same rows, tokens and factors: the paper's start N(0, 0.01²), rank 8, its six target modules. Each way's peak of memory
+beyond what was there before it is recorded.
 
 bench/test_scoring_7b.py is the case for a GPU.
 """
@@ -28,6 +29,7 @@ from bench.baselines import backpack_way, opacus_way, released_script
 from lorapar.models import load_model
 
 ROWS = int(os.environ.get("LORAPAR_BENCH_ROWS", 64))
+FIRST = int(os.environ.get("LORAPAR_BENCH_FIRST", 0))
 ROUNDS = int(os.environ.get("LORAPAR_BENCH_ROUNDS", 3))
 BATCH = 8
 LORA = LoraConfig(
@@ -37,7 +39,7 @@ LORA = LoraConfig(
 
 @pytest.fixture(scope="module")
 def examples():
-    return gsm8k_rows(ROWS)
+    return gsm8k_rows(ROWS, FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def plain(ours):
 
 def facts_of(examples, peaks):
     tokens = sum(len(ids) for ids, _ in examples)
-    return {"rows": len(examples), "tokens": tokens, "batch_size": BATCH, "peak_extra_bytes": peaks}
+    return {"rows": len(examples), "first_row": FIRST, "tokens": tokens, "batch_size": BATCH, "peak_extra_bytes": peaks}
 
 
 def test_scoring_fp32(benchmark, report, examples, ours):

@@ -20,7 +20,7 @@ from .artefacts import load_tensors, save_tensors
 from .config import require
 from .errors import InputError
 from .progress import Progress
-from .score_batches import Example, packs, plan_batches, read_examples, score_batch
+from .score_batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
 from .score_sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
 
 log = logging.getLogger("lorapar")
@@ -75,7 +75,7 @@ def score(
     require(until_stable is None or 0 < until_stable <= 1, "until_stable", until_stable, "a Jaccard index in (0, 1]")
     examples = read_examples(dataset, tokenizer, max_length)
     require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
-    with scoring(model) as layers:
+    with scoring(model) as layers, short_attention(model, max(len(example.ids) for example in examples)):
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
             raise InputError(ALL_ZERO)

@@ -24,8 +24,10 @@ PADDING = 1 / 20  # of a batch's tokens, at most: a padded token costs what a re
 # fp16 is 0 below 6e-8, and an answer token's gradient is spread over the whole vocabulary; a power of two comes out of
 # the sums exactly.
 FP16_LOSS_SCALE = 2.0**12
-# Answer tokens whose softmax is in fp32 at a time: beside a vocabulary of 150,000 all of a batch's would be gigabytes.
-SOFTMAX_ROWS = 128
+# Answer tokens whose softmax is in fp32 at a time: so many stay in a CPU's cache, and beside a vocabulary of 150,000
+# all of a batch's would be gigabytes.
+SOFTMAX_ROWS = 32
+SHORT = 512  # tokens up to which half-precision attention on a CPU is faster as plain products
 
 
 class Example(NamedTuple):
@@ -157,6 +159,26 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> 
         some[torch.arange(len(some), device=some.device), targets[span]] -= 1.0
         gradient[span] = some.mul_(weights[span, None])
     return gradient
+
+
+@contextlib.contextmanager
+def short_attention(model: nn.Module, longest: int) -> Iterator[None]:
+    """Attention as plain products while no row is longer than `SHORT`, on a CPU in half precision; else left alone.
+
+    torch's blockwise kernel takes twice as long there (bench/LOG.md). Longer rows need it: plain products keep tokens²
+    values a head for the backward. A model told to use another kernel keeps it.
+    """
+    base, parameter = cast(Any, model).get_base_model(), next(model.parameters())
+    half = parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
+    chosen = base.config._attn_implementation
+    if not half or longest > SHORT or chosen != "sdpa":
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(chosen)
 
 
 @contextlib.contextmanager

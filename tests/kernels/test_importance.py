@@ -181,6 +181,9 @@ def test_sums_keep_their_four_names_and_places():
     assert lk.ScoreSums._fields == ("a_gphi", "a_gphi_sq", "b_gphi", "b_gphi_sq")
     assert [total.shape for total in sums] == [a.shape, a.shape, b.shape, b.shape]
     assert [rest.shape for rest in sums.rests] == [total.shape for total in sums]
+    # All that scoring keeps beyond a batch: 16 bytes an element.
+    sums = lk.ScoreSums.zeros_like(a.float(), b.float())
+    assert sum(t.numel() * t.element_size() for t in (*sums, *sums.rests)) == 16 * (a.numel() + b.numel())
 
 
 def test_a_forced_kernel_never_falls_back(monkeypatch):

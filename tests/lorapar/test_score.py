@@ -410,3 +410,22 @@ def test_until_stable_stops_at_the_first_look_that_reaches_the_level():
     assert all(torch.allclose(first[name], stopped[name], rtol=1e-4) for name in first)
     with pytest.raises(InputError, match="until_stable: got 1.5, expected a Jaccard index"):
         lorapar.score(model, None, rows(), until_stable=1.5)
+
+
+def test_half_precision_on_a_cpu_attends_by_plain_products_while_rows_are_short(monkeypatch):
+    from lorapar import score_batches
+
+    half, full = (lorapar.attach(tiny_model().to(d), config(), start="paper") for d in (torch.bfloat16, torch.float32))
+    ran = []
+    for model, longest in ((half, 512), (half, 513), (full, 9)):
+        with score_batches.short_attention(model, longest):
+            ran.append(model.config._attn_implementation)
+        assert model.config._attn_implementation == "sdpa"
+    assert ran == ["eager", "sdpa", "sdpa"]
+    by_kernel = []
+    for short in (512, 1):
+        monkeypatch.setattr(score_batches, "SHORT", short)
+        scores = lorapar.score(half, None, rows())
+        by_kernel.append(torch.cat([scores[name].reshape(-1) for name in sorted(scores)]))
+    assert not torch.equal(*by_kernel)
+    assert (by_kernel[0] - by_kernel[1]).norm() / by_kernel[1].norm() < 3e-2

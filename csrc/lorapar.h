@@ -26,6 +26,10 @@
 #define LORAPAR_ERROR_SIZE 2         /* n < 0 or n > LORAPAR_MAX_SIZE */
 #define LORAPAR_ERROR_ALIGNMENT 3    /* a pointer that is not aligned to its type */
 #define LORAPAR_ERROR_MEMORY 4       /* no memory for working space */
+#define LORAPAR_ERROR_SCORE 5        /* a score that is negative, infinite or not a number */
+#define LORAPAR_ERROR_ZERO 6         /* no score above zero */
+#define LORAPAR_ERROR_THETA 7        /* a share that is not in (0, 1] */
+#define LORAPAR_ERROR_COUNT 8        /* a number to keep that is not in 0..candidates */
 #define LORAPAR_ERROR_CUDA 1000      /* 1000 + cudaError_t */
 
 /* Elements a call takes at most: byte offsets into any of its arrays then fit 64 bits with room to spare. */
@@ -62,6 +66,41 @@ LORAPAR_API int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *ma
 
 /* The number of bits set among the first n, into count [1]; spare bits are not looked at. */
 LORAPAR_API int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *count, intptr_t queue);
+
+/* ---- selection (selection.cpp, selection.cu); lorapar_kernels/top_mass.py is the specification ---- */
+
+/* One of the tensors that are ranked together, in this order; the array of them is in host memory for both libraries. */
+typedef struct {
+    const float *scores;  /* [n], finite and >= 0 */
+    const uint8_t *among; /* [n] bytes, the elements that take part; NULL: all do */
+    uint8_t *keep;        /* [n] bytes, 0 or 1: what lorapar_keep writes */
+    int64_t n;
+} lorapar_scores;
+
+/* Where a descending order is cut: kept are the scores above `bits` and the first `ties` of the `equals` that have it. */
+typedef struct {
+    uint32_t bits; /* a score as its bit pattern: floats >= 0 are ordered as these */
+    int64_t ties, equals;
+} lorapar_cut;
+
+/* cuts[k]: of the smallest prefix of the descending order that sums to thetas[k] of the total or more. Sums are those of
+ * the real numbers, rounded once to double. At most 2^29 elements together. thetas and cuts are in host memory; the CUDA
+ * library waits for the result. */
+LORAPAR_API int lorapar_top_mass(const lorapar_scores *tensors, int64_t count, const double *thetas, int64_t n_thetas,
+                                 lorapar_cut *cuts, intptr_t queue);
+
+/* cut [1]: of the `kept` highest scores, at least one. Otherwise as lorapar_top_mass; all-zero scores are as good as any. */
+LORAPAR_API int lorapar_top_count(const lorapar_scores *tensors, int64_t count, int64_t kept, lorapar_cut *cut,
+                                  intptr_t queue);
+
+/* Every tensor's `keep` by a cut; ties go by index, then by tensor. */
+LORAPAR_API int lorapar_keep(const lorapar_scores *tensors, int64_t count, const lorapar_cut *cut, intptr_t queue);
+
+/* scores [rows, columns] -> sums [ceil(rows / tile_rows), ceil(columns / tile_columns)], the tiles at the edges smaller.
+ * In double: down each column of the tile, then across the columns. A rank slice is a tile of one row of A, or of one
+ * column of B. */
+LORAPAR_API int lorapar_tile_sums(const float *scores, int64_t rows, int64_t columns, int64_t tile_rows,
+                                  int64_t tile_columns, double *sums, intptr_t queue);
 
 #ifdef __cplusplus
 }

@@ -30,6 +30,10 @@ inline const char *status_text(int status) {
         case LORAPAR_ERROR_SIZE: return "a number of elements below 0 or above 2^48";
         case LORAPAR_ERROR_ALIGNMENT: return "a pointer that is not aligned to its type";
         case LORAPAR_ERROR_MEMORY: return "no memory for working space";
+        case LORAPAR_ERROR_SCORE: return "a score that is negative, infinite or not a number";
+        case LORAPAR_ERROR_ZERO: return "no score above zero";
+        case LORAPAR_ERROR_THETA: return "a share that is not in (0, 1]";
+        case LORAPAR_ERROR_COUNT: return "a number of elements to keep that is not in 0..candidates";
         default: return nullptr;
     }
 }

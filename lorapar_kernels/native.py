@@ -17,6 +17,9 @@ import torch
 ABI_VERSION = 2  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
+# The statuses that a caller answers with words of its own.
+ERROR_SCORE, ERROR_ZERO, ERROR_COUNT = 5, 6, 8
+
 # name -> (argument types, result type), as in csrc/lorapar.h, a dict a topic. Pointers travel as void *: they come from
 # data_ptr(). The last argument of what does work is `queue`, which `call` supplies.
 POINTER, SIZE, QUEUE, STATUS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_ssize_t, ctypes.c_int
@@ -30,7 +33,27 @@ BITMASK = {
     "lorapar_unpack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_count_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
 }
-SIGNATURES = LIBRARY | BITMASK
+
+
+class Scores(ctypes.Structure):
+    """lorapar_scores."""
+
+    _fields_ = (("scores", POINTER), ("among", POINTER), ("keep", POINTER), ("n", SIZE))
+
+
+class Cut(ctypes.Structure):
+    """lorapar_cut."""
+
+    _fields_ = (("bits", ctypes.c_uint32), ("ties", SIZE), ("equals", SIZE))
+
+
+SELECTION = {
+    "lorapar_top_mass": ([POINTER, SIZE, POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_top_count": ([POINTER, SIZE, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_keep": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_tile_sums": ([POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, QUEUE], STATUS),
+}
+SIGNATURES = LIBRARY | BITMASK | SELECTION
 
 
 def path(kind: str) -> Path:
@@ -77,8 +100,8 @@ def obstacle(device: torch.device) -> str | None:
     return load(device.type)[1]
 
 
-def call(function: str, device: torch.device, *arguments: object) -> None:
-    """Call lorapar_<function>(*arguments, queue) on `device`; RuntimeError in the library's words.
+def status_of(function: str, device: torch.device, *arguments: object) -> int:
+    """Call lorapar_<function>(*arguments, queue) on `device`; gives its status, 0 for no error.
 
     On CUDA the queue is torch's current stream, on the CPU the number of threads that torch uses.
     """
@@ -88,11 +111,20 @@ def call(function: str, device: torch.device, *arguments: object) -> None:
     native = getattr(library, f"lorapar_{function}")
     if device.type == "cuda":
         with torch.cuda.device(device):
-            status = native(*arguments, torch.cuda.current_stream(device).cuda_stream)
-    else:
-        status = native(*arguments, torch.get_num_threads())
+            return native(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    return native(*arguments, torch.get_num_threads())
+
+
+def call(function: str, device: torch.device, *arguments: object) -> None:
+    """`status_of`, and `check_status` of it."""
+    check_status(function, device, status_of(function, device, *arguments))
+
+
+def check_status(function: str, device: torch.device, status: int) -> None:
+    """RuntimeError in the library's words where a function's status is not 0."""
     if status != 0:
-        said = library.lorapar_error_string(status).decode()
+        library, _ = load(device.type)
+        said = library.lorapar_error_string(status).decode()  # type: ignore[union-attr]
         raise RuntimeError(f"native {function} failed with status {status}: {said}")
 
 

@@ -10,17 +10,23 @@ sort with a float64 running sum gives the same set wherever the rounding of its 
 No sort. Non-negative floats are ordered as their bit patterns, so this is a radix selection by 16 bits a
 level: sum the scores that share their top bits, find the bin in which the prefix ends, and go on inside it,
 twice for float32 and four times for float64. The scores of one bin share an exponent, so float64 adds them
-without rounding, in any order; the few thousand bins are then added as Python integers.
+without rounding, in any order; the few thousand bins are then added as Python integers. csrc does the same for
+float32, on the CPU and on CUDA devices, to the last element.
+
+Whole tiles and rank slices are chosen by the same functions from `tile_sums`; `spread_tiles` makes masks of them.
 """
 
+import ctypes
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, overload
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import always, choose
 
 # Elements a step, which bounds most temporaries to about 80 MB. Steps that fit the cache are no faster (30 ms
@@ -146,8 +152,8 @@ def _as_given(kept: Tensor, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [part.view(score.shape).to(score.device, copy=True) for part, score in zip(parts, scores)]
 
 
-def _flat_and_checked(scores: Tensor | Sequence[Tensor]) -> tuple[Tensor, _Float]:
-    """All scores in one row and their type; ValueError unless of one type, finite and not negative."""
+def _listed(scores: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], _Float]:
+    """The scores as a list and their type; ValueError unless of one type that is known, and not too many."""
     listed = [scores] if isinstance(scores, Tensor) else list(scores)
     if not listed:
         raise ValueError("scores must hold at least one tensor, got an empty list")
@@ -160,6 +166,12 @@ def _flat_and_checked(scores: Tensor | Sequence[Tensor]) -> tuple[Tensor, _Float
     n = sum(score.numel() for score in listed)
     if not 0 < n <= FLOATS[dtype].most:
         raise ValueError(f"scores must hold 1 to {FLOATS[dtype].most} elements of {dtype}, got {n}")
+    return listed, FLOATS[dtype]
+
+
+def _flat_and_checked(scores: Tensor | Sequence[Tensor]) -> tuple[Tensor, _Float]:
+    """All scores in one row and their type; ValueError unless of one type, finite and not negative."""
+    listed, kind = _listed(scores)
     flat = torch.cat([score.detach().reshape(-1).to(listed[0].device) for score in listed])
     low, high = (float(bound) for bound in torch.aminmax(flat))
     if not (low >= 0.0 and high < float("inf")):
@@ -172,11 +184,11 @@ def _flat_and_checked(scores: Tensor | Sequence[Tensor]) -> tuple[Tensor, _Float
             f"scores must be finite and not negative, got {float(listed[i].reshape(-1)[at])} "
             f"at element {at} of scores[{i}]{more}"
         )
-    return flat, FLOATS[dtype]
+    return flat, kind
 
 
-def _flat_mask(among: Tensor | Sequence[Tensor], scores: Tensor | Sequence[Tensor]) -> Tensor:
-    """The masks in one row beside the flat scores; ValueError unless they fit them one by one."""
+def _listed_masks(among: Tensor | Sequence[Tensor], scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The masks as a list; ValueError unless they fit the scores one by one."""
     if isinstance(among, Tensor) != isinstance(scores, Tensor):
         raise ValueError("among must be a tensor where scores are one, and a list where they are a list")
     masks = [among] if isinstance(among, Tensor) else among
@@ -186,37 +198,158 @@ def _flat_mask(among: Tensor | Sequence[Tensor], scores: Tensor | Sequence[Tenso
     for i, (mask, score) in enumerate(zip(masks, listed)):
         if mask.dtype != torch.bool or mask.shape != score.shape:
             raise ValueError(f"among[{i}] must be torch.bool {list(score.shape)}, got {mask.dtype} {list(mask.shape)}")
-    return torch.cat([mask.reshape(-1).to(listed[0].device) for mask in masks])
+    return list(masks)
 
 
-@overload
-def top_mass(scores: Tensor, theta: float) -> Tensor: ...
-@overload
-def top_mass(scores: Sequence[Tensor], theta: float) -> list[Tensor]: ...
-def top_mass(scores: Tensor | Sequence[Tensor], theta: float) -> Tensor | list[Tensor]:
-    """True for the smallest set of elements, of all tensors together, that sums to θ of the total or more.
+def _native_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why csrc's selection cannot serve these scores (and masks); None when it can."""
+    if tensors[0].dtype != torch.float32:
+        return f"csrc selects float32 scores, these are {tensors[0].dtype}"
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"csrc selects on one device, the tensors are on {' and '.join(sorted(map(str, devices)))}"
+    return native.obstacle(tensors[0].device)
 
-    Args:
-        scores: a tensor or a list of them, float32 or float64 (all one), any shapes and devices, finite and ≥
-            0.
-        theta: in (0, 1].
 
-    Returns bool masks of the same shapes and devices: a tensor for a tensor, a list for a list. Ties go to
-    the lower flat index, then to the earlier tensor; zeros are never kept. Raises ValueError on any other θ,
-    dtype or score, and when no score is above zero.
-    """
-    if not 0.0 < theta <= 1.0:
-        raise ValueError(f"theta must be in (0, 1], got {theta}")
-    choose("top_mass", {"reference": always})
+def _backend(op: str, tensors: Sequence[Tensor]) -> str:
+    return choose(op, {"native": partial(_native_obstacle, tensors), "reference": always})
+
+
+def _native_table(scores: list[Tensor], among: list[Tensor] | None, kept: list[Tensor] | None) -> Any:
+    """The array of lorapar_scores; the tensors are contiguous."""
+    rows = [
+        native.Scores(
+            score.data_ptr(),
+            None if among is None else among[i].data_ptr(),
+            None if kept is None else kept[i].data_ptr(),
+            score.numel(),
+        )
+        for i, score in enumerate(scores)
+    ]
+    return (native.Scores * len(rows))(*rows)
+
+
+def _native_keep(scores: list[Tensor], among: list[Tensor] | None, cut: native.Cut) -> list[Tensor]:
+    kept = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
+    table = _native_table(scores, among, kept)
+    native.call("keep", scores[0].device, table, len(scores), ctypes.byref(cut))
+    return kept
+
+
+def _top_mass_native(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+    """`_top_mass_radix` by csrc, for all thetas from one pass over the scores and one more each."""
+    contiguous = [score.contiguous() for score in scores]
+    cuts, shares = (native.Cut * len(thetas))(), (ctypes.c_double * len(thetas))(*thetas)
+    arguments = _native_table(contiguous, None, None), len(contiguous), shares, len(thetas), cuts
+    status = native.status_of("top_mass", contiguous[0].device, *arguments)
+    if status in (native.ERROR_SCORE, native.ERROR_ZERO):
+        # For its words, which name the element.
+        _flat_with_mass(scores)
+    native.check_status("top_mass", contiguous[0].device, status)
+    return [mask for cut in cuts for mask in _native_keep(contiguous, None, cut)]
+
+
+def _top_count_native(scores: Sequence[Tensor], count: int, among: Sequence[Tensor] | None) -> list[Tensor]:
+    """`_top_count_radix` by csrc."""
+    contiguous = [score.contiguous() for score in scores]
+    masks = None if among is None else [mask.contiguous() for mask in among]
+    cut = native.Cut()
+    arguments = _native_table(contiguous, masks, None), len(contiguous), count, ctypes.byref(cut)
+    status = native.status_of("top_count", contiguous[0].device, *arguments)
+    if status in (native.ERROR_SCORE, native.ERROR_COUNT):
+        # For its words, and because csrc takes a count of 1 or more.
+        return _top_count_radix(scores, count, among)
+    native.check_status("top_count", contiguous[0].device, status)
+    return _native_keep(contiguous, masks, cut)
+
+
+def _flat_with_mass(scores: Sequence[Tensor]) -> tuple[Tensor, _Float]:
+    """`_flat_and_checked`, and ValueError unless their sum is above zero and finite."""
     flat, kind = _flat_and_checked(scores)
     rough = float(flat.sum(dtype=torch.float64))
     if rough == 0.0:
         raise ValueError(f"scores must hold one above zero, got {flat.numel()} zeros")
     if rough == float("inf"):
         raise ValueError("scores must sum to a finite float64, got a larger sum")
-    value, ties = _cut(flat, kind, True, lambda total: _mass_reached(total, theta, kind))
-    kept = _as_given(_keep(flat, None, value, ties), scores)
-    return kept[0] if isinstance(scores, Tensor) else kept
+    return flat, kind
+
+
+def _top_mass_radix(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+    """The masks for the first theta, then for the next, in plain PyTorch on any device."""
+    flat, kind = _flat_with_mass(scores)
+    masks = []
+    for theta in thetas:
+        value, ties = _cut(flat, kind, True, lambda total, theta=theta: _mass_reached(total, theta, kind))
+        masks += _as_given(_keep(flat, None, value, ties), scores)
+    return masks
+
+
+def _top_count_radix(scores: Sequence[Tensor], count: int, among: Sequence[Tensor] | None) -> list[Tensor]:
+    flat, kind = _flat_and_checked(scores)
+    mask = None if among is None else torch.cat([one.reshape(-1).to(flat.device) for one in among])
+    candidates = flat if mask is None else flat[mask]
+    if not 0 <= count <= candidates.numel():
+        raise ValueError(f"count must be in 0..{candidates.numel()}, the number of candidates, got {count}")
+    if count == 0:
+        return _as_given(torch.zeros_like(flat, dtype=torch.bool), scores)
+    value, ties = _cut(candidates, kind, False, lambda total: lambda n: n >= count)
+    return _as_given(_keep(flat, mask, value, ties), scores)
+
+
+# Opaque to torch.compile: the backend is chosen when they run.
+@torch.library.custom_op("lorapar::top_mass", mutates_args=())
+def _top_mass(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+    chosen = _backend("top_mass", scores)
+    return _top_mass_native(scores, thetas) if chosen == "native" else _top_mass_radix(scores, thetas)
+
+
+@_top_mass.register_fake
+def _(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+    return [torch.empty_like(score, dtype=torch.bool) for _ in thetas for score in scores]
+
+
+@torch.library.custom_op("lorapar::top_count", mutates_args=())
+def _top_count(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
+    """`among` is empty where all take part."""
+    chosen = _backend("top_count", [*scores, *among])
+    radix = _top_count_native if chosen == "native" else _top_count_radix
+    return radix(scores, count, among or None)
+
+
+@_top_count.register_fake
+def _(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+@overload
+def top_mass(scores: Tensor, theta: float) -> Tensor: ...
+@overload
+def top_mass(scores: Sequence[Tensor], theta: float) -> list[Tensor]: ...
+@overload
+def top_mass(scores: Tensor, theta: Sequence[float]) -> list[Tensor]: ...
+@overload
+def top_mass(scores: Sequence[Tensor], theta: Sequence[float]) -> list[list[Tensor]]: ...
+def top_mass(scores: Tensor | Sequence[Tensor], theta: float | Sequence[float]) -> Any:
+    """True for the smallest set of elements, of all tensors together, that sums to θ of the total or more.
+
+    Args:
+        scores: a tensor or a list of them, float32 or float64 (all one), any shapes and devices, finite and ≥
+            0.
+        theta: in (0, 1], or a sequence of such, which costs less than as many calls.
+
+    Returns bool masks of the same shapes and devices: a tensor for a tensor, a list for a list; for a sequence of
+    θ a list of that, one a θ. Ties go to the lower flat index, then to the earlier tensor; zeros are never kept.
+    Raises ValueError on any other θ, dtype or score, and when no score is above zero.
+    """
+    thetas = list(theta) if isinstance(theta, Sequence) else [theta]
+    for one in thetas:
+        if not 0.0 < one <= 1.0:
+            raise ValueError(f"theta must be in (0, 1], got {one}")
+    listed, _ = _listed(scores)
+    masks = _top_mass([score.detach() for score in listed], thetas)
+    by_theta = [masks[i : i + len(listed)] for i in range(0, len(masks), len(listed))]
+    kept = [each[0] if isinstance(scores, Tensor) else each for each in by_theta]
+    return kept if isinstance(theta, Sequence) else kept[0]
 
 
 @overload
@@ -235,15 +368,7 @@ def top_count(
 
     Returns masks as `top_mass` does, with its ties. Raises ValueError on any other argument, naming it.
     """
-    choose("top_count", {"reference": always})
-    flat, kind = _flat_and_checked(scores)
-    mask = None if among is None else _flat_mask(among, scores)
-    candidates = flat if mask is None else flat[mask]
-    if not 0 <= count <= candidates.numel():
-        raise ValueError(f"count must be in 0..{candidates.numel()}, the number of candidates, got {count}")
-    if count == 0:
-        kept = _as_given(torch.zeros_like(flat, dtype=torch.bool), scores)
-    else:
-        value, ties = _cut(candidates, kind, False, lambda total: lambda n: n >= count)
-        kept = _as_given(_keep(flat, mask, value, ties), scores)
+    listed, _ = _listed(scores)
+    masks = [] if among is None else _listed_masks(among, scores)
+    kept = _top_count([score.detach() for score in listed], count, masks)
     return kept[0] if isinstance(scores, Tensor) else kept

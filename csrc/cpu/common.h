@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -43,15 +44,20 @@ inline bool has_avx2() {
 // the OpenMP runtime has lost its threads and would wait for them for ever (library.cpp).
 int threads_for(int64_t n, int64_t grain, intptr_t allowed);
 
-// body(begin, end) over [0, n) in contiguous ranges, one a thread, each a multiple of `unit` long (the last but for what
-// is left). The body does not throw.
+// body(begin, end) or body(begin, end, thread) over [0, n) in contiguous ranges, one a thread, each a multiple of `unit`
+// long (the last but for what is left). The body does not throw.
 template <typename Body>
 void parallel_ranges(int64_t n, int64_t unit, int threads, const Body &body) {
     const int64_t units = (n + unit - 1) / unit;
-    auto range = [&](int64_t thread) {
+    auto range = [&](int thread) {
         const int64_t begin = units * thread / threads * unit;
         const int64_t end = std::min(n, units * (thread + 1) / threads * unit);
-        if (begin < end) body(begin, end);
+        if (begin >= end) return;
+        if constexpr (std::is_invocable_v<Body, int64_t, int64_t, int>) {
+            body(begin, end, thread);
+        } else {
+            body(begin, end);
+        }
     };
 #if defined(_OPENMP)
     if (threads > 1) {

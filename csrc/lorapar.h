@@ -30,7 +30,22 @@
 #define LORAPAR_ERROR_ZERO 6         /* no score above zero */
 #define LORAPAR_ERROR_THETA 7        /* a share that is not in (0, 1] */
 #define LORAPAR_ERROR_COUNT 8        /* a number to keep that is not in 0..candidates */
+#define LORAPAR_ERROR_MASK 9         /* a spare bit that is set, or counts that are not the mask's */
+#define LORAPAR_ERROR_SETTING 10     /* a setting of the optimizer that is out of its range */
 #define LORAPAR_ERROR_CUDA 1000      /* 1000 + cudaError_t */
+
+/* Elements that share a count in a mask's index, and a scale among 8-bit moments. */
+#define LORAPAR_TILE 512
+
+/* What lorapar_combine_masks does. */
+#define LORAPAR_AND 0
+#define LORAPAR_OR 1
+#define LORAPAR_AND_NOT 2
+
+/* Types of parameters and gradients. */
+#define LORAPAR_FLOAT32 0
+#define LORAPAR_BFLOAT16 1
+#define LORAPAR_FLOAT16 2
 
 /* Elements a call takes at most: byte offsets into any of its arrays then fit 64 bits with room to spare. */
 #define LORAPAR_MAX_SIZE ((int64_t)1 << 48)
@@ -67,6 +82,15 @@ LORAPAR_API int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *ma
 /* The number of bits set among the first n, into count [1]; spare bits are not looked at. */
 LORAPAR_API int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *count, intptr_t queue);
 
+/* a operation b -> words, all [ceil(n / 32)]; spare bits are written 0. Any of them may be the same memory. */
+LORAPAR_API int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words,
+                                      intptr_t queue);
+
+/* words -> before [ceil(n / LORAPAR_TILE) + 1]: before[t] is the number of bits set among the first t * LORAPAR_TILE, the
+ * last one that of all. An active element's place in a compact array is before[its tile] plus the bits set before it in
+ * the tile. Spare bits are not looked at. */
+LORAPAR_API int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t queue);
+
 /* ---- selection (selection.cpp, selection.cu); lorapar_kernels/top_mass.py is the specification ---- */
 
 /* One of the tensors that are ranked together, in this order; the array of them is in host memory for both libraries. */
@@ -101,6 +125,39 @@ LORAPAR_API int lorapar_keep(const lorapar_scores *tensors, int64_t count, const
  * column of B. */
 LORAPAR_API int lorapar_tile_sums(const float *scores, int64_t rows, int64_t columns, int64_t tile_rows,
                                   int64_t tile_columns, double *sums, intptr_t queue);
+
+/* ---- AdamW on the active elements (masked_adamw.cpp, .cu); lorapar_kernels/masked_adamw.py is the specification ---- */
+
+/* One parameter; the array of them is in host memory for both libraries. Compact arrays hold one entry an active element,
+ * row-major. The moments are float, or, where there are scales, int8 and uint8 codes: all of a list's, or none's. */
+typedef struct {
+    void *param;            /* [n] */
+    const void *grad;       /* [n] */
+    const int32_t *mask;    /* [ceil(n / 32)] words, spare bits 0 */
+    const int64_t *before;  /* its index, of lorapar_index_mask */
+    void *exp_avg;          /* [active] float or int8 */
+    void *exp_avg_sq;       /* [active] float or uint8 */
+    float *scales;          /* [2, ceil(n / LORAPAR_TILE)]: the largest |exp_avg|, exp_avg_sq of each tile; or NULL */
+    void *compensation;     /* [active] of the parameter's type: what rounding has left out so far; or NULL */
+    int64_t n, active;
+} lorapar_adamw_tensor;
+
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay;
+    int64_t step; /* from 1 on */
+    uint64_t seed; /* of the random bits, with the step and the tensor's place in the list */
+    int32_t maximize;
+    int32_t stochastic; /* bfloat16 parameters are rounded up or down at random, without bias; not with compensation */
+    int32_t param_type, grad_type;
+    const float *grad_scale; /* one float where the tensors are, which multiplies gradients; NULL: 1 */
+    int32_t *skipped; /* one, where the tensors are: set to 1, and nothing else written, where the scaled gradient of an
+                         active element is not finite, else to 0; NULL: not looked at */
+} lorapar_adamw_settings;
+
+/* One step, in place. The CPU library answers LORAPAR_ERROR_MASK, before it writes, where a mask and its index disagree;
+ * the CUDA library cannot know without waiting, and leaves such a tile as it was. */
+LORAPAR_API int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count,
+                                     const lorapar_adamw_settings *settings, intptr_t queue);
 
 #ifdef __cplusplus
 }

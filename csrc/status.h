@@ -34,6 +34,8 @@ inline const char *status_text(int status) {
         case LORAPAR_ERROR_ZERO: return "no score above zero";
         case LORAPAR_ERROR_THETA: return "a share that is not in (0, 1]";
         case LORAPAR_ERROR_COUNT: return "a number of elements to keep that is not in 0..candidates";
+        case LORAPAR_ERROR_MASK: return "a mask with a spare bit set, or counts that are not the mask's";
+        case LORAPAR_ERROR_SETTING: return "a setting of the optimizer that is out of its range";
         default: return nullptr;
     }
 }

@@ -1,19 +1,43 @@
 """Masks at one bit an element: row-major element i is bit i % 32 of int32 word i // 32; spare bits are 0.
 
-A partition of a 7B's 17.9 M elements is 2.2 MB a mask on disk, where bytes are 17.9 MB. Logic on two masks of
-one shape is torch's own on their words: a & b, a | b, a ^ b, a & ~b keep the spare bits 0 (~a alone does
-not).
+A partition of a 7B's 17.9 M elements is 2.2 MB a mask on disk, where bytes are 17.9 MB. `combine_masks` and
+`count_mask` work on the words. `index_mask` counts the bits set before every tile of 512 elements, so that an
+active element's place in a compact array is that count and a few bits of its tile: what `masked_adamw` keeps its
+moments by.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
 from .backend import always, choose
+
+TILE = 512  # LORAPAR_TILE
+# Operation -> (LORAPAR_AND, ..., the reference on words).
+OPERATIONS = {
+    "and": (0, lambda a, b: a & b),
+    "or": (1, lambda a, b: a | b),
+    "and_not": (2, lambda a, b: a & ~b),
+}
+
+
+class MaskIndex(NamedTuple):
+    """A mask's words, and how many bits are set before each of its tiles.
+
+    Attributes:
+        words: int32 [ceil(n / 32)]. before: int64 [ceil(n / 512) + 1], the last entry counts them all.
+        shape: of the mask. active: how many are set.
+    """
+
+    words: Tensor
+    before: Tensor
+    shape: torch.Size
+    active: int
 
 
 def pack_mask_reference(mask: Tensor) -> Tensor:
@@ -29,25 +53,10 @@ def unpack_mask_reference(words: Tensor, shape: torch.Size) -> Tensor:
     return bits.view(-1)[: shape.numel()].to(torch.bool).view(shape)
 
 
-def _pack_mask_native(mask: Tensor) -> Tensor:
-    """The mask is contiguous."""
-    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32, device=mask.device)
-    native.call("pack_mask", mask.device, mask.data_ptr(), mask.numel(), words.data_ptr())
-    return words
-
-
-def _unpack_mask_native(words: Tensor, shape: torch.Size) -> Tensor:
-    """The words are contiguous and checked."""
-    mask = torch.empty(shape, dtype=torch.bool, device=words.device)
-    native.call("unpack_mask", words.device, words.data_ptr(), mask.numel(), mask.data_ptr())
-    return mask
-
-
-def _count_mask_native(words: Tensor, n: int) -> int:
-    """The words are contiguous and checked."""
-    count = torch.empty(1, dtype=torch.int64, device=words.device)
-    native.call("count_mask", words.device, words.data_ptr(), n, count.data_ptr())
-    return int(count)
+def index_mask_reference(words: Tensor, n: int) -> Tensor:
+    """How many bits are set before each tile, and in all."""
+    bits = torch.nn.functional.pad(unpack_mask_reference(words, torch.Size([n])), (0, -n % TILE))
+    return torch.nn.functional.pad(bits.view(-1, TILE).sum(1).cumsum(0), (1, 0))
 
 
 def check_words(words: Tensor, n: int) -> None:
@@ -74,6 +83,83 @@ def _backend(op: str, device: torch.device) -> str:
     return choose(op, {"native": native_obstacle, "reference": always})
 
 
+# Ops, so that torch.compile leaves them whole: the backend is chosen when they run.
+@torch.library.custom_op("lorapar::pack_mask", mutates_args=())
+def _pack_mask(mask: Tensor) -> Tensor:
+    if _backend("pack_mask", mask.device) == "reference":
+        return pack_mask_reference(mask)
+    mask = mask.contiguous()
+    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32, device=mask.device)
+    native.call("pack_mask", mask.device, mask.data_ptr(), mask.numel(), words.data_ptr())
+    return words
+
+
+@torch.library.custom_op("lorapar::unpack_mask", mutates_args=())
+def _unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
+    if _backend("unpack_mask", words.device) == "reference":
+        return unpack_mask_reference(words, torch.Size(shape))
+    words = words.contiguous()
+    mask = torch.empty(list(shape), dtype=torch.bool, device=words.device)
+    native.call("unpack_mask", words.device, words.data_ptr(), mask.numel(), mask.data_ptr())
+    return mask
+
+
+@torch.library.custom_op("lorapar::count_mask", mutates_args=())
+def _count_mask(words: Tensor, n: int) -> Tensor:
+    if _backend("count_mask", words.device) == "reference":
+        return unpack_mask_reference(words, torch.Size([n])).sum()
+    words = words.contiguous()
+    count = torch.empty((), dtype=torch.int64, device=words.device)
+    native.call("count_mask", words.device, words.data_ptr(), n, count.data_ptr())
+    return count
+
+
+@torch.library.custom_op("lorapar::combine_masks", mutates_args=())
+def _combine_masks(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
+    number, reference = OPERATIONS[operation]
+    if _backend("combine_masks", a.device) == "reference":
+        return reference(a, b)
+    a, b = a.contiguous(), b.contiguous()
+    words = torch.empty_like(a)
+    native.call("combine_masks", a.device, a.data_ptr(), b.data_ptr(), n, number, words.data_ptr())
+    return words
+
+
+@torch.library.custom_op("lorapar::index_mask", mutates_args=())
+def _index_mask(words: Tensor, n: int) -> Tensor:
+    if _backend("index_mask", words.device) == "reference":
+        return index_mask_reference(words, n)
+    words = words.contiguous()
+    before = torch.empty((n + TILE - 1) // TILE + 1, dtype=torch.int64, device=words.device)
+    native.call("index_mask", words.device, words.data_ptr(), n, before.data_ptr())
+    return before
+
+
+@_pack_mask.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty((mask.numel() + 31) // 32, dtype=torch.int32)
+
+
+@_unpack_mask.register_fake
+def _(words: Tensor, shape: Sequence[int]) -> Tensor:
+    return words.new_empty(shape, dtype=torch.bool)
+
+
+@_count_mask.register_fake
+def _(words: Tensor, n: int) -> Tensor:
+    return words.new_empty((), dtype=torch.int64)
+
+
+@_combine_masks.register_fake
+def _(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
+    return a.new_empty(a.shape)
+
+
+@_index_mask.register_fake
+def _(words: Tensor, n: int) -> Tensor:
+    return words.new_empty((n + TILE - 1) // TILE + 1, dtype=torch.int64)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask of any shape as int32 words [ceil(n / 32)] on its device.
 
@@ -81,9 +167,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
-    if _backend("pack_mask", mask.device) == "native":
-        return _pack_mask_native(mask.contiguous())
-    return pack_mask_reference(mask)
+    return _pack_mask(mask)
 
 
 def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
@@ -91,11 +175,8 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises ValueError when words are not 1-D int32, not as many as the shape needs, or have a spare bit set.
     """
-    size = torch.Size(shape)
-    check_words(words, math.prod(size))
-    if _backend("unpack_mask", words.device) == "native":
-        return _unpack_mask_native(words.contiguous(), size)
-    return unpack_mask_reference(words, size)
+    check_words(words, math.prod(shape))
+    return _unpack_mask(words, list(shape))
 
 
 def count_mask(words: Tensor, n: int) -> int:
@@ -104,6 +185,28 @@ def count_mask(words: Tensor, n: int) -> int:
     Raises ValueError as `unpack_mask` does.
     """
     check_words(words, n)
-    if _backend("count_mask", words.device) == "native":
-        return _count_mask_native(words.contiguous(), n)
-    return int(unpack_mask_reference(words, torch.Size([n])).sum())
+    return int(_count_mask(words, n))
+
+
+def combine_masks(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
+    """The words of "and", "or" or "and_not" (a and not b) of two masks of n elements each.
+
+    Raises ValueError as `unpack_mask` does, for masks on two devices and for any other operation.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    check_words(a, n)
+    check_words(b, n)
+    if a.device != b.device:
+        raise ValueError(f"b must be on a's device {a.device}, got {b.device}")
+    return _combine_masks(a, b, n, operation)
+
+
+def index_mask(mask: Tensor) -> MaskIndex:
+    """A bool mask's words and index, on its device: what `masked_adamw` takes in the place of a mask it sees often.
+
+    Raises ValueError when the mask is not bool.
+    """
+    words = pack_mask(mask)
+    before = _index_mask(words, mask.numel())
+    return MaskIndex(words, before, mask.shape, int(before[-1]))

@@ -1,6 +1,6 @@
 """AdamW over the active elements of each parameter: the others have no state and are never written.
 
-For the active elements, step t, g the gradient (−g to maximise), as torch.optim.AdamW:
+For the active elements, step t, g the gradient (times grad_scale; −g to maximise), as torch.optim.AdamW:
 
     φ ← φ − lr · weight_decay · φ
     m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
@@ -8,26 +8,117 @@ For the active elements, step t, g the gradient (−g to maximise), as torch.opt
 
 Shapes: params, grads and masks as the parameter; m and v are 1-D, one entry an active element, in flat
 row-major order: 8 bytes an active element, none for the rest. They are fp32 (fp64 beside an fp64 parameter)
-and so is the arithmetic; a bf16 or fp16 parameter is rounded once, when it is written.
+and so is the arithmetic; a bf16 or fp16 parameter is rounded once, when it is written: to nearest, at random
+without bias (bf16), or to nearest with what is left out carried to the next step (`compensations`).
+
+8-bit moments (int8 m, uint8 v, with fp32 `scales` [2, tiles], a tile being 512 elements of the parameter): a code c
+stands for ±(c / 127)² and (c / 255)⁴ of the largest in its tile. Linear codes would send most of v to zero, and the
+step with it to infinity (Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022, use a table for
+the same end); powers need no table and give the same bits on every device. Codes are rounded at random without bias,
+as an average that moves by a thousandth a step would never leave one; v above 0 never gets a code below 2, so that
+its root is no smaller than the least m.
+
+The random bits are a hash of (seed, step, tensor's place in the list, element): csrc's library on the CPU or on CUDA
+and the reference below give one another's results, to the bit in fp32 and below.
 
 Departure from the paper's script, which zeroes the gradients of frozen elements and lets AdamW decay them:
 here frozen means untouched, bit for bit.
-
-Trade-off: this reference gathers, computes and scatters, so it moves more bytes than a fused kernel would.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import always, choose
+from .bitmask import TILE, MaskIndex, index_mask, unpack_mask
+
+LOW32, LOW64 = (1 << 32) - 1, (1 << 64) - 1
+# LORAPAR_FLOAT32, LORAPAR_BFLOAT16, LORAPAR_FLOAT16.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALE_1, SCALE_2 = 127.0**2, 255.0**4
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of both moments, and of the arithmetic, for a parameter of this dtype."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Settings(NamedTuple):
+    """What all tensors of a step share."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+    stochastic: bool
+    seed: int
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & LOW64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & LOW64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & LOW64
+    return x ^ x >> 31
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits, in int64: the products wrap, and their low words are right all the same."""
+    x = (x ^ x >> 16) * 0x7FEB352D & LOW32
+    x = (x ^ x >> 15) * 0x846CA68B & LOW32
+    return x ^ x >> 16
+
+
+def random_bits(seed: int, step: int, tensor: int, element: Tensor, stream: int) -> Tensor:
+    """32 random bits (int64) for each element's number; stream 0 is the parameter's, 1 both moments'."""
+    key = _splitmix64((_splitmix64((seed + step) & LOW64) + tensor) & LOW64)
+    first = _mixed(element & LOW32 ^ (key & LOW32))
+    return _mixed(first ^ (key >> 32) ^ _mixed(2 * (element >> 32) + stream & LOW32))
+
+
+def _to_bfloat16_at_random(values: Tensor, random: Tensor) -> Tensor:
+    bits = values.view(torch.int32).to(torch.int64) + (random & 0xFFFF)
+    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
+
+
+def decode_moments(codes_1: Tensor, codes_2: Tensor, scales: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments in fp32 that 8-bit codes stand for; `tile` is each active element's."""
+    c, square = codes_1.float(), codes_2.float().square()
+    return c * c.abs() * (scales[0, tile] / SCALE_1), square * square * (scales[1, tile] / SCALE_2)
+
+
+def _encode(values: Tensor, power: int, scale: float, tile: Tensor, largest: Tensor, random: Tensor) -> Tensor:
+    """Codes of non-negative values, rounded up or down with `random` (16 bits); `largest` is written."""
+    largest.zero_().scatter_reduce_(0, tile, values, "amax")
+    of = largest[tile]
+    target = values / of * scale
+    low = target.sqrt().floor() if power == 2 else target.sqrt().sqrt().floor()
+    if power == 2:
+        share = (target - low * low) / (2.0 * low + 1.0)
+    else:
+        low_2, high_2 = low * low, (low + 1.0) * (low + 1.0)
+        share = (target - low_2 * low_2) / (high_2 * high_2 - low_2 * low_2)
+    codes = low + (random < share * 65536.0)
+    # Tiles of zeros only, and with an infinity or NaN, decode to zeros and to NaN whatever the codes.
+    return torch.where((of > 0.0) & of.isfinite(), codes, 1.0)
+
+
+def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, tile: Tensor, random: Tensor):
+    """The reverse of `decode_moments`: gives int8 and uint8 codes, writes `scales`."""
+    one = _encode(exp_avg.abs(), 2, SCALE_1, tile, scales[0], random & 0xFFFF).clamp_(max=127.0)
+    two = _encode(exp_avg_sq, 4, SCALE_2, tile, scales[1], random >> 16)
+    valid = (scales[1, tile] > 0.0) & scales[1, tile].isfinite() & (exp_avg_sq > 0.0)
+    two = torch.where(valid, two.clamp(2.0, 255.0), two)
+    valid = (scales[0, tile] > 0.0) & scales[0, tile].isfinite()
+    return torch.where(valid & (exp_avg < 0.0), -one, one).to(torch.int8), two.to(torch.uint8)
 
 
 def masked_adamw_reference(
@@ -36,55 +127,180 @@ def masked_adamw_reference(
     mask: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    scales: Tensor | None,
+    compensation: Tensor | None,
+    grad_scale: Tensor | None,
+    settings: Settings,
+    number: int,
 ) -> None:
-    """One parameter's step, in place, with torch.optim.AdamW's operations in its order."""
-    beta1, beta2 = betas
+    """One parameter's step, in place; `number` is its place in the list.
+
+    Gathers, computes and scatters, so it moves more bytes than the fused step. Each line is one operation of csrc's.
+    """
+    beta1, beta2 = settings.betas
     # Row-major positions, whatever the strides of the three.
     active = mask.reshape(-1).nonzero().squeeze(1)
-    phi = param.take(active).to(exp_avg.dtype)
-    gradient = grad.take(active).to(exp_avg.dtype)
-    if maximize:
-        gradient.neg_()
-    phi.mul_(1.0 - lr * weight_decay)
-    exp_avg.lerp_(gradient, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-    root = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - beta2**step)).add_(eps)
-    phi.addcdiv_(exp_avg, root, value=-lr / (1.0 - beta1**step))
+    dtype = state_dtype(param.dtype)
+    phi, gradient = param.take(active).to(dtype), grad.take(active).to(dtype)
+    if compensation is not None:
+        phi += compensation
+    factor = -1.0 if settings.maximize else 1.0
+    gradient = gradient * (factor if grad_scale is None else grad_scale * factor)
+    random = partial(random_bits, settings.seed, settings.step, number, active)
+    m, v = (exp_avg, exp_avg_sq) if scales is None else decode_moments(exp_avg, exp_avg_sq, scales, active // TILE)
+    # torch.lerp's two forms, so that a weight of 1 gives the gradient itself.
+    difference, weight = gradient - m, torch.tensor(1.0 - beta1, dtype=dtype)
+    m = m + weight * difference if weight < 0.5 else gradient - difference * (1.0 - weight)
+    v = v * beta2 + gradient * (1.0 - beta2) * gradient
+    root = v.sqrt() * (1.0 / math.sqrt(1.0 - beta2**settings.step)) + settings.eps
+    phi = phi * (1.0 - settings.lr * settings.weight_decay) + m / root * (-settings.lr / (1.0 - beta1**settings.step))
+    if scales is not None:
+        m, v = encode_moments(m, v, scales, active // TILE, random(1))
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    rounded = _to_bfloat16_at_random(phi, random(0)) if settings.stochastic else phi.to(param.dtype)
+    if compensation is not None:
+        compensation.copy_(phi - rounded)
     # Both write the active elements and no others; the first is twice as fast.
     if param.is_contiguous():
-        param.view(-1).index_copy_(0, active, phi.to(param.dtype))
+        param.view(-1).index_copy_(0, active, rounded)
     else:
-        param.index_put_(mask.nonzero(as_tuple=True), phi.to(param.dtype))
+        param.index_put_(mask.nonzero(as_tuple=True), rounded)
 
 
-def _check(i: int, param: Tensor, grad: Tensor, mask: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    shape = list(param.shape)
+def _native_obstacle(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Tensor]) -> str | None:
+    """Why csrc cannot step these tensors, all of one dtype and device; None when it can."""
+    if not params:
+        return None
+    for dtype in (params[0].dtype, grads[0].dtype):
+        if dtype not in TYPES:
+            return f"csrc steps {', '.join(map(str, TYPES))}, got {dtype}"
+    if not all(tensor.is_contiguous() for tensor in (*params, *moments)):
+        return "csrc steps contiguous parameters and moments, one is not"
+    return native.obstacle(params[0].device)
+
+
+# An op, so that torch.compile leaves it whole: the backend is chosen when it runs. An empty list stands for none.
+@torch.library.custom_op(
+    "lorapar::masked_adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "scales", "compensations")
+)
+def _masked_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    words: Sequence[Tensor],
+    befores: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    compensations: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    step: int,
+    hyper: Sequence[float],
+    maximize: bool,
+    stochastic: bool,
+    seed: int,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """One step of tensors of one dtype and device; hyper is lr, beta1, beta2, eps, weight_decay. Gives int32 [1]: 1
+    where the step was skipped."""
+    moments = (*exp_avgs, *exp_avg_sqs, *scales, *compensations)
+    obstacle = partial(_native_obstacle, params, grads, moments)
+    if choose("masked_adamw", {"native": obstacle, "reference": always}) == "native":
+        return _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale,
+                            step, hyper, maximize, stochastic, seed, skip_nonfinite)  # fmt: skip
+    lr, beta1, beta2, eps, weight_decay = hyper
+    settings = Settings(step, lr, (beta1, beta2), eps, weight_decay, maximize, stochastic, seed)
+    masks = [unpack_mask(word, param.shape) for word, param in zip(words, params)]
+    skipped = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+    if skip_nonfinite:
+        factor = 1.0 if grad_scale is None else grad_scale
+        finite = [
+            (grad[mask].to(state_dtype(grad.dtype)) * factor).isfinite().all() for grad, mask in zip(grads, masks)
+        ]
+        if not all(bool(one) for one in finite):
+            return skipped.fill_(1)
+    for i, (param, grad, mask) in enumerate(zip(params, grads, masks)):
+        scale, compensation = scales[i] if scales else None, compensations[i] if compensations else None
+        masked_adamw_reference(
+            param, grad, mask, exp_avgs[i], exp_avg_sqs[i], scale, compensation, grad_scale, settings, i
+        )
+    return skipped
+
+
+@_masked_adamw.register_fake
+def _(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, hyper, maximize,
+      stochastic, seed, skip_nonfinite):  # fmt: skip
+    return params[0].new_empty(1, dtype=torch.int32)
+
+
+def _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, hyper,
+                 maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
+    """`_masked_adamw` by csrc: all tensors in one call."""
+    device, count = params[0].device, len(params)
+    grads = [grad.contiguous() for grad in grads]
+    skipped = torch.zeros(1, dtype=torch.int32, device=device)
+    none = [0] * count
+    columns = [[tensor.data_ptr() for tensor in column] for column in
+               (params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations)]  # fmt: skip
+    rows = zip(*(column or none for column in columns), map(Tensor.numel, params), map(Tensor.numel, exp_avgs))
+    table = (native.AdamWTensor * count)(*rows)
+    types = TYPES[params[0].dtype], TYPES[grads[0].dtype]
+    scale = None if grad_scale is None else grad_scale.data_ptr()
+    flag = skipped.data_ptr() if skip_nonfinite else None
+    settings = native.AdamWSettings(*hyper, step, seed, maximize, stochastic, *types, scale, flag)
+    native.call("masked_adamw", device, table, count, ctypes.byref(settings))
+    return skipped
+
+
+def _check_tensors(i: int, param: Tensor, grad: Tensor, mask: MaskIndex, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    shape = param.shape
     if not param.is_floating_point():
         raise ValueError(f"params[{i}] must be of a floating-point dtype, got {param.dtype}")
-    if list(grad.shape) != shape or not grad.is_floating_point():
-        raise ValueError(f"grads[{i}] must be floating-point {shape}, got {grad.dtype} {list(grad.shape)}")
-    if list(mask.shape) != shape or mask.dtype != torch.bool:
-        raise ValueError(f"masks[{i}] must be torch.bool {shape}, got {mask.dtype} {list(mask.shape)}")
-    dtype, active = state_dtype(param.dtype), int(torch.count_nonzero(mask))
-    for name, moment in (("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
-        if list(moment.shape) != [active] or moment.dtype != dtype:
+    if grad.shape != shape or not grad.is_floating_point():
+        raise ValueError(f"grads[{i}] must be floating-point {list(shape)}, got {grad.dtype} {list(grad.shape)}")
+    if mask.shape != shape:
+        raise ValueError(f"masks[{i}] must be {list(shape)}, got {list(mask.shape)}")
+    wide = state_dtype(param.dtype)
+    # Two 8-bit types for moments in codes, which `scales` then belong to.
+    dtypes = (torch.int8, torch.uint8) if exp_avg.dtype == torch.int8 else (wide, wide)
+    for name, moment, dtype in (("exp_avgs", exp_avg, dtypes[0]), ("exp_avg_sqs", exp_avg_sq, dtypes[1])):
+        if moment.shape != (mask.active,) or moment.dtype != dtype:
             raise ValueError(
-                f"{name}[{i}] must be {dtype} [{active}], one entry an active element, "
+                f"{name}[{i}] must be {dtype} [{mask.active}], one entry an active element, "
                 f"got {moment.dtype} {list(moment.shape)}"
             )
+
+
+def _check_optional(i: int, param: Tensor, exp_avg: Tensor, scale: Tensor | None, compensation: Tensor | None) -> None:
+    tiles = (param.numel() + TILE - 1) // TILE
+    if (scale is not None) != (exp_avg.dtype == torch.int8):
+        raise ValueError(f"scales must be given for 8-bit moments and for no others, exp_avgs[{i}] is {exp_avg.dtype}")
+    if scale is not None and (scale.shape != (2, tiles) or scale.dtype != torch.float32):
+        raise ValueError(f"scales[{i}] must be float32 [2, {tiles}], got {scale.dtype} {list(scale.shape)}")
+    if compensation is None:
+        return
+    if param.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"compensations are for bf16 and fp16 parameters, params[{i}] is {param.dtype}")
+    if compensation.shape != exp_avg.shape or compensation.dtype != param.dtype:
+        shape = list(compensation.shape)
+        raise ValueError(
+            f"compensations[{i}] must be {param.dtype} {list(exp_avg.shape)}, got {compensation.dtype} {shape}"
+        )
+
+
+def _indexed(i: int, mask: Tensor | MaskIndex, shape: torch.Size) -> MaskIndex:
+    if isinstance(mask, MaskIndex):
+        return mask
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(f"masks[{i}] must be torch.bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    return index_mask(mask)
 
 
 @torch.no_grad()
 def masked_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    masks: Sequence[Tensor | MaskIndex],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     step: int,
@@ -94,20 +310,35 @@ def masked_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     maximize: bool = False,
-) -> None:
-    """One AdamW step on the active elements of every parameter, in place on params, exp_avgs and exp_avg_sqs.
+    grad_scale: Tensor | None = None,
+    skip_nonfinite: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    scales: Sequence[Tensor] | None = None,
+    compensations: Sequence[Tensor] | None = None,
+) -> bool:
+    """One AdamW step on the active elements of every parameter, in place on params and their state.
 
     Args:
-        params, grads, masks: lists of one length; grads[i] and masks[i] (bool) of params[i]'s shape.
-        exp_avgs, exp_avg_sqs: 1-D, masks[i].sum() entries each, fp32 (fp64 for an fp64 parameter); zeros at
-        first. step: the number of this step, from 1 on.
+        params, grads, masks: lists of one length; grads[i] and masks[i] (bool, or what `index_mask` made of
+            it, which saves packing it at every step) of params[i]'s shape.
+        exp_avgs, exp_avg_sqs: 1-D, masks[i].sum() entries each, fp32 (fp64 for an fp64 parameter), or int8 and uint8
+            with scales; zeros at first. step: the number of this step, from 1 on.
+        grad_scale: one fp32 element on the parameters' device that multiplies every gradient (the clipping factor,
+            the inverse of a loss scale, or their product), or None. A tensor, so that nothing waits for the device.
+        skip_nonfinite: where the scaled gradient of an active element, of any tensor, is not finite, change nothing.
+        stochastic: round bf16 parameters at random, without bias. seed: of these bits and those that round 8-bit moments.
+        scales: fp32 [2, ceil(n / 512)] each, zeros at first, where moments are 8-bit.
+        compensations: of the parameter's dtype (bf16, fp16), as long as its moments, zeros at first: what rounding
+            leaves out is carried to the next step.
 
+    Returns True, or False where the step was skipped (on CUDA the answer waits for the device, so only where asked).
     An element outside its mask is not written, whatever it, its gradient or the decay are. Raises ValueError
     naming the argument; all are checked before anything is written.
     """
-    choose("masked_adamw", {"reference": always})
     lists = {"grads": grads, "masks": masks, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in lists.items():
+    optional = {"scales": scales, "compensations": compensations}
+    for name, tensors in (lists | {name: given for name, given in optional.items() if given is not None}).items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} must hold {len(params)} tensors, one a parameter, got {len(tensors)}")
     if not isinstance(step, int) or step < 1:
@@ -117,8 +348,46 @@ def masked_adamw(
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    each = list(zip(params, grads, masks, exp_avgs, exp_avg_sqs, strict=True))
-    for i, tensors in enumerate(each):
-        _check(i, *tensors)
-    for tensors in each:
-        masked_adamw_reference(*tensors, step, lr, betas, eps, weight_decay, maximize)
+    if stochastic and (compensations is not None or any(param.dtype != torch.bfloat16 for param in params)):
+        raise ValueError("stochastic must be False but for bf16 parameters without compensations")
+    if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
+        raise ValueError(f"grad_scale must be one float32 element, got {grad_scale.numel()} of {grad_scale.dtype}")
+    indexed = [_indexed(i, mask, param.shape) for i, (mask, param) in enumerate(zip(masks, params))]
+    groups: dict[tuple[torch.dtype, torch.dtype, torch.device], list[int]] = {}
+    for i, (param, grad, mask) in enumerate(zip(params, grads, indexed)):
+        _check_tensors(i, param, grad, mask, exp_avgs[i], exp_avg_sqs[i])
+        if exp_avgs[i].dtype == torch.int8 or scales is not None or compensations is not None:
+            _check_optional(i, param, exp_avgs[i], scales and scales[i], compensations and compensations[i])
+        for name, tensor in (("grads", grad), ("masks", mask.words), ("exp_avgs", exp_avgs[i])):
+            if tensor.device != param.device:
+                raise ValueError(f"{name}[{i}] must be on its parameter's device {param.device}, got {tensor.device}")
+        groups.setdefault((param.dtype, grad.dtype, param.device), []).append(i)
+    if skip_nonfinite and len(groups) > 1:
+        raise ValueError(f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(groups)}")
+    skipped = []
+    for chosen in groups.values():
+
+        def of(tensors: Sequence[Tensor] | None, chosen: list[int] = chosen) -> list[Tensor]:
+            return [] if tensors is None else [tensors[i] for i in chosen]
+
+        words, befores = of([mask.words for mask in indexed]), of([mask.before for mask in indexed])
+        skipped.append(
+            _masked_adamw(
+                of(params),
+                of(grads),
+                words,
+                befores,
+                of(exp_avgs),
+                of(exp_avg_sqs),
+                of(scales),
+                of(compensations),
+                grad_scale,
+                step,
+                [lr, *betas, eps, weight_decay],
+                maximize,
+                stochastic,
+                seed,
+                skip_nonfinite,
+            )  # fmt: skip
+        )
+    return not (skip_nonfinite and any(int(one) for one in skipped))

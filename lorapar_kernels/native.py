@@ -32,6 +32,8 @@ BITMASK = {
     "lorapar_pack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_unpack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_count_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_combine_masks": ([POINTER, POINTER, SIZE, ctypes.c_int, POINTER, QUEUE], STATUS),
+    "lorapar_index_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
 }
 
 
@@ -53,7 +55,32 @@ SELECTION = {
     "lorapar_keep": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_tile_sums": ([POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, QUEUE], STATUS),
 }
-SIGNATURES = LIBRARY | BITMASK | SELECTION
+
+
+class AdamWTensor(ctypes.Structure):
+    """lorapar_adamw_tensor."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("param", "grad", "mask", "before", "exp_avg", "exp_avg_sq")),
+        *((name, POINTER) for name in ("scales", "compensation")),
+        *((name, SIZE) for name in ("n", "active")),
+    )
+
+
+class AdamWSettings(ctypes.Structure):
+    """lorapar_adamw_settings."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        ("step", SIZE),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("maximize", "stochastic", "param_type", "grad_type")),
+        *((name, POINTER) for name in ("grad_scale", "skipped")),
+    )
+
+
+MASKED_ADAMW = {"lorapar_masked_adamw": ([POINTER, SIZE, POINTER, QUEUE], STATUS)}
+SIGNATURES = LIBRARY | BITMASK | SELECTION | MASKED_ADAMW
 
 
 def path(kind: str) -> Path:

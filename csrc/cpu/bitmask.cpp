@@ -61,6 +61,24 @@ LORAPAR_INLINE void count_body(const int32_t *words, int64_t count, int64_t *tot
 }
 LORAPAR_FOR_EACH_MACHINE(count, (const int32_t *words, int64_t count, int64_t *total), (words, count, total))
 
+LORAPAR_INLINE void combine_body(const int32_t *a, const int32_t *b, int64_t count, int operation, int32_t *words) {
+    switch (operation) {
+        case LORAPAR_AND:
+            for (int64_t w = 0; w < count; ++w) words[w] = a[w] & b[w];
+            break;
+        case LORAPAR_OR:
+            for (int64_t w = 0; w < count; ++w) words[w] = a[w] | b[w];
+            break;
+        default:
+            for (int64_t w = 0; w < count; ++w) words[w] = a[w] & ~b[w];
+    }
+}
+LORAPAR_FOR_EACH_MACHINE(combine, (const int32_t *a, const int32_t *b, int64_t count, int operation, int32_t *words),
+                         (a, b, count, operation, words))
+
+// The bits that stand for elements of the last word of n elements.
+uint32_t used_bits(int64_t n) { return n % 32 == 0 ? ~0u : (1u << (n % 32)) - 1; }
+
 }  // namespace
 
 int lorapar_pack_mask(const uint8_t *mask, int64_t n, int32_t *words, intptr_t queue) {
@@ -88,7 +106,34 @@ int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *result, intptr_
     if (int status = check(n, words)) return status;
     int64_t total = 0;
     count(words, n / 32, &total);
-    if (n % 32 != 0) total += bits_set(static_cast<uint32_t>(words[n / 32]) & ((1u << (n % 32)) - 1));
+    if (n % 32 != 0) total += bits_set(static_cast<uint32_t>(words[n / 32]) & used_bits(n));
     *result = total;
+    return LORAPAR_OK;
+}
+
+int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words, intptr_t queue) {
+    if (int status = check(n, a, b, words)) return status;
+    if (operation < LORAPAR_AND || operation > LORAPAR_AND_NOT) return LORAPAR_ERROR_SETTING;
+    const int64_t all = (n + 31) / 32;
+    parallel_ranges(all, 1, threads_for(all, kGrain, queue), [&](int64_t begin, int64_t end) {
+        combine(a + begin, b + begin, end - begin, operation, words + begin);
+    });
+    if (n > 0) words[all - 1] = static_cast<int32_t>(static_cast<uint32_t>(words[all - 1]) & used_bits(n));
+    return LORAPAR_OK;
+}
+
+int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t) {
+    if (int status = check_pointer(before, 1)) return status;
+    if (int status = check(n, words)) return status;
+    constexpr int64_t kWords = LORAPAR_TILE / 32;
+    const int64_t all = (n + 31) / 32;
+    before[0] = 0;
+    for (int64_t tile = 0; tile * kWords < all; ++tile) {
+        int64_t set = 0;
+        count(words + tile * kWords, std::min(kWords, all - tile * kWords), &set);
+        const bool last = (tile + 1) * kWords >= all;
+        if (last) set -= bits_set(static_cast<uint32_t>(words[all - 1]) & ~used_bits(n));
+        before[tile + 1] = before[tile] + set;
+    }
     return LORAPAR_OK;
 }

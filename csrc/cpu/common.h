@@ -36,8 +36,10 @@ inline bool has_avx2() {
 
 #if defined(__GNUC__)
 #define LORAPAR_INLINE inline __attribute__((always_inline))
+#define LORAPAR_LAMBDA __attribute__((always_inline))
 #else
 #define LORAPAR_INLINE inline
+#define LORAPAR_LAMBDA
 #endif
 
 // How many threads to use of those allowed: one for each `grain` of n, and one alone in a forked child, whose copy of

@@ -21,14 +21,66 @@ __global__ void unpack_mask_kernel(const int32_t *words, int64_t n, uint8_t *mas
     }
 }
 
+// The word's bits that stand for elements.
+__device__ inline uint32_t used_word(const int32_t *words, int64_t n, int64_t w) {
+    const int64_t left = n - 32 * w;
+    const uint32_t bits = static_cast<uint32_t>(words[w]);
+    return left < 32 ? bits & ((1u << left) - 1) : bits;
+}
+
+__global__ void combine_masks_kernel(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words) {
+    for (int64_t w = global_thread(); 32 * w < n; w += global_threads()) {
+        const uint32_t left = used_word(a, n, w), right = used_word(b, n, w);
+        words[w] = static_cast<int32_t>(operation == LORAPAR_AND  ? left & right
+                                        : operation == LORAPAR_OR ? left | right
+                                                                  : left & ~right);
+    }
+}
+
+// A warp a tile, a lane a word: how many are set, to before[tile + 1].
+__global__ void count_tiles_kernel(const int32_t *words, int64_t n, int64_t *before) {
+    constexpr int kWords = LORAPAR_TILE / 32;
+    static_assert(kWords <= 32, "a warp holds a tile's words");
+    const int lane = threadIdx.x % 32;
+    for (int64_t tile = global_thread() / 32; tile * LORAPAR_TILE < n; tile += global_threads() / 32) {
+        const int64_t w = tile * kWords + lane;
+        int set = lane < kWords && 32 * w < n ? __popc(used_word(words, n, w)) : 0;
+        for (int lanes = 16; lanes > 0; lanes /= 2) set += __shfl_down_sync(0xffffffffu, set, lanes);
+        if (lane == 0) before[tile + 1] = set;
+    }
+}
+
+// Running sums of before[1..tiles] in place, by one block, a stretch of kThreads at a time. A mask is indexed once.
+__global__ void running_sum_kernel(int64_t *before, int64_t tiles) {
+    __shared__ int64_t of_warp[kThreads / 32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t carried = 0;
+    if (threadIdx.x == 0) before[0] = 0;
+    for (int64_t first = 1; first <= tiles; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        int64_t sum = i <= tiles ? before[i] : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            const int64_t left = __shfl_up_sync(0xffffffffu, sum, step);
+            if (lane >= step) sum += left;
+        }
+        if (lane == 31) of_warp[warp] = sum;
+        __syncthreads();
+        int64_t all = 0;
+        for (int other = 0; other < kThreads / 32; ++other) {
+            if (other < warp) sum += of_warp[other];
+            all += of_warp[other];
+        }
+        if (i <= tiles) before[i] = carried + sum;
+        carried += all;
+        __syncthreads();
+    }
+}
+
 // One thread a word; a warp adds up by shuffles and its first lane adds to the total.
 __global__ void count_mask_kernel(const int32_t *words, int64_t n, unsigned long long *count) {
     unsigned long long total = 0;
     for (int64_t w = global_thread(); 32 * w < n; w += global_threads()) {
-        unsigned bits = static_cast<unsigned>(words[w]);
-        const int64_t left = n - 32 * w;
-        if (left < 32) bits &= (1u << left) - 1;
-        total += __popc(bits);
+        total += __popc(used_word(words, n, w));
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_down_sync(0xffffffffu, total, lanes);
     if (threadIdx.x % 32 == 0 && total > 0) atomicAdd(count, total);
@@ -53,4 +105,21 @@ int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *count, intptr_t
     if (n == 0) return LORAPAR_OK;
     return launch(count_mask_kernel, blocks_for((n + 31) / 32), queue, words, n,
                   reinterpret_cast<unsigned long long *>(count));
+}
+
+int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words, intptr_t queue) {
+    if (int status = check(n, a, b, words)) return status;
+    if (operation < LORAPAR_AND || operation > LORAPAR_AND_NOT) return LORAPAR_ERROR_SETTING;
+    return n == 0 ? LORAPAR_OK
+                  : launch(combine_masks_kernel, blocks_for((n + 31) / 32), queue, a, b, n, operation, words);
+}
+
+int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t queue) {
+    if (int status = check_pointer(before, 1)) return status;
+    if (int status = check(n, words)) return status;
+    const int64_t tiles = (n + LORAPAR_TILE - 1) / LORAPAR_TILE;
+    if (tiles > 0) {
+        if (int status = launch(count_tiles_kernel, blocks_for(32 * tiles), queue, words, n, before)) return status;
+    }
+    return launch(running_sum_kernel, 1, queue, before, tiles);
 }

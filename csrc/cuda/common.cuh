@@ -23,11 +23,16 @@ inline int blocks_for(int64_t threads) {
     return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
+template <typename T>
+struct Same {
+    using type = T;
+};
+
 // Queues kernel(arguments...) on `blocks` of kThreads.
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int blocks, intptr_t queue, Arguments... arguments) {
-    kernel<<<blocks, kThreads, 0, stream_of(queue)>>>(arguments...);
-    return status_of(cudaGetLastError());
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), int blocks, intptr_t queue, typename Same<Parameters>::type... arguments) {
+    void *pointers[] = {&arguments...};
+    return status_of(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), pointers, 0, stream_of(queue)));
 }
 
 // This thread's number in the grid and the grid's size, for loops that stride over any length.

@@ -135,7 +135,7 @@ __global__ void tile_sums_kernel(const float *scores, Tiles tiles, int64_t acros
         const int64_t height = min(tiles.height, tiles.rows - top), width = min(tiles.width, tiles.columns - left);
         double total = 0.0;
         for (int64_t first = 0; first < width; first += kThreads) {
-            const int here = static_cast<int>(min(width - first, static_cast<int64_t>(kThreads)));
+            const unsigned here = static_cast<unsigned>(min(width - first, static_cast<int64_t>(kThreads)));
             if (threadIdx.x < here) {
                 const float *column = scores + top * tiles.columns + left + first + threadIdx.x;
                 double sum = 0.0;
@@ -145,7 +145,7 @@ __global__ void tile_sums_kernel(const float *scores, Tiles tiles, int64_t acros
             }
             __syncthreads();
             if (threadIdx.x == 0) {
-                for (int c = 0; c < here; ++c) total += down[c];
+                for (unsigned c = 0; c < here; ++c) total += down[c];
             }
             __syncthreads();
         }

@@ -2,7 +2,7 @@
 PYTHON ?= python
 TEST = $(PYTHON) -m pytest
 
-.PHONY: test quick style types interpret compile native bench
+.PHONY: test quick style types interpret compile native sanitize bench
 
 ## what CI runs: style, types, every test, the kernels under the interpreter and compiled ahead of time
 test: style types compile interpret
@@ -30,6 +30,17 @@ compile:
 ## csrc's libraries, where a compiler is
 native:
 	$(PYTHON) setup.py build_ext --inplace
+
+## the C interface under random and hostile arguments, with the address and undefined-behaviour sanitizers
+CXX ?= g++
+SANITIZED ?= build/native_fuzz
+SANITIZE_SEED ?= 1
+SANITIZE_ROUNDS ?= 1000
+sanitize:
+	mkdir -p $(dir $(SANITIZED))
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all -fopenmp -DQUEUES=true tests/kernels/native_fuzz.cpp csrc/cpu/*.cpp -o $(SANITIZED)
+	$(SANITIZED) $(SANITIZE_SEED) $(SANITIZE_ROUNDS)
 
 ## microbenchmarks and the comparison with the released script's way; writes bench/results/
 bench:

@@ -169,6 +169,14 @@ LORAPAR_BOTH bool encodable(float largest) { return largest > 0.0f && is_finite(
 
 // ---- what can be wrong ----
 
+// Whether the moments of a list are codes; a tensor without elements has none of either.
+inline bool has_codes(const lorapar_adamw_tensor *tensors, int64_t count) {
+    for (int64_t t = 0; t < count; ++t) {
+        if (tensors[t].n > 0) return tensors[t].scales != nullptr;
+    }
+    return false;
+}
+
 inline int check_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorapar_adamw_settings *settings) {
     if (int status = check(count, tensors)) return status;
     if (int status = check_pointer(settings, 1)) return status;
@@ -186,19 +194,20 @@ inline int check_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const
         return type == LORAPAR_FLOAT32 ? check_pointer(static_cast<const float *>(pointer), n)
                                        : check_pointer(static_cast<const uint16_t *>(pointer), n);
     };
+    const bool codes = has_codes(tensors, count);
     for (int64_t t = 0; t < count; ++t) {
         const lorapar_adamw_tensor &tensor = tensors[t];
+        if (tensor.n == 0 && tensor.active == 0) continue;
         if (tensor.active < 0 || tensor.active > tensor.n) return LORAPAR_ERROR_SIZE;
         if (int status = check(tensor.n, tensor.mask, tensor.before)) return status;
         if (int status = check_typed(tensor.param, s.param_type, tensor.n)) return status;
         if (int status = check_typed(tensor.grad, s.grad_type, tensor.n)) return status;
-        const bool bytes = tensor.scales != nullptr;
-        if (bytes != (tensors[0].scales != nullptr)) return LORAPAR_ERROR_SETTING;
+        if (codes != (tensor.scales != nullptr)) return LORAPAR_ERROR_SETTING;
         for (const void *moment : {tensor.exp_avg, tensor.exp_avg_sq}) {
             if (tensor.active > 0 && moment == nullptr) return LORAPAR_ERROR_NULL_POINTER;
-            if (!bytes && check_pointer(static_cast<const float *>(moment), tensor.active)) return LORAPAR_ERROR_ALIGNMENT;
+            if (!codes && check_pointer(static_cast<const float *>(moment), tensor.active)) return LORAPAR_ERROR_ALIGNMENT;
         }
-        if (bytes && check_pointer(tensor.scales, tensor.n)) return LORAPAR_ERROR_ALIGNMENT;
+        if (codes && check_pointer(tensor.scales, tensor.n)) return LORAPAR_ERROR_ALIGNMENT;
         if (tensor.compensation == nullptr) continue;
         if (s.stochastic || s.param_type == LORAPAR_FLOAT32) return LORAPAR_ERROR_SETTING;
         if (int status = check_typed(tensor.compensation, s.param_type, tensor.active)) return status;

@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a meaning below changes; native.py refuses a library of another version. */
-#define LORAPAR_ABI_VERSION 2
+#define LORAPAR_ABI_VERSION 3
 
 #define LORAPAR_OK 0
 #define LORAPAR_ERROR_NULL_POINTER 1 /* a null pointer although n > 0 (or, for a result, at all) */

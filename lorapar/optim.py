@@ -11,22 +11,35 @@ import torch
 from torch import Tensor, nn
 
 import lorapar_kernels as lk
+from lorapar_kernels.bitmask import TILE
 
 from .adapter import lora_parameters, masks_by_parameter
 from .errors import InputError
+
+MOMENTS = ("fp32", "8bit")
+ROUNDING = ("nearest", "stochastic", "compensated")
+# What holds an entry for each active element, or for each tile of them.
+PACKED = ("exp_avg", "exp_avg_sq", "scales", "compensation")
 
 
 class PartitionedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, as torch.optim.AdamW) over the active elements of an activated model.
 
     `state[p]` holds "step" (a 0-d fp32 tensor, as torch keeps it) and the packed moments "exp_avg" and "exp_avg_sq",
-    1-D fp32 of the parameter's active elements in row-major order: 8 bytes an active element.
+    1-D fp32 of the parameter's active elements in row-major order: 8 bytes an active element. With 8-bit moments they
+    are int8 and uint8, about 2 bytes, with "scales" for each tile of 512 elements.
 
     Args:
         model: after `lorapar.activate`. Its masks are taken now; activating another stage needs a new optimizer.
-        lr, betas, eps, weight_decay: as torch.optim.AdamW; one parameter group.
+        lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; one parameter group.
+        moments: "fp32" or "8bit".
+        rounding: of bf16 and fp16 parameters: "nearest"; "stochastic", up or down without bias (bf16); "compensated",
+            what is left out is kept ("compensation", 2 bytes an active element) and added at the next step.
+        skip_nonfinite: where the gradient of an active element is infinite or NaN, leave out the step.
+        seed: of the random bits of stochastic rounding and of 8-bit moments.
 
-    `state_dict()` carries a digest of the masks; `load_state_dict` refuses a state of another partition.
+    `state_dict()` carries a digest of the masks; `load_state_dict` refuses a state of another partition. A state may be
+    loaded on another device, and whether csrc's library is there or not; it keeps the form of its moments and rounding.
     """
 
     def __init__(
@@ -36,68 +49,103 @@ class PartitionedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        maximize: bool = False,
+        moments: str = "fp32",
+        rounding: str = "nearest",
+        skip_nonfinite: bool = False,
+        seed: int = 0,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
                 raise InputError(f"{name}: got {value}, expected at least 0")
+        for name, value, allowed in (("moments", moments, MOMENTS), ("rounding", rounding, ROUNDING)):
+            if value not in allowed:
+                raise InputError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
         parameters, masks = lora_parameters(model), masks_by_parameter(model)
         inactive = [name for name, mask in masks.items() if mask is None]
         if inactive:
             raise InputError(f"{inactive[0]}: no stage is active; call lorapar.activate(model, partition, stage) first")
-        self._masks = {parameter: masks[name] for name, parameter in parameters.items()}
         self.partition_digest = _digest(masks)
-        trained = [parameter for parameter in parameters.values() if bool(self._masks[parameter].any())]  # type: ignore[union-attr]
-        super().__init__(trained, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self._masks = {parameter: lk.index_mask(masks[name]) for name, parameter in parameters.items()}  # type: ignore[arg-type]
+        trained = [parameter for parameter in parameters.values() if self._masks[parameter].active]
+        _check_rounding(rounding, trained)
+        group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, moments=moments,
+                     rounding=rounding, skip_nonfinite=skip_nonfinite, seed=seed)  # fmt: skip
+        super().__init__(trained, group)
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
-        """One update of the active elements of every parameter that has a gradient."""
+    def step(self, closure=None, grad_scale: Tensor | None = None):  # type: ignore[override]
+        """One update of the active elements of every parameter that has a gradient.
+
+        grad_scale: one fp32 element that multiplies the gradients (a clipping factor, the inverse of a loss scale).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}
+            by_step: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     if not state:
-                        state.update(self._initial_state(parameter))
-                    state["step"] += 1
-                    by_step.setdefault(int(state["step"]), []).append(parameter)
+                        state.update(self._initial_state(parameter, group))
+                    by_step.setdefault(int(state["step"]) + 1, []).append(parameter)
+            if group["skip_nonfinite"] and len(by_step) > 1:
+                raise InputError(f"skip_nonfinite: got parameters at {len(by_step)} steps, expected all at one")
             for step, parameters in by_step.items():
-                states = [self.state[parameter] for parameter in parameters]
-                lk.masked_adamw(
-                    parameters,
-                    [parameter.grad for parameter in parameters],  # type: ignore[misc]
-                    [self._masks[parameter] for parameter in parameters],  # type: ignore[misc]
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    step,
-                    lr=float(group["lr"]),
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
+                self._step_together(group, step, parameters, grad_scale)
         return loss
 
-    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        count = int(self._masks[parameter].sum())  # type: ignore[index, union-attr]
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros(count, dtype=dtype, device=parameter.device),
-            "exp_avg_sq": torch.zeros(count, dtype=dtype, device=parameter.device),
-        }
+    def _step_together(
+        self, group: dict[str, Any], step: int, parameters: list[nn.Parameter], grad_scale: Tensor | None
+    ):
+        states = [self.state[parameter] for parameter in parameters]
+        packed = {key: [state[key] for state in states] if key in states[0] else None for key in PACKED}
+        done = lk.masked_adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [self._index(parameter) for parameter in parameters],
+            packed["exp_avg"],  # type: ignore[arg-type]
+            packed["exp_avg_sq"],  # type: ignore[arg-type]
+            step,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            skip_nonfinite=group["skip_nonfinite"],
+            stochastic=group["rounding"] == "stochastic",
+            seed=group["seed"],
+            scales=packed["scales"],
+            compensations=packed["compensation"],
+        )
+        for state in states if done else ():
+            state["step"] += 1
+
+    def _index(self, parameter: nn.Parameter) -> lk.MaskIndex:
+        """The parameter's mask, where the parameter is now: a model may be moved after its optimizer was made."""
+        index = self._masks[parameter]
+        if index.words.device != parameter.device:
+            moved = index._replace(words=index.words.to(parameter.device), before=index.before.to(parameter.device))
+            index = self._masks[parameter] = moved
+        return index
+
+    def _initial_state(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+        count, eight = self._masks[parameter].active, group["moments"] == "8bit"
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        dtypes = {"exp_avg": torch.int8 if eight else wide, "exp_avg_sq": torch.uint8 if eight else wide}
+        if group["rounding"] == "compensated":
+            dtypes["compensation"] = parameter.dtype
+        state = {key: torch.zeros(count, dtype=dtype, device=parameter.device) for key, dtype in dtypes.items()}
+        if eight:
+            state["scales"] = torch.zeros(2, -(-parameter.numel() // TILE), device=parameter.device)
+        return {"step": torch.tensor(0.0), **state}
 
     def state_bytes(self) -> int:
-        """Bytes of the moments held now: 8 an active element once every parameter has stepped."""
-        return sum(
-            state[key].numel() * state[key].element_size()
-            for state in self.state.values()
-            for key in ("exp_avg", "exp_avg_sq")
-            if key in state
-        )
+        """Bytes held now for active elements: 8 each once every parameter has stepped, about 2 with 8-bit moments."""
+        return sum(state[key].nbytes for state in self.state.values() for key in PACKED if key in state)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"partition": self.partition_digest}
@@ -110,12 +158,25 @@ class PartitionedAdamW(torch.optim.Optimizer):
                 f"{self.partition_digest[:12]}; resume with the partition that the checkpoint was made with"
             )
         rest = {key: value for key, value in state_dict.items() if key != "partition"}
-        super().load_state_dict(rest)
-        # torch casts state to the parameter's dtype; the moments of bf16 parameters stay fp32.
-        saved = [rest["state"].get(number) for number in rest["param_groups"][0]["params"]]
+        # A state of an earlier version lacks the newer settings.
+        group = {**self.defaults, **rest["param_groups"][0]}
+        super().load_state_dict(rest | {"param_groups": [group]})
+        # torch casts state to the parameter's dtype; moments have types of their own.
+        saved = [rest["state"].get(number) for number in group["params"]]
         for parameter, state in zip(self.param_groups[0]["params"], saved):
-            for key in ("exp_avg", "exp_avg_sq") if state else ():
-                self.state[parameter][key] = state[key].to(parameter.device, copy=True)
+            for key in PACKED:
+                if state and key in state:
+                    self.state[parameter][key] = state[key].to(parameter.device, copy=True)
+
+
+def _check_rounding(rounding: str, parameters: list[nn.Parameter]) -> None:
+    allowed = {"nearest": None, "stochastic": (torch.bfloat16,), "compensated": (torch.bfloat16, torch.float16)}[
+        rounding
+    ]
+    for parameter in parameters if allowed else ():
+        if parameter.dtype not in allowed:  # type: ignore[operator]
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)  # type: ignore[union-attr]
+            raise InputError(f"rounding: {rounding} is for {names} parameters, got {parameter.dtype}")
 
 
 def _digest(masks: dict[str, Tensor | None]) -> str:

@@ -9,6 +9,7 @@ from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
 from .masked_adamw import masked_adamw
+from .tiles import spread_tiles, tile_sums
 from .top_mass import top_count, top_mass
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "lora_linear_scored",
     "masked_adamw",
     "pack_mask",
+    "spread_tiles",
+    "tile_sums",
     "top_count",
     "top_mass",
     "unpack_mask",

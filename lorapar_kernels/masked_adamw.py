@@ -95,12 +95,17 @@ def decode_moments(codes_1: Tensor, codes_2: Tensor, scales: Tensor, tile: Tenso
     return c * c.abs() * (scales[0, tile] / SCALE_1), square * square * (scales[1, tile] / SCALE_2)
 
 
+def _sqrt(values: Tensor) -> Tensor:
+    """The nearest root, as csrc's: torch's own fp32 roots on a CPU (MKL's) are a unit off in one of six."""
+    return values.double().sqrt().to(values.dtype)
+
+
 def _encode(values: Tensor, power: int, scale: float, tile: Tensor, largest: Tensor, random: Tensor) -> Tensor:
     """Codes of non-negative values, rounded up or down with `random` (16 bits); `largest` is written."""
     largest.zero_().scatter_reduce_(0, tile, values, "amax")
     of = largest[tile]
     target = values / of * scale
-    low = target.sqrt().floor() if power == 2 else target.sqrt().sqrt().floor()
+    low = (_sqrt(target) if power == 2 else _sqrt(_sqrt(target))).floor()
     if power == 2:
         share = (target - low * low) / (2.0 * low + 1.0)
     else:
@@ -152,7 +157,7 @@ def masked_adamw_reference(
     difference, weight = gradient - m, torch.tensor(1.0 - beta1, dtype=dtype)
     m = m + weight * difference if weight < 0.5 else gradient - difference * (1.0 - weight)
     v = v * beta2 + gradient * (1.0 - beta2) * gradient
-    root = v.sqrt() * (1.0 / math.sqrt(1.0 - beta2**settings.step)) + settings.eps
+    root = _sqrt(v) * (1.0 / math.sqrt(1.0 - beta2**settings.step)) + settings.eps
     phi = phi * (1.0 - settings.lr * settings.weight_decay) + m / root * (-settings.lr / (1.0 - beta1**settings.step))
     if scales is not None:
         m, v = encode_moments(m, v, scales, active // TILE, random(1))
@@ -180,44 +185,43 @@ def _native_obstacle(params: Sequence[Tensor], grads: Sequence[Tensor], moments:
     return native.obstacle(params[0].device)
 
 
-# An op, so that torch.compile leaves it whole: the backend is chosen when it runs. An empty list stands for none.
-@torch.library.custom_op(
-    "lorapar::masked_adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "scales", "compensations")
+# One step of tensors of one dtype and device, in place; an empty list stands for none. Gives int32 [1]: 1 where the
+# step was skipped. An op, so that torch.compile leaves it whole; the backend is chosen when it runs. Declared by its
+# schema: custom_op would count up a version for each of a thousand tensors, which torch's fused AdamW does not either.
+torch.library.define(
+    "lorapar::masked_adamw",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor[] words, Tensor[] befores, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, Tensor(e!)[] compensations, Tensor? grad_scale, int step, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, bool stochastic, int seed, "
+    "bool skip_nonfinite) -> Tensor",
 )
-def _masked_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    words: Sequence[Tensor],
-    befores: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    compensations: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    step: int,
-    hyper: Sequence[float],
-    maximize: bool,
-    stochastic: bool,
-    seed: int,
-    skip_nonfinite: bool,
-) -> Tensor:
-    """One step of tensors of one dtype and device; hyper is lr, beta1, beta2, eps, weight_decay. Gives int32 [1]: 1
-    where the step was skipped."""
-    moments = (*exp_avgs, *exp_avg_sqs, *scales, *compensations)
-    obstacle = partial(_native_obstacle, params, grads, moments)
-    if choose("masked_adamw", {"native": obstacle, "reference": always}) == "native":
-        return _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale,
-                            step, hyper, maximize, stochastic, seed, skip_nonfinite)  # fmt: skip
-    lr, beta1, beta2, eps, weight_decay = hyper
+
+
+@torch.library.impl("lorapar::masked_adamw", ("cpu", "cuda"))
+def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, lr,
+                  beta1, beta2, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
+    obstacle = partial(_native_obstacle, params, grads, (*exp_avgs, *exp_avg_sqs, *scales, *compensations))
     settings = Settings(step, lr, (beta1, beta2), eps, weight_decay, maximize, stochastic, seed)
+    chosen = choose("masked_adamw", {"native": obstacle, "reference": always})
+    step_list = _step_native if chosen == "native" else _step_reference
+    return step_list(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
+                     skip_nonfinite)  # fmt: skip
+
+
+@torch.library.register_fake("lorapar::masked_adamw")
+def _(params, *others) -> Tensor:
+    return params[0].new_empty(1, dtype=torch.int32)
+
+
+def _step_reference(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
+                    skip_nonfinite) -> Tensor:  # fmt: skip
+    """`_masked_adamw` in plain PyTorch."""
     masks = [unpack_mask(word, param.shape) for word, param in zip(words, params)]
     skipped = torch.zeros(1, dtype=torch.int32, device=params[0].device)
     if skip_nonfinite:
         factor = 1.0 if grad_scale is None else grad_scale
-        finite = [
-            (grad[mask].to(state_dtype(grad.dtype)) * factor).isfinite().all() for grad, mask in zip(grads, masks)
-        ]
-        if not all(bool(one) for one in finite):
+        scaled = (grad[mask].to(state_dtype(grad.dtype)) * factor for grad, mask in zip(grads, masks))
+        if not all(bool(one.isfinite().all()) for one in scaled):
             return skipped.fill_(1)
     for i, (param, grad, mask) in enumerate(zip(params, grads, masks)):
         scale, compensation = scales[i] if scales else None, compensations[i] if compensations else None
@@ -227,28 +231,22 @@ def _masked_adamw(
     return skipped
 
 
-@_masked_adamw.register_fake
-def _(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, hyper, maximize,
-      stochastic, seed, skip_nonfinite):  # fmt: skip
-    return params[0].new_empty(1, dtype=torch.int32)
-
-
-def _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, hyper,
-                 maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
+def _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
+                 skip_nonfinite) -> Tensor:  # fmt: skip
     """`_masked_adamw` by csrc: all tensors in one call."""
-    device, count = params[0].device, len(params)
+    device, count, none = params[0].device, len(params), [0] * len(params)
     grads = [grad.contiguous() for grad in grads]
     skipped = torch.zeros(1, dtype=torch.int32, device=device)
-    none = [0] * count
     columns = [[tensor.data_ptr() for tensor in column] for column in
                (params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations)]  # fmt: skip
     rows = zip(*(column or none for column in columns), map(Tensor.numel, params), map(Tensor.numel, exp_avgs))
     table = (native.AdamWTensor * count)(*rows)
-    types = TYPES[params[0].dtype], TYPES[grads[0].dtype]
-    scale = None if grad_scale is None else grad_scale.data_ptr()
-    flag = skipped.data_ptr() if skip_nonfinite else None
-    settings = native.AdamWSettings(*hyper, step, seed, maximize, stochastic, *types, scale, flag)
-    native.call("masked_adamw", device, table, count, ctypes.byref(settings))
+    c_settings = native.AdamWSettings(
+        settings.lr, *settings.betas, settings.eps, settings.weight_decay, settings.step, settings.seed,
+        settings.maximize, settings.stochastic, TYPES[params[0].dtype], TYPES[grads[0].dtype],
+        None if grad_scale is None else grad_scale.data_ptr(), skipped.data_ptr() if skip_nonfinite else None,
+    )  # fmt: skip
+    native.call("masked_adamw", device, table, count, ctypes.byref(c_settings))
     return skipped
 
 
@@ -327,10 +325,11 @@ def masked_adamw(
         grad_scale: one fp32 element on the parameters' device that multiplies every gradient (the clipping factor,
             the inverse of a loss scale, or their product), or None. A tensor, so that nothing waits for the device.
         skip_nonfinite: where the scaled gradient of an active element, of any tensor, is not finite, change nothing.
-        stochastic: round bf16 parameters at random, without bias. seed: of these bits and those that round 8-bit moments.
+        stochastic: round bf16 parameters at random, without bias. seed: of these bits, and of those that round 8-bit
+            moments; from 0 up to 2⁶³.
         scales: fp32 [2, ceil(n / 512)] each, zeros at first, where moments are 8-bit.
         compensations: of the parameter's dtype (bf16, fp16), as long as its moments, zeros at first: what rounding
-            leaves out is carried to the next step.
+            leaves out, carried to the next step.
 
     Returns True, or False where the step was skipped (on CUDA the answer waits for the device, so only where asked).
     An element outside its mask is not written, whatever it, its gradient or the decay are. Raises ValueError
@@ -348,6 +347,8 @@ def masked_adamw(
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
     if stochastic and (compensations is not None or any(param.dtype != torch.bfloat16 for param in params)):
         raise ValueError("stochastic must be False but for bf16 parameters without compensations")
     if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
@@ -357,7 +358,9 @@ def masked_adamw(
     for i, (param, grad, mask) in enumerate(zip(params, grads, indexed)):
         _check_tensors(i, param, grad, mask, exp_avgs[i], exp_avg_sqs[i])
         if exp_avgs[i].dtype == torch.int8 or scales is not None or compensations is not None:
-            _check_optional(i, param, exp_avgs[i], scales and scales[i], compensations and compensations[i])
+            _check_optional(
+                i, param, exp_avgs[i], scales[i] if scales else None, compensations[i] if compensations else None
+            )
         for name, tensor in (("grads", grad), ("masks", mask.words), ("exp_avgs", exp_avgs[i])):
             if tensor.device != param.device:
                 raise ValueError(f"{name}[{i}] must be on its parameter's device {param.device}, got {tensor.device}")
@@ -366,28 +369,11 @@ def masked_adamw(
         raise ValueError(f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(groups)}")
     skipped = []
     for chosen in groups.values():
-
-        def of(tensors: Sequence[Tensor] | None, chosen: list[int] = chosen) -> list[Tensor]:
-            return [] if tensors is None else [tensors[i] for i in chosen]
-
-        words, befores = of([mask.words for mask in indexed]), of([mask.before for mask in indexed])
-        skipped.append(
-            _masked_adamw(
-                of(params),
-                of(grads),
-                words,
-                befores,
-                of(exp_avgs),
-                of(exp_avg_sqs),
-                of(scales),
-                of(compensations),
-                grad_scale,
-                step,
-                [lr, *betas, eps, weight_decay],
-                maximize,
-                stochastic,
-                seed,
-                skip_nonfinite,
-            )  # fmt: skip
-        )
+        columns = [
+            [] if column is None else [column[i] for i in chosen]
+            for column in (params, grads, [mask.words for mask in indexed], [mask.before for mask in indexed],
+                           exp_avgs, exp_avg_sqs, scales, compensations)
+        ]  # fmt: skip
+        hyper = lr, *betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite
+        skipped.append(torch.ops.lorapar.masked_adamw(*columns, grad_scale, step, *hyper))
     return not (skip_nonfinite and any(int(one) for one in skipped))

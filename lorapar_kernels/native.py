@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 3  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.

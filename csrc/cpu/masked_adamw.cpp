@@ -54,16 +54,20 @@ private:
     std::vector<int64_t> starts_;
 };
 
+LORAPAR_INLINE void count_row_body(const int32_t *words, int64_t n, int64_t *count) {
+    int64_t sum = 0;
+    for (int64_t w = 0; w < n; ++w) sum += bits_set(static_cast<uint32_t>(words[w]));
+    *count = sum;
+}
+LORAPAR_FOR_EACH_MACHINE(count_row, (const int32_t *words, int64_t n, int64_t *count), (words, n, count))
+
 // Whether a tile's mask has what its index says, in place and number.
-bool consistent(const lorapar_adamw_tensor &tensor, int64_t tile) {
-    const int64_t words = (tensor.n + 31) / 32, first = tile * (LORAPAR_TILE / 32);
-    const int64_t last = std::min<int64_t>(words, first + LORAPAR_TILE / 32);
-    int64_t count = 0;
-    for (int64_t w = first; w < last; ++w) count += bits_set(static_cast<uint32_t>(tensor.mask[w]));
-    const bool spare = last == words && tensor.n % 32 != 0 &&
-                       static_cast<uint32_t>(tensor.mask[last - 1]) >> (tensor.n % 32) != 0;
-    const int64_t before = tensor.before[tile], after = tensor.before[tile + 1];
-    return !spare && before >= 0 && after <= tensor.active && after >= before && after - before == count;
+bool consistent(const Tile &tile) {
+    const int64_t before = tile.offset, after = tile.tensor->before[tile.tile + 1];
+    int64_t count;
+    count_row(tile.mask(), (tile.n + 31) / 32, &count);
+    const bool spare = tile.n % 32 != 0 && static_cast<uint32_t>(tile.mask()[tile.n / 32]) >> (tile.n % 32) != 0;
+    return !spare && before >= 0 && after <= tile.tensor->active && after >= before && after - before == count;
 }
 
 // A tile's working space: 14 KB, of which a plain step touches a third.
@@ -209,7 +213,7 @@ int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorap
     std::atomic<bool> wrong{false}, skipped{false};
     parallel_ranges(tiles.size(), 1, threads, [&](int64_t begin, int64_t end, int thread) {
         tiles.each(begin, end, [&](const Tile &tile) {
-            if (!consistent(*tile.tensor, tile.tile)) {
+            if (!consistent(tile)) {
                 wrong = true;
                 return;
             }

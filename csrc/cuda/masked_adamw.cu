@@ -251,7 +251,6 @@ int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, con
         if (int status = status_of(cudaMemsetAsync(s->skipped, 0, sizeof(int32_t), stream_of(queue)))) return status;
         if (int status = launch_tables(tensors, count, settings, queue, nonfinite_kernel)) return status;
     }
-    // A list is of one kind of moments (check_adamw).
-    const bool codes = count > 0 && tensors[0].scales != nullptr;
-    return launch_tables(tensors, count, settings, queue, codes ? step_kernel<true> : step_kernel<false>);
+    const auto kernel = has_codes(tensors, count) ? step_kernel<true> : step_kernel<false>;
+    return launch_tables(tensors, count, settings, queue, kernel);
 }

@@ -6,6 +6,12 @@ import torch
 from lorapar_kernels import masked_adamw
 
 
+@pytest.fixture(autouse=True, params=["reference", ""])
+def backend(request, monkeypatch):
+    """Each test under the reference, and under whatever is installed."""
+    monkeypatch.setenv("LORAPAR_BACKEND", request.param)
+
+
 def case(dtype, shapes=((8, 37), (53, 8), (5,), (1, 1)), share=0.4):
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]

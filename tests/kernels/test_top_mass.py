@@ -5,11 +5,18 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorapar_kernels import top_count, top_mass
 from lorapar_kernels.top_mass import top_mass_reference
+
+
+@pytest.fixture(autouse=True, params=["reference", ""])
+def backend(request, monkeypatch):
+    """Each test under the reference, and under whatever is installed."""
+    monkeypatch.setenv("LORAPAR_BACKEND", request.param)
+
 
 THETAS = (1e-9, 0.1, 0.3, 0.5, 0.9, 0.999999, 1.0)
 
@@ -52,7 +59,7 @@ def test_equals_naive_sort(dtype, theta):
     theta=st.sampled_from(THETAS),
     double=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_definition_on_hostile_values(scores, theta, double):
     tensor = torch.tensor(scores, dtype=torch.float64 if double else torch.float32)
     if not tensor.any():
@@ -61,7 +68,7 @@ def test_equals_definition_on_hostile_values(scores, theta, double):
 
 
 @given(data=st.data(), theta=st.floats(1e-6, 1.0))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_reference_over_lists(data, theta):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     width = 32 if dtype == torch.float32 else 64

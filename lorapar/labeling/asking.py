@@ -255,7 +255,8 @@ class _Session:
     def _failed(self, seat: Seat, failure: CallFailed, example: Example) -> None:
         seat.failed += 1
         seat.last_failure = str(failure)
-        log.debug("label: %s: row %s: %s", seat.name, example.id, failure)
+        if seat.failed == 1:
+            log.info("label: %s: a call failed, as some do: row %s: %s", seat.name, example.id, failure)
         gate, now = self.gates[seat.name], time.monotonic()
         if failure.retry_after is not None:
             # For all its calls: the next one would be refused as well.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artefacts import write_jsonl
 from ..errors import InputError
-from .agreement import measure
+from .agreement import fleiss_kappa
 from .asking import ask
 from .panel import UNANSWERED, UNASKED, Panel, examples, make_panel, remaining, store_path, table_of
 from .review import read_corrections, write_review
@@ -45,7 +45,7 @@ def ask_panel(
     votes = {name: [code if code in (1, 2) else None for code in given] for name, given in codes.items()}
     facts = {"calls": calls, "cost": round(cost, 6), "unanswered": unanswered}
     cast = {**local, **votes}
-    kappa = measure([dict(zip(cast, row)) for row in zip(*cast.values())]).kappa
+    kappa = fleiss_kappa([(row.count(1), row.count(2)) for row in zip(*cast.values())])
     return votes, facts | {"kappa": kappa and round(kappa, 4)}
 
 

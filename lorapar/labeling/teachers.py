@@ -14,6 +14,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from ..errors import InputError
 from .parsing import SCHEMA
@@ -119,6 +120,9 @@ class EndpointTeacher:
                 max_retries=0,
                 timeout=self.config.timeout,
             )
+            if not (urlsplit(self.config.base_url or "").hostname or "").endswith("openai.com"):
+                # What the client reads out of OPENAI_ORG_ID and its like is not for other hosts.
+                self.client.organization = self.client.project = self.client.admin_api_key = None
         return self.client
 
     async def close(self) -> None:

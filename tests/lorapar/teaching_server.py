@@ -73,7 +73,9 @@ class Server:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head.splitlines()[1:])}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                self.seen_keys.add(headers.get("authorization", ""))
+                self.seen_keys |= {
+                    value for name, value in headers.items() if name == "authorization" or "openai" in name
+                }
                 path = head.split(" ", 2)[1]
                 if path == "/tally":
                     self.send(writer, 200, self.tally())

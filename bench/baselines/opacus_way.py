@@ -16,8 +16,8 @@ from .released_script import trainable
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over examples of each one's mean cross-entropy over its own answer tokens."""
     targets = labels[:, 1:]
-    # Not [N, vocabulary, T]: along a dimension that is not the last, torch's fp32 softmax on a CPU sums one by one, which
-    # over 49,152 entries costs 6e-4 of the importance.
+    # Not [N, vocabulary, T]: along a dimension that is not the last, torch's fp32 softmax on a CPU sums one by one,
+    # which over 49,152 entries costs 6e-4 of the importance.
     flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     losses = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-100, reduction="none").view_as(targets)
     return (losses.sum(1) / (targets != -100).sum(1)).sum()

@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations  # py
 
 from lorapar_kernels import backend
 
-from .adapter import ADAPTER, attach, check_fits, load_adapter, lora_parameters, masked_layers, save_adapter
+from .adapter import ADAPTER, attach, check_fits, load_adapter, lora_parameters, save_adapter
 from .artefacts import atomic_folder, read_json, read_jsonl, why_not_whole, write_json, write_jsonl
 from .config import Recipe
 from .data import load_rows, to_dataset
@@ -353,11 +353,6 @@ def _previous(recipe: Recipe, stage: str) -> str:
 def _start_of_stage(recipe: Recipe, folder: Path, stage: str) -> tuple[Any, Any, Partition]:
     tokenizer = load_tokenizer(recipe.model)
     model = load_adapter(_model(recipe), folder / _previous(recipe, stage))
-    # The checkpoint's configuration says p, so that the layers have it too (the released script edits the configuration
-    # alone, and so trains without dropout).
-    dropout = lora_config(recipe).lora_dropout
-    for layer in masked_layers(model).values():
-        layer.lora_dropout[ADAPTER] = torch.nn.Dropout(dropout) if dropout > 0 else torch.nn.Identity()
     return model, tokenizer, Partition.load(folder / "partition.safetensors")
 
 

@@ -163,6 +163,13 @@ def test_dropout_repeats_under_gradient_checkpointing():
     torch.testing.assert_close(*norms)
 
 
+def test_dropout_comes_back_with_the_adapter(tmp_path):
+    """A stage trains with the p of the start that it loads."""
+    save_adapter(lorapar.attach(tiny_model(), config(lora_dropout=0.3), start="twin"), tmp_path / "a")
+    back = load_adapter(tiny_model(), tmp_path / "a")
+    assert {layer.lora_dropout["default"].p for layer in masked_layers(back).values()} == {0.3}
+
+
 def test_another_adapter_is_not_masked_and_switching_works():
     model = lorapar.attach(tiny_model(), config(), start="paper")
     lorapar.activate(model, random_partition(model), "sft")

@@ -176,6 +176,11 @@ def tally(base_url: str) -> dict[str, Any]:
     return found
 
 
+def requests_of(found: dict[str, Any]) -> int:
+    """How many calls a tally holds."""
+    return sum(len(kinds) for asked in found["said"].values() for kinds in asked.values())
+
+
 def final_vote(kinds: list[str], model: str, question: int) -> int | None:
     """The vote in the last reply of several, None where it is none."""
     return opinion(model, question) if kinds[-1] in GOOD else None

@@ -22,7 +22,7 @@ import pytest
 from lorapar.artefacts import read_jsonl
 
 from .driver import _child, lorapar, nothing, refused, succeeds, write_recipe
-from .teaching_server import GOOD, MODELS, final_vote, opinion, running, tally
+from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
 KEY = "sk-test-0123456789abcdef"
 IN_FLIGHT = 8
@@ -53,10 +53,6 @@ def start(words: tuple[object, ...], log: Path) -> Any:
 
 def number_of(row: dict[str, Any]) -> int:
     return int(re.search(r"no\. (\d+)", row["prompt"])[1])  # type: ignore[index]
-
-
-def requests_of(found: dict[str, Any]) -> int:
-    return sum(len(kinds) for asked in found["said"].values() for kinds in asked.values())
 
 
 def majority(votes: list[int | None]) -> int:

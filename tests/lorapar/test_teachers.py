@@ -18,9 +18,7 @@ from lorapar.labeling.store import VoteStore
 from lorapar.labeling.teachers import CallFailed, Reply, retry_after
 from lorapar.memory import peak_memory_bytes, reset_peak_memory
 
-from .teaching_server import GOOD, MODELS, final_vote, opinion, running, tally
-
-KEY = "sk-test-0123456789abcdef"
+from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
 
 def rows_of(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -31,10 +29,6 @@ def rows_of(count: int, start: int = 0) -> list[dict[str, Any]]:
 def endpoints(url: str, models=MODELS, **settings) -> list[TeacherConfig]:
     settings = {"in_flight": 8, "timeout": 5.0, "backoff": 0.01, **settings}
     return [TeacherConfig(model=model, base_url=url, **settings) for model in models]
-
-
-def requests_of(found: dict[str, Any]) -> int:
-    return sum(len(kinds) for asked in found["said"].values() for kinds in asked.values())
 
 
 class Stub:
@@ -126,12 +120,11 @@ def test_retry_after_in_every_form():
 
 def test_calls_a_minute_are_spaced_evenly(tmp_path: Path):
     with running(latency=0.0) as url:
-        panel = make_panel(LabelConfig(teachers=endpoints(url, ["ada"], per_minute=1200)), "target")
+        panel = make_panel(LabelConfig(teachers=endpoints(url, ["ada"], per_minute=600)), "target")
         ask(panel, rows_of(20), tmp_path / "v.sqlite")
         times = sorted(at for ats in tally(url)["asked_at"]["ada"].values() for at in ats)
-    # 50 ms apart; a late one does not let the next come early against it, so only the whole counts.
-    assert times[-1] - times[0] >= 19 * 0.05 - 0.02
-    assert times[-1] - times[0] < 3
+    # 100 ms apart when they start; the first may arrive late, by the time a connection takes, and the last in time.
+    assert 19 * 0.1 - 0.5 <= times[-1] - times[0] < 10
 
 
 def test_the_throughput_is_what_the_limits_allow(tmp_path: Path):
@@ -312,134 +305,6 @@ def test_memory_does_not_grow_with_the_examples(tmp_path: Path, monkeypatch):
     assert votes["quick"].count(1) == count
     # A byte a vote and 8 of an id's hash, twice while they are sorted; the examples themselves would be 1 kB each.
     assert grown < 6e6 + 30 * count
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("teacher", "says"),
-    [
-        ({"api_key_env": "LORAPAR_TEST_UNSET"}, "label.teachers[0].api_key_env: the environment variable "
-                                                "LORAPAR_TEST_UNSET is not set"),
-        ({"api_key_env": KEY}, "label.teachers[0].api_key_env: expected the name of an environment variable"),
-        ({"base_url": f"http://user:{KEY}@127.0.0.1/v1"}, "label.teachers[0].base_url: expected http"),
-        ({"base_url": f"http://127.0.0.1/v1?key={KEY}"}, "label.teachers[0].base_url: expected http"),
-        ({"base_url": "127.0.0.1:8000"}, "label.teachers[0].base_url: expected http"),
-        ({"parameters": {"api_key": KEY}}, "label.teachers[0].parameters.api_key: not allowed"),
-        ({"parameters": {"extra_headers": {}}}, "label.teachers[0].parameters.extra_headers: not allowed"),
-        ({"parameters": {"stream": True}}, "label.teachers[0].parameters.stream: not allowed"),
-        ({"in_flight": 0}, "label.teachers[0].in_flight: got 0, expected at least 1"),
-        ({"per_minute": -1.0}, "label.teachers[0].per_minute: got -1.0, expected more than 0"),
-        ({"price": PriceConfig(-1, 0)}, "label.teachers[0].price"),
-        ({"base_url": None, "parameters": {"temperature": 0}}, "label.teachers[0].parameters.temperature: a local"),
-        ({"base_url": None, "per_minute": 5.0}, "label.teachers[0].per_minute: only for a teacher behind a base_url"),
-    ],
-)  # fmt: skip
-def test_a_teacher_that_cannot_serve_is_refused_by_its_key(teacher, says):
-    with pytest.raises(InputError) as raised:
-        make_panel(LabelConfig(teachers=[TeacherConfig(**{"model": "m", "base_url": "http://h/v1", **teacher})]), "t")
-    assert str(raised.value).startswith(says)
-    assert KEY not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("label", "says"),
-    [
-        ({"ties": "ask"}, "label.ties: ask needs a teacher with reserve: true"),
-        ({"stop_early": 4}, "label.stop_early: got 4, but all votes together weigh 3"),
-        ({"enough": 4}, "label.enough: got 4, but 3 voters are asked first"),
-        ({"weights": {"x": 2.0}}, "label.weights.x: no voter of that name; there are rule, a, b"),
-        ({"weights": {"a": 0.0}}, "label.weights.a: got 0.0, expected more than 0"),
-        ({"budget": BudgetConfig(cost=1.0)}, "label.budget.cost: no teacher has a price"),
-        ({"budget": BudgetConfig(calls=0)}, "label.budget.calls: got 0, expected at least 1"),
-        ({"column": "kind"}, "label.column: got 'kind', expected nothing beside label.teachers"),
-    ],
-)
-def test_rules_that_cannot_hold(monkeypatch, label, says):
-    with pytest.raises(InputError) as raised:
-        stubs(monkeypatch, {"a": 1, "b": 1}, ["rule"], **label)
-    assert str(raised.value).startswith(says)
-
-
-def test_names_and_teachers_come_once():
-    def panel(*teachers, local=()):
-        made = [TeacherConfig(**{"base_url": "http://h/v1", **teacher}) for teacher in teachers]
-        return make_panel(LabelConfig(teachers=made), "t", local)
-
-    with pytest.raises(InputError, match="2 voters are called 'a'"):
-        panel({"model": "a"}, {"model": "a", "parameters": {"seed": 1}})
-    with pytest.raises(InputError, match="2 voters are called 'operations'"):
-        panel({"model": "operations"}, local=["operations"])
-    with pytest.raises(InputError, match=r"teachers\[1\]: the same model, place and parameters as label.teachers\[0\]"):
-        panel({"model": "a"}, {"model": "a", "name": "b"})
-    assert len(panel({"model": "a"}, {"model": "a", "name": "b", "parameters": {"seed": 1}}).seats) == 2
-    with pytest.raises(InputError, match="label.teachers.0..reserve: true, but label.ties is system2"):
-        panel({"model": "a", "reserve": True}, {"model": "b"})
-
-
-def test_ids_come_once(tmp_path: Path, monkeypatch):
-    panel, teachers = stubs(monkeypatch, {"a": 1})
-    with pytest.raises(InputError, match="two rows have the id '000001'"):
-        ask(panel, [*rows_of(3), *rows_of(1, start=1)], tmp_path / "v.sqlite")
-    assert not teachers["a"].calls
-
-
-def test_before_the_first_call_an_endpoint_is_looked_at(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("LORAPAR_TEST_KEY", KEY)
-    store = tmp_path / "v.sqlite"
-    with running(key="another", context=400) as url:
-        with pytest.raises(InputError, match="api_key_env: the key in LORAPAR_TEST_KEY is refused by") as raised:
-            ask(
-                make_panel(LabelConfig(teachers=endpoints(url, api_key_env="LORAPAR_TEST_KEY")), "t"), rows_of(3), store
-            )
-        assert KEY not in str(raised.value)
-        with pytest.raises(InputError, match="api_key_env: no key, which is refused by"):
-            ask(make_panel(LabelConfig(teachers=endpoints(url)), "t"), rows_of(3), store)
-    with running(key=KEY, context=700) as url:
-
-        def keyed(*models, **more):
-            return make_panel(LabelConfig(teachers=endpoints(url, models, api_key_env="LORAPAR_TEST_KEY", **more)), "t")
-
-        with pytest.raises(InputError, match=r"teachers\[1\].model: .* lists no model 'adda', but ada"):
-            ask(keyed("bob", "adda"), rows_of(3), store)
-        long = [*rows_of(3), {"id": "long", "prompt": "word " * 500, "completion": "no. 4: "}]
-        with pytest.raises(InputError, match=r"teachers\[0\].context: row long needs about \d+ tokens and 256 for the"):
-            ask(keyed("ada", "bob"), long, store)
-        assert requests_of(tally(url)) == 0
-        votes = ask(keyed("ada", "x", check_model=False), rows_of(3), store)
-        assert UNANSWERED not in votes["x"]
-    gone = make_panel(LabelConfig(teachers=endpoints("http://127.0.0.1:9/v1", ["a", "b"])), "t")
-    with pytest.raises(InputError, match="label.teachers: none can be reached: a at http://127.0.0.1:9/v1: no connect"):
-        ask(gone, rows_of(3), store)
-
-
-def test_one_teacher_out_of_reach_is_set_aside_where_enough_are_left(tmp_path: Path):
-    with running() as url:
-        teachers = [*endpoints(url, ["ada", "bob"]), *endpoints("http://127.0.0.1:9/v1", ["cyd"])]
-        votes = ask(make_panel(LabelConfig(teachers=teachers), "t"), rows_of(3), tmp_path / "v.sqlite")
-        assert set(votes["cyd"]) == {UNANSWERED}
-        with pytest.raises(InputError, match="label.enough: 2 of 3 voters are left, and 3 are needed"):
-            ask(make_panel(LabelConfig(teachers=teachers, enough=3), "t"), rows_of(4), tmp_path / "v.sqlite")
-
-
-def test_a_vote_belongs_to_teacher_parameters_template_and_example(tmp_path: Path):
-    with running() as url:
-
-        def asked(rows, target="t", **settings) -> int:
-            before = requests_of(tally(url))
-            label = LabelConfig(teachers=endpoints(url, ["ada"], **settings))
-            ask(make_panel(label, target), rows, tmp_path / "v.sqlite")
-            return requests_of(tally(url)) - before
-
-        assert asked(rows_of(4)) == 4
-        # How a vote is come by is no part of it.
-        assert asked(rows_of(4), name="other", in_flight=3, timeout=9.0, price=PriceConfig(1, 1)) == 0
-        assert asked(rows_of(6)) == 2
-        assert asked(rows_of(6), parameters={"temperature": 0.5}) == 6
-        assert asked(rows_of(6), target="u") == 6
-        assert asked([{**row, "completion": "no"} for row in rows_of(6)]) == 6
-        assert asked(rows_of(6)) == 0
 
 
 def test_time_is_bounded_by_the_call_not_by_each_byte(tmp_path: Path):

@@ -40,6 +40,10 @@ PY
 
 # Without a compiler the native ops are left out, and their tests say so.
 "$python" setup.py --quiet build_ext --inplace >"$work/build" 2>&1 || { echo "csrc was not built:"; tail -3 "$work/build"; }
+# Which of csrc's libraries load, with what built them, and whether a kernel of csrc/cuda spills.
+"$python" -c 'from lorapar_kernels import native; s = native.status(); print(*(f"native {k}: {s[k]}" for k in native.KINDS), sep="\n")'
+echo "csrc/cuda: $(grep -c "bytes spill stores" "$work/build") kernels compiled, $(grep "bytes spill stores" "$work/build" |
+  grep -vc "0 bytes spill stores, 0 bytes spill loads") of them spill"
 
 status=0
 echo "== kernel tests"

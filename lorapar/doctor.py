@@ -15,7 +15,7 @@ from lorapar_kernels import backend
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
-MODULES = ("lora_linear", "importance", "top_mass", "masked_adamw", "dropout", "bitmask")
+MODULES = ("lora_linear", "importance", "top_mass", "masked_adamw", "dropout", "bitmask", "tiles")
 
 
 def doctor() -> str:
@@ -48,6 +48,8 @@ def operations(device: torch.device) -> dict[str, str]:
         "lora_linear_scored": lambda: lk.lora_linear_scored(t, t, t, t, 1.0, torch.tensor([0, 2]), sums),
         "lora_add_scored": lambda: lk.lora_add_scored(t, t, t, t, 1.0, torch.tensor([0, 2]), sums),
         "top_mass": lambda: lk.top_mass(t, 0.5),
+        "top_count": lambda: lk.top_count(t, 1),
+        "tile_sums": lambda: lk.tile_sums(t, (1, 1)),
         "masked_adamw": lambda: lk.masked_adamw([t.clone()], [t], [mask], [t.reshape(-1).clone()],
                                                 [t.reshape(-1).clone()], 1, lr=0.1),
         "dropout_mask": lambda: lk.dropout_mask(seed, [2, 2], 0.5),

@@ -12,8 +12,8 @@ namespace {
 
 using namespace lorapar;
 
-// Words a thread is worth starting for: some 40 µs of work.
-constexpr int64_t kGrain = 1 << 15;
+// Words a thread is worth starting for: a millisecond of work. Waiting for a second thread whose core is taken costs ten.
+constexpr int64_t kGrain = 1 << 19;
 
 // The bits set in a word, by adding neighbours: C++17 has no popcount of its own (Warren, Hacker's Delight, 5-1), and
 // the compiler turns this into vector code.

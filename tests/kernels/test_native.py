@@ -98,7 +98,8 @@ def test_misaligned_pointers_and_sizes_beyond_the_limit(library):
     assert library.lorapar_error_string(ALIGNMENT) == b"a pointer that is not aligned to its type"
 
 
-LARGE = 8_000_003
+# So many that several threads start.
+LARGE = 64_000_003
 
 
 def test_threads_are_as_many_as_asked_for_and_change_nothing(library):
@@ -116,7 +117,7 @@ import os, sys, torch
 from pathlib import Path
 from lorapar_kernels import native
 library = native.open_library(Path(sys.argv[1]))
-mask, words = torch.ones(8_000_000, dtype=torch.uint8), torch.zeros(250_000, dtype=torch.int32)
+mask, words = torch.ones(64_000_000, dtype=torch.uint8), torch.zeros(2_000_000, dtype=torch.int32)
 def pack(threads):
     assert library.lorapar_pack_mask(mask.data_ptr(), mask.numel(), words.data_ptr(), threads) == 0
     assert bool((words == -1).all())

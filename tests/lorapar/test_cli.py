@@ -17,8 +17,8 @@ from lorapar.doctor import doctor, operations
 from .driver import lorapar as command
 from .driver import refused, succeeds
 
-OPERATIONS = ["lora_linear", "lora_add", "lora_linear_scored", "lora_add_scored", "top_mass", "masked_adamw",
-              "dropout_mask", "pack_mask", "unpack_mask"]  # fmt: skip
+OPERATIONS = ["lora_linear", "lora_add", "lora_linear_scored", "lora_add_scored", "top_mass", "top_count",
+              "tile_sums", "masked_adamw", "dropout_mask", "pack_mask", "unpack_mask"]  # fmt: skip
 
 
 def in_process_of_its_own(*words: object) -> subprocess.CompletedProcess[str]:

@@ -72,7 +72,7 @@ def compile_variant(variant: Variant, arch: int) -> Row:
 
     name = variant.kernel.__name__
     try:
-        positions = [(list(variant.signature).index(argument),) for argument in variant.aligned]
+        positions = [a if isinstance(a, tuple) else (list(variant.signature).index(a),) for a in variant.aligned]
         attributes: dict[Any, Any] = {position: [["tt.divisibility", 16]] for position in positions}
         source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
         options = {"num_warps": variant.warps, "num_stages": variant.stages}

@@ -1,7 +1,7 @@
 """dropout.py's Triton kernel, in a file of its own so that importing the package does not import Triton.
 
 The same bits as `dropout_mask_reference`, which is the specification: a program makes BLOCK Philox blocks of
-8 elements and stores each as 8 neighbouring bytes. `keep_lanes` is for other kernels that draw the mask where
+8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other kernels that draw the mask where
 they need it.
 """
 
@@ -20,17 +20,41 @@ WARPS = 4
 
 
 @triton.jit
-def keep_lanes(seed, block, threshold):
-    """Whether each of the 8 elements of each Philox block is kept: block int64 [B] -> int1 [B, 8]."""
+def _draw_words(seed, block):
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     zero = low * 0
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)  # pyright: ignore[reportGeneralTypeIssues]
+    return tl.philox(seed, low, high, zero, zero)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@triton.jit
+def keep_lanes(seed, block, threshold):
+    """Whether each of the 8 elements of each Philox block is kept: block int64 [B] -> int1 [B, 8]."""
+    w0, w1, w2, w3 = _draw_words(seed, block)
     # join puts its two operands along a new last dimension: [B, word high bit, word low bit], then the halves
     # last.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     draws = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(draws, (block.shape[0], 8)) >= threshold
+
+
+@triton.jit
+def keep_tile(seed, i_row, first_column, columns, threshold, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Whether each element of a tile of a row-major [rows, columns] matrix is kept.
+
+    i_row int64 [H], the tile's columns are first_column..first_column + WIDTH -> int1 [H, WIDTH]. ALIGNED: columns and
+    first_column are multiples of 8, so that no Philox block crosses a row, and one call serves 8 elements.
+    """
+    height: tl.constexpr = i_row.shape[0]
+    if ALIGNED:
+        start = (i_row * columns + first_column) // 8
+        block = start[:, None] + tl.arange(0, WIDTH // 8)[None, :]
+        return tl.reshape(keep_lanes(seed, tl.reshape(block, (height * WIDTH // 8,)), threshold), (height, WIDTH))
+    i_element = i_row[:, None] * columns + first_column + tl.arange(0, WIDTH)[None, :]
+    w0, w1, w2, w3 = _draw_words(seed, i_element // 8)
+    lane = (i_element % 8).to(tl.int32)
+    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+    return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16) >= threshold
 
 
 @triton.jit

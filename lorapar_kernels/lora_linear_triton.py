@@ -1,0 +1,446 @@
+"""lora_linear.py's Triton kernels: the passes over x and dY that a LoRA layer adds to the frozen one.
+
+With S = drop(x) Aᵀ, dS = s · dY B and keep the dropout mask, scaled by 1 / (1 − p) where it is applied:
+
+    _shrink_kernel       S of up to 3 layers of one x (q, k, v), each with its own mask:  reads x once
+    _output_kernel       dS and dB = s · dYᵀ S:                                           reads dY once
+    _input_kernel        dx += Σ keep ⊙ (dS A) and dA = dSᵀ (keep ⊙ x), up to 3 layers:   reads x, reads and writes dx
+    _reduce_kernel       adds up the partial sums of the three in a fixed order, and masks
+
+Layouts: x, dx [T, K], dY [T, N], A [r, K], B [N, r], row strides free; S and dS [T, R] contiguous, r padded to R = 16,
+32, ... 256 (`padded_rank`); partial sums fp32. The mask is a function of (seed, element) as in dropout.py, so nothing
+of x's size is kept for it. Sums go in the same order whatever runs beside: deterministic.
+
+Trade-off: the expand s · S Bᵀ stays a cuBLAS product onto the frozen one's output (beta = 1), which costs a read and a
+write of y; lora_gemm_triton.py has the product that carries it, for where that is the faster one.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ahead_of_time import Variant, launch, recording
+from .dropout_triton import INTERPRETED, keep_tile
+
+__all__ = ["AHEAD_OF_TIME", "INTERPRETED", "input_gradients", "output_gradients", "padded_rank", "shrink"]
+
+# More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
+GROUP = 3
+# Programs wanted at least: two for each of the 132 multiprocessors of an H100 or H200. Untuned: no GPU was at hand.
+PROGRAMS = 264
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr, a_ptrs, seed_ptrs, s_ptrs, T, K, x_stride, ranks, a_strides, k_split, threshold, scale,
+    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s_ptrs[g] [splits, T, R] <- scale · (keep_g ⊙ x) A_gᵀ over columns k_split · program_id(1) onwards."""
+    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    i_r = tl.arange(0, R)
+    m_t = i_t < T
+    first = tl.program_id(1) * k_split
+    acc0 = tl.zeros((BT, R), tl.float32)
+    acc1 = tl.zeros((BT, R), tl.float32)
+    acc2 = tl.zeros((BT, R), tl.float32)
+    for k in range(first, tl.minimum(first + k_split, K), BK):
+        i_k = k + tl.arange(0, BK)
+        m_k = i_k < K
+        b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        for g in tl.static_range(G):
+            m_a = (i_r < ranks[g])[None, :] & m_k[:, None]
+            b_a = tl.load(a_ptrs[g] + i_r[None, :].to(tl.int64) * a_strides[g] + i_k[:, None], mask=m_a, other=0.0)
+            b_kept = b_x
+            if DROPOUT:
+                keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+                b_kept = tl.where(keep, b_x, 0.0)
+            product = tl.dot(b_kept, b_a.to(b_x.dtype), input_precision=PRECISION)
+            if g == 0:
+                acc0 += product
+            elif g == 1:
+                acc1 += product
+            else:
+                acc2 += product
+    i_s = (tl.program_id(1).to(tl.int64) * T + i_t[:, None]) * R + i_r[None, :]
+    for g in tl.static_range(G):
+        acc = acc0
+        if g == 1:
+            acc = acc1
+        if g == 2:
+            acc = acc2
+        tl.store(s_ptrs[g] + i_s, (acc * scale).to(s_ptrs[g].dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit
+def _output_kernel(
+    dy_ptr, b_ptr, s_ptr, mask_ptr, ds_ptr, db_ptr, T, N, rank, dy_stride, b_stride, n_split, scale,
+    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, NEEDS_B: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BT rows of dY: ds_ptr [splits, T, R] <- scale · dY B, and db_ptr [T / BT, N, R] <- dYᵀ S over these rows.
+
+    Where mask_ptr [N, rank] holds no active bit in a tile of dB, neither its product nor its store is made.
+    """
+    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    i_r = tl.arange(0, R)
+    m_t = i_t < T
+    m_r = i_r < rank
+    b_s = tl.load(s_ptr + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None], other=0.0)
+    acc = tl.zeros((BT, R), tl.float32)
+    first = tl.program_id(1) * n_split
+    for n in range(first, tl.minimum(first + n_split, N), BN):
+        i_n = n + tl.arange(0, BN)
+        m_n = i_n < N
+        m_b = m_n[:, None] & m_r[None, :]
+        b_dy = tl.load(
+            dy_ptr + i_t[:, None] * dy_stride + i_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0
+        )
+        b_b = tl.load(b_ptr + i_n[:, None].to(tl.int64) * b_stride + i_r[None, :], mask=m_b, other=0.0)
+        acc += tl.dot(b_dy, b_b.to(b_dy.dtype), input_precision=PRECISION)
+        if NEEDS_B:
+            active = tl.full((), 1, tl.int32)
+            if MASKED:
+                i_bits = i_n[:, None].to(tl.int64) * rank + i_r[None, :]
+                active = tl.max(tl.max(tl.load(mask_ptr + i_bits, mask=m_b, other=0).to(tl.int32), 1), 0)
+            if active > 0:
+                product = tl.dot(tl.trans(b_dy), b_s, input_precision=PRECISION)
+                i_db = (tl.program_id(0).to(tl.int64) * N + i_n[:, None]) * R + i_r[None, :]
+                tl.store(db_ptr + i_db, product, mask=m_n[:, None])
+    i_ds = (tl.program_id(1).to(tl.int64) * T + i_t[:, None]) * R + i_r[None, :]
+    tl.store(ds_ptr + i_ds, (acc * scale).to(ds_ptr.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit
+def _input_kernel(
+    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, T, K, x_stride, dx_stride, ranks, a_strides,
+    t_split, threshold,
+    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx += Σ_g keep_g ⊙ (dS_g A_g) in place, and da_ptrs[g] [splits, R, K] <- dS_gᵀ (keep_g ⊙ x).
+
+    A program owns BK columns and the tokens t_split · program_id(1) onwards. MASKED[g], NEEDS_A[g]: layer g has a mask,
+    wants dA. dS carries the factor 1 / (1 − p). Where a layer's mask has no active bit in the columns, no dA is made.
+    """
+    k = tl.program_id(0) * BK
+    i_k = k + tl.arange(0, BK)
+    m_k = i_k < K
+    i_r = tl.arange(0, R)
+    first = tl.program_id(1).to(tl.int64) * t_split
+    end = tl.minimum(first + t_split, T)
+    wanted0 = _wanted(mask_ptrs[0], i_r, i_k, ranks[0], K, MASKED[0], NEEDS_A[0])
+    wanted1 = tl.full((), 0, tl.int32)
+    wanted2 = tl.full((), 0, tl.int32)
+    if G > 1:
+        wanted1 = _wanted(mask_ptrs[1], i_r, i_k, ranks[1], K, MASKED[1], NEEDS_A[1])
+    if G > 2:
+        wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
+    any_wanted = wanted0 + wanted1 + wanted2
+    if NEEDS_X:
+        any_work = any_wanted + 1
+    else:
+        any_work = any_wanted
+    acc0 = tl.zeros((R, BK), tl.float32)
+    acc1 = tl.zeros((R, BK), tl.float32)
+    acc2 = tl.zeros((R, BK), tl.float32)
+    if any_work > 0:
+        b_a0 = tl.zeros((R, BK), x_ptr.dtype.element_ty)
+        b_a1 = b_a0
+        b_a2 = b_a0
+        if NEEDS_X:
+            b_a0 = _factor(a_ptrs[0], i_r, i_k, ranks[0], K, a_strides[0]).to(b_a0.dtype)
+            if G > 1:
+                b_a1 = _factor(a_ptrs[1], i_r, i_k, ranks[1], K, a_strides[1]).to(b_a0.dtype)
+            if G > 2:
+                b_a2 = _factor(a_ptrs[2], i_r, i_k, ranks[2], K, a_strides[2]).to(b_a0.dtype)
+        for t in range(first, end, BT):
+            i_t = t + tl.arange(0, BT).to(tl.int64)
+            m_t = i_t < end
+            m_x = m_t[:, None] & m_k[None, :]
+            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x & (any_wanted > 0), other=0.0)
+            b_dx = tl.zeros((BT, BK), tl.float32)
+            for g in tl.static_range(G):
+                b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None], other=0.0)
+                b_kept = b_x
+                if DROPOUT:
+                    keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+                    b_kept = tl.where(keep, b_x, 0.0)
+                if NEEDS_X:
+                    b_a = b_a0
+                    if g == 1:
+                        b_a = b_a1
+                    if g == 2:
+                        b_a = b_a2
+                    part = tl.dot(b_ds, b_a, input_precision=PRECISION)
+                    if DROPOUT:
+                        part = tl.where(keep, part, 0.0)
+                    b_dx += part
+                if NEEDS_A[g]:
+                    if g == 0:
+                        if wanted0 > 0:
+                            acc0 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
+                    elif g == 1:
+                        if wanted1 > 0:
+                            acc1 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
+                    else:
+                        if wanted2 > 0:
+                            acc2 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
+            if NEEDS_X:
+                p_dx = dx_ptr + i_t[:, None] * dx_stride + i_k[None, :]
+                b_dx += tl.load(p_dx, mask=m_x, other=0.0).to(tl.float32)
+                tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_x)
+    i_da = (tl.program_id(1).to(tl.int64) * R + i_r[:, None]) * K + i_k[None, :]
+    for g in tl.static_range(G):
+        if NEEDS_A[g]:
+            acc = acc0
+            if g == 1:
+                acc = acc1
+            if g == 2:
+                acc = acc2
+            tl.store(da_ptrs[g] + i_da, acc, mask=m_k[None, :])
+
+
+@triton.jit
+def _factor(a_ptr, i_r, i_k, rank, K, a_stride):
+    """A's columns i_k, [R, BK]; rows from its rank on are 0."""
+    m_a = (i_r < rank)[:, None] & (i_k < K)[None, :]
+    return tl.load(a_ptr + i_r[:, None].to(tl.int64) * a_stride + i_k[None, :], mask=m_a, other=0.0)
+
+
+@triton.jit
+def _wanted(mask_ptr, i_r, i_k, rank, K, MASKED: tl.constexpr, NEEDS: tl.constexpr):
+    """Whether these columns of dA have an active bit (int32 scalar); 0 where no dA is wanted at all."""
+    wanted = tl.full((), 0, tl.int32)
+    if NEEDS:
+        wanted = tl.full((), 1, tl.int32)
+        if MASKED:
+            m_bits = (i_r < rank)[:, None] & (i_k < K)[None, :]
+            i_bits = i_r[:, None].to(tl.int64) * K + i_k[None, :]
+            wanted = tl.max(tl.max(tl.load(mask_ptr + i_bits, mask=m_bits, other=0).to(tl.int32), 1), 0)
+    return wanted
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_ptr, mask_ptr, out_ptr, columns, n, parts, part_stride, row_stride, scale,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] <- scale · Σ_p partial[p, row, column] in the order of p, exactly 0 where the mask is."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wanted = i < n
+    if MASKED:
+        wanted = tl.load(mask_ptr + i, mask=i < n, other=0) != 0
+    i_partial = (i // columns) * row_stride + i % columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for p in range(parts):
+        total += tl.load(partial_ptr + p * part_stride + i_partial, mask=wanted, other=0.0)
+    tl.store(out_ptr + i, (total * scale).to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def padded_rank(rank: int) -> int:
+    """The width of S and dS: the next power of two, at least 16, what a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision() -> str:
+    """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _shrink_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
+    if _slow(x, p):
+        return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    wide = R * G > 64
+    return {"BT": 32 if wide else 64, "BK": 32 if R * G > 128 and G > 1 else 64, "num_warps": 8 if R * G > 32 else 4, "num_stages": 2 if wide else 3}
+
+
+def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
+    if dy.element_size() == 4:
+        return {"BT": 32, "BN": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    wide, aligned = R > 64, dy.shape[1] % 8 == 0
+    return {"BT": 64 if wide else 128, "BN": 32 if R > 128 else 64, "num_warps": 4 if aligned and R <= 32 else 8, "num_stages": 2}
+
+
+def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
+    if _slow(x, p):
+        return {"BT": 16, "BK": 16 if R > 128 else 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    return {"BT": 32 if R * G > 64 else 64, "BK": 64, "num_warps": 8 if R * G > 16 else 4, "num_stages": 2}
+
+
+def _slow(x: Tensor, p: float) -> bool:
+    """fp32, whose IEEE products run on the plain cores and hold both operands in registers, or a Philox call an element."""
+    return x.element_size() == 4 or (p > 0.0 and x.shape[1] % 8 != 0)
+
+
+def _group(x: Tensor, R: int, p: float) -> int:
+    return GROUP if R <= 64 and not _slow(x, p) else 1
+
+
+def _splits(tiles: int, steps: int) -> int:
+    """In how many parts to cut `steps` iterations so that tiles · parts reaches PROGRAMS, four steps a part at least."""
+    return max(1, min(-(-PROGRAMS // tiles), steps // 4))
+
+
+def _dropout(p: float, columns: int) -> tuple[int, float, dict[str, bool]]:
+    """Threshold, 1 / (1 - p), and the kernels' two switches."""
+    return round(p * 65536), 1.0 / (1.0 - p), {"DROPOUT": p > 0.0, "ALIGNED": columns % 8 == 0}
+
+
+def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, scale: float) -> Tensor:
+    """out [rows, columns] <- scale · Σ partial [parts, rows', columns'] where mask is, for rows' ≥ rows, columns' ≥ columns."""
+    n, block = out.numel(), 1024
+    launch(
+        _reduce_kernel, (triton.cdiv(n, block),),
+        partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
+        BLOCK=block, MASKED=mask is not None,
+    )  # fmt: skip
+    return out
+
+
+def shrink(
+    x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None]
+) -> list[Tensor]:
+    """drop(x) Aᵀ [T, R] in x's dtype for each A [r, K] of `factors`, x [T, K] with unit column stride."""
+    (T, K), out = x.shape, []
+    threshold, scale, switches = _dropout(p, K)
+    R = padded_rank(max(a.shape[0] for a in factors))
+    for start in range(0, len(factors), _group(x, R, p)):
+        members, drawn = factors[start : start + _group(x, R, p)], seeds[start : start + _group(x, R, p)]
+        tiles = _shrink_tiles(x, R, len(members), p)
+        rows, steps = triton.cdiv(T, tiles["BT"]), triton.cdiv(K, tiles["BK"])
+        splits = _splits(rows, steps)
+        k_split = triton.cdiv(steps, splits) * tiles["BK"]
+        splits = triton.cdiv(K, k_split)
+        kind = x.dtype if splits == 1 else torch.float32
+        partial = [torch.empty((splits, T, R), dtype=kind, device=x.device) for _ in members]
+        launch(
+        _shrink_kernel, (rows, splits),
+            x, tuple(members), tuple(drawn), tuple(partial), T, K, x.stride(0), tuple(a.shape[0] for a in members),
+            tuple(a.stride(0) for a in members), k_split, threshold, scale,
+            G=len(members), R=R, PRECISION=_precision(), **switches, **tiles,
+        )  # fmt: skip
+        for part in partial:
+            whole = part[0] if splits == 1 else _reduce(part, part.new_empty((T, R), dtype=x.dtype), None, R, 1.0)
+            out.append(whole)
+    return out
+
+
+def output_gradients(
+    dy: Tensor, b: Tensor, s: Tensor, scaling: float, p: float, mask: Tensor | None, needs_b: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dS [T, R] = scaling / (1 - p) · dY B in dY's dtype, and dB [N, r] = scaling · dYᵀ S in B's, 0 outside `mask`."""
+    (T, N), R = dy.shape, s.shape[1]
+    tiles = _output_tiles(dy, R)
+    rows, steps = triton.cdiv(T, tiles["BT"]), triton.cdiv(N, tiles["BN"])
+    n_split = triton.cdiv(steps, _splits(rows, steps)) * tiles["BN"]
+    splits = triton.cdiv(N, n_split)
+    ds_part = torch.empty((splits, T, R), dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
+    db_part = torch.empty((rows, N, R) if needs_b else (0,), dtype=torch.float32, device=dy.device)
+    bits = mask if mask is None else mask.view(torch.uint8)
+    launch(
+        _output_kernel, (rows, splits),
+        dy, b, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), b.stride(0), n_split,
+        scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=_precision(), **tiles,
+    )  # fmt: skip
+    ds = ds_part[0] if splits == 1 else _reduce(ds_part, torch.empty_like(s), None, R, 1.0)
+    db = _reduce(db_part, torch.empty_like(b), bits, b.shape[1], scaling) if needs_b else None
+    return ds, db
+
+
+def input_gradients(
+    x: Tensor,
+    dx: Tensor | None,
+    factors: list[Tensor],
+    dss: list[Tensor],
+    p: float,
+    seeds: list[Tensor | None],
+    masks: list[Tensor | None],
+    needs_a: list[bool],
+) -> list[Tensor | None]:
+    """dx [T, K] += Σ keep ⊙ (dS A) in place, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's dtype, 0 outside its mask."""
+    (T, K), out = x.shape, []
+    threshold, _, switches = _dropout(p, K)
+    R = dss[0].shape[1]
+    for start in range(0, len(factors), _group(x, R, p)):
+        part = slice(start, start + _group(x, R, p))
+        members, wanted = factors[part], needs_a[part]
+        bits = [None if mask is None else mask.view(torch.uint8) for mask in masks[part]]
+        tiles = _input_tiles(x, R, len(members), p)
+        columns, steps = triton.cdiv(K, tiles["BK"]), triton.cdiv(T, tiles["BT"])
+        t_split = triton.cdiv(steps, _splits(columns, steps)) * tiles["BT"]
+        splits = triton.cdiv(T, t_split)
+        partial = [torch.empty((splits, R, K) if need else (0,), dtype=torch.float32, device=x.device) for need in wanted]
+        launch(
+        _input_kernel, (columns, splits),
+            x, x if dx is None else dx, tuple(members), tuple(dss[part]), tuple(seeds[part]), tuple(bits),
+            tuple(partial), T, K, x.stride(0), K if dx is None else dx.stride(0),
+            tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,
+            G=len(members), R=R, NEEDS_X=dx is not None, PRECISION=_precision(),
+            MASKED=tuple(mask is not None for mask in bits), NEEDS_A=tuple(wanted), **switches, **tiles,
+        )  # fmt: skip
+        out += [
+            _reduce(sums, torch.empty_like(a), mask, K, 1.0) if need else None
+            for sums, a, mask, need in zip(partial, members, bits, wanted)
+        ]
+    return out
+
+
+def ahead_of_time(every: bool = False) -> list[Variant]:
+    """The kernels' variants, as the launchers launch them on tensors without memory (ahead_of_time.py).
+
+    `every`: all dtypes, ranks, numbers of layers, dropouts, masks and wanted gradients in all combinations; else each
+    value of each at least once, the widest ones together.
+    """
+    with recording() as variants:
+        for case in _every_case() if every else REPRESENTATIVE:
+            _launch_all(*case)
+    return variants
+
+
+# x's dtype, the adapter's, rank, layers of one x, p, columns, masked, gradients wanted of (x, A and B)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+REPRESENTATIVE = [
+    (BF16, FP32, 16, 1, 0.05, 4096, False, (True, True)),
+    (BF16, FP32, 16, 3, 0.05, 4096, True, (True, True)),
+    (BF16, BF16, 32, 2, 0.0, 4096, True, (True, True)),
+    (BF16, FP32, 64, 3, 0.05, 4096, True, (True, True)),
+    (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True)),
+    (BF16, FP32, 256, 1, 0.05, 4096, True, (True, True)),
+    (FP16, FP32, 8, 2, 0.05, 61, True, (True, True)),
+    (FP16, FP16, 16, 1, 0.0, 4096, False, (True, False)),
+    (FP32, FP32, 16, 3, 0.05, 4096, True, (True, True)),
+    (FP32, FP32, 64, 3, 0.05, 61, True, (True, True)),
+    (FP32, FP32, 256, 1, 0.05, 4096, True, (True, True)),
+]
+
+
+def _every_case():
+    dtypes = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
+    drops = [(0.0, 4096), (0.05, 4096), (0.05, 61)]
+    for rank in (16, 32, 64, 128, 256):
+        for group in range(1, GROUP + 1):
+            for (x, a), (p, columns), masked in itertools.product(dtypes, drops, (False, True)):
+                for wanted in ((True, True), (True, False), (False, True)):
+                    yield x, a, rank, group, p, columns, masked, wanted
+
+
+def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> None:
+    def meta(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    needs_x, needs_factors = wanted
+    # Long enough to be cut into partial sums, and short enough not to be.
+    for tokens in (512, 65536):
+        x = meta(tokens, columns, dtype=x_dtype)
+        factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
+        seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
+        masks = [meta(rank, columns, dtype=torch.bool) if masked else None for _ in range(group)]
+        s = shrink(x, factors, p, seeds)
+        mask_b = meta(columns, rank, dtype=torch.bool) if masked else None
+        ds, _ = output_gradients(x, meta(columns, rank, dtype=a_dtype), s[0], 2.0, p, mask_b, needs_factors)
+        input_gradients(x, x if needs_x else None, factors, [ds] * group, p, seeds, masks, [needs_factors] * group)

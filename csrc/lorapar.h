@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a meaning below changes; native.py refuses a library of another version. */
-#define LORAPAR_ABI_VERSION 3
+#define LORAPAR_ABI_VERSION 4
 
 #define LORAPAR_OK 0
 #define LORAPAR_ERROR_NULL_POINTER 1 /* a null pointer although n > 0 (or, for a result, at all) */
@@ -32,6 +32,7 @@
 #define LORAPAR_ERROR_COUNT 8        /* a number to keep that is not in 0..candidates */
 #define LORAPAR_ERROR_MASK 9         /* a spare bit that is set, or counts that are not the mask's */
 #define LORAPAR_ERROR_SETTING 10     /* a setting of the optimizer that is out of its range */
+#define LORAPAR_ERROR_ELEMENT 11     /* an element size that is not 2, 4 or 8 bytes */
 #define LORAPAR_ERROR_CUDA 1000      /* 1000 + cudaError_t */
 
 /* Elements that share a count in a mask's index, and a scale among 8-bit moments. */
@@ -158,6 +159,15 @@ typedef struct {
  * the CUDA library cannot know without waiting, and leaves such a tile as it was. */
 LORAPAR_API int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count,
                                      const lorapar_adamw_settings *settings, intptr_t queue);
+
+/* ---- the seeded dropout mask (philox.h, dropout.cpp, dropout.cu) ---- */
+
+/* kept [n] bytes <- 1 where element i's 16-bit draw is at least `threshold`, else 0. seed [1]. */
+LORAPAR_API int lorapar_dropout_mask(const int64_t *seed, int64_t n, int32_t threshold, uint8_t *kept, intptr_t queue);
+
+/* target [n] <- source [n] where the mask keeps, else zero bits. Elements of 2, 4 or 8 bytes; target may be source. */
+LORAPAR_API int lorapar_zero_dropped(const void *source, int32_t element_size, int64_t n, const int64_t *seed,
+                                     int32_t threshold, void *target, intptr_t queue);
 
 #ifdef __cplusplus
 }

@@ -22,6 +22,14 @@ int check(int64_t n, const T *...pointers) {
     return status;
 }
 
+// As `check` for data of unknown type and elements of 2, 4 or 8 bytes, to which both pointers are aligned, and a seed.
+inline int check_elements(int32_t size, int64_t n, const void *source, const void *target, const int64_t *seed) {
+    if (size != 2 && size != 4 && size != 8) return LORAPAR_ERROR_ELEMENT;
+    if (int status = check(n, static_cast<const uint8_t *>(source), static_cast<const uint8_t *>(target), seed)) return status;
+    const uintptr_t bits = reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target);
+    return n > 0 && bits % static_cast<uintptr_t>(size) != 0 ? LORAPAR_ERROR_ALIGNMENT : LORAPAR_OK;
+}
+
 // One line on a status that is not CUDA's own, else nullptr.
 inline const char *status_text(int status) {
     switch (status) {
@@ -36,6 +44,7 @@ inline const char *status_text(int status) {
         case LORAPAR_ERROR_COUNT: return "a number of elements to keep that is not in 0..candidates";
         case LORAPAR_ERROR_MASK: return "a mask with a spare bit set, or counts that are not the mask's";
         case LORAPAR_ERROR_SETTING: return "a setting of the optimizer that is out of its range";
+        case LORAPAR_ERROR_ELEMENT: return "an element size that is not 2, 4 or 8 bytes";
         default: return nullptr;
     }
 }

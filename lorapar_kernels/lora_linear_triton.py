@@ -116,8 +116,8 @@ def _output_kernel(
 
 @triton.jit
 def _input_kernel(
-    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, T, K, x_stride, dx_stride, ranks, a_strides,
-    t_split, threshold,
+    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, T, K, x_stride, dx_stride, ds_stride,
+    ranks, a_strides, t_split, threshold,
     G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -165,7 +165,7 @@ def _input_kernel(
             b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x & (any_wanted > 0), other=0.0)
             b_dx = tl.zeros((BT, BK), tl.float32)
             for g in tl.static_range(G):
-                b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None], other=0.0)
+                b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t[:, None], other=0.0)
                 b_kept = b_x
                 if DROPOUT:
                     keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
@@ -256,19 +256,19 @@ def _shrink_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
     if _slow(x, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     wide = R * G > 64
-    return {"BT": 32 if wide else 64, "BK": 32 if R * G > 128 and G > 1 else 64, "num_warps": 8 if R * G > 32 else 4, "num_stages": 2 if wide else 3}
+    return {"BT": 32 if wide else 64, "BK": 64, "num_warps": 8 if R * G > 32 else 4, "num_stages": 2 if wide else 3}
 
 
 def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
     if dy.element_size() == 4:
         return {"BT": 32, "BN": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     wide, aligned = R > 64, dy.shape[1] % 8 == 0
-    return {"BT": 64 if wide else 128, "BN": 32 if R > 128 else 64, "num_warps": 4 if aligned and R <= 32 else 8, "num_stages": 2}
+    return {"BT": 32 if R > 128 else 64 if wide else 128, "BN": 32 if R > 128 else 64, "num_warps": 4 if aligned and R <= 32 else 8, "num_stages": 2}
 
 
 def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
     if _slow(x, p):
-        return {"BT": 16, "BK": 16 if R > 128 else 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+        return {"BT": 16, "BK": 32, "num_warps": 4, "num_stages": 2}
     return {"BT": 32 if R * G > 64 else 64, "BK": 64, "num_warps": 8 if R * G > 16 else 4, "num_stages": 2}
 
 
@@ -278,7 +278,7 @@ def _slow(x: Tensor, p: float) -> bool:
 
 
 def _group(x: Tensor, R: int, p: float) -> int:
-    return GROUP if R <= 64 and not _slow(x, p) else 1
+    return 1 if _slow(x, p) or R > 64 else GROUP if R <= 32 else 2
 
 
 def _splits(tiles: int, steps: int) -> int:
@@ -363,31 +363,36 @@ def input_gradients(
     needs_a: list[bool],
 ) -> list[Tensor | None]:
     """dx [T, K] += Σ keep ⊙ (dS A) in place, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's dtype, 0 outside its mask."""
-    (T, K), out = x.shape, []
+    (T, K), R = x.shape, dss[0].shape[1]
     threshold, _, switches = _dropout(p, K)
-    R = dss[0].shape[1]
-    for start in range(0, len(factors), _group(x, R, p)):
-        part = slice(start, start + _group(x, R, p))
-        members, wanted = factors[part], needs_a[part]
-        bits = [None if mask is None else mask.view(torch.uint8) for mask in masks[part]]
-        tiles = _input_tiles(x, R, len(members), p)
+    bits = [None if mask is None else mask.view(torch.uint8) for mask in masks]
+    das = [torch.empty_like(a) if need else None for a, need in zip(factors, needs_a)]
+    # A plain-core product holds all of its inner dimension in registers: fp32 ranks go 64 at a time, a launch each.
+    width = min(R, 64) if x.element_size() == 4 else R
+    pieces = [(g, slice(r, r + width)) for g, a in enumerate(factors) for r in range(0, a.shape[0], width)]
+    group = _group(x, R, p)
+    for start in range(0, len(pieces), group):
+        here = pieces[start : start + group]
+        members = tuple(factors[g][rows] for g, rows in here)
+        parts_bits = tuple(None if bits[g] is None else bits[g][rows] for g, rows in here)
+        wanted = tuple(needs_a[g] for g, _ in here)
+        tiles = _input_tiles(x, width, len(here), p)
         columns, steps = triton.cdiv(K, tiles["BK"]), triton.cdiv(T, tiles["BT"])
         t_split = triton.cdiv(steps, _splits(columns, steps)) * tiles["BT"]
         splits = triton.cdiv(T, t_split)
-        partial = [torch.empty((splits, R, K) if need else (0,), dtype=torch.float32, device=x.device) for need in wanted]
+        sums = tuple(x.new_empty((splits, width, K) if need else (0,), dtype=torch.float32) for need in wanted)
         launch(
-        _input_kernel, (columns, splits),
-            x, x if dx is None else dx, tuple(members), tuple(dss[part]), tuple(seeds[part]), tuple(bits),
-            tuple(partial), T, K, x.stride(0), K if dx is None else dx.stride(0),
+            _input_kernel, (columns, splits),
+            x, x if dx is None else dx, members, tuple(dss[g][:, rows.start :] for g, rows in here),
+            tuple(seeds[g] for g, _ in here), parts_bits, sums, T, K, x.stride(0), K if dx is None else dx.stride(0), R,
             tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,
-            G=len(members), R=R, NEEDS_X=dx is not None, PRECISION=_precision(),
-            MASKED=tuple(mask is not None for mask in bits), NEEDS_A=tuple(wanted), **switches, **tiles,
+            G=len(here), R=width, NEEDS_X=dx is not None, PRECISION=_precision(),
+            MASKED=tuple(mask is not None for mask in parts_bits), NEEDS_A=wanted, **switches, **tiles,
         )  # fmt: skip
-        out += [
-            _reduce(sums, torch.empty_like(a), mask, K, 1.0) if need else None
-            for sums, a, mask, need in zip(partial, members, bits, wanted)
-        ]
-    return out
+        for (g, rows), part, mask in zip(here, sums, parts_bits):
+            if das[g] is not None:
+                _reduce(part, das[g][rows], mask, K, 1.0)
+    return das
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 4  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.
@@ -22,7 +22,8 @@ ERROR_SCORE, ERROR_ZERO, ERROR_COUNT = 5, 6, 8
 
 # name -> (argument types, result type), as in csrc/lorapar.h, a dict a topic. Pointers travel as void *: they come from
 # data_ptr(). The last argument of what does work is `queue`, which `call` supplies.
-POINTER, SIZE, QUEUE, STATUS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_ssize_t, ctypes.c_int
+POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+QUEUE, STATUS = ctypes.c_ssize_t, ctypes.c_int
 LIBRARY = {
     "lorapar_abi_version": ([], ctypes.c_int),
     "lorapar_build": ([], ctypes.c_char_p),
@@ -80,7 +81,11 @@ class AdamWSettings(ctypes.Structure):
 
 
 MASKED_ADAMW = {"lorapar_masked_adamw": ([POINTER, SIZE, POINTER, QUEUE], STATUS)}
-SIGNATURES = LIBRARY | BITMASK | SELECTION | MASKED_ADAMW
+DROPOUT = {
+    "lorapar_dropout_mask": ([POINTER, SIZE, INT, POINTER, QUEUE], STATUS),
+    "lorapar_zero_dropped": ([POINTER, INT, SIZE, POINTER, INT, POINTER, QUEUE], STATUS),
+}
+SIGNATURES = LIBRARY | BITMASK | SELECTION | MASKED_ADAMW | DROPOUT
 
 
 def path(kind: str) -> Path:

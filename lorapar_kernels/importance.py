@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import always, choose
-from .lora_linear import add_input_gradient, add_lora, as_autocast, check_arguments, check_weight, thin
+from .lora_linear import as_autocast, check_arguments, check_weight
+from .lora_passes import expand, input_gradients, shrink, thin
 
 
 class _FourSums(NamedTuple):
@@ -141,7 +142,8 @@ class _LoraLinearScored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, examples, sums, backend):  # type: ignore[override]
         out = F.linear(x, weight, bias) if y is None else y.clone()
-        s = add_lora(out, x, lora_a.to(x.dtype), lora_b.to(x.dtype), scaling)
+        (s,) = shrink(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
+        expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)
         ctx.scaling, ctx.examples, ctx.sums, ctx.backend = scaling, examples, sums, backend
         return out
@@ -149,9 +151,8 @@ class _LoraLinearScored(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        ds = thin(rows.t(), b).mul_(ctx.scaling)
+        ds = thin(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
         sums, rests, (starts, offsets) = ctx.sums, ctx.sums.rests, ctx.examples
         of_a = sums.a_gphi, rests.a_gphi, sums.a_gphi_sq, rests.a_gphi_sq
         of_b = sums.b_gphi, rests.b_gphi, sums.b_gphi_sq, rests.b_gphi_sq
@@ -166,7 +167,7 @@ class _LoraLinearScored(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = rows @ weight if weight is not None else rows.new_zeros(rows.shape[0], x.shape[-1])
-            add_input_gradient(dx, ds, a, x.shape, 0.0, None)
+            input_gradients(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
             dx = dx.view(x.shape)
         return dx, (dy if ctx.needs_input_grad[1] else None), *(None,) * 8
 

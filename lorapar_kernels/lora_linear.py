@@ -1,95 +1,201 @@
 """Masked LoRA linear layer: y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ, with gradients for x, A and B only.
 
 Shapes: x [..., in], weight W [out, in], lora_a A [r, in], lora_b B [out, r], masks bool of A's and B's shape. W and x
-share a dtype; A and B may be wider (PEFT keeps them in fp32 beside a bf16 base). With S = drop(x) Aᵀ and dS = s · dY B,
+share a dtype; A and B may be wider (PEFT keeps them in fp32 beside a bf16 base). With keep the dropout mask,
+drop(x) = keep ⊙ x / (1 − p), S = drop(x) Aᵀ and dS = s / (1 − p) · dY B,
 
-    dX = dY W + undrop(dS A),    dA = mask_a ⊙ dSᵀ drop(x),    dB = mask_b ⊙ s · dYᵀ S.
+    dX = dY W + keep ⊙ (dS A),    dA = mask_a ⊙ dSᵀ (keep ⊙ x),    dB = mask_b ⊙ s · dYᵀ S.
 
 Masks act on gradients, never on the forward: an inactive element keeps its value and takes part with it (LoRA-PAR,
 paper section 3.4). Saved for backward: x, which q, k and v share, and S of rank r; the dropout mask is drawn again from
-its seed, so that nothing else of x's or y's size is kept.
+its seed, so that nothing else of x's or y's size is kept. The scale 1 / (1 − p) is applied at rank r, so that dropping
+an element of x rounds nothing.
+
+Three passes are all that is added to the frozen layer's own products: `shrink` (reads x), `output_gradients` (reads
+dY), `input_gradients` (reads x, adds to dX); lora_passes.py specifies them, lora_passes_triton.py has the kernels. The
+rest is here: the frozen products, autograd, and the op, which serves one layer and several layers of one x.
 
 Trade-off: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a bf16
 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a layer.
-
-The plain PyTorch below is the specification, and the path on every device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import always, choose
-from .dropout import dropout_mask
+from . import lora_passes
+from .lora_passes import expand, padded_rank, passes_for
 
 
-def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x with the seeded dropout applied and the kept elements scaled by 1 / (1 - p)."""
-    if p == 0.0:
-        return x
-    assert seed is not None  # checked by `check_arguments`
-    return torch.where(dropout_mask(seed, x.shape, p), x / (1.0 - p), 0.0)
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] -> [T, n] with unit column stride."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def thin(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right [m, n] of left [k, m] and right [k, n], multiplied with the smaller of m and n as the rows.
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    mask_as: Sequence[Tensor | None],
+    mask_bs: Sequence[Tensor | None],
+    seeds: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+) -> list[Tensor]:
+    """One layer, or several of one x; ys: what opaque bases gave for x, and then no weights, else none.
 
-    That is 1.6 to 4.6 times as fast in fp32 on a CPU (r = 8, 265 and 408 tokens, torch 2.13); bf16 is the same.
+    Gives each layer's output, and after them each S, which the backward takes.
     """
-    return left.t() @ right if left.shape[1] <= right.shape[1] else (right.t() @ left).t()
+    columns = passes_for("lora_linear", x, lora_as).shrink(_rows(x), list(lora_as), p, list(seeds))
+    outs = [y.clone() for y in ys] or [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+    for out, s, b, scaling in zip(outs, columns, lora_bs, scalings):
+        expand(out.view(-1, out.shape[-1]), s, b, scaling)
+    return outs + columns
 
 
-def add_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Add s · x aᵀ bᵀ to y in place, all of one dtype; returns S = x aᵀ, [tokens, r]."""
-    s = thin(x.reshape(-1, x.shape[-1]).t(), a.t())
-    y.view(-1, y.shape[-1]).addmm_(s, b.t(), alpha=scaling)
-    return s
+def _gradients(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    columns: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    mask_as: Sequence[Tensor | None],
+    mask_bs: Sequence[Tensor | None],
+    seeds: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """needs: of x, of each A, of each B. Gives dX, each dA, each dB; an empty tensor for what is not needed."""
+    n, passes = len(dys), passes_for("lora_linear", x, lora_as)
+    needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), needs[n + 1 :]
+    flat, rows = _rows(x), [_rows(dy) for dy in dys]
+    dx = None
+    if needs_x:
+        dx = rows[0] @ weights[0] if weights else torch.zeros_like(flat)
+        for dy, weight in zip(rows[1:], weights[1:]):
+            dx.addmm_(dy, weight)
+    dss, dbs = [], []
+    for dy, b, s, scaling, mask, need in zip(rows, lora_bs, columns, scalings, mask_bs, needs_b):
+        ds, db = passes.output_gradients(dy, b, s, scaling, p, mask, need)
+        dss.append(ds)
+        dbs.append(db)
+    das = passes.input_gradients(flat, dx, list(lora_as), dss, p, list(seeds), list(mask_as), needs_a)
+    gradients = [None if dx is None else dx.view(x.shape), *das, *dbs]
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
-def add_input_gradient(dx: Tensor, ds: Tensor, a: Tensor, shape: torch.Size, p: float, seed: Tensor | None) -> None:
-    """Add undrop(dS A) to dx [tokens, in] in place."""
-    if p == 0.0:
-        dx.addmm_(ds, a)
-    else:
-        dx.add_(drop((ds @ a).view(shape), p, seed).view_as(dx))
+def _save(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """Keep x, S, the weights and what is of the factors' size; nothing else of x's or y's size."""
+    x, weights, _, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p = inputs
+    n = len(lora_as)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *outputs[n:], *lora_as, *lora_bs, *mask_as, *mask_bs, *seeds, *weights)
+    ctx.scalings, ctx.p, ctx.opaque = list(scalings), p, bool(ys)
+    ctx.widths = [out.shape[-1] for out in outputs[:n]]
 
 
-def masked(gradient: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient in its parameter's dtype, exactly zero (also where it was NaN) outside the mask."""
-    gradient = gradient.to(dtype)
-    return gradient if mask is None else gradient.masked_fill_(~mask, 0.0)
+def _saved_gradients(
+    gradients: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor | None], needs: list[bool]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Each dY, and `gradients` of what `_save` kept, None where not needed."""
+    n = len(ctx.widths)
+    x, *rest = ctx.saved_tensors
+    columns, lora_as, lora_bs, mask_as, mask_bs, seeds = (rest[i * n : (i + 1) * n] for i in range(6))
+    # An output that nothing used has no gradient.
+    dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
+    found = gradients(
+        dys, x, columns, rest[6 * n :], lora_as, lora_bs, mask_as, mask_bs, seeds, ctx.scalings, ctx.p, needs
+    )
+    return dys, [gradient if need else None for gradient, need in zip(found, needs)]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`weight` None: the base product is opaque and comes as `y`, whose gradient is dY itself."""
+    """`_forward` and `_gradients` in eager mode.
+
+    The op below computes the same and is what torch.compile sees. torch's own wrapping of an op with lists costs 0.2 ms a
+    forward and 0.4 ms with its backward, twice what all else in a small call does (bench/LOG.md), hence this class.
+    """
 
     @staticmethod
-    def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, mask_a, mask_b, p, seed):  # type: ignore[override]
-        out = F.linear(x, weight, bias) if y is None else y.clone()
-        s = add_lora(out, drop(x, p, seed), lora_a.to(x.dtype), lora_b.to(x.dtype), scaling)
-        ctx.save_for_backward(x, s, weight, lora_a, lora_b, mask_a, mask_b, seed)
-        ctx.scaling, ctx.p = scaling, p
-        return out
+    def forward(ctx, sizes, scalings, p, x, *flat):  # type: ignore[override]
+        groups, start = [], 0
+        for size in sizes:
+            groups.append(flat[start : start + size])
+            start += size
+        inputs = (x, *groups, scalings, p)
+        outputs = _forward(*inputs)
+        _save(ctx, inputs, outputs)
+        ctx.sizes = sizes
+        return tuple(outputs[: len(scalings)])
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        x, s, weight, lora_a, lora_b, mask_a, mask_b, seed = ctx.saved_tensors
-        needs_x, needs_y, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        rows = dy.reshape(-1, dy.shape[-1])
-        ds = thin(rows.t(), b).mul_(ctx.scaling)
-        dx = da = db = None
-        if needs_x:
-            dx = rows @ weight if weight is not None else rows.new_zeros(rows.shape[0], x.shape[-1])
-            add_input_gradient(dx, ds, a, x.shape, ctx.p, seed)
-            dx = dx.view(x.shape)
-        if needs_a:
-            da = masked(ds.t() @ drop(x, ctx.p, seed).reshape(-1, x.shape[-1]), mask_a, lora_a.dtype)
-        if needs_b:
-            db = masked(thin(rows, s).mul_(ctx.scaling), mask_b, lora_b.dtype)
-        return dx, (dy if needs_y else None), None, None, da, db, None, None, None, None, None
+    def backward(ctx, *grads):  # type: ignore[override]
+        n_weights, n_biases, n_ys, n, *_ = ctx.sizes
+        needs, first_a = ctx.needs_input_grad, 4 + n_weights + n_biases + n_ys
+        needs = [needs[3], *needs[first_a : first_a + 2 * n]]
+        dys, (dx, *of_factors) = _saved_gradients(_gradients, ctx, grads, needs)
+        through = dys if ctx.opaque else []
+        return None, None, None, dx, *[None] * (n_weights + n_biases), *through, *of_factors, *[None] * (3 * n)
+
+
+_op = torch.library.custom_op("lorapar::lora_linear", _forward, mutates_args=())
+_gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradients, mutates_args=())
+
+
+@_op.register_fake
+def _(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
+    outs = [torch.empty_like(y) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    padded = passes_for("lora_linear", x, lora_as) is not lora_passes
+    widths = [padded_rank(lora_as) if padded else a.shape[0] for a in lora_as]
+    return outs + [x.new_empty((x.numel() // x.shape[-1], width)) for width in widths]
+
+
+@_gradients_op.register_fake
+def _(dys, x, columns, weights, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p, needs):
+    return [
+        like.new_empty(like.shape) if need else x.new_empty(0) for like, need in zip([x, *lora_as, *lora_bs], needs)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _save(ctx, inputs, output)
+    # torch takes a list with a None in it for one argument, whose gradient is None and not a list of them.
+    ctx.nothing = [
+        None if any(entry is None for entry in given) else [None] * len(given)
+        for given in (inputs[1], inputs[2], *inputs[6:9])
+    ]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    n = len(ctx.widths)
+    needs_x, _, _, needs_y, needs_a, needs_b, *_ = ctx.needs_input_grad
+    dys, (dx, *of_factors) = _saved_gradients(_gradients_op, ctx, grads[:n], [needs_x, *needs_a, *needs_b])
+    through = [dy if need else None for dy, need in zip(dys, needs_y)] if ctx.opaque else []
+    of_weights, of_biases, *of_masks_and_seeds = ctx.nothing
+    return dx, of_weights, of_biases, through, of_factors[:n], of_factors[n:], *of_masks_and_seeds, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _apply(x: Tensor, *groups: Sequence[Tensor | None], scalings: list[float], p: float) -> list[Tensor]:
+    """Each layer's output of checked arguments: weights, biases, ys, factors A and B, masks of each, seeds."""
+    n = len(scalings)
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+        if torch.compiler.is_compiling():
+            return _op(x, *map(list, groups), scalings, p)[:n]
+        flat = [tensor for group in groups for tensor in group]
+        return list(_LoraLinear.apply(tuple(map(len, groups)), scalings, p, x, *flat))
 
 
 def check_arguments(
@@ -179,14 +285,14 @@ def lora_linear(
 
     Returns [..., out] in x's dtype. Raises ValueError or TypeError that names the argument that does not fit.
     """
-    choose("lora_linear", {"reference": always})
     x_, weight_, bias_ = as_autocast(x, weight, bias)
     assert x_ is not None
     assert weight_ is not None
     check_weight(x_, weight_, bias_)
     check_arguments(x_, lora_a, lora_b, weight_.shape[0], mask_a, mask_b, dropout_p, seed)
-    with torch.autocast(x.device.type, enabled=False):
-        return _LoraLinear.apply(x_, None, weight_, bias_, lora_a, lora_b, scaling, mask_a, mask_b, dropout_p, seed)  # type: ignore[return-value]
+    drawn = seed if dropout_p > 0.0 else None
+    groups = [weight_], [bias_], [], [lora_a], [lora_b], [mask_a], [mask_b], [drawn]
+    return _apply(x_, *groups, scalings=[scaling], p=dropout_p)[0]
 
 
 def lora_add(
@@ -204,13 +310,12 @@ def lora_add(
 
     Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype, and its gradient is passed through.
     """
-    choose("lora_add", {"reference": always})
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must be [{', '.join(map(str, x.shape[:-1]))}, out] as x is, got {list(y.shape)}")
     x_ = x.to(y.dtype)
     check_arguments(x_, lora_a, lora_b, y.shape[-1], mask_a, mask_b, dropout_p, seed)
-    with torch.autocast(x.device.type, enabled=False):
-        return _LoraLinear.apply(x_, y, None, None, lora_a, lora_b, scaling, mask_a, mask_b, dropout_p, seed)  # type: ignore[return-value]
+    groups = [], [], [y], [lora_a], [lora_b], [mask_a], [mask_b], [seed if dropout_p > 0.0 else None]
+    return _apply(x_, *groups, scalings=[scaling], p=dropout_p)[0]
 
 
 def lora_linear_grouped(
@@ -235,10 +340,15 @@ def lora_linear_grouped(
     for name, column in columns.items():
         if column is not None and len(column) != count:
             raise ValueError(f"{name} must have {count} entries, as weights has, got {len(column)}")
+    if count == 0:
+        raise ValueError("weights must hold at least one layer, got none")
     none: list[None] = [None] * count
-    return [
-        lora_linear(x, weight, a, b, scaling, bias, mask_a, mask_b, dropout_p, seed)
-        for weight, a, b, scaling, bias, mask_a, mask_b, seed in zip(
-            weights, lora_as, lora_bs, scalings, biases or none, mask_as or none, mask_bs or none, seeds or none
-        )
-    ]
+    x_, *rest = as_autocast(x, *weights, *(biases or none))
+    assert x_ is not None
+    weights_, biases_ = [weight for weight in rest[:count] if weight is not None], rest[count:]
+    masks, drawn = (mask_as or none, mask_bs or none), seeds or none
+    for weight, bias, a, b, mask_a, mask_b, seed in zip(weights_, biases_, lora_as, lora_bs, *masks, drawn):
+        check_weight(x_, weight, bias)
+        check_arguments(x_, a, b, weight.shape[0], mask_a, mask_b, dropout_p, seed)
+    groups = weights_, biases_, [], lora_as, lora_bs, *masks, drawn if dropout_p > 0.0 else none
+    return _apply(x_, *groups, scalings=list(scalings), p=dropout_p)

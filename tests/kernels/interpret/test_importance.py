@@ -7,7 +7,6 @@ runs.
 import itertools
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,27 +26,6 @@ def triton_and_unwritten_outputs(monkeypatch):
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
-    interpret_bf16_products(monkeypatch)
-
-
-def interpret_bf16_products(monkeypatch):
-    """Triton 3.6's interpreter keeps bf16 as its bits and would multiply those; a product of bf16 is exact in fp32."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        values = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(values, tl.float32)
-
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest),
-    )
 
 
 def case(lengths, n_in, n_out, r, dtype, factor_dtype):

@@ -1,4 +1,4 @@
-"""lora_linear.py's Triton kernels: the passes over x and dY that a LoRA layer adds to the frozen one.
+"""lora_passes.py's Triton kernels: the passes over x and dY that a LoRA layer adds to the frozen one.
 
 With S = drop(x) Aᵀ, dS = s · dY B and keep the dropout mask, scaled by 1 / (1 − p) where it is applied:
 
@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .ahead_of_time import Variant, launch, recording
-from .dropout_triton import INTERPRETED, keep_tile
-
-__all__ = ["AHEAD_OF_TIME", "INTERPRETED", "input_gradients", "output_gradients", "padded_rank", "shrink"]
+from .dropout_triton import keep_tile
+from .lora_passes import padded_rank
 
 # More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3
@@ -242,11 +241,6 @@ def _reduce_kernel(
     tl.store(out_ptr + i, (total * scale).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
-def padded_rank(rank: int) -> int:
-    """The width of S and dS: the next power of two, at least 16, what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(rank))
-
-
 def _precision() -> str:
     """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -308,7 +302,7 @@ def shrink(
     """drop(x) Aᵀ [T, R] in x's dtype for each A [r, K] of `factors`, x [T, K] with unit column stride."""
     (T, K), out = x.shape, []
     threshold, scale, switches = _dropout(p, K)
-    R = padded_rank(max(a.shape[0] for a in factors))
+    R = padded_rank(factors)
     for start in range(0, len(factors), _group(x, R, p)):
         members, drawn = factors[start : start + _group(x, R, p)], seeds[start : start + _group(x, R, p)]
         tiles = _shrink_tiles(x, R, len(members), p)

@@ -2,9 +2,10 @@
 
     python -m lorapar_kernels.compile --arch 80 90 100
 
-Prints a line per kernel, variant and architecture: registers a thread, bytes spilled, shared memory. Exit
-status 0 when all compiled and none spills, 1 when one failed or spills (or Triton is not there), 2 on
-unusable arguments.
+Prints a line per kernel, variant and architecture: registers a thread, bytes spilled, bytes of shared memory, and the
+matrix instruction. Exit status 0 when all compiled, none spills and each fits into shared memory; 1 when one does not
+(or Triton is not there); 2 on unusable arguments. `--every` takes each kernel in each way in which it can be launched,
+which is a matter of an hour; without it, each choice that makes a variant is covered at least once.
 
 What is shipped is compiled at run time; this is the check that it will compile, and what it will cost, where
 no such GPU is at hand.
@@ -24,8 +25,14 @@ from typing import Any
 
 from .ahead_of_time import Variant
 
-# The files that hold Triton kernels; each lists its variants as AHEAD_OF_TIME. A test finds one left out.
-MODULES = ("dropout_triton", "importance_triton")
+# The files that hold Triton kernels; each has `ahead_of_time(every)`, its variants. A test finds one left out.
+MODULES = ("dropout_triton", "importance_triton", "lora_passes_triton")
+
+
+# Bytes of shared memory that a block can have (CUDA C++ Programming Guide, technical specifications). A kernel is held
+# to the smallest of its generation, so that it runs on the consumer cards of each too.
+SHARED = {80: 99 << 10, 90: 99 << 10, 100: 99 << 10}
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Row:
     registers: int = 0
     spilled: int = 0
     shared: int = 0
+    instruction: str = ""
     failure: str | None = None
 
 
@@ -82,15 +90,35 @@ def compile_variant(variant: Variant, arch: int) -> Row:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Row(name, variant.name, arch, failure=" ".join(text.split())[:500])
-    return Row(name, variant.name, arch, registers, spilled, compiled.metadata.shared)
+    instruction = matrix_instruction(compiled.asm["ptx"])
+    return Row(name, variant.name, arch, registers, spilled, compiled.metadata.shared, instruction)
+
+
+def matrix_instruction(ptx: str) -> str:
+    """The widest matrix instruction in the PTX, "-" where products run on the plain cores or there are none."""
+    return next((name for name in MATRIX_INSTRUCTIONS if name in ptx), "-")
+
+
+def fault(row: Row) -> str | None:
+    """Why a variant will not do; None when it will."""
+    if row.failure is not None:
+        return row.failure
+    if row.spilled > 0:
+        return f"spills {row.spilled} bytes"
+    # A block of an architecture that is not in the table gets no less than the smallest in it.
+    limit = SHARED.get(row.arch, min(SHARED.values()))
+    return f"needs {row.shared} bytes of shared memory, of {limit}" if row.shared > limit else None
 
 
 def table(rows: list[Row]) -> str:
     """The rows for people."""
-    lines = [f"{'kernel':<32} {'variant':<24} {'arch':>6} {'registers':>9} {'spilled':>8} {'shared':>8}"]
+    kernels = max([6, *(len(row.kernel) for row in rows)])
+    names = max([7, *(len(row.variant) for row in rows)])
+    heading = f"{'registers':>9} {'spilled':>8} {'shared':>8} {'instruction':>12}"
+    lines = [f"{'kernel':<{kernels}} {'variant':<{names}} {'arch':>6} {heading}"]
     for row in rows:
-        figures = row.failure or f"{row.registers:>9} {row.spilled:>8} {row.shared:>8}"
-        lines.append(f"{row.kernel:<32} {row.variant:<24} {f'sm_{row.arch}':>6} {figures}")
+        figures = row.failure or f"{row.registers:>9} {row.spilled:>8} {row.shared:>8} {row.instruction:>12}"
+        lines.append(f"{row.kernel:<{kernels}} {row.variant:<{names}} {f'sm_{row.arch}':>6} {figures}")
     return "\n".join(lines)
 
 
@@ -107,7 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="compute capabilities, 80 for 8.0 (default: 80 90 100)",
     )
-    archs = parser.parse_args(arguments).arch
+    parser.add_argument("--every", action="store_true", help="every variant that can be launched")
+    given = parser.parse_args(arguments)
+    archs = given.arch
     unknown = [arch for arch in archs if not 75 <= arch < 1000]
     if unknown:
         parser.error(f"--arch takes compute capabilities of 75 and above, such as 90 for 9.0, got {unknown[0]}")
@@ -121,12 +151,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     variants = [
-        variant for module in MODULES for variant in importlib.import_module(f"{__package__}.{module}").AHEAD_OF_TIME
+        variant
+        for module in MODULES
+        for variant in importlib.import_module(f"{__package__}.{module}").ahead_of_time(given.every)
     ]
     rows = [compile_variant(variant, arch) for variant in variants for arch in archs]
     print(table(rows))
-    bad = [row for row in rows if row.failure is not None or row.spilled > 0]
-    print(f"{len(bad)} of {len(rows)} failed or spill" if bad else f"{len(rows)} compiled, no spills")
+    bad = [(row, why) for row in rows if (why := fault(row)) is not None]
+    for row, why in bad:
+        print(f"{row.kernel} {row.variant} sm_{row.arch}: {why}")
+    print(f"{len(bad)} of {len(rows)} will not do" if bad else f"{len(rows)} compiled, no spills, all within shared memory")
     return 1 if bad else 0
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant
+from .ahead_of_time import Variant, launch, recording
 
 # 256 Philox blocks = 2,048 elements a program: 8 bytes a lane and store at 4 warps with 2 blocks each.
 BLOCK = 256
@@ -76,25 +76,15 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     n = kept.numel()
     if n > 0:
         grid = (triton.cdiv(n, 8 * BLOCK),)
-        launch = _dropout_mask_kernel[grid]
-        launch(seed, kept.view(torch.uint8), n, threshold, BLOCK=BLOCK, num_warps=WARPS)  # pyright: ignore[reportCallIssue]
+        launch(_dropout_mask_kernel, grid, seed, kept.view(torch.uint8), n, threshold, BLOCK=BLOCK, num_warps=WARPS)
     return kept
 
 
-AHEAD_OF_TIME = [
-    Variant(
-        kernel=_dropout_mask_kernel,
-        name=f"n:{size}",
-        signature={
-            "seed_ptr": "*i64",
-            "kept_ptr": "*u8",
-            "n": size,
-            "threshold": "i32",
-            "BLOCK": "constexpr",
-        },
-        constants={"BLOCK": BLOCK},
-        aligned=("seed_ptr", "kept_ptr"),
-        warps=WARPS,
-    )
-    for size in ("i32", "i64")
-]
+def ahead_of_time(every: bool = False) -> list[Variant]:
+    """The kernel's variants: few enough that `every` makes no difference."""
+    del every
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    with recording() as variants:
+        for shape in ((2048,), (2**31,)):
+            dropout_mask(seed, shape, 3277)
+    return variants

@@ -12,12 +12,14 @@ sums. No atomics, and neither G nor a `.grad` is ever written: equal calls give 
 Trade-off: the ranges fill the GPU where a factor has few tiles, and cost 8 bytes an element of one layer a range.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant
+from .ahead_of_time import Variant, launch, recording
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64
@@ -139,51 +141,30 @@ def add_example_products(
     ranges = ranges_of_examples(n_examples, tiles_n * tiles_r, thin.device)
     partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
     tokens, warps = STEP[8 * thin.element_size()]
-    launch = _example_products_kernel[(tiles_n, tiles_r, ranges)]
-    launch(  # pyright: ignore[reportCallIssue]
+    launch(
+        _example_products_kernel, (tiles_n, tiles_r, ranges),
         thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
-        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=tokens, num_warps=warps,  # pyright: ignore[reportCallIssue]
+        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=tokens, num_warps=warps,
     )  # fmt: skip
-    launch = _add_partial_sums_kernel[(-(-phi.numel() // BLOCK),)]
-    launch(partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)  # pyright: ignore
+    launch(_add_partial_sums_kernel, (-(-phi.numel() // BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)
 
 
-def _products_variant(dtype: str, factor: str, rows: int, across: bool) -> Variant:
-    # Triton makes an argument that is 1 a constant: of phi's strides one always is.
-    tokens, warps = STEP[int(dtype[-2:])]
-    unit, other = ("stride_phi_r", "stride_phi_n") if across else ("stride_phi_n", "stride_phi_r")
-    return Variant(
-        kernel=_example_products_kernel,
-        name=f"{dtype},{factor} r:{rows} {'B' if across else 'A'}",
-        signature={
-            "thin_ptr": f"*{dtype}", "wide_ptr": f"*{dtype}", "phi_ptr": f"*{factor}", "offsets_ptr": "*i64",
-            "partial_ptr": "*fp32", "scale": "fp32", "n_examples": "i32", "rank": "i32", "width": "i32",
-            "stride_thin": "i32", "stride_wide": "i32",
-            "stride_phi_r": "constexpr" if across else "i32", "stride_phi_n": "i32" if across else "constexpr",
-            "BLOCK_R": "constexpr", "BLOCK_N": "constexpr", "BLOCK_T": "constexpr",
-        },
-        constants={unit: 1, "BLOCK_R": rows, "BLOCK_N": BLOCK_N, "BLOCK_T": tokens},
-        aligned=("thin_ptr", "wide_ptr", "phi_ptr", "offsets_ptr", "partial_ptr", "width", "stride_wide",
-                 *(() if across else (other,))),
-        warps=warps,
-    )  # fmt: skip
-
-
-AHEAD_OF_TIME = [
-    *(
-        _products_variant(dtype, factor, rows, across)
-        for dtype, factor in (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
-        for rows in (16, 32)
-        for across in (False, True)
-    ),
-    Variant(
-        kernel=_add_partial_sums_kernel,
-        name="fp32",
-        signature={
-            "partial_ptr": "*fp32", "sum_ptr": "*fp32", "rest_ptr": "*fp32", "sum_sq_ptr": "*fp32",
-            "rest_sq_ptr": "*fp32", "n_ranges": "i32", "elements": "i32", "BLOCK": "constexpr",
-        },
-        constants={"BLOCK": BLOCK},
-        aligned=("partial_ptr", "sum_ptr", "rest_ptr", "sum_sq_ptr", "rest_sq_ptr"),
-    ),
-]  # fmt: skip
+def ahead_of_time(every: bool = False) -> list[Variant]:
+    """The kernels' variants, as the launcher launches them on tensors without memory; `every` makes no difference."""
+    del every
+    dtypes = [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+    ]
+    with recording() as variants:
+        for (dtype, factor), rank, width in itertools.product(dtypes, (8, 64), (4096, 61)):
+            for across in (False, True):
+                phi = torch.empty((width, rank) if across else (rank, width), dtype=factor, device="meta")
+                sums = tuple(torch.empty(phi.shape, device="meta") for _ in range(4))
+                thin, wide = (torch.empty(4096, n, dtype=dtype, device="meta") for n in (rank, width))
+                offsets = torch.empty(65, dtype=torch.int64, device="meta")
+                add_example_products(sums, thin, wide, phi, across, 1.0, offsets)  # pyright: ignore[reportArgumentType]
+    return variants

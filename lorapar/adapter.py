@@ -1,7 +1,6 @@
-"""The LoRA layer, how it is attached, what a stage may change, and the proof that nothing else changed.
+"""How the LoRA layers are attached, what a stage may change, and the proof that nothing else changed.
 
-`MaskedLinear` is PEFT's LoRA linear layer with the forward and backward of `lorapar_kernels` and two buffers, the masks
-of the running stage. PEFT's names, saving, loading and adapter switching are untouched.
+The layers themselves are in layers.py.
 
 A start with a twin (`twin`, `pissa`, `olora`) gives the adapter rank 2r at the same scaling: rows r..2r of A hold A₀,
 and columns r..2r of B hold −B₀, inactive for ever. They cancel the start, so the model's function is the base's until
@@ -10,6 +9,7 @@ so shifts the base before the first step; that start is `paper`.)
 """
 
 import copy
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,95 +17,25 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-
-import lorapar_kernels as lk
 
 from .artefacts import read_json, write_json
 from .config import check_lora
 from .errors import InputError
+from .layers import ADAPTER, MaskedLayer, MaskedLinear
 
 if TYPE_CHECKING:
     from .partition import Partition
 
 Start = Literal["paper", "twin", "pissa", "olora", "peft"]
 TWIN_STARTS = ("twin", "pissa", "olora")
-ADAPTER = "default"  # TRL looks for this name
 START_STD = 0.01  # of the paper's re-drawn A and B (released script)
 
 
 class FrozenElementsChanged(RuntimeError):
     """A stage wrote something it was to leave alone, or moved nothing at all."""
-
-
-class MaskedLinear(Linear):
-    """PEFT's `lora.Linear`, computed by `lorapar_kernels`; gradients are masked by `mask_a` and `mask_b`.
-
-    Attributes:
-        mask_a, mask_b: bool, of lora_A's and lora_B's shape, or None: what the running stage may change.
-        trainable_rank: r; rows from there on are the frozen twin.
-        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None.
-    """
-
-    mask_a: Tensor | None
-    mask_b: Tensor | None
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.register_buffer("mask_a", None, persistent=False)
-        self.register_buffer("mask_b", None, persistent=False)
-        self.trainable_rank: int = self.r[adapter_name]
-        self.scoring: lk.ScoreSums | None = None
-        self.offsets: lk.Examples | Tensor | None = None
-        self._unmerged_weight: Tensor | None = None
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
-            return super().forward(x, *args, **kwargs)
-        base = cast(nn.Linear, self.get_base_layer())
-        if self.scoring is not None:
-            assert self.offsets is not None
-            a, b, scaling = self.factors(ADAPTER)
-            return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
-        y: Tensor | None = None
-        for name in names:
-            a, b, scaling = self.factors(name)
-            masks = (self.mask_a, self.mask_b) if name == ADAPTER else (None, None)
-            p, seed = self.draw_dropout(name, x.device)
-            if y is None:
-                y = lk.lora_linear(x, base.weight, a, b, scaling, base.bias, *masks, p, seed)
-            else:
-                y = lk.lora_add(y, x, a, b, scaling, *masks, p, seed)
-        assert y is not None
-        return y
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        a, b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
-        return a.weight, b.weight, self.scaling[name]
-
-    def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
-        """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
-        dropout = self.lora_dropout[name]
-        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
-            return 0.0, None
-        return dropout.p, torch.randint(2**62, (1,), device=device)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into a copy of the base weight, so that `unmerge` gives the base back bit for bit."""
-        base = cast(nn.Linear, self.get_base_layer())
-        if not self.merged:
-            self._unmerged_weight = base.weight.data
-            base.weight.data = base.weight.data.clone()
-        super().merge(safe_merge, adapter_names)
-
-    def unmerge(self) -> None:
-        super().unmerge()
-        if self._unmerged_weight is not None:
-            cast(nn.Linear, self.get_base_layer()).weight.data = self._unmerged_weight
-            self._unmerged_weight = None
 
 
 def attach(
@@ -157,28 +87,34 @@ def attach(
 
 
 def _register(config: LoraConfig) -> None:
-    """PEFT does not persist this, so it is done again on load."""
-    config._register_custom_module({nn.Linear: MaskedLinear})
+    """PEFT does not persist this, so it is done again on load. The first class that a layer is an instance of wins."""
+    quantised: dict[Any, Any] = {}
+    if importlib.util.find_spec("bitsandbytes"):
+        from .layers_bnb import LAYERS
+
+        quantised = dict(LAYERS)
+    config._register_custom_module({**quantised, nn.Linear: MaskedLinear})
 
 
 def _start_layer(
-    layer: MaskedLinear, start: Start, rank: int, generator: torch.Generator, svd_device: str | None
+    layer: MaskedLayer, start: Start, rank: int, generator: torch.Generator, svd_device: str | None
 ) -> None:
     a, b, scaling = layer.factors(ADAPTER)
-    weight = cast(nn.Linear, layer.get_base_layer()).weight
     if start in ("paper", "twin"):
         a0 = torch.randn((rank, a.shape[1]), generator=generator) * START_STD
         b0 = torch.randn((b.shape[0], rank), generator=generator) * START_STD
-    elif min(weight.shape) < rank:
-        raise InputError(f"lora.r: got {rank}, more than the {min(weight.shape)} singular values of a target module")
+    elif min(a.shape[1], b.shape[0]) < rank:
+        raise InputError(
+            f"lora.r: got {rank}, more than the {min(a.shape[1], b.shape[0])} singular values of a target module"
+        )
     elif start == "pissa":
         # Meng et al. 2024 (arXiv 2404.02948), eq. 2-3: the top-r singular triplets, halves of Σ in A and B.
-        u, sigma, vh = torch.linalg.svd(weight.to(svd_device or weight.device, torch.float32), full_matrices=False)
+        u, sigma, vh = torch.linalg.svd(_plain_weight(layer, svd_device), full_matrices=False)
         root = (sigma[:rank] / scaling).sqrt()
         a0, b0 = root[:, None] * vh[:rank], u[:, :rank] * root
     else:
         # Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of Q and rows of R.
-        q, r = torch.linalg.qr(weight.to(svd_device or weight.device, torch.float32))
+        q, r = torch.linalg.qr(_plain_weight(layer, svd_device))
         a0, b0 = r[:rank], q[:, :rank]
     a0, b0 = a0.to(a), b0.to(b)
     a[:rank], b[:, :rank] = a0, b0
@@ -186,15 +122,30 @@ def _start_layer(
         a[rank:], b[:, rank:] = a0, -b0
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
+    """The base's weight in fp32; a 4-bit or 8-bit one dequantised."""
+    base = cast(nn.Linear, layer.get_base_layer())
+    weight: Tensor = base.weight
+    if not isinstance(layer, MaskedLinear):
+        # PEFT's function leaves another parameter in its place, without its scales.
+        aside = layer.set_aside()
+        weight = dequantize_module_weight(base)
+        layer.put_back(aside)
+    return weight.detach().to(device or weight.device, torch.float32)
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """Our layers by module name, InputError where an adapter sits on something else or on the output head."""
     layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        if not isinstance(module, MaskedLinear):
+        if not isinstance(module, MaskedLayer):
             kind = type(module.get_base_layer()).__name__
-            raise InputError(f"lora.target_modules: {name} is a {kind}; only nn.Linear layers can be partitioned")
+            raise InputError(
+                f"lora.target_modules: {name} is a {kind}; only nn.Linear and bitsandbytes' 4-bit and 8-bit layers "
+                "can be partitioned"
+            )
         if name.split(".")[-1] in ("lm_head", "embed_out"):
             raise InputError(f"lora.target_modules: {name} is the output head, which takes no adapter; leave it out")
         layers[name] = module
@@ -231,8 +182,7 @@ def activate(model: nn.Module, partition: "Partition", stage: Literal["sft", "gr
         raise InputError(f"partition: no element is active in {stage}; raise theta, alpha or beta")
     for name, layer in masked_layers(model).items():
         a, b = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
-        layer.mask_a = active[a].to(parameters[a].device)
-        layer.mask_b = active[b].to(parameters[b].device)
+        layer.activate(active[a], active[b])
         for parameter, mask in ((parameters[a], active[a]), (parameters[b], active[b])):
             parameter.requires_grad_(bool(mask.any()))
 

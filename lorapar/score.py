@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
-from .adapter import ADAPTER, MaskedLinear, lora_parameters, masked_layers
+from .adapter import lora_parameters, masked_layers
 from .artefacts import load_tensors, save_tensors
 from .config import require
 from .errors import InputError
+from .layers import ADAPTER, MaskedLayer
 from .progress import Progress
 from .score_batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
 from .score_sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
@@ -185,7 +186,7 @@ def load_scores(path: Path | str) -> tuple[Scores, Scores]:
 
 
 @contextlib.contextmanager
-def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLinear]]:
+def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
     """Put the layers into scoring mode with fresh sums; on leaving, everything is as it was."""
     layers, training = masked_layers(model), {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in lora_parameters(model).values()}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
-from .adapter import MaskedLinear, lora_parameters
+from .adapter import lora_parameters
 from .data import encode
 from .errors import InputError
+from .layers import MaskedLayer
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 PADDING = 1 / 20  # of a batch's tokens, at most: a padded token costs what a real one does
@@ -121,7 +122,7 @@ def _inputs(batch: list[Example], packed: bool, device: torch.device) -> dict[st
     return {"input_ids": ids.to(device)}
 
 
-def score_batch(model: nn.Module, layers: Mapping[str, MaskedLinear], batch: list[Example], packed: bool) -> float:
+def score_batch(model: nn.Module, layers: Mapping[str, MaskedLayer], batch: list[Example], packed: bool) -> float:
     """Forward and backward of one batch, which add to the layers' sums; returns what the loss was multiplied by.
 
     The gradient of each example's mean cross-entropy over its own answer tokens, (softmax − one-hot) / count, is

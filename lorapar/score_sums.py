@@ -16,9 +16,9 @@ from torch import Tensor
 
 import lorapar_kernels as lk
 
-from .adapter import ADAPTER, MaskedLinear
 from .artefacts import load_tensors, save_tensors, sha256_json, sha256_tensors
 from .errors import InputError
+from .layers import ADAPTER, MaskedLayer
 from .score_batches import Example
 
 log = logging.getLogger("lorapar")
@@ -47,7 +47,7 @@ class RunningSums:
         looks: [examples, Jaccard index with the look before] of every look but the first.
     """
 
-    def __init__(self, layers: Mapping[str, MaskedLinear]):
+    def __init__(self, layers: Mapping[str, MaskedLayer]):
         self.layers = layers
         self.examples = self.batches = 0
         self.loss_scale = 1.0
@@ -131,7 +131,7 @@ class RunningSums:
 
 
 def fingerprint_of(
-    layers: Mapping[str, MaskedLinear], examples: list[Example], plan: list[list[int]], **facts: Any
+    layers: Mapping[str, MaskedLayer], examples: list[Example], plan: list[list[int]], **facts: Any
 ) -> str:
     """A digest of all that the sums depend on, but for the base's weights."""
     factors = {}
@@ -152,7 +152,7 @@ def trainable_mask(name: str, like: Tensor, rank: int | None) -> Tensor:
     return mask
 
 
-def first_fault(layers: Mapping[str, MaskedLinear]) -> str | None:
+def first_fault(layers: Mapping[str, MaskedLayer]) -> str | None:
     """What is wrong with the sums of the last layer that has a fault, where the backward came by first; else None."""
     for name, layer in reversed(list(layers.items())):
         assert layer.scoring is not None

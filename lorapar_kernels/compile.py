@@ -160,7 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
     bad = [(row, why) for row in rows if (why := fault(row)) is not None]
     for row, why in bad:
         print(f"{row.kernel} {row.variant} sm_{row.arch}: {why}")
-    print(f"{len(bad)} of {len(rows)} will not do" if bad else f"{len(rows)} compiled, no spills, all within shared memory")
+    print(
+        f"{len(bad)} of {len(rows)} will not do"
+        if bad
+        else f"{len(rows)} compiled, no spills, all within shared memory"
+    )
     return 1 if bad else 0
 
 

@@ -30,7 +30,7 @@ def _draw_words(seed, block):
 @triton.jit
 def keep_lanes(seed, block, threshold):
     """Whether each of the 8 elements of each Philox block is kept: block int64 [B] -> int1 [B, 8]."""
-    w0, w1, w2, w3 = _draw_words(seed, block)
+    w0, w1, w2, w3 = _draw_words(seed, block)  # pyright: ignore[reportGeneralTypeIssues]
     # join puts its two operands along a new last dimension: [B, word high bit, word low bit], then the halves
     # last.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -51,7 +51,7 @@ def keep_tile(seed, i_row, first_column, columns, threshold, WIDTH: tl.constexpr
         block = start[:, None] + tl.arange(0, WIDTH // 8)[None, :]
         return tl.reshape(keep_lanes(seed, tl.reshape(block, (height * WIDTH // 8,)), threshold), (height, WIDTH))
     i_element = i_row[:, None] * columns + first_column + tl.arange(0, WIDTH)[None, :]
-    w0, w1, w2, w3 = _draw_words(seed, i_element // 8)
+    w0, w1, w2, w3 = _draw_words(seed, i_element // 8)  # pyright: ignore[reportGeneralTypeIssues]
     lane = (i_element % 8).to(tl.int32)
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16) >= threshold
@@ -75,7 +75,7 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     kept = torch.empty(shape, dtype=torch.bool, device=seed.device)
     n = kept.numel()
     if n > 0:
-        grid = (triton.cdiv(n, 8 * BLOCK),)
+        grid = (-(-n // (8 * BLOCK)),)
         launch(_dropout_mask_kernel, grid, seed, kept.view(torch.uint8), n, threshold, BLOCK=BLOCK, num_warps=WARPS)
     return kept
 

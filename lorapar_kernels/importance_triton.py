@@ -141,6 +141,8 @@ def add_example_products(
     ranges = ranges_of_examples(n_examples, tiles_n * tiles_r, thin.device)
     partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
     tokens, warps = STEP[8 * thin.element_size()]
+    # Rows that do not begin at 16 bytes are loaded an element at a time, and their addresses spill at 4 warps.
+    warps = warps if width % 16 == 0 else 8
     launch(
         _example_products_kernel, (tiles_n, tiles_r, ranges),
         thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,

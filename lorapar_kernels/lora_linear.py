@@ -122,8 +122,8 @@ def _saved_gradients(
 class _LoraLinear(torch.autograd.Function):
     """`_forward` and `_gradients` in eager mode.
 
-    The op below computes the same and is what torch.compile sees. torch's own wrapping of an op with lists costs 0.2 ms a
-    forward and 0.4 ms with its backward, twice what all else in a small call does (bench/LOG.md), hence this class.
+    The op below computes the same and is what torch.compile sees. torch's own wrapping of an op with lists costs 0.2 ms
+    a forward, more than all else in a small call (bench/LOG.md), hence this class.
     """
 
     @staticmethod
@@ -132,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
         for size in sizes:
             groups.append(flat[start : start + size])
             start += size
-        inputs = (x, *groups, scalings, p)
+        inputs: Any = (x, *groups, scalings, p)
         outputs = _forward(*inputs)
         _save(ctx, inputs, outputs)
         ctx.sizes = sizes

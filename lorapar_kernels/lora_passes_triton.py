@@ -95,9 +95,7 @@ def _output_kernel(
         i_n = n + tl.arange(0, BN)
         m_n = i_n < N
         m_b = m_n[:, None] & m_r[None, :]
-        b_dy = tl.load(
-            dy_ptr + i_t[:, None] * dy_stride + i_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0
-        )
+        b_dy = tl.load(dy_ptr + i_t[:, None] * dy_stride + i_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
         b_b = tl.load(b_ptr + i_n[:, None].to(tl.int64) * b_stride + i_r[None, :], mask=m_b, other=0.0)
         acc += tl.dot(b_dy, b_b.to(b_dy.dtype), input_precision=PRECISION)
         if NEEDS_B:
@@ -140,10 +138,7 @@ def _input_kernel(
     if G > 2:
         wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
     any_wanted = wanted0 + wanted1 + wanted2
-    if NEEDS_X:
-        any_work = any_wanted + 1
-    else:
-        any_work = any_wanted
+    any_work = any_wanted + 1 if NEEDS_X else any_wanted
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -241,6 +236,10 @@ def _reduce_kernel(
     tl.store(out_ptr + i, (total * scale).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
+def _cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
 def _precision() -> str:
     """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -257,7 +256,8 @@ def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
     if dy.element_size() == 4:
         return {"BT": 32, "BN": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     wide, aligned = R > 64, dy.shape[1] % 8 == 0
-    return {"BT": 32 if R > 128 else 64 if wide else 128, "BN": 32 if R > 128 else 64, "num_warps": 4 if aligned and R <= 32 else 8, "num_stages": 2}
+    warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 128 else 64 if wide else 128
+    return {"BT": rows, "BN": 32 if R > 128 else 64, "num_warps": warps, "num_stages": 2}
 
 
 def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
@@ -267,7 +267,7 @@ def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
 
 
 def _slow(x: Tensor, p: float) -> bool:
-    """fp32, whose IEEE products run on the plain cores and hold both operands in registers, or a Philox call an element."""
+    """fp32, whose IEEE products run on the plain cores with both operands in registers, or a Philox call an element."""
     return x.element_size() == 4 or (p > 0.0 and x.shape[1] % 8 != 0)
 
 
@@ -276,8 +276,8 @@ def _group(x: Tensor, R: int, p: float) -> int:
 
 
 def _splits(tiles: int, steps: int) -> int:
-    """In how many parts to cut `steps` iterations so that tiles · parts reaches PROGRAMS, four steps a part at least."""
-    return max(1, min(-(-PROGRAMS // tiles), steps // 4))
+    """How many parts `steps` iterations go into: tiles · parts reaches PROGRAMS, with at least four steps a part."""
+    return max(1, min(_cdiv(PROGRAMS, tiles), steps // 4))
 
 
 def _dropout(p: float, columns: int) -> tuple[int, float, dict[str, bool]]:
@@ -286,19 +286,17 @@ def _dropout(p: float, columns: int) -> tuple[int, float, dict[str, bool]]:
 
 
 def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, scale: float) -> Tensor:
-    """out [rows, columns] <- scale · Σ partial [parts, rows', columns'] where mask is, for rows' ≥ rows, columns' ≥ columns."""
+    """out [rows, columns] <- scale · Σ partial where mask is; partial [parts, ...] may have more rows."""
     n, block = out.numel(), 1024
     launch(
-        _reduce_kernel, (triton.cdiv(n, block),),
+        _reduce_kernel, (_cdiv(n, block),),
         partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
         BLOCK=block, MASKED=mask is not None,
     )  # fmt: skip
     return out
 
 
-def shrink(
-    x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None]
-) -> list[Tensor]:
+def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None]) -> list[Tensor]:
     """drop(x) Aᵀ [T, R] in x's dtype for each A [r, K] of `factors`, x [T, K] with unit column stride."""
     (T, K), out = x.shape, []
     threshold, scale, switches = _dropout(p, K)
@@ -306,10 +304,10 @@ def shrink(
     for start in range(0, len(factors), _group(x, R, p)):
         members, drawn = factors[start : start + _group(x, R, p)], seeds[start : start + _group(x, R, p)]
         tiles = _shrink_tiles(x, R, len(members), p)
-        rows, steps = triton.cdiv(T, tiles["BT"]), triton.cdiv(K, tiles["BK"])
+        rows, steps = _cdiv(T, tiles["BT"]), _cdiv(K, tiles["BK"])
         splits = _splits(rows, steps)
-        k_split = triton.cdiv(steps, splits) * tiles["BK"]
-        splits = triton.cdiv(K, k_split)
+        k_split = _cdiv(steps, splits) * tiles["BK"]
+        splits = _cdiv(K, k_split)
         kind = x.dtype if splits == 1 else torch.float32
         partial = [torch.empty((splits, T, R), dtype=kind, device=x.device) for _ in members]
         launch(
@@ -330,9 +328,9 @@ def output_gradients(
     """dS [T, R] = scaling / (1 - p) · dY B in dY's dtype, and dB [N, r] = scaling · dYᵀ S in B's, 0 outside `mask`."""
     (T, N), R = dy.shape, s.shape[1]
     tiles = _output_tiles(dy, R)
-    rows, steps = triton.cdiv(T, tiles["BT"]), triton.cdiv(N, tiles["BN"])
-    n_split = triton.cdiv(steps, _splits(rows, steps)) * tiles["BN"]
-    splits = triton.cdiv(N, n_split)
+    rows, steps = _cdiv(T, tiles["BT"]), _cdiv(N, tiles["BN"])
+    n_split = _cdiv(steps, _splits(rows, steps)) * tiles["BN"]
+    splits = _cdiv(N, n_split)
     ds_part = torch.empty((splits, T, R), dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
     db_part = torch.empty((rows, N, R) if needs_b else (0,), dtype=torch.float32, device=dy.device)
     bits = mask if mask is None else mask.view(torch.uint8)
@@ -368,13 +366,15 @@ def input_gradients(
     for start in range(0, len(pieces), group):
         here = pieces[start : start + group]
         members = tuple(factors[g][rows] for g, rows in here)
-        parts_bits = tuple(None if bits[g] is None else bits[g][rows] for g, rows in here)
+        parts_bits = tuple(mask if mask is None else mask[rows] for mask, rows in ((bits[g], rows) for g, rows in here))
         wanted = tuple(needs_a[g] for g, _ in here)
         tiles = _input_tiles(x, width, len(here), p)
-        columns, steps = triton.cdiv(K, tiles["BK"]), triton.cdiv(T, tiles["BT"])
-        t_split = triton.cdiv(steps, _splits(columns, steps)) * tiles["BT"]
-        splits = triton.cdiv(T, t_split)
-        sums = tuple(x.new_empty((splits, width, K) if need else (0,), dtype=torch.float32) for need in wanted)
+        columns, steps = _cdiv(K, tiles["BK"]), _cdiv(T, tiles["BT"])
+        t_split = _cdiv(steps, _splits(columns, steps)) * tiles["BT"]
+        splits = _cdiv(T, t_split)
+        sums = tuple(
+            torch.empty((splits if need else 0, width, K), dtype=torch.float32, device=x.device) for need in wanted
+        )
         launch(
             _input_kernel, (columns, splits),
             x, x if dx is None else dx, members, tuple(dss[g][:, rows.start :] for g, rows in here),
@@ -384,8 +384,9 @@ def input_gradients(
             MASKED=tuple(mask is not None for mask in parts_bits), NEEDS_A=wanted, **switches, **tiles,
         )  # fmt: skip
         for (g, rows), part, mask in zip(here, sums, parts_bits):
-            if das[g] is not None:
-                _reduce(part, das[g][rows], mask, K, 1.0)
+            da = das[g]
+            if da is not None:
+                _reduce(part, da[rows], mask, K, 1.0)
     return das
 
 

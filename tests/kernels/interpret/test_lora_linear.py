@@ -91,8 +91,8 @@ def test_outputs_and_gradients(case, name):
     x = x.requires_grad_()
     leaves = [(a.requires_grad_(), b.requires_grad_()) for _, _, a, b in layers]
     ours = lk.lora_linear_grouped(
-        x, [w for w, *_ in layers], [a for a, _ in leaves], [b for _, b in leaves], scalings, [bias for _, bias, *_ in layers],
-        [mask for mask, _ in masks], [mask for _, mask in masks], p, seeds,
+        x, [w for w, *_ in layers], [a for a, _ in leaves], [b for _, b in leaves], scalings,
+        [bias for _, bias, *_ in layers], [mask for mask, _ in masks], [mask for _, mask in masks], p, seeds,
     )  # fmt: skip
     torch.autograd.backward(ours, dys)
     bound = DTYPES[name]
@@ -190,7 +190,9 @@ def test_what_ran_was_the_kernels(monkeypatch):
     called = []
     for name in ("shrink", "output_gradients", "input_gradients"):
         inner = getattr(lora_passes_triton, name)
-        monkeypatch.setattr(lora_passes_triton, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1])
+        monkeypatch.setattr(
+            lora_passes_triton, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1]
+        )
     x, w = torch.randn(5, 16, requires_grad=True), torch.randn(4, 16)
     a, b = torch.randn(2, 16, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()

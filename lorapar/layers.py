@@ -1,0 +1,152 @@
+"""The LoRA layers: PEFT's own, computed by `lorapar_kernels`, with the masks of the running stage.
+
+`MaskedLayer` goes ahead of a PEFT layer class; PEFT's names, saving, loading and adapter switching are untouched.
+`layers_bnb.py` has the layers of 4-bit and 8-bit bases.
+
+Under a twin start (adapter.py) rows r..2r of A and columns r..2r of B are the start's negative. A slice i that no stage
+has moved still cancels its twin r + i to the last bit, so both are left out of every product (`kept_ranks`): at rank
+granularity a layer runs at its active rank.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+import lorapar_kernels as lk
+
+ADAPTER = "default"  # TRL looks for this name
+
+
+class MaskedLayer(Linear if TYPE_CHECKING else object):
+    """A mixin ahead of one of PEFT's LoRA layers; gradients are masked by `mask_a` and `mask_b`.
+
+    Attributes:
+        mask_a, mask_b: bool, of lora_A's and lora_B's shape, or None: what the running stage may change.
+        kept_ranks: int64 indices of the slices that do not cancel their twin, or None: all are computed with.
+        trainable_rank: r; rows from there on are the frozen twin.
+        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples.
+    """
+
+    mask_a: Tensor | None
+    mask_b: Tensor | None
+    kept_ranks: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
+        super().__init__(base_layer, adapter_name, **kwargs)
+        for name in ("mask_a", "mask_b", "kept_ranks"):
+            self.register_buffer(name, None, persistent=False)
+        self.trainable_rank: int = self.r[adapter_name]
+        self.scoring: lk.ScoreSums | None = None
+        self.offsets: lk.Examples | Tensor | None = None
+        self._unmerged: Any = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
+            return super().forward(x, *args, **kwargs)
+        if self.scoring is not None:
+            return self.scored(x, *self.factors(ADAPTER))
+        y: Tensor | None = None
+        for name in names:
+            a, b, scaling = self.factors(name)
+            masks = self.mask_a, self.mask_b
+            if name != ADAPTER:
+                masks = None, None
+            elif self.kept_ranks is not None:
+                a, b, masks = kept(a, b, *masks, self.kept_ranks)
+            if a.shape[0] > 0:
+                y = self.added(y, x, a, b, scaling, *masks, *self.draw_dropout(name, x.device))
+        return self.base_layer(x, *args, **kwargs) if y is None else y
+
+    def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
+        """One adapter's share added to y, or to the base's output where y is None: an opaque base's way."""
+        return lk.lora_add(self.base_layer(x) if y is None else y, x, a, b, scaling, *masks_p_seed)
+
+    def scored(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """The layer of a scoring pass: an opaque base's way."""
+        assert self.scoring is not None
+        assert self.offsets is not None
+        return lk.lora_add_scored(self.base_layer(x), x, a, b, scaling, self.offsets, self.scoring)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        a, b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+        return a.weight, b.weight, self.scaling[name]
+
+    def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
+        """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
+        dropout = self.lora_dropout[name]
+        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
+            return 0.0, None
+        return dropout.p, torch.randint(2**62, (1,), device=device)
+
+    def activate(self, mask_a: Tensor, mask_b: Tensor) -> None:
+        """Take the masks of a stage, and find the slices that cancel their twin and stay so while it runs."""
+        a, b, _ = self.factors(ADAPTER)
+        self.mask_a, self.mask_b = mask_a.to(a.device), mask_b.to(a.device)
+        self.kept_ranks = None
+        r = self.trainable_rank
+        if a.shape[0] != 2 * r:
+            return
+        with torch.no_grad():
+            cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
+            active = self.mask_a.any(1) | self.mask_b.any(0)
+            kept_slices = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
+        if kept_slices.numel() < r:
+            self.kept_ranks = torch.cat((kept_slices, kept_slices + r))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # What is loaded need not cancel; `activate` looks again.
+        self.kept_ranks = None
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into a copy of the base weight, so that `unmerge` gives the base back bit for bit."""
+        if not self.merged:
+            self._unmerged = self.set_aside()
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """The base as it was before `merge`, without computing anything."""
+        if self._unmerged is None:
+            super().unmerge()
+            return
+        self.merged_adapters.clear()
+        self.put_back(self._unmerged)
+        self._unmerged = None
+
+    def set_aside(self) -> Any:
+        """The base's weight, after leaving a copy of it in its place."""
+        base = cast(nn.Linear, self.get_base_layer())
+        weight = base.weight.data
+        base.weight.data = weight.clone()
+        return weight
+
+    def put_back(self, aside: Any) -> None:
+        """What `set_aside` gave."""
+        cast(nn.Linear, self.get_base_layer()).weight.data = aside
+
+
+class MaskedLinear(MaskedLayer, Linear):
+    """Of an `nn.Linear`: one op makes the base's product and the adapter's."""
+
+    def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
+        if y is not None:
+            return lk.lora_add(y, x, a, b, scaling, *masks_p_seed)
+        base = cast(nn.Linear, self.get_base_layer())
+        return lk.lora_linear(x, base.weight, a, b, scaling, base.bias, *masks_p_seed)
+
+    def scored(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        assert self.scoring is not None
+        assert self.offsets is not None
+        base = cast(nn.Linear, self.get_base_layer())
+        return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
+
+
+def kept(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, ranks: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Rows `ranks` of A and its mask, columns `ranks` of B and its mask; gradients go back to their places."""
+    masks = None if mask_a is None else mask_a[ranks], None if mask_b is None else mask_b[:, ranks].contiguous()
+    return a.index_select(0, ranks), b.index_select(1, ranks), masks

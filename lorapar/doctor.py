@@ -15,7 +15,7 @@ from lorapar_kernels import backend
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
-MODULES = ("lora_linear", "importance", "top_mass", "masked_adamw", "dropout", "bitmask", "tiles")
+MODULES = ("lora_passes", "importance", "top_mass", "masked_adamw", "dropout", "bitmask", "tiles")
 
 
 def doctor() -> str:

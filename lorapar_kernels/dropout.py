@@ -138,8 +138,8 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
 def zero_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x where `dropout_mask(seed, x.shape, p)` keeps, else 0; unscaled, a new contiguous tensor.
 
-    On the CPU the native library draws and applies the mask in one pass, four times as fast as a mask and a `where`
-    (bench/LOG.md). x: any floating dtype of 2, 4 or 8 bytes, on the seed's device.
+    On the CPU the native library draws and applies the mask in one pass. x: a floating dtype of 2, 4 or 8 bytes, on the
+    seed's device.
     """
     if x.device.type == "cpu" and _backend("zero_dropped", x.device) == "native":
         x = x.contiguous()

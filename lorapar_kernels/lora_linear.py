@@ -155,9 +155,10 @@ _gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradie
 @_op.register_fake
 def _(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
     outs = [torch.empty_like(y) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    padded = passes_for("lora_linear", x, lora_as) is not lora_passes
-    widths = [padded_rank(lora_as) if padded else a.shape[0] for a in lora_as]
-    return outs + [x.new_empty((x.numel() // x.shape[-1], width)) for width in widths]
+    tokens = x.numel() // x.shape[-1]
+    if passes_for("lora_linear", x, lora_as) is lora_passes:
+        return outs + [x.new_empty((a.shape[0], tokens)).t() for a in lora_as]
+    return outs + [x.new_empty((tokens, padded_rank(lora_as))) for _ in lora_as]
 
 
 @_gradients_op.register_fake
@@ -222,15 +223,20 @@ def check_arguments(
         if mask.shape != tensor.shape:
             expected, got = "×".join(map(str, tensor.shape)), "×".join(map(str, mask.shape))
             raise ValueError(f"{name} must have {expected} elements, got {got}")
+    on_device(x, lora_a=lora_a, lora_b=lora_b, mask_a=mask_a, mask_b=mask_b, seed=seed if dropout_p > 0.0 else None)
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         if torch.finfo(tensor.dtype).bits < torch.finfo(x.dtype).bits:
             raise TypeError(f"{name} must be at least as wide as x ({x.dtype}), got {tensor.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError("seed must be a one-element int64 tensor where dropout_p > 0")
+
+
+def on_device(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
 
 
 def check_input(x: Tensor) -> None:
@@ -244,6 +250,7 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_input(x)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [out, {x.shape[-1]}], got {list(weight.shape)}")
+    on_device(x, weight=weight, bias=bias)
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if weight.requires_grad:

@@ -40,14 +40,15 @@ def thin(left: Tensor, right: Tensor) -> Tensor:
 
 
 def masked(gradient: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient in its parameter's dtype, exactly zero (also where it was NaN) outside the mask."""
-    gradient = gradient.to(dtype)
+    """The gradient in its parameter's dtype, contiguous, exactly zero (also where it was NaN) outside the mask."""
+    gradient = gradient.to(dtype).contiguous()
     return gradient if mask is None else gradient.masked_fill_(~mask, 0.0)
 
 
 def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
     """S = drop(x) Aᵀ [T, r] of x [T, in] for each A of `factors`, in x's dtype."""
-    columns = [thin(kept(x, p, seed).t(), a.to(x.dtype).t()) for a, seed in zip(factors, seeds)]
+    # r-sided as in `thin`, but always, so that S has the same strides for any T.
+    columns = [(a.to(x.dtype) @ kept(x, p, seed).t()).t() for a, seed in zip(factors, seeds)]
     return columns if p == 0.0 else [s.mul_(1.0 / (1.0 - p)) for s in columns]
 
 

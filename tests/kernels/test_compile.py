@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lorapar_kernels
-from lorapar_kernels.compile import MODULES, Row, ptxas_figures, table
+from lorapar_kernels.compile import MODULES, Row, fault, ptxas_figures, table
 
 triton = pytest.importorskip("triton")
 PACKAGE = Path(lorapar_kernels.__file__).parent
@@ -23,21 +23,26 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_architecture():
     done = command("--arch", "80", "90", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["kernel", "variant", "arch", "registers", "spilled", "shared"]
-    for arch in ("sm_80", "sm_90", "sm_100"):
-        rows = [line.split() for line in lines if f" {arch} " in line]
-        for kernel in ("_dropout_mask_kernel", "_example_products_kernel", "_add_partial_sums_kernel"):
-            assert any(row[0] == kernel for row in rows), (kernel, arch)
-        for row in rows:
-            registers, spilled, shared = map(int, row[-3:])
-            assert 0 < registers <= 255
-            assert spilled == 0
-            assert shared >= 0
-    assert re.fullmatch(r"\d+ compiled, no spills", lines[-1])
+    assert lines[0].split() == ["kernel", "variant", "arch", "registers", "spilled", "shared", "instruction"]
+    rows = [line.split() for line in lines[1:-1]]
+    assert {row[-5] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    for row in rows:
+        registers, spilled, shared = map(int, row[-4:-1])
+        assert 0 < registers <= 255
+        assert spilled == 0
+        assert 0 <= shared <= 99 << 10
+    products = [row for row in rows if row[0] in ("_shrink_kernel", "_output_kernel") and "bf16" in row[1]]
+    assert {row[-1] for row in products if row[-5] == "sm_90"} == {"wgmma", "mma.sync"}
+    # A product of rank 16 on 64 tokens or more, the usual one, takes the warp group's instruction.
+    usual = [row for row in products if row[-5] == "sm_90" and "R=16" in row and ("BT=64" in row or "BT=128" in row)]
+    assert usual
+    assert {row[-1] for row in usual} == {"wgmma"}
+    assert lines[-1] == f"{len(rows)} compiled, no spills, all within shared memory"
 
 
 def test_no_file_with_a_kernel_is_left_out():
@@ -48,9 +53,9 @@ def test_no_file_with_a_kernel_is_left_out():
 def test_a_kernel_that_does_not_compile_is_told():
     from lorapar_kernels.ahead_of_time import Variant
     from lorapar_kernels.compile import compile_variant
-    from lorapar_kernels.dropout_triton import AHEAD_OF_TIME
+    from lorapar_kernels.dropout_triton import ahead_of_time
 
-    good = AHEAD_OF_TIME[0]
+    good = ahead_of_time()[0]
     bad = Variant(good.kernel, "BLOCK:255", good.signature, {"BLOCK": 255})
     row = compile_variant(bad, 90)
     assert row.failure is not None
@@ -65,7 +70,37 @@ def test_a_spill_makes_the_exit_status_1(monkeypatch, capsys):
     spilling = Row("k", "v", 90, registers=255, spilled=8)
     monkeypatch.setattr(compile_module, "compile_variant", lambda variant, arch: spilling)
     assert compile_module.main(["--arch", "90"]) == 1
-    assert "failed or spill" in capsys.readouterr().out
+    assert "k v sm_90: spills 8 bytes" in capsys.readouterr().out
+
+
+def test_too_much_shared_memory_is_a_fault():
+    assert fault(Row("k", "v", 90, registers=32, shared=99 << 10)) is None
+    assert (
+        fault(Row("k", "v", 90, registers=32, shared=(99 << 10) + 1))
+        == "needs 101377 bytes of shared memory, of 101376"
+    )
+
+
+def test_what_is_recorded_is_what_is_launched():
+    """The recorded signature names types, constants and multiples of 16 as the launcher's specialisation would."""
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_passes_triton import shrink
+
+    x, a = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(8, 4096, device="meta")
+    with recording() as variants:
+        shrink(x, [a], 0.05, [torch.empty(1, dtype=torch.int64, device="meta")])
+    kernel = variants[0]
+    assert kernel.kernel.__name__ == "_shrink_kernel"
+    assert kernel.signature["x_ptr"] == "*bf16"
+    assert kernel.signature["a_ptrs"] == ("*fp32",)
+    assert kernel.signature["ranks"] == ("i32",)
+    assert kernel.constants["R"] == 16
+    names = list(kernel.signature)
+    assert (names.index("K"),) in kernel.aligned
+    assert (names.index("ranks"), 0) not in kernel.aligned
+    assert [variant.kernel.__name__ for variant in variants] == ["_shrink_kernel", "_reduce_kernel"]
 
 
 def test_ptxas_figures():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorapar_kernels import dropout_mask
-from lorapar_kernels.dropout import CHUNK, LOW32, dropout_mask_reference, philox4x32, threshold_of
+from lorapar_kernels import dropout_mask, native
+from lorapar_kernels.dropout import CHUNK, LOW32, dropout_mask_reference, philox4x32, threshold_of, zero_dropped
 
 # philox4x32 10 of Random123's kat_vectors: counter, key, output.
 KNOWN_ANSWERS = [
@@ -112,9 +112,29 @@ def test_triton_on_the_cpu_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     with pytest.raises(ValueError, match=r"cannot serve dropout_mask: .* set TRITON_INTERPRET=1"):
         dropout_mask(torch.tensor([1]), (4,), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (127,), (128,), (129,), (5, 3, 577), (40000,), (333, 1001)])
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 3, -(2**63)])
+def test_native_gives_the_same_bits_and_zeroes_what_they_drop(monkeypatch, shape, seed):
+    if native.obstacle(torch.device("cpu")) is not None:
+        pytest.skip(f"no native library: {native.obstacle(torch.device('cpu'))}")
     monkeypatch.setenv("LORAPAR_BACKEND", "native")
-    with pytest.raises(ValueError, match="which has reference and triton only"):
-        dropout_mask(torch.tensor([1]), (4,), 0.5)
+    key = torch.tensor([seed])
+    for p in (0.0, 0.05, 0.5, 0.99999, 0.9999999):
+        expected = dropout_mask_reference(key, shape, p)
+        assert torch.equal(dropout_mask(key, shape, p), expected)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(shape).to(dtype)
+            assert torch.equal(zero_dropped(x, key, p), torch.where(expected, x, 0.0))
+
+
+def test_zeroing_is_the_same_without_the_native_library(monkeypatch):
+    x, key = torch.randn(300, 7).t(), torch.tensor([11])
+    default = zero_dropped(x, key, 0.3)
+    monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    assert torch.equal(zero_dropped(x, key, 0.3), default)
+    assert torch.equal(default == 0, ~dropout_mask(key, x.shape, 0.3))
 
 
 @pytest.mark.gpu

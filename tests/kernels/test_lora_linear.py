@@ -144,3 +144,167 @@ def test_bad_arguments_are_named(change, error, message):
                 scaling=1.0)  # fmt: skip
     with pytest.raises(error, match=message):
         lk.lora_linear(**(good | change))
+
+
+def layer(leading=(6,), n_in=16, n_out=8, r=3, dtype=torch.float32):
+    x, w, a, b, bias, _ = tensors(leading, n_in, n_out, r, dtype)
+    return x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), bias
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_opcheck(p, opaque):
+    x, w, a, b, bias = layer()
+    y = torch.randn(6, 8, requires_grad=True)
+    seed = torch.tensor([3]) if p else None
+    masks = [torch.rand(a.shape) < 0.5], [torch.rand(b.shape) < 0.5]
+    bases = ([], [None], [y]) if opaque else ([w], [bias], [])
+    torch.library.opcheck(
+        torch.ops.lorapar.lora_linear.default, (x, *bases, [a], [b], *masks, [seed], [1.5], p)
+    )  # fmt: skip
+    arguments = [t.detach() for t in (torch.randn(6, 8), x, torch.randn(3, 6).t())]
+    dy, x, s = arguments
+    torch.library.opcheck(
+        torch.ops.lorapar.lora_linear_backward.default,
+        (
+            [dy],
+            x,
+            [s],
+            [] if opaque else [w],
+            [a.detach()],
+            [b.detach()],
+            *masks,
+            [seed],
+            [1.5],
+            p,
+            [True, True, False],
+        ),
+    )
+
+
+def test_opcheck_of_dropout_mask():
+    torch.library.opcheck(torch.ops.lorapar.dropout_mask.default, (torch.tensor([3]), [5, 7], 0.25))
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph_and_gives_the_same():
+    x, w, a, b, bias = layer((3, 5), 24, 16, 4)
+    seed, mask_a = torch.tensor([7]), torch.rand(4, 24) < 0.5
+    seeds = [seed, torch.tensor([8])]
+
+    def model(x, a, b):
+        y = lk.lora_linear(x.tanh(), w, a, b, 0.5, bias, mask_a=mask_a, dropout_p=0.2, seed=seed)
+        y = lk.lora_add(y * 2, x, a, b, 0.25)
+        one, two = lk.lora_linear_grouped(x, [w, w], [a, a], [b, b], [1.0, 2.0], dropout_p=0.1, seeds=seeds)
+        return (y + one * two).square().sum()
+
+    leaves = x, a, b
+    expected = torch.autograd.grad(model(*leaves), leaves)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(*leaves)
+    torch.testing.assert_close(loss, model(*leaves))
+    for ours, wanted in zip(torch.autograd.grad(loss, leaves), expected):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_saves_x_and_nothing_else_of_its_size_or_y_s():
+    x, w, a, b, bias = layer((2, 50), 40, 60, 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        lk.lora_linear(x, w, a, b, 1.0, bias, dropout_p=0.1, seed=torch.tensor([1]))
+    large = [t for t in kept if t.numel() >= 100 * 40]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+def test_grouped_gradients_equal_the_sum_of_one_by_one():
+    x, *_ = layer((5, 3), 12, 4, 2, torch.float64)
+    each = [[t.double() for t in tensors((1,), 12, n, r)[1:4]] for n, r in ((4, 2), (6, 3), (8, 2), (4, 5))]
+    for _, a, b in each:
+        a.requires_grad_()
+        b.requires_grad_()
+    seeds = [torch.tensor([i]) for i in range(4)]
+    ws, as_, bs = zip(*each)
+    leaves = [x, *as_, *bs]
+    grouped = lk.lora_linear_grouped(x, ws, as_, bs, [1.0, 2.0, 3.0, 4.0], dropout_p=0.3, seeds=seeds)
+    apart = [lk.lora_linear(x, w, a, b, i + 1.0, dropout_p=0.3, seed=seeds[i]) for i, (w, a, b) in enumerate(each)]
+    dys = [torch.randn_like(y) for y in apart]
+    for ours, wanted in zip(torch.autograd.grad(grouped, leaves, dys), torch.autograd.grad(apart, leaves, dys)):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_is_not_used_counts_as_one_without_gradient():
+    x, *_ = layer((5,), 12, 4, 2, torch.float64)
+    each = [[t.double() for t in tensors((1,), 12, 4, 2)[1:4]] for _ in range(2)]
+    ws, as_, bs = zip(*[(w, a.requires_grad_(), b.requires_grad_()) for w, a, b in each])
+    one, _ = lk.lora_linear_grouped(x, ws, as_, bs, [1.0, 1.0])
+    (dx,) = torch.autograd.grad(one.sum(), x)
+    (expected,) = torch.autograd.grad(lk.lora_linear(x, ws[0], as_[0], bs[0], 1.0).sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_empty_batch():
+    x, w, a, b, bias = layer((0, 4))
+    y = lk.lora_linear(x, w, a, b, 1.0, bias)
+    assert y.shape == (0, 4, 8)
+    y.sum().backward()
+    assert not a.grad.any()
+    assert x.grad.shape == x.shape
+
+
+def test_nan_and_inf_stay_in_their_rows():
+    x, w, a, b, bias = layer((5,))
+    with torch.no_grad():
+        x[1, 0], x[3, 2] = float("nan"), float("inf")
+        y = lk.lora_linear(x, w, a, b, 1.0, bias)
+    assert not y[[1, 3]].isfinite().any()
+    assert y[[0, 2, 4]].isfinite().all()
+
+
+def test_forced_triton_without_the_interpreter_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    x, w, a, b, _ = layer()
+    with pytest.raises(
+        ValueError, match="cannot serve lora_linear: no Triton kernel runs on cpu tensors; set TRITON_INT"
+    ):
+        lk.lora_linear(x, w, a, b, 1.0)
+
+
+def test_another_device_is_named():
+    x, w, a, b, _ = layer()
+    for name, arguments in {"lora_a": (x, w, a.to("meta"), b), "weight": (x, w.to("meta"), a, b)}.items():
+        with pytest.raises(ValueError, match=f"{name} must be on x's device cpu, got meta"):
+            lk.lora_linear(*arguments, 1.0)
+    given = {
+        "mask_a": dict(mask_a=torch.ones(3, 16, dtype=torch.bool, device="meta")),
+        "mask_b": dict(mask_b=torch.ones(8, 3, dtype=torch.bool, device="meta")),
+        "bias": dict(bias=torch.zeros(8, device="meta")),
+        "seed": dict(dropout_p=0.1, seed=torch.zeros(1, dtype=torch.int64, device="meta")),
+    }
+    for name, options in given.items():
+        with pytest.raises(ValueError, match=f"{name} must be on x's device cpu, got meta"):
+            lk.lora_linear(x, w, a, b, 1.0, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("leading", "n_in", "n_out", "r"), [*SHAPES, ((8, 513), 1024, 768, 16), ((300,), 512, 256, 256)]
+)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_cuda_equals_float64(leading, n_in, n_out, r, p, dtype):
+    x, w, a, b, bias, dy = (t.cuda() for t in tensors(leading, n_in, n_out, r))
+    x, w, bias, dy = (t.to(dtype) for t in (x, w, bias, dy))
+    a, b = a.float(), b.float()
+    seed = torch.tensor([5], device="cuda") if p else None
+    mask_a, mask_b = random_mask(a).cuda(), random_mask(b).cuda()
+    results = []
+    for cast in (lambda t: t, lambda t: t.double()):
+        leaves = [cast(t).detach().requires_grad_() for t in (x, a, b)]
+        y = lk.lora_linear(leaves[0], cast(w), leaves[1], leaves[2], 1.7, cast(bias), mask_a, mask_b, p, seed)
+        y.backward(cast(dy))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    bound = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, exact in zip(*results):
+        assert (ours.double() - exact).norm() <= bound * exact.norm()

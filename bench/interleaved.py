@@ -53,7 +53,14 @@ class Timed:
 
     def as_json(self) -> dict[str, Any]:
         ways = {
-            way: {"median_s": self.median(way), "min_s": min(times), "max_s": max(times), "rounds": len(times)}
+            way: {
+                "median_s": self.median(way),
+                "p20_s": percentile(times, 20),
+                "p80_s": percentile(times, 80),
+                "min_s": min(times),
+                "max_s": max(times),
+                "rounds": len(times),
+            }
             for way, times in self.seconds.items()
         }
         others = list(self.seconds)[1:]
@@ -67,6 +74,11 @@ class Timed:
             "required": self.required,
             **self.facts,
         }
+
+
+def percentile(times: list[float], percent: int) -> float:
+    """By linear interpolation; the one time there is, where there is one."""
+    return times[0] if len(times) == 1 else statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
 def interleave(

@@ -1,74 +1,127 @@
-"""`lora_linear` forward and backward against the frozen layer alone and PEFT's LoRA layer; 512 tokens, r = 8, B ≠ 0.
+"""`lora_linear`, forward and backward, against the frozen layer, PEFT's layer and `addmm_` (lora_layers.py).
 
-The adapter is fp32 beside a bf16 layer, as PEFT has it, and x needs a gradient, as inside a model.
+On a CPU 512 tokens at rank 16, on a GPU 512 to 8,192 tokens at ranks 8 to 64; and one decoder layer of Llama-2-7B's
+shape with all of its seven projections adapted. What is required of ours is in `required`.
 """
 
-from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import lorapar_kernels as lk
-from bench.interleaved import interleave
+from bench.interleaved import Timed, interleave
+from bench.lora_layers import Layer, launches, peak_bytes
 
-TOKENS, RANK, ALPHA = 512, 8, 16
 # Largest difference over the largest value that rounding may make; bf16 has 8 bits and PEFT rounds at other places.
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+CPU = [
+    Layer(512, 2048, n_out, 16, p, dtype, "cpu")
+    for dtype in (torch.float32, torch.bfloat16)
+    for n_out in (2048, 5632, 8192)
+    for p in (0.0, 0.05)
+]
+CUDA = [
+    Layer(tokens, n_in, n_out, rank, p, torch.bfloat16, "cuda")
+    for tokens in (512, 2048, 8192)
+    for n_in, n_out in ((4096, 4096), (4096, 11008), (3584, 18944))
+    for rank in (8, 16, 64)
+    for p in (0.0, 0.05)
+]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def peft_layer(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, p: float) -> nn.Module | None:
-    """PEFT's own layer of the same base and factors, None where PEFT is not installed."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-    except ImportError:
-        return None
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=p)
-    layer = Linear(deepcopy(base), "default", config=config, r=RANK, lora_alpha=ALPHA)
-    layer.lora_A["default"].weight.data = a.detach().clone()
-    layer.lora_B["default"].weight.data = b.detach().clone()
-    return layer.to(base.weight.device)
+def required(layer: Layer) -> dict[str, float]:
+    """How many times as fast as another way ours has to be: a share over the frozen layer is a ratio below 1."""
+    if layer.device == "cpu":
+        if layer.p > 0.0:
+            return {"frozen nn.Linear": 1 / 1.25}
+        return {"frozen nn.Linear": 1 / 1.10} if layer.n_out > layer.n_in else {}
+    if (layer.tokens, layer.rank, layer.p) == (8192, 16, 0.05):
+        share = 1.08 if layer.n_out == layer.n_in else 1.05
+        return {"frozen nn.Linear": 1 / share, "PEFT's layer": 1.0, "PEFT's layer, bf16": 1.0}
+    return {}
 
 
-@pytest.mark.parametrize("p", [0.0, 0.05], ids=["p0", "p05"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("out_features", [2048, 5632])
-def test_lora_linear(benchmark, report, device, out_features, dtype, p):
-    torch.manual_seed(0)
-    base = nn.Linear(2048, out_features, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    a = torch.randn(RANK, 2048, device=device).div_(2048**0.5).requires_grad_()
-    b = torch.randn(out_features, RANK, device=device).mul_(0.1).requires_grad_()
-    x = torch.randn(TOKENS, 2048, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn(TOKENS, out_features, device=device, dtype=dtype)
-    seed = torch.randint(2**62, (1,), device=device) if p else None
-
-    def ours():
-        y = lk.lora_linear(x, base.weight, a, b, ALPHA / RANK, dropout_p=p, seed=seed)
-        return (y.detach(), *torch.autograd.grad(y, (x, a, b), dy))
-
-    def frozen():
-        return torch.autograd.grad(base(x), x, dy)
-
-    ways = {"ours": ours, "frozen nn.Linear": frozen}
-    layer = peft_layer(base, a, b, p)
-    if layer is not None:
-        factors = [parameter for name, parameter in layer.named_parameters() if ".default." in name]
-
-        def peft():
-            y = layer(x)
-            return (y.detach(), *torch.autograd.grad(y, (x, *factors), dy))
-
-        ways["PEFT's layer"] = peft
+@pytest.mark.parametrize(
+    "layer", [*CPU, *(pytest.param(layer, marks=NO_CUDA) for layer in CUDA)], ids=lambda layer: layer.case
+)
+def test_lora_linear(benchmark, report, layer):
+    ways = layer.ways()
     for way in ways.values():
         way()
-    calls = 20 if device == "cuda" else 1
-    case = f"lora_linear {device} 2048->{out_features} {str(dtype)[6:]} p={p}"
-    timed = interleave(benchmark, case, ways, device, rounds=7, calls=calls)
-    # The two draw different dropout masks, so there is nothing to compare where p > 0.
-    if layer is not None and p == 0.0:
-        for mine, theirs in zip(timed.results["ours"], timed.results["PEFT's layer"], strict=True):
-            difference = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-            assert difference < BOUND[dtype]
-    timed.facts = {"tokens": TOKENS, "rank": RANK}
+    on_gpu = layer.device == "cuda"
+    calls = max(2, 8192 // layer.tokens) * 2 if on_gpu else 1
+    timed = interleave(benchmark, layer.case, ways, layer.device, rounds=7, calls=calls)
+    # Where p > 0 each draws another mask, so there is nothing to compare.
+    for name, result in timed.results.items():
+        if layer.p == 0.0 and name != "frozen nn.Linear":
+            for mine, theirs in zip(timed.results["ours"], result, strict=True):
+                difference = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+                assert difference < BOUND[layer.dtype], name
+    seconds = timed.median("ours")
+    timed.facts = {
+        "tokens": layer.tokens,
+        "rank": layer.rank,
+        "over_frozen_percent": {way: 100 * (timed.median(way) / timed.median("frozen nn.Linear") - 1) for way in ways},
+        "frozen_tflops_per_s": layer.frozen_flops() / timed.median("frozen nn.Linear") / 1e12,
+        "ours_tflops_per_s": layer.frozen_flops() / seconds / 1e12,
+        "ours_least_gb_per_s": layer.least_bytes() / seconds / 1e9,
+    }
+    if on_gpu:
+        timed.facts["launches"] = {name: launches(way) for name, way in ways.items()}
+        timed.facts["peak_bytes"] = {name: peak_bytes(way) for name, way in ways.items()}
+    timed.required = {way: least for way, least in required(layer).items() if way in ways}
+    report(timed)
+
+
+@NO_CUDA
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_decoder_layer_cuda(benchmark, report, p):
+    """One layer of Llama-2-7B's shape, 4 × 2,048 tokens, rank 16 on q, k, v, o, gate, up and down."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    timed = decoder_layer(benchmark, p, "cuda", hidden=4096, mlp=11008, heads=32, batch=4, tokens=2048)
+    timed.facts["peak_bytes"] = {way: peak_bytes(call) for way, call in timed.facts.pop("ways").items()}
+    report(timed)
+
+
+def decoder_layer(benchmark, p, device, hidden, mlp, heads, batch, tokens) -> Timed:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaModel
+
+    import lorapar
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_hidden_layers=1,
+                         vocab_size=64, max_position_embeddings=tokens)  # fmt: skip
+
+    def model() -> LlamaModel:
+        torch.manual_seed(0)
+        made: Any = LlamaModel(config)
+        return made.to(device, dtype).requires_grad_(False)
+
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules="all-linear")
+    x = torch.randn(batch, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
+
+    def forward_backward(network: torch.nn.Module) -> None:
+        network(inputs_embeds=x).last_hidden_state.float().square().mean().backward()
+        network.zero_grad()
+        x.grad = None
+
+    networks = {"ours": lorapar.attach(model(), lora, start="paper"), "frozen layer": model(),
+                "PEFT's layers": get_peft_model(model(), lora)}  # fmt: skip
+    ways = {name: lambda network=network: forward_backward(network.train()) for name, network in networks.items()}
+    for way in ways.values():
+        way()
+    timed = interleave(benchmark, f"decoder layer {device} p={p}", ways, device, rounds=7)
+    frozen = timed.median("frozen layer")
+    timed.facts = {"ways": ways, "over_frozen_percent": {w: 100 * (timed.median(w) / frozen - 1) for w in ways}}
+    return timed
+
+
+@pytest.mark.parametrize("p", [0.05])
+def test_decoder_layer_cpu(benchmark, report, p):
+    """The same of SmolLM2-135M's shape, 2 × 256 tokens."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    timed = decoder_layer(benchmark, p, "cpu", hidden=576, mlp=1536, heads=9, batch=2, tokens=256)
+    timed.facts.pop("ways")
     report(timed)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import lora_passes
-from .lora_passes import expand, padded_rank, passes_for
+from .lora_passes import expand, passes_for
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -156,9 +156,10 @@ _gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradie
 def _(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
     outs = [torch.empty_like(y) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     tokens = x.numel() // x.shape[-1]
-    if passes_for("lora_linear", x, lora_as) is lora_passes:
+    passes = passes_for("lora_linear", x, lora_as)
+    if passes is lora_passes:
         return outs + [x.new_empty((a.shape[0], tokens)).t() for a in lora_as]
-    return outs + [x.new_empty((tokens, padded_rank(lora_as))) for _ in lora_as]
+    return outs + [x.new_empty((tokens, passes.padded_rank(lora_as))) for _ in lora_as]
 
 
 @_gradients_op.register_fake

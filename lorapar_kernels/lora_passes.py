@@ -88,11 +88,6 @@ def expand(y: Tensor, s: Tensor, b: Tensor, scaling: float) -> None:
     y.addmm_(s[:, : b.shape[1]], b.to(y.dtype).t(), alpha=scaling)
 
 
-def padded_rank(factors: Sequence[Tensor]) -> int:
-    """The width of a kernel's S and dS: the next power of two, at least 16, what a matrix instruction takes."""
-    return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
-
-
 def triton_obstacle_of(x: Tensor, rank: int) -> str | None:
     """Why the Triton kernels cannot serve x and this rank; None when they can."""
     if x.dtype == torch.float64:

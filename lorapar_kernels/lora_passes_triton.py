@@ -16,6 +16,7 @@ write of y; lora_gemm_triton.py has the product that carries it, for where that 
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from .ahead_of_time import Variant, launch, recording
 from .dropout_triton import keep_tile
-from .lora_passes import padded_rank
 
 # More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3
@@ -234,6 +234,11 @@ def _reduce_kernel(
     for p in range(parts):
         total += tl.load(partial_ptr + p * part_stride + i_partial, mask=wanted, other=0.0)
     tl.store(out_ptr + i, (total * scale).to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def padded_rank(factors: Sequence[Tensor]) -> int:
+    """The width of a kernel's S and dS: the next power of two, at least 16, what a matrix instruction takes."""
+    return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
 
 
 def _cdiv(n: int, size: int) -> int:

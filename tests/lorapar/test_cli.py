@@ -228,7 +228,7 @@ def test_doctor_leaves_the_operations_as_they_were():
     from lorapar_kernels import backend
 
     doctor()
-    for name in ("lora_linear", "bitmask", "dropout"):
+    for name in ("lora_passes", "bitmask", "dropout"):
         assert importlib.import_module(f"lorapar_kernels.{name}").choose is backend.choose
 
 

@@ -12,7 +12,7 @@ Layouts: x, dx [T, K], dY [T, N], A [r, K], B [N, r], row strides free; S and dS
 of x's size is kept for it. Sums go in the same order whatever runs beside: deterministic.
 
 Trade-off: the expand s · S Bᵀ stays a cuBLAS product onto the frozen one's output (beta = 1), which costs a read and a
-write of y; lora_gemm_triton.py has the product that carries it, for where that is the faster one.
+write of y, and dx is read and written once more than a product that carries its expand would (bench/LOG.md).
 """
 
 import itertools

@@ -56,7 +56,9 @@ def device_name(device: str) -> str:
     # platform.processor() is empty or the architecture on Linux.
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
+    name = found[1].strip() if found else platform.machine()
+    # Two machines of one name can differ in their vector instructions, and with them in every ratio of dtypes.
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str:

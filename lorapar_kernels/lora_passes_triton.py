@@ -2,10 +2,10 @@
 
 With S = drop(x) Aᵀ, dS = s · dY B and keep the dropout mask, scaled by 1 / (1 − p) where it is applied:
 
-    _shrink_kernel       S of up to 3 layers of one x (q, k, v), each with its own mask:  reads x once
-    _output_kernel       dS and dB = s · dYᵀ S:                                           reads dY once
-    _input_kernel        dx += Σ keep ⊙ (dS A) and dA = dSᵀ (keep ⊙ x), up to 3 layers:   reads x, reads and writes dx
-    _reduce_kernel       adds up the partial sums of the three in a fixed order, and masks
+    shrink_kernel       S of up to 3 layers of one x (q, k, v), each with its own mask:  reads x once
+    output_kernel       dS and dB = s · dYᵀ S:                                           reads dY once
+    input_kernel        dx += Σ keep ⊙ (dS A) and dA = dSᵀ (keep ⊙ x), up to 3 layers:   reads x, reads and writes dx
+    reduce_kernel       adds up the partial sums of the three in a fixed order, and masks
 
 Layouts: x, dx [T, K], dY [T, N], A [r, K], B [N, r], row strides free; S and dS [T, R] contiguous, r padded to R = 16,
 32, ... 256 (`padded_rank`); partial sums fp32. The mask is a function of (seed, element) as in dropout.py, so nothing
@@ -19,221 +19,15 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .ahead_of_time import Variant, launch, recording
-from .dropout_triton import keep_tile
+from .lora_passes_kernels import input_kernel, output_kernel, reduce_kernel, shrink_kernel
 
 # More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3
 # Programs wanted at least: two for each of the 132 multiprocessors of an H100 or H200. Untuned: no GPU was at hand.
 PROGRAMS = 264
-
-
-@triton.jit
-def _shrink_kernel(
-    x_ptr, a_ptrs, seed_ptrs, s_ptrs, T, K, x_stride, ranks, a_strides, k_split, threshold, scale,
-    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """s_ptrs[g] [splits, T, R] <- scale · (keep_g ⊙ x) A_gᵀ over columns k_split · program_id(1) onwards."""
-    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    i_r = tl.arange(0, R)
-    m_t = i_t < T
-    first = tl.program_id(1) * k_split
-    acc0 = tl.zeros((BT, R), tl.float32)
-    acc1 = tl.zeros((BT, R), tl.float32)
-    acc2 = tl.zeros((BT, R), tl.float32)
-    for k in range(first, tl.minimum(first + k_split, K), BK):
-        i_k = k + tl.arange(0, BK)
-        m_k = i_k < K
-        b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
-        for g in tl.static_range(G):
-            m_a = (i_r < ranks[g])[None, :] & m_k[:, None]
-            b_a = tl.load(a_ptrs[g] + i_r[None, :].to(tl.int64) * a_strides[g] + i_k[:, None], mask=m_a, other=0.0)
-            b_kept = b_x
-            if DROPOUT:
-                keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
-                b_kept = tl.where(keep, b_x, 0.0)
-            product = tl.dot(b_kept, b_a.to(b_x.dtype), input_precision=PRECISION)
-            if g == 0:
-                acc0 += product
-            elif g == 1:
-                acc1 += product
-            else:
-                acc2 += product
-    i_s = (tl.program_id(1).to(tl.int64) * T + i_t[:, None]) * R + i_r[None, :]
-    for g in tl.static_range(G):
-        acc = acc0
-        if g == 1:
-            acc = acc1
-        if g == 2:
-            acc = acc2
-        tl.store(s_ptrs[g] + i_s, (acc * scale).to(s_ptrs[g].dtype.element_ty), mask=m_t[:, None])
-
-
-@triton.jit
-def _output_kernel(
-    dy_ptr, b_ptr, s_ptr, mask_ptr, ds_ptr, db_ptr, T, N, rank, dy_stride, b_stride, n_split, scale,
-    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, NEEDS_B: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BT rows of dY: ds_ptr [splits, T, R] <- scale · dY B, and db_ptr [T / BT, N, R] <- dYᵀ S over these rows.
-
-    Where mask_ptr [N, rank] holds no active bit in a tile of dB, neither its product nor its store is made.
-    """
-    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    i_r = tl.arange(0, R)
-    m_t = i_t < T
-    m_r = i_r < rank
-    b_s = tl.load(s_ptr + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None], other=0.0)
-    acc = tl.zeros((BT, R), tl.float32)
-    first = tl.program_id(1) * n_split
-    for n in range(first, tl.minimum(first + n_split, N), BN):
-        i_n = n + tl.arange(0, BN)
-        m_n = i_n < N
-        m_b = m_n[:, None] & m_r[None, :]
-        b_dy = tl.load(dy_ptr + i_t[:, None] * dy_stride + i_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
-        b_b = tl.load(b_ptr + i_n[:, None].to(tl.int64) * b_stride + i_r[None, :], mask=m_b, other=0.0)
-        acc += tl.dot(b_dy, b_b.to(b_dy.dtype), input_precision=PRECISION)
-        if NEEDS_B:
-            active = tl.full((), 1, tl.int32)
-            if MASKED:
-                i_bits = i_n[:, None].to(tl.int64) * rank + i_r[None, :]
-                active = tl.max(tl.max(tl.load(mask_ptr + i_bits, mask=m_b, other=0).to(tl.int32), 1), 0)
-            if active > 0:
-                product = tl.dot(tl.trans(b_dy), b_s, input_precision=PRECISION)
-                i_db = (tl.program_id(0).to(tl.int64) * N + i_n[:, None]) * R + i_r[None, :]
-                tl.store(db_ptr + i_db, product, mask=m_n[:, None])
-    i_ds = (tl.program_id(1).to(tl.int64) * T + i_t[:, None]) * R + i_r[None, :]
-    tl.store(ds_ptr + i_ds, (acc * scale).to(ds_ptr.dtype.element_ty), mask=m_t[:, None])
-
-
-@triton.jit
-def _input_kernel(
-    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, T, K, x_stride, dx_stride, ds_stride,
-    ranks, a_strides, t_split, threshold,
-    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dx += Σ_g keep_g ⊙ (dS_g A_g) in place, and da_ptrs[g] [splits, R, K] <- dS_gᵀ (keep_g ⊙ x).
-
-    A program owns BK columns and the tokens t_split · program_id(1) onwards. MASKED[g], NEEDS_A[g]: layer g has a mask,
-    wants dA. dS carries the factor 1 / (1 − p). Where a layer's mask has no active bit in the columns, no dA is made.
-    """
-    k = tl.program_id(0) * BK
-    i_k = k + tl.arange(0, BK)
-    m_k = i_k < K
-    i_r = tl.arange(0, R)
-    first = tl.program_id(1).to(tl.int64) * t_split
-    end = tl.minimum(first + t_split, T)
-    wanted0 = _wanted(mask_ptrs[0], i_r, i_k, ranks[0], K, MASKED[0], NEEDS_A[0])
-    wanted1 = tl.full((), 0, tl.int32)
-    wanted2 = tl.full((), 0, tl.int32)
-    if G > 1:
-        wanted1 = _wanted(mask_ptrs[1], i_r, i_k, ranks[1], K, MASKED[1], NEEDS_A[1])
-    if G > 2:
-        wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
-    any_wanted = wanted0 + wanted1 + wanted2
-    any_work = any_wanted + 1 if NEEDS_X else any_wanted
-    acc0 = tl.zeros((R, BK), tl.float32)
-    acc1 = tl.zeros((R, BK), tl.float32)
-    acc2 = tl.zeros((R, BK), tl.float32)
-    if any_work > 0:
-        b_a0 = tl.zeros((R, BK), x_ptr.dtype.element_ty)
-        b_a1 = b_a0
-        b_a2 = b_a0
-        if NEEDS_X:
-            b_a0 = _factor(a_ptrs[0], i_r, i_k, ranks[0], K, a_strides[0]).to(b_a0.dtype)
-            if G > 1:
-                b_a1 = _factor(a_ptrs[1], i_r, i_k, ranks[1], K, a_strides[1]).to(b_a0.dtype)
-            if G > 2:
-                b_a2 = _factor(a_ptrs[2], i_r, i_k, ranks[2], K, a_strides[2]).to(b_a0.dtype)
-        for t in range(first, end, BT):
-            i_t = t + tl.arange(0, BT).to(tl.int64)
-            m_t = i_t < end
-            m_x = m_t[:, None] & m_k[None, :]
-            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x & (any_wanted > 0), other=0.0)
-            b_dx = tl.zeros((BT, BK), tl.float32)
-            for g in tl.static_range(G):
-                b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t[:, None], other=0.0)
-                b_kept = b_x
-                if DROPOUT:
-                    keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
-                    b_kept = tl.where(keep, b_x, 0.0)
-                if NEEDS_X:
-                    b_a = b_a0
-                    if g == 1:
-                        b_a = b_a1
-                    if g == 2:
-                        b_a = b_a2
-                    part = tl.dot(b_ds, b_a, input_precision=PRECISION)
-                    if DROPOUT:
-                        part = tl.where(keep, part, 0.0)
-                    b_dx += part
-                if NEEDS_A[g]:
-                    if g == 0:
-                        if wanted0 > 0:
-                            acc0 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
-                    elif g == 1:
-                        if wanted1 > 0:
-                            acc1 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
-                    else:
-                        if wanted2 > 0:
-                            acc2 += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
-            if NEEDS_X:
-                p_dx = dx_ptr + i_t[:, None] * dx_stride + i_k[None, :]
-                b_dx += tl.load(p_dx, mask=m_x, other=0.0).to(tl.float32)
-                tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_x)
-    i_da = (tl.program_id(1).to(tl.int64) * R + i_r[:, None]) * K + i_k[None, :]
-    for g in tl.static_range(G):
-        if NEEDS_A[g]:
-            acc = acc0
-            if g == 1:
-                acc = acc1
-            if g == 2:
-                acc = acc2
-            tl.store(da_ptrs[g] + i_da, acc, mask=m_k[None, :])
-
-
-@triton.jit
-def _factor(a_ptr, i_r, i_k, rank, K, a_stride):
-    """A's columns i_k, [R, BK]; rows from its rank on are 0."""
-    m_a = (i_r < rank)[:, None] & (i_k < K)[None, :]
-    return tl.load(a_ptr + i_r[:, None].to(tl.int64) * a_stride + i_k[None, :], mask=m_a, other=0.0)
-
-
-@triton.jit
-def _wanted(mask_ptr, i_r, i_k, rank, K, MASKED: tl.constexpr, NEEDS: tl.constexpr):
-    """Whether these columns of dA have an active bit (int32 scalar); 0 where no dA is wanted at all."""
-    wanted = tl.full((), 0, tl.int32)
-    if NEEDS:
-        wanted = tl.full((), 1, tl.int32)
-        if MASKED:
-            m_bits = (i_r < rank)[:, None] & (i_k < K)[None, :]
-            i_bits = i_r[:, None].to(tl.int64) * K + i_k[None, :]
-            wanted = tl.max(tl.max(tl.load(mask_ptr + i_bits, mask=m_bits, other=0).to(tl.int32), 1), 0)
-    return wanted
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_ptr, mask_ptr, out_ptr, columns, n, parts, part_stride, row_stride, scale,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """out [rows, columns] <- scale · Σ_p partial[p, row, column] in the order of p, exactly 0 where the mask is."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    wanted = i < n
-    if MASKED:
-        wanted = tl.load(mask_ptr + i, mask=i < n, other=0) != 0
-    i_partial = (i // columns) * row_stride + i % columns
-    total = tl.zeros((BLOCK,), tl.float32)
-    for p in range(parts):
-        total += tl.load(partial_ptr + p * part_stride + i_partial, mask=wanted, other=0.0)
-    tl.store(out_ptr + i, (total * scale).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
 def padded_rank(factors: Sequence[Tensor]) -> int:
@@ -243,6 +37,16 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
 
 def _cdiv(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def _rows(factor: Tensor) -> Tensor:
+    """The factor with unit column stride, which the kernels take for granted."""
+    return factor if factor.stride(1) == 1 else factor.contiguous()
+
+
+def _bits(mask: Tensor | None) -> Tensor | None:
+    """The mask as contiguous bytes."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def _precision() -> str:
@@ -294,7 +98,7 @@ def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, sca
     """out [rows, columns] <- scale · Σ partial where mask is; partial [parts, ...] may have more rows."""
     n, block = out.numel(), 1024
     launch(
-        _reduce_kernel, (_cdiv(n, block),),
+        reduce_kernel, (_cdiv(n, block),),
         partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
         BLOCK=block, MASKED=mask is not None,
     )  # fmt: skip
@@ -306,8 +110,9 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
     (T, K), out = x.shape, []
     threshold, scale, switches = _dropout(p, K)
     R = padded_rank(factors)
-    for start in range(0, len(factors), _group(x, R, p)):
-        members, drawn = factors[start : start + _group(x, R, p)], seeds[start : start + _group(x, R, p)]
+    group = _group(x, R, p)
+    for start in range(0, len(factors), group):
+        members, drawn = list(map(_rows, factors[start : start + group])), seeds[start : start + group]
         tiles = _shrink_tiles(x, R, len(members), p)
         rows, steps = _cdiv(T, tiles["BT"]), _cdiv(K, tiles["BK"])
         splits = _splits(rows, steps)
@@ -316,7 +121,7 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
         kind = x.dtype if splits == 1 else torch.float32
         partial = [torch.empty((splits, T, R), dtype=kind, device=x.device) for _ in members]
         launch(
-        _shrink_kernel, (rows, splits),
+        shrink_kernel, (rows, splits),
             x, tuple(members), tuple(drawn), tuple(partial), T, K, x.stride(0), tuple(a.shape[0] for a in members),
             tuple(a.stride(0) for a in members), k_split, threshold, scale,
             G=len(members), R=R, PRECISION=_precision(), **switches, **tiles,
@@ -338,14 +143,14 @@ def output_gradients(
     splits = _cdiv(N, n_split)
     ds_part = torch.empty((splits, T, R), dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
     db_part = torch.empty((rows, N, R) if needs_b else (0,), dtype=torch.float32, device=dy.device)
-    bits = mask if mask is None else mask.view(torch.uint8)
+    bits, factor = _bits(mask), _rows(b)
     launch(
-        _output_kernel, (rows, splits),
-        dy, b, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), b.stride(0), n_split,
+        output_kernel, (rows, splits),
+        dy, factor, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), factor.stride(0), n_split,
         scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=_precision(), **tiles,
     )  # fmt: skip
     ds = ds_part[0] if splits == 1 else _reduce(ds_part, torch.empty_like(s), None, R, 1.0)
-    db = _reduce(db_part, torch.empty_like(b), bits, b.shape[1], scaling) if needs_b else None
+    db = _reduce(db_part, b.new_empty(b.shape), bits, b.shape[1], scaling) if needs_b else None
     return ds, db
 
 
@@ -362,15 +167,15 @@ def input_gradients(
     """dx [T, K] += Σ keep ⊙ (dS A) in place, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's dtype, 0 outside its mask."""
     (T, K), R = x.shape, dss[0].shape[1]
     threshold, _, switches = _dropout(p, K)
-    bits = [None if mask is None else mask.view(torch.uint8) for mask in masks]
-    das = [torch.empty_like(a) if need else None for a, need in zip(factors, needs_a)]
+    bits = [_bits(mask) for mask in masks]
+    das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
     # A plain-core product holds all of its inner dimension in registers: fp32 ranks go 64 at a time, a launch each.
     width = min(R, 64) if x.element_size() == 4 else R
     pieces = [(g, slice(r, r + width)) for g, a in enumerate(factors) for r in range(0, a.shape[0], width)]
     group = _group(x, R, p)
     for start in range(0, len(pieces), group):
         here = pieces[start : start + group]
-        members = tuple(factors[g][rows] for g, rows in here)
+        members = tuple(_rows(factors[g][rows]) for g, rows in here)
         parts_bits = tuple(mask if mask is None else mask[rows] for mask, rows in ((bits[g], rows) for g, rows in here))
         wanted = tuple(needs_a[g] for g, _ in here)
         tiles = _input_tiles(x, width, len(here), p)
@@ -381,7 +186,7 @@ def input_gradients(
             torch.empty((splits if need else 0, width, K), dtype=torch.float32, device=x.device) for need in wanted
         )
         launch(
-            _input_kernel, (columns, splits),
+            input_kernel, (columns, splits),
             x, x if dx is None else dx, members, tuple(dss[g][:, rows.start :] for g, rows in here),
             tuple(seeds[g] for g, _ in here), parts_bits, sums, T, K, x.stride(0), K if dx is None else dx.stride(0), R,
             tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,

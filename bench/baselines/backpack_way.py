@@ -14,7 +14,7 @@ from .released_script import trainable
 
 def extended(model: nn.Module) -> nn.Module:
     """The PeftModel with BackPACK's hooks on its LoRA layers; they stay, so give it a model of its own."""
-    from backpack import extend
+    from backpack import extend  # pyright: ignore[reportMissingImports]
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" in name:
@@ -24,8 +24,8 @@ def extended(model: nn.Module) -> nn.Module:
 
 def score(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """|g φ − ½ F φ²| by parameter name; the model is `extended`, in eval mode; batches are padded ids and labels."""
-    from backpack import backpack
-    from backpack.extensions import SumGradSquared
+    from backpack import backpack  # pyright: ignore[reportMissingImports]
+    from backpack.extensions import SumGradSquared  # pyright: ignore[reportMissingImports]
 
     factors = trainable(model)
     gradient = {name: torch.zeros_like(factor) for name, factor in factors.items()}

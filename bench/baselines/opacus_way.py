@@ -28,7 +28,7 @@ def score(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[st
 
     Opacus sees layers in training mode only.
     """
-    from opacus import GradSampleModule
+    from opacus import GradSampleModule  # pyright: ignore[reportMissingImports]
 
     factors = trainable(model)
     gradient = {name: torch.zeros_like(factor) for name, factor in factors.items()}

@@ -208,3 +208,19 @@ def test_what_the_kernels_do_not_take_is_refused():
         lk.lora_linear(*(t.double() for t in (x, w, a, b)), 1.0)
     with pytest.raises(ValueError, match="at most rank 256, got 257"):
         lk.lora_linear(x, w, torch.randn(257, 8), torch.randn(4, 257), 1.0)
+
+
+def test_any_strides_of_x_the_factors_and_the_masks(monkeypatch):
+    def run():
+        torch.manual_seed(4)
+        x = torch.randn(24, 37).t()[:, ::2].requires_grad_()
+        w, dy = torch.randn(10, 12), torch.randn(1, 10).expand(37, 10)
+        a, b = torch.randn(12, 5).t().requires_grad_(), torch.randn(5, 10).t().requires_grad_()
+        masks = dict(mask_a=(torch.rand(12, 5) < 0.5).t(), mask_b=(torch.rand(5, 10) < 0.5).t())
+        y = lk.lora_linear(x, w, a, b, 1.5, dropout_p=0.2, seed=torch.tensor([2]), **masks)
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
+
+    ours = run()
+    monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    for mine, expected in zip(ours, run()):
+        assert error(mine, expected.double()) < 2e-6

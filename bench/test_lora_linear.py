@@ -27,6 +27,11 @@ CUDA = [
     for rank in (8, 16, 64)
     for p in (0.0, 0.05)
 ]
+BF16 = torch.cpu.get_capabilities()
+NO_BF16 = pytest.mark.skipif(
+    not (BF16.get("avx512_bf16") or BF16.get("amx_bf16")),
+    reason="bf16 is emulated on this CPU, and takes minutes a case",
+)
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -43,7 +48,12 @@ def required(layer: Layer) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "layer", [*CPU, *(pytest.param(layer, marks=NO_CUDA) for layer in CUDA)], ids=lambda layer: layer.case
+    "layer",
+    [
+        *(pytest.param(layer, marks=NO_BF16 if layer.dtype == torch.bfloat16 else ()) for layer in CPU),
+        *(pytest.param(layer, marks=NO_CUDA) for layer in CUDA),
+    ],
+    ids=lambda layer: layer.case,
 )
 def test_lora_linear(benchmark, report, layer):
     ways = layer.ways()

@@ -37,13 +37,18 @@ def case(lengths, n_in, n_out, r, dtype, factor_dtype):
 
 
 def expected_sums(x, dy, w, a, b, scaling, offsets):
-    """One example at a time, autograd in float64."""
+    """One example at a time, autograd in float64, of factors rounded to x's dtype as the layer rounds them.
+
+    Unrounded ones are no measure of a kernel: where few tokens cancel in S, one in a hundred draws is then off by more
+    than 1e-2. φ itself is not rounded.
+    """
+    phis, dtype = (a.double(), b.double()), x.dtype
     x, dy, w = x.double(), dy.double(), w.double()
-    a, b = a.double().requires_grad_(), b.double().requires_grad_()
+    a, b = a.to(dtype).double().requires_grad_(), b.to(dtype).double().requires_grad_()
     sums = lk.ScoreSums.zeros_like(a, b)
     for start, end in itertools.pairwise(offsets.tolist()):
         y = x[start:end] @ w.t() + scaling * x[start:end] @ a.t() @ b.t()
-        for i, (g, phi) in enumerate(zip(torch.autograd.grad(y, (a, b), dy[start:end]), (a, b))):
+        for i, (g, phi) in enumerate(zip(torch.autograd.grad(y, (a, b), dy[start:end]), phis)):
             sums[2 * i].add_((g * phi).detach())
             sums[2 * i + 1].add_((g * phi).detach() ** 2)
     return sums
@@ -79,7 +84,8 @@ def test_each_sum_equals_one_example_at_a_time(lengths, dtype, factor_dtype, bou
         made = case(lengths, n_in, n_out, r, dtype, factor_dtype)
         sums, dx = scored(*made[:5], 1.5, made[5])
         for name, difference in differences(sums, expected_sums(*made[:5], 1.5, made[5])).items():
-            assert difference < bound, (name, (n_in, n_out, r), difference)
+            # A square has twice the relative error of what is squared.
+            assert difference < (2 * bound if name.endswith("sq") else bound), (name, (n_in, n_out, r), difference)
         assert dx.isfinite().all()
         assert all(rest.isfinite().all() for rest in sums.rests)
 

@@ -85,7 +85,11 @@ def test_each_sum_equals_one_example_at_a_time(lengths, dtype, factor_dtype, bou
         sums, dx = scored(*made[:5], 1.5, made[5])
         for name, difference in differences(sums, expected_sums(*made[:5], 1.5, made[5])).items():
             # A square has twice the relative error of what is squared.
-            assert difference < (2 * bound if name.endswith("sq") else bound), (name, (n_in, n_out, r), difference)
+            assert difference < (2 * bound if name.endswith("sq") and dtype != torch.float32 else bound), (
+                name,
+                (n_in, n_out, r),
+                difference,
+            )
         assert dx.isfinite().all()
         assert all(rest.isfinite().all() for rest in sums.rests)
 

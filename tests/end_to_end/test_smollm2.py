@@ -128,8 +128,25 @@ def test_the_same_command_does_nothing_again(run):
     assert changed <= {"recipe.yaml"}
 
 
+def whole_error(sums, exact) -> list[float]:
+    """‖sums − exact‖ ÷ ‖exact‖ over the whole model, of Σgφ and of Σ(gφ)²."""
+
+    def norm(tensors) -> float:
+        return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
+
+    return [
+        norm(sums[name][which] - want[which] for name, want in exact.items())
+        / norm(want[which] for want in exact.values())
+        for which in (0, 1)
+    ]
+
+
 def test_sums_equal_one_example_at_a_time_in_float64():
-    """Σgφ and Σ(gφ)² each, on the real model in fp32 and the paper's start: within 1e-4 over the model."""
+    """Σgφ and Σ(gφ)² each, on the real model at the paper's start.
+
+    In float64 they are the same numbers. In fp32 the model's own rounding over 30 layers is 1e-4, however the sums are
+    made: PyTorch's autograd in fp32, one example at a time, is the yardstick there.
+    """
     from tests.lorapar.test_score import naive_sums
 
     texts = [
@@ -145,22 +162,25 @@ def test_sums_equal_one_example_at_a_time_in_float64():
         rows.append({"input_ids": ids, "labels": [-100] * n_prompt + ids[n_prompt:]})
     config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"])
     model = lorapar.attach(load_model(model_config), config, "paper")
-    gathered: dict[str, tuple[torch.Tensor, ...]] = {}
 
-    def keep(running):
-        for name, sums in running.sums.items():
-            gathered[f"{name}.lora_A.{ADAPTER}.weight"] = sums[:2]
-            gathered[f"{name}.lora_B.{ADAPTER}.weight"] = sums[2:]
+    def scored(model) -> dict[str, tuple[torch.Tensor, ...]]:
+        gathered = {}
 
-    lorapar.score(model, None, rows, on_batch=keep)
-    expected = naive_sums(model.double(), rows)
-    for which in (0, 1):
-        error = {name: (gathered[name][which].double() - want[which]).norm() for name, want in expected.items()}
-        norm = {name: want[which].norm() for name, want in expected.items()}
-        whole = torch.stack(list(error.values())).norm() / torch.stack(list(norm.values())).norm()
-        assert whole < 1e-4
-        # One tensor's share of the rounding of 30 layers in fp32 can be twice the model's.
-        assert max(error[name] / norm[name] for name in error) < 5e-4
+        def keep(running):
+            for name, sums in running.sums.items():
+                gathered[f"{name}.lora_A.{ADAPTER}.weight"] = sums[:2]
+                gathered[f"{name}.lora_B.{ADAPTER}.weight"] = sums[2:]
+
+        lorapar.score(model, None, rows, on_batch=keep)
+        return gathered
+
+    single, naive_single = scored(model), naive_sums(model, rows)
+    model.double()
+    exact = naive_sums(model, rows)
+    assert max(whole_error(scored(model), exact)) < 1e-6
+    for ours, autograd in zip(whole_error(single, exact), whole_error(naive_single, exact), strict=True):
+        assert ours < max(1e-4, 2 * autograd)
+        assert autograd < 1e-3
 
 
 def test_gsm8k_rows_through_the_same_pipeline(gsm8k, tmp_path):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .artefacts import read_json, write_json
@@ -71,7 +70,7 @@ def attach(
         config.r = 2 * rank
         # The same scaling at rank 2r; PEFT takes a float too.
         config.lora_alpha = cast(int, config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2))
-    _register(config)
+    _register(config, model)
     try:
         peft_model = cast(PeftModel, get_peft_model(cast(Any, model), config))
     except ValueError as error:
@@ -86,14 +85,23 @@ def attach(
     return peft_model
 
 
-def _register(config: LoraConfig) -> None:
+def _register(config: LoraConfig, model: nn.Module) -> None:
     """PEFT does not persist this, so it is done again on load. The first class that a layer is an instance of wins."""
     quantised: dict[Any, Any] = {}
     if importlib.util.find_spec("bitsandbytes"):
         from .layers_bnb import LAYERS
 
         quantised = dict(LAYERS)
+    take_over_products(model)
     config._register_custom_module({**quantised, nn.Linear: MaskedLinear})
+
+
+def take_over_products(model: nn.Module) -> None:
+    """Have every 4-bit and 8-bit layer of `model` compute as layers_bnb.py says; other layers are left alone."""
+    if importlib.util.find_spec("bitsandbytes"):
+        from .layers_bnb import take_over
+
+        take_over(model)
 
 
 def _start_layer(
@@ -127,10 +135,9 @@ def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
     base = cast(nn.Linear, layer.get_base_layer())
     weight: Tensor = base.weight
     if not isinstance(layer, MaskedLinear):
-        # PEFT's function leaves another parameter in its place, without its scales.
-        aside = layer.set_aside()
-        weight = dequantize_module_weight(base)
-        layer.put_back(aside)
+        from .layers_bnb import dequantised
+
+        weight = dequantised(base, torch.float32).clone()
     return weight.detach().to(device or weight.device, torch.float32)
 
 
@@ -215,7 +222,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         raise InputError(f"{folder}: not an adapter folder (adapter_model.safetensors is missing)")
     facts = read_json(folder / "lorapar.json")
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    _register(config)
+    _register(config, model)
     try:
         peft_model = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=True)
     except (RuntimeError, OSError, ValueError) as error:

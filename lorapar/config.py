@@ -2,8 +2,8 @@
 
 A recipe is read into the dataclasses below, each key checked by name and type before anything else happens. The
 sections `lora`, `sft` and `grpo` take the keys of `peft.LoraConfig`, `trl.SFTConfig` and `trl.GRPOConfig` verbatim,
-plus the few of ours that `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml` starts from another recipe; a
-command-line `--section.key VALUE` wins over both.
+plus the few of ours: `lora.base` (bases.py), and what `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml`
+starts from another recipe; a command-line `--section.key VALUE` wins over both.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .bases import BASES
 from .config_label import LabelConfig, check_label
 from .errors import InputError, require
 from .recipe_file import parse_yaml, read_recipe
@@ -347,7 +348,9 @@ def _check_values(recipe: Recipe) -> None:
     check_label(recipe.label)
     for at, systems in (("sft.systems", recipe.sft.systems), ("grpo.systems", recipe.grpo.systems)):
         require(systems in ([1], [2], [1, 2]), at, systems, "[1], [2] or [1, 2]")
-    check_lora(recipe.lora)
+    base = recipe.lora.get("base")
+    require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
+    check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
     weights = recipe.lora.get("init_lora_weights", True)
     require(weights is True or recipe.start == "peft", "lora.init_lora_weights", weights,
             f"nothing, since start: {recipe.start} says how A and B begin (start: peft leaves it to PEFT)")  # fmt: skip

@@ -13,6 +13,8 @@ import lorapar_kernels as lk
 import lorapar_kernels.native as native
 from lorapar_kernels import backend
 
+from .bases import QUANTISED, works_here
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
 MODULES = ("lora_passes", "importance", "top_mass", "masked_adamw", "dropout", "bitmask", "tiles")
@@ -31,6 +33,7 @@ def doctor() -> str:
             lines.append("  no device")
             continue
         lines += [f"  {operation:<20} {runs}" for operation, runs in operations(torch.device(device)).items()]
+        lines += [f"  {f'lora.base: {base}':<20} {works_here(base, torch.device(device))}" for base in QUANTISED]
     return "\n".join(lines)
 
 

@@ -2,8 +2,13 @@
 
 Both are loaded again with plain PEFT and plain transformers, and their logits held against ours: merged is not the
 adapter (peft#2321), so what is written is what is checked.
+
+A base that training held in 4 or 8 bits is not merged into: that would round base + delta to 4 bits anew. The merged
+model is made from the original weights, a shard at a time, and checked against the adapter on those; how far that is
+from the model that was trained is said.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +17,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from .adapter import save_adapter
+from .adapter import save_adapter, take_over_products
 from .artefacts import atomic_folder, read_json
+from .bases import given_form
 from .errors import InputError
+from .merging import merge_checkpoint
+
+log = logging.getLogger("lorapar")
 
 # Largest tolerated logit difference, in units of the logits' own standard deviation, by the precision that rounds them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -30,23 +39,33 @@ def export(
     """Write `folder`/adapter (plain PEFT) and, where `merged`, `folder`/merged (plain transformers).
 
     Args:
-        model: the trained model with our layers. dtype: of the merged weights; None: the base's.
+        model: the trained model with our layers. dtype: of the merged weights; None: the base's, bf16 where quantised.
 
-    Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation.
+    Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
+    a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
     Raises ExportDiffers where one passes `TOLERANCE`.
     """
-    base_dtype = next(p.dtype for n, p in model.named_parameters() if ".lora_" not in n)
+    base = model.get_base_model()
+    base_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
+    form = given_form(base.config)
     probe = _probe_tokens(model, tokenizer)
     ours = _logits(model, probe)
     differences = {}
     with atomic_folder(folder / "adapter") as temporary:
         save_adapter(model, temporary, stage="final")
         tokenizer.save_pretrained(temporary)
-        config = read_json(temporary / "adapter_config.json")
-        plain_base = _load_plain(config["base_model_name_or_path"], base_dtype)
-        plain = PeftModel.from_pretrained(plain_base, str(temporary)).to(probe.device)
+        name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
+        plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, base if form else None), str(temporary))
+        if form is None:
+            plain = plain.to(probe.device)
+        elif form == "int8":
+            # LLM.int8() rounds what a layer is given too, which is no property of the adapter (layers_bnb.py).
+            take_over_products(plain)
         differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype)
-    if merged:
+    if merged and form is not None:
+        del plain
+        differences |= _merge_original(folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form)
+    elif merged:
         target = dtype or base_dtype
         with atomic_folder(folder / "merged") as temporary:
             # In fp32, so that the sum is rounded once, to the dtype that is written.
@@ -60,9 +79,33 @@ def export(
     return differences
 
 
-def _load_plain(name: str, dtype: torch.dtype) -> Any:
+def _merge_original(
+    folder: Path, name: str, ours: torch.Tensor, probe: torch.Tensor, tokenizer: Any, dtype: torch.dtype, form: str
+) -> dict[str, float]:
+    """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
+    with atomic_folder(folder / "merged") as temporary:
+        size = merge_checkpoint(name, folder / "adapter", temporary, dtype)
+        tokenizer.save_pretrained(temporary)
+        expected = _logits(PeftModel.from_pretrained(_load_plain(name, dtype), str(folder / "adapter")), probe)
+        logits = _logits(_load_plain(str(temporary), dtype), probe)
+        difference = _check("merged", expected, logits, dtype)
+    from_trained = float((logits - ours.cpu()).abs().max() / ours.std())
+    log.info(
+        "export: merged from the original weights in %s (%d MB), not into the %s base, which would round base + delta "
+        "to it anew; its logits are up to %.2g standard deviations from those of the model that was trained",
+        str(dtype).removeprefix("torch."), size // 10**6, form, from_trained,
+    )  # fmt: skip
+    return {"merged": difference, "merged_from_trained": from_trained}
+
+
+def _load_plain(name: str, dtype: torch.dtype, quantised_as: Any = None) -> Any:
+    """The base as plain transformers loads it; `quantised_as`: in the form and on the device of that model."""
+    options: dict[str, Any] = {}
+    if quantised_as is not None:
+        device = next(quantised_as.parameters()).device
+        options = {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except OSError as error:
         raise InputError(f"model.name: the base {name!r} that the adapter names cannot be loaded ({error})") from None
 

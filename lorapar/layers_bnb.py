@@ -1,16 +1,100 @@
 """The LoRA layers of bitsandbytes' 4-bit and 8-bit bases; imported where bitsandbytes is installed.
 
-The base's product is bitsandbytes' own, forward and backward; the adapter's share is added by `lora_add`. Merging goes
-by PEFT's way, which quantises base + delta anew and so costs accuracy; `unmerge` puts the very base back.
+The base's product is y = x Wᵀ + bias with W dequantised for that product alone, once in the forward and once more in
+the backward; `FrozenProduct` keeps neither W nor x. The adapter's share is added by `lora_add`. Where no gradient is
+asked for, a 4-bit base's product is bitsandbytes' own, whose fused kernels serve the few tokens of a generation step.
+
+Trade-off: an 8-bit base computes with x as it is, where bitsandbytes rounds x to 8 bits as well (LLM.int8()) in
+evaluation and, on a GPU, in training: the same function in training, in rollouts and in evaluation, and no kept x, for
+products in x's dtype. Merging goes by PEFT's way, which quantises base + delta anew and so costs accuracy; `unmerge`
+puts the very base back.
 """
 
+import types
 from typing import Any, cast
 
+import bitsandbytes.functional as bnb_functional
 import bitsandbytes.nn.modules as bnb
+import torch
+import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import MaskedLayer
+
+# One flat buffer a device and dtype, as large as the largest weight so far. A stream runs in order, so a product has
+# read the buffer before the next weight is written there.
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _buffer(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    there = _buffers.get((device, dtype))
+    if there is None or there.numel() < shape.numel():
+        there = _buffers[device, dtype] = torch.empty(shape.numel(), dtype=dtype, device=device)
+    return there[: shape.numel()].view(shape)
+
+
+def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a bitsandbytes layer, [out, in] in `dtype`, in a buffer that the next call writes over.
+
+    Each element is what bitsandbytes' own forward multiplies by, rounded once to `dtype`.
+    """
+    weight, state = cast(Any, base.weight), cast(Any, base)
+    if not isinstance(base, bnb.Linear4bit):
+        # bitsandbytes moves the weight and its scales into `state` at its own first forward.
+        moved = weight.CB is None
+        codes, scales = (state.state.CB, state.state.SCB) if moved else (weight.CB, weight.SCB)
+        out = _buffer(codes.shape, codes.device, dtype)
+        return torch.mul(codes, scales.unsqueeze(1) * (1.0 / 127.0), out=out)
+    bnb.fix_4bit_weight_quant_state_from_module(base)
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    arguments = weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+    if weight.device.type == "cpu":
+        # bitsandbytes has no CPU kernel that writes where it is told.
+        return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+    out = _buffer(state.shape, weight.device, dtype)
+    torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
+    return out
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x Wᵀ + bias with W dequantised from `base`; x [..., in] and the result [..., out] share a dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Module) -> Tensor:  # type: ignore[override]
+        ctx.base = base
+        bias = cast("Tensor | None", base.bias)
+        return F.linear(x, dequantised(base, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ dequantised(ctx.base, grad.dtype), None
+
+
+def _forward(base: Any, x: Tensor) -> Tensor:
+    """What `take_over` puts in the place of a bitsandbytes layer's forward; under autocast, in autocast's dtype."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    out_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if isinstance(base, bnb.Linear4bit) and not (torch.is_grad_enabled() and x.requires_grad):
+        return type(base).forward(base, x).to(out_dtype)
+    dtype = out_dtype if autocast else getattr(base, "compute_dtype", None) or x.dtype
+    return cast(Tensor, FrozenProduct.apply(x.to(dtype), base)).to(out_dtype)
+
+
+def take_over(model: nn.Module) -> None:
+    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above.
+
+    bitsandbytes would also repack 4-bit weights in place at the first forward in evaluation on a CPU with AVX512-BF16,
+    and compute without autograd from then on: training after an evaluation would lose the gradient of x in silence.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
+            module.forward = types.MethodType(_forward, module)
+        if isinstance(module, bnb.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 class MaskedLinear4bit(MaskedLayer, Linear4bit):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .artefacts import atomic_folder, sha256_file
+from .bases import QUANTISED, given_form, quantisation
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -248,29 +249,37 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(config: "ModelConfig") -> "PreTrainedModel":
+def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedModel":
     """The model in training mode, on the device and in the dtype that `config` says.
 
+    base: "nf4" or "int8": its linear layers quantised by bitsandbytes as they are read; "bf16"; None: as `config` says.
     Its `name_or_path` is the absolute folder or the hub id, so an adapter saved for it names a base that
     loads. Its generation settings are greedy: sampling settings that the model came with are taken out.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     place = str(resolve(config.name))
     device = choose_device(config.device)
     if config.dtype != "auto" and config.dtype not in DTYPES:
         raise InputError(f"model.dtype: unknown dtype {config.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    options: dict[str, Any] = {}
+    if base == "bf16" and config.dtype not in ("auto", "bfloat16"):
+        raise InputError(f"lora.base: got bf16 beside model.dtype: {config.dtype}; leave one of them out")
+    dtype = best_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _as_input_error(config):
+        form = given_form(AutoConfig.from_pretrained(place, **options))
+    if base is not None and form is not None and form != base:
+        raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
+    if base in QUANTISED and form is None:
+        options["quantization_config"] = quantisation(base, dtype)
+    if base in QUANTISED or form is not None:
+        # Quantised where it will stay: such a model is not moved afterwards.
+        options["device_map"] = {"": str(device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     with _as_input_error(config):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            dtype=best_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype],
-            **options,
+            place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, **options
         )
     _make_greedy(model)
     head = model.get_output_embeddings()
@@ -279,7 +288,7 @@ def load_model(config: "ModelConfig") -> "PreTrainedModel":
         # weight torch's CPU matmul does not fold it but copies the weight once a row: 250 times the time for 64 prompts
         # of SmolLM2-135M (torch 2.13).
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    return model.to(device).train()
+    return (model if "device_map" in options else model.to(device)).train()
 
 
 def _make_greedy(model: "PreTrainedModel") -> None:

@@ -193,6 +193,8 @@ def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     inputs["files"] = {name: sha256_file(folder / name) for name in stage.reads}
     if stage.name == "label":
+        if recipe.lora.get("base") and "probe" in str(recipe.label.voters):
+            inputs["base"] = recipe.lora["base"]  # what the probe asks
         paths = [Path(source.name).expanduser() for source in recipe.data.sources]
         paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
         inputs["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}

@@ -20,6 +20,7 @@ from lorapar_kernels import backend
 
 from .adapter import ADAPTER, attach, check_fits, load_adapter, lora_parameters, save_adapter
 from .artefacts import atomic_folder, read_json, read_jsonl, why_not_whole, write_json, write_jsonl
+from .bases import QUANTISED, quantisation
 from .config import Recipe
 from .data import load_rows, to_dataset
 from .errors import InputError
@@ -235,7 +236,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         "task_type": "CAUSAL_LM",
     }
     try:
-        return LoraConfig(**(defaults | recipe.lora))
+        return LoraConfig(**(defaults | {key: value for key, value in recipe.lora.items() if key != "base"}))
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from error
 
@@ -249,6 +250,8 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     lora_config(recipe)
+    if recipe.lora.get("base") in QUANTISED:
+        quantisation(recipe.lora["base"], torch.float32)
     if recipe.label.column is None:
         make_voters([voter for voter in recipe.label.voters or [] if _voter_name(voter) != "probe"])
     if "sft" in recipe.stages:
@@ -319,7 +322,7 @@ def _model(recipe: Recipe) -> PreTrainedModel:
     config = recipe.model
     if config.device is None and PartialState().num_processes > 1:
         config = dataclasses.replace(config, device=str(PartialState().device))
-    return load_model(config)
+    return load_model(config, recipe.lora.get("base"))
 
 
 def _voter_names(recipe: Recipe) -> list[str]:

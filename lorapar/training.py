@@ -60,6 +60,14 @@ class PartitionedTrainer(Trainer):
     partition: Partition
     stage: Stage
 
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
+        as_given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in as_given.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         # Built here, after the trainer has done all it does to the model, so that no parameter is replaced afterwards.
         if self.optimizer is None:

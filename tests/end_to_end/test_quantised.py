@@ -1,0 +1,43 @@
+"""The whole method on SmolLM2-135M with its base in 4 and in 8 bits, cut short."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorapar
+from lorapar.config import load_recipe
+
+pytest.importorskip("bitsandbytes")
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+SHORT = {
+    "score.examples": "8",
+    "sft.max_steps": "2",
+    "grpo.max_steps": "2",
+    "grpo.per_device_train_batch_size": "8",
+    "grpo.num_generations": "4",
+    "grpo.beta": "0.04",
+    "evaluate.limit": "4",
+    "sft.gradient_checkpointing": "true",
+    "grpo.gradient_checkpointing": "true",
+    "export.merged": "true",
+}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_every_stage_on_a_quantised_base(base, tmp_path):
+    overrides = [*SHORT.items(), ("lora.base", base), ("output_dir", str(tmp_path / "run"))]
+    run = lorapar.run(load_recipe(QUICKSTART, overrides))
+    records = json.loads((run / "stages.json").read_text())
+    for stage in ("sft", "grpo"):
+        # Each active element moved, by steps that bf16 would have lost in part.
+        assert records[stage]["moved"] == records[stage]["active"] > 500_000
+    assert records["export"]["adapter_logit_difference"] < 1e-3
+    assert records["export"]["merged_logit_difference"] < 0.5
+    assert records["export"]["merged_from_trained_logit_difference"] > 0
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert set(json.loads((run / "metrics.json").read_text())["accuracy"]) == {"base", "sft", "grpo"}

@@ -1,0 +1,258 @@
+"""`lora.base`: a base in 4 or 8 bits through every stage; what it saves; what is refused."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lorapar
+from lorapar import InputError
+from lorapar.adapter import Snapshot, load_adapter, lora_parameters, verify
+from lorapar.bases import quantisation, works_here
+from lorapar.config import ModelConfig, parse
+from lorapar.doctor import doctor
+from lorapar.merging import merge_checkpoint, merged_parameters, merged_weight
+from lorapar.models import load_model
+from tests.lorapar.driver import recipe_values, refused, succeeds, write_recipe
+from tests.lorapar.test_adapter import config, random_partition
+from tests.lorapar.test_training import ROWS, grpo_config, letters, sft_config
+from tests.tiny import tiny_tokenizer
+
+needs_bnb = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed (pip install 'lorapar[bnb]')",
+)
+KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
+
+
+def load(folder, base, **keys):
+    return load_model(ModelConfig(str(folder), **({"dtype": "float32", "device": "cpu"} | keys)), base)
+
+
+def random_layer(kind, out, inner, bias=False):
+    import bitsandbytes as bnb
+
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(inner, out, bias=bias, quant_type="nf4", compress_statistics=True)
+    else:
+        layer = bnb.nn.Linear8bitLt(inner, out, bias=bias, has_fp16_weights=False)
+    torch.nn.init.normal_(layer.weight.data)
+    return layer.to("cpu").requires_grad_(False)
+
+
+@needs_bnb
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, bias):
+    from lorapar.layers_bnb import FrozenProduct, dequantised
+
+    layer = random_layer(kind, 96, 66, bias)
+    weight = dequantised(layer, torch.float32).double().clone()
+    x, dy = torch.randn(3, 5, 66, requires_grad=True), torch.randn(3, 5, 96)
+    y = FrozenProduct.apply(x, layer)
+    y.backward(dy)
+    expected = x.detach().double() @ weight.t() + (layer.bias.double() if bias else 0)
+    torch.testing.assert_close(y.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-5)
+    # And as bitsandbytes' own product of the same layer in training.
+    torch.testing.assert_close(y.detach(), layer.train()(x.detach()), rtol=1e-5, atol=1e-5)
+
+
+@needs_bnb
+@KINDS
+def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
+    from lorapar.layers_bnb import FrozenProduct
+
+    layer, saved = random_layer(kind, 64, 64), []
+    x = torch.randn(16, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = FrozenProduct.apply(x, layer)
+    assert saved == []
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@needs_bnb
+def test_weights_of_several_shapes_share_one_buffer():
+    from lorapar.layers_bnb import dequantised
+
+    large, small = random_layer("int8", 64, 48), random_layer("int8", 32, 16)
+    first = dequantised(large, torch.float32)
+    kept = first.clone()
+    assert dequantised(small, torch.float32).data_ptr() == first.data_ptr()
+    assert torch.equal(dequantised(large, torch.float32), kept)
+
+
+@needs_bnb
+@KINDS
+def test_an_evaluation_between_changes_neither_the_weights_nor_the_gradient(tiny_folder, kind):
+    """bitsandbytes repacks 4-bit weights in evaluation on a CPU with AVX512-BF16, and then computes without autograd."""
+    model = lorapar.attach(load(tiny_folder, kind), config(), start="paper")
+    tokens = torch.randint(2, 258, (2, 9))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def gradient():
+        model.zero_grad()
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        return {n: p.grad.clone() for n, p in lora_parameters(model).items()}
+
+    first = gradient()
+    with torch.no_grad():
+        model.eval()(input_ids=tokens)
+    for name, grad in gradient().items():
+        assert torch.equal(grad, first[name])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@needs_bnb
+@KINDS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loaded_base_is_in_the_form_asked_for(tiny_folder, kind, dtype):
+    model, plain = load(tiny_folder, kind, dtype=dtype), load(tiny_folder, None, dtype=dtype)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == (torch.uint8 if kind == "nf4" else torch.int8)
+    if kind == "nf4":
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert layer.compute_dtype == getattr(torch, dtype)
+    assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
+    assert model.training
+    from lorapar.layers_bnb import dequantised
+
+    weight = plain.model.layers[0].self_attn.q_proj.weight.float()
+    error = float((dequantised(layer, torch.float32) - weight).norm() / weight.norm())
+    # Of normal weights NF4 in blocks of 64 loses about 0.09, eight bits about 0.01.
+    assert 0 < error < (0.12 if kind == "nf4" else 0.02)
+
+
+def test_bf16_and_unset(tiny_folder):
+    assert load(tiny_folder, "bf16", dtype="auto").dtype == torch.bfloat16
+    assert load(tiny_folder, None).dtype == torch.float32
+    with pytest.raises(InputError, match="lora.base: got bf16 beside model.dtype: float32"):
+        load(tiny_folder, "bf16")
+
+
+@needs_bnb
+@KINDS
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_trainers_keep_the_adapter_s_dtype_and_small_steps_move_it(tiny_folder, tmp_path, kind, stage):
+    """At lr 1e-5 a step rounds away in bf16 for most elements; TRL casts them so beside a quantised base."""
+    model = lorapar.attach(load(tiny_folder, kind), config(), start="twin")
+    made = random_partition(model)
+    before = Snapshot.take(model)
+    keys = dict(learning_rate=1e-5, weight_decay=0.0, max_steps=2, gradient_checkpointing=True)
+    if stage == "sft":
+        trainer, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys))
+    else:
+        settings = grpo_config(tmp_path, beta=0.04, **keys)
+        trainer, trained = lorapar.grpo(model, tiny_tokenizer(), ROWS, made, settings, [letters])
+        assert all(p.dtype == torch.float32 for n, p in trainer.model.named_parameters() if ".ref." in n)
+    assert all(p.dtype == torch.float32 for p in lora_parameters(model).values())
+    assert trained.verified["moved"] > 0.9 * trained.verified["active"]
+    assert verify(model, before, made, stage) == trained.verified
+
+
+@needs_bnb
+@KINDS
+def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, kind):
+    found = []
+    for on in (False, True):
+        model = lorapar.attach(load(tiny_folder, kind), config(lora_dropout=0.1), start="twin")
+        made = random_partition(model)
+        settings = sft_config(tmp_path, gradient_checkpointing=on, max_steps=3)
+        lorapar.sft(model, tiny_tokenizer(), ROWS, made, settings)
+        found.append(dict(lora_parameters(model)))
+    for name, parameter in found[0].items():
+        torch.testing.assert_close(found[1][name], parameter, rtol=1e-5, atol=1e-6)
+
+
+@needs_bnb
+@KINDS
+def test_a_whole_run(tiny_folder, tmp_path, kind):
+    values = recipe_values(tiny_folder)
+    values["lora"] |= {"base": kind}
+    values["export"] = {"merged": True}
+    for stage in ("sft", "grpo"):
+        values[stage] |= {"gradient_checkpointing": True}
+    folder = tmp_path / "run"
+    said = succeeds("run", write_recipe(tmp_path / "r.yaml", values), "--output_dir", folder)
+    assert f"merged from the original weights in bfloat16 (0 MB), not into the {kind} base" in said
+    records = json.loads((folder / "stages.json").read_text())
+    assert records["sft"]["moved"] > 0
+    assert records["grpo"]["moved"] > 0
+    assert records["export"]["merged_from_trained_logit_difference"] > records["export"]["merged_logit_difference"]
+    assert json.loads((folder / "metrics.json").read_text())["accuracy"]["grpo"]["all"] is not None
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert getattr(merged.config, "quantization_config", None) is None
+    # Another form of the base is another run.
+    values["lora"] |= {"base": "bf16"}
+    values["model"].pop("dtype")
+    refused("run", write_recipe(tmp_path / "s.yaml", values), "--output_dir", folder, says=("another recipe",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_merged_weight_is_summed_wide_and_rounded_once(dtype):
+    weight, a, b = torch.randn(24, 40).to(dtype), torch.randn(4, 40) * 0.1, torch.randn(24, 4) * 0.1
+    exact = weight.double() + 1.5 * b.double() @ a.double()
+    made = merged_weight(weight, a, b, 1.5)
+    assert made.dtype == dtype
+    bound = torch.finfo(dtype).eps * 0.51 + (0 if dtype == torch.float64 else torch.finfo(torch.float32).eps * 4)
+    assert float(((made.double() - exact).abs() / exact.abs().clamp(min=1e-2)).max()) <= max(bound, 1e-13)
+
+
+@needs_bnb
+def test_a_merged_checkpoint_is_the_original_with_the_delta(tiny_folder, tmp_path):
+    model = lorapar.attach(load(tiny_folder, "nf4"), config(), start="twin")
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lorapar.export(model, tiny_tokenizer(), tmp_path)
+    original = load_adapter(load(tiny_folder, None), tmp_path / "adapter")
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_checkpoint(str(tiny_folder), tmp_path / "adapter", out, torch.float32)
+    written = load_file(out / "model.safetensors")
+    for name, tensor in merged_parameters(original):
+        if name in written:
+            torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-6)
+    assert "model.layers.1.mlp.down_proj.weight" in written
+    with pytest.raises(InputError, match="holds quantised weights alone"):
+        load(tiny_folder, "nf4").save_pretrained(tmp_path / "quantised")
+        merge_checkpoint(str(tmp_path / "quantised"), tmp_path / "adapter", out, torch.float32)
+
+
+@needs_bnb
+def test_a_checkpoint_that_is_quantised_already(tiny_folder, tmp_path):
+    load(tiny_folder, "nf4").save_pretrained(tmp_path)
+    for base in (None, "nf4"):
+        model = load(tmp_path, base)
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    with pytest.raises(InputError, match="lora.base: got int8, but .* holds its weights as nf4"):
+        load(tmp_path, "int8")
+
+
+def test_what_is_refused(tiny_folder, tmp_path, monkeypatch):
+    values = recipe_values(tiny_folder)
+    values["lora"] |= {"base": "nf5"}
+    with pytest.raises(InputError, match="lora.base: got 'nf5', expected nf4, int8, bf16, or nothing"):
+        parse(values)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name))
+    with pytest.raises(InputError, match=r"lora.base: nf4 needs bitsandbytes.*pip install 'lorapar\[bnb\]'"):
+        quantisation("nf4", torch.float32)
+    values["lora"] |= {"base": "int8"}
+    refused("run", write_recipe(tmp_path / "r.yaml", values), "--output_dir", tmp_path / "run", says=("lorapar[bnb]",))
+    assert works_here("nf4", torch.device("cpu")).startswith("no: bitsandbytes is not installed")
+
+
+@needs_bnb
+def test_doctor_says_which_bases_work_here():
+    said = doctor()
+    assert "lora.base: nf4       yes" in said
+    assert "lora.base: int8      yes" in said

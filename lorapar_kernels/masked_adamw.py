@@ -197,7 +197,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lorapar::masked_adamw", ("cpu", "cuda"))
 def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, lr,
                   beta1, beta2, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
     obstacle = partial(_native_obstacle, params, grads, (*exp_avgs, *exp_avg_sqs, *scales, *compensations))
@@ -206,6 +205,9 @@ def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, 
     step_list = _step_native if chosen == "native" else _step_reference
     return step_list(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
                      skip_nonfinite)  # fmt: skip
+
+
+torch.library.impl("lorapar::masked_adamw", ("cpu", "cuda"), _masked_adamw)
 
 
 @torch.library.register_fake("lorapar::masked_adamw")
@@ -250,40 +252,54 @@ def _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, c
     return skipped
 
 
-def _check_tensors(i: int, param: Tensor, grad: Tensor, mask: MaskIndex, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    shape = param.shape
-    if not param.is_floating_point():
-        raise ValueError(f"params[{i}] must be of a floating-point dtype, got {param.dtype}")
-    if grad.shape != shape or not grad.is_floating_point():
-        raise ValueError(f"grads[{i}] must be floating-point {list(shape)}, got {grad.dtype} {list(grad.shape)}")
-    if mask.shape != shape:
-        raise ValueError(f"masks[{i}] must be {list(shape)}, got {list(mask.shape)}")
-    wide = state_dtype(param.dtype)
-    # Two 8-bit types for moments in codes, which `scales` then belong to.
-    dtypes = (torch.int8, torch.uint8) if exp_avg.dtype == torch.int8 else (wide, wide)
-    for name, moment, dtype in (("exp_avgs", exp_avg, dtypes[0]), ("exp_avg_sqs", exp_avg_sq, dtypes[1])):
-        if moment.shape != (mask.active,) or moment.dtype != dtype:
-            raise ValueError(
-                f"{name}[{i}] must be {dtype} [{mask.active}], one entry an active element, "
-                f"got {moment.dtype} {list(moment.shape)}"
-            )
+def _check(name: str, what: str, got: list, expected: list) -> None:
+    """ValueError at the first tensor of a list whose shape, dtype or device is not the expected one.
+
+    Whole lists are compared, as a step of a 7B has some 400 tensors and is to be over in 15 ms.
+    """
+    if got != expected:
+        i = next(i for i, pair in enumerate(zip(got, expected)) if pair[0] != pair[1])
+        shown = [list(one) if isinstance(one, torch.Size) else one for one in (expected[i], got[i])]
+        raise ValueError(f"{name}[{i}] must have {what} {shown[0]}, got {shown[1]}")
 
 
-def _check_optional(i: int, param: Tensor, exp_avg: Tensor, scale: Tensor | None, compensation: Tensor | None) -> None:
-    tiles = (param.numel() + TILE - 1) // TILE
-    if (scale is not None) != (exp_avg.dtype == torch.int8):
-        raise ValueError(f"scales must be given for 8-bit moments and for no others, exp_avgs[{i}] is {exp_avg.dtype}")
-    if scale is not None and (scale.shape != (2, tiles) or scale.dtype != torch.float32):
-        raise ValueError(f"scales[{i}] must be float32 [2, {tiles}], got {scale.dtype} {list(scale.shape)}")
-    if compensation is None:
-        return
-    if param.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"compensations are for bf16 and fp16 parameters, params[{i}] is {param.dtype}")
-    if compensation.shape != exp_avg.shape or compensation.dtype != param.dtype:
-        shape = list(compensation.shape)
-        raise ValueError(
-            f"compensations[{i}] must be {param.dtype} {list(exp_avg.shape)}, got {compensation.dtype} {shape}"
-        )
+def _check_tensors(params, grads, masks, exp_avgs, exp_avg_sqs, scales, compensations) -> None:
+    """ValueError naming the first tensor that does not fit its parameter."""
+    shapes, devices = [param.shape for param in params], [param.device for param in params]
+    _check("grads", "shape", [grad.shape for grad in grads], shapes)
+    _check("masks", "shape", [mask.shape for mask in masks], shapes)
+    packed = [torch.Size((mask.active,)) for mask in masks]
+    each = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "compensations": compensations or ()}
+    for name, tensors in each.items():
+        if tensors:
+            _check(name, "one entry an active element, shape", [tensor.shape for tensor in tensors], packed)
+    for name, tensors in (each | {"grads": grads, "scales": scales or ()}).items():
+        if tensors:
+            _check(name, "its parameter's device", [tensor.device for tensor in tensors], devices)
+    _check("masks", "its parameter's device", [mask.words.device for mask in masks], devices)
+    if scales:
+        tiles = [torch.Size((2, (shape.numel() + TILE - 1) // TILE)) for shape in shapes]
+        _check("scales", "shape", [scale.shape for scale in scales], tiles)
+        _check("scales", "dtype", [scale.dtype for scale in scales], [torch.float32] * len(scales))
+    if compensations:
+        dtypes = [param.dtype for param in params]
+        _check("compensations", "dtype", [one.dtype for one in compensations], dtypes)
+
+
+def _check_dtypes(
+    i: int, param: torch.dtype, grad: torch.dtype, moments: tuple, scaled: bool, compensated: bool
+) -> None:
+    """ValueError where no step is for these dtypes; `i` is the first tensor that has them."""
+    for name, dtype in (("params", param), ("grads", grad)):
+        if not dtype.is_floating_point:
+            raise ValueError(f"{name}[{i}] must be of a floating-point dtype, got {dtype}")
+    if scaled != (moments[0] == torch.int8):
+        raise ValueError(f"scales must be given for 8-bit moments and for no others, exp_avgs[{i}] is {moments[0]}")
+    expected = (torch.int8, torch.uint8) if scaled else (state_dtype(param),) * 2
+    if moments != expected:
+        raise ValueError(f"exp_avgs[{i}] and exp_avg_sqs[{i}] must be {expected}, got {moments}")
+    if compensated and param not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"compensations are for bf16 and fp16 parameters, params[{i}] is {param}")
 
 
 def _indexed(i: int, mask: Tensor | MaskIndex, shape: torch.Size) -> MaskIndex:
@@ -354,17 +370,12 @@ def masked_adamw(
     if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
         raise ValueError(f"grad_scale must be one float32 element, got {grad_scale.numel()} of {grad_scale.dtype}")
     indexed = [_indexed(i, mask, param.shape) for i, (mask, param) in enumerate(zip(masks, params))]
-    groups: dict[tuple[torch.dtype, torch.dtype, torch.device], list[int]] = {}
-    for i, (param, grad, mask) in enumerate(zip(params, grads, indexed)):
-        _check_tensors(i, param, grad, mask, exp_avgs[i], exp_avg_sqs[i])
-        if exp_avgs[i].dtype == torch.int8 or scales is not None or compensations is not None:
-            _check_optional(
-                i, param, exp_avgs[i], scales[i] if scales else None, compensations[i] if compensations else None
-            )
-        for name, tensor in (("grads", grad), ("masks", mask.words), ("exp_avgs", exp_avgs[i])):
-            if tensor.device != param.device:
-                raise ValueError(f"{name}[{i}] must be on its parameter's device {param.device}, got {tensor.device}")
-        groups.setdefault((param.dtype, grad.dtype, param.device), []).append(i)
+    _check_tensors(params, grads, indexed, exp_avgs, exp_avg_sqs, scales, compensations)
+    groups: dict[tuple, list[int]] = {}
+    for i, (param, grad, first, second) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        groups.setdefault((param.device, param.dtype, grad.dtype, first.dtype, second.dtype), []).append(i)
+    for (_, param, grad, *moments), chosen in groups.items():
+        _check_dtypes(chosen[0], param, grad, tuple(moments), scales is not None, compensations is not None)
     if skip_nonfinite and len(groups) > 1:
         raise ValueError(f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(groups)}")
     skipped = []
@@ -375,5 +386,7 @@ def masked_adamw(
                            exp_avgs, exp_avg_sqs, scales, compensations)
         ]  # fmt: skip
         hyper = lr, *betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite
-        skipped.append(torch.ops.lorapar.masked_adamw(*columns, grad_scale, step, *hyper))
+        # The op takes 3 ms to hand over the tensors of a 7B.
+        stepped = torch.ops.lorapar.masked_adamw if torch.compiler.is_compiling() else _masked_adamw
+        skipped.append(stepped(*columns, grad_scale, step, *hyper))
     return not (skip_nonfinite and any(int(one) for one in skipped))

@@ -44,15 +44,16 @@ def test_masked_adamw(benchmark, report, device, model, active):
     source = torch.ones(elements * 3, device=device)
     target = torch.empty_like(source)
 
+    prepared = lk.PreparedAdamW(params, indexed, exp_avgs, exp_avg_sqs)
+    prepared_8 = lk.PreparedAdamW(params_8, indexed, codes[0], codes[1], scales=scales)
+
     def ours():
         steps["ours"] += 1
-        lk.masked_adamw(params, grads, indexed, exp_avgs, exp_avg_sqs, steps["ours"], lr=LR, weight_decay=DECAY)
+        prepared.step(grads, steps["ours"], lr=LR, weight_decay=DECAY)
 
     def ours_8_bit():
         steps["8-bit"] += 1
-        lk.masked_adamw(
-            params_8, grads, indexed, codes[0], codes[1], steps["8-bit"], lr=LR, weight_decay=DECAY, scales=scales
-        )
+        prepared_8.step(grads, steps["8-bit"], lr=LR, weight_decay=DECAY)
 
     def copy():
         target.copy_(source)

@@ -71,6 +71,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         _check_rounding(rounding, trained)
         group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, moments=moments,
                      rounding=rounding, skip_nonfinite=skip_nonfinite, seed=seed)  # fmt: skip
+        self._prepared: tuple[Any, Any] = (None, None)
         super().__init__(trained, group)
 
     @torch.no_grad()
@@ -101,13 +102,24 @@ class PartitionedAdamW(torch.optim.Optimizer):
         self, group: dict[str, Any], step: int, parameters: list[nn.Parameter], grad_scale: Tensor | None
     ):
         states = [self.state[parameter] for parameter in parameters]
-        packed = {key: [state[key] for state in states] if key in states[0] else None for key in PACKED}
-        done = lk.masked_adamw(
-            parameters,
+        # Another stage of training, a loaded state or another device brings other tensors.
+        tensors = [
+            id(tensor) for state, parameter in zip(states, parameters) for tensor in (parameter, state["exp_avg"])
+        ]
+        key = (parameters[0].device, tensors)
+        if key != self._prepared[0]:
+            packed = {name: [state[name] for state in states] if name in states[0] else None for name in PACKED}
+            prepared = lk.PreparedAdamW(
+                parameters,
+                [self._index(parameter) for parameter in parameters],
+                packed["exp_avg"],  # type: ignore[arg-type]
+                packed["exp_avg_sq"],  # type: ignore[arg-type]
+                scales=packed["scales"],
+                compensations=packed["compensation"],
+            )
+            self._prepared = key, prepared
+        done = self._prepared[1].step(
             [parameter.grad for parameter in parameters],  # type: ignore[misc]
-            [self._index(parameter) for parameter in parameters],
-            packed["exp_avg"],  # type: ignore[arg-type]
-            packed["exp_avg_sq"],  # type: ignore[arg-type]
             step,
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -118,11 +130,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
             skip_nonfinite=group["skip_nonfinite"],
             stochastic=group["rounding"] == "stochastic",
             seed=group["seed"],
-            scales=packed["scales"],
-            compensations=packed["compensation"],
         )
-        for state in states if done else ():
-            state["step"] += 1
+        if done:
+            torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
 
     def _index(self, parameter: nn.Parameter) -> lk.MaskIndex:
         """The parameter's mask, where the parameter is now: a model may be moved after its optimizer was made."""

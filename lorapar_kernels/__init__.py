@@ -8,13 +8,14 @@ from .bitmask import MaskIndex, combine_masks, count_mask, index_mask, pack_mask
 from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
-from .masked_adamw import masked_adamw
+from .masked_adamw import PreparedAdamW, masked_adamw
 from .tiles import spread_tiles, tile_sums
 from .top_mass import top_count, top_mass
 
 __all__ = [
     "Examples",
     "MaskIndex",
+    "PreparedAdamW",
     "ScoreSums",
     "combine_masks",
     "count_mask",

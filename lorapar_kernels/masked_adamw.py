@@ -27,167 +27,94 @@ here frozen means untouched, bit for bit.
 
 import ctypes
 import math
+from array import array
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from . import native
+from .adamw_reference import Settings, masked_adamw_reference, state_dtype
 from .backend import always, choose
 from .bitmask import TILE, MaskIndex, index_mask, unpack_mask
 
-LOW32, LOW64 = (1 << 32) - 1, (1 << 64) - 1
 # LORAPAR_FLOAT32, LORAPAR_BFLOAT16, LORAPAR_FLOAT16.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SCALE_1, SCALE_2 = 127.0**2, 255.0**4
+GRAD, FIELDS = 1, 10  # of lorapar_adamw_tensor: its gradient's place, and how many fields of eight bytes it has
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of both moments, and of the arithmetic, for a parameter of this dtype."""
-    return torch.promote_types(dtype, torch.float32)
+class _Group:
+    """Tensors of one dtype and device; an empty list stands for none."""
+
+    def __init__(self, params, words, befores, exp_avgs, exp_avg_sqs, scales, compensations):
+        self.params, self.words, self.befores, self.exp_avgs, self.exp_avg_sqs = (
+            params, words, befores, exp_avgs, exp_avg_sqs)  # fmt: skip
+        self.scales, self.compensations = scales, compensations
+        self.table: array | None = None
+
+    def written(self) -> tuple[Sequence[Tensor], ...]:
+        return self.params, self.exp_avgs, self.exp_avg_sqs, self.scales, self.compensations
+
+    def step(self, grads: Sequence[Tensor], grad_scale: Tensor | None, settings: Settings, skip: bool) -> Tensor:
+        """One step, in place. Gives int32 [1]: 1 where it was skipped."""
+
+        def native_obstacle() -> str | None:
+            """Why csrc cannot step these tensors; None when it can."""
+            if not self.params:
+                return None
+            for dtype in (self.params[0].dtype, grads[0].dtype):
+                if dtype not in TYPES:
+                    return f"csrc steps {', '.join(map(str, TYPES))}, got {dtype}"
+            # The table is made once: another storage brings a new group.
+            if self.table is None and not all(map(Tensor.is_contiguous, chain(*self.written()))):
+                return "csrc steps contiguous parameters and moments, one is not"
+            return native.obstacle(self.params[0].device)
+
+        chosen = choose("masked_adamw", {"native": native_obstacle, "reference": always})
+        run = self._step_native if chosen == "native" else self._step_reference
+        return run(grads, grad_scale, settings, skip)
+
+    def _step_reference(self, grads, grad_scale, settings: Settings, skip: bool) -> Tensor:
+        params = self.params
+        masks = [unpack_mask(word, param.shape) for word, param in zip(self.words, params)]
+        skipped = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+        if skip:
+            factor = 1.0 if grad_scale is None else grad_scale
+            scaled = (grad[mask].to(state_dtype(grad.dtype)) * factor for grad, mask in zip(grads, masks))
+            if not all(bool(one.isfinite().all()) for one in scaled):
+                return skipped.fill_(1)
+        for i, (param, grad, mask) in enumerate(zip(params, grads, masks)):
+            scale, compensation = (column[i] if column else None for column in (self.scales, self.compensations))
+            masked_adamw_reference(
+                param, grad, mask, self.exp_avgs[i], self.exp_avg_sqs[i], scale, compensation, grad_scale, settings, i
+            )
+        return skipped
+
+    def _step_native(self, grads, grad_scale, settings: Settings, skip: bool) -> Tensor:
+        """By csrc: all tensors in one call."""
+        device, count = self.params[0].device, len(self.params)
+        if self.table is None:
+            # All but the gradients stays from step to step. A field of all tensors at once: a tensor at a time takes
+            # five times as long.
+            self.table = array("q", bytes(8 * FIELDS * count))
+            columns = (self.params, (), self.words, self.befores, *self.written()[1:])
+            addresses = [map(Tensor.data_ptr, column) for column in columns]
+            for i, values in enumerate((*addresses, map(Tensor.numel, self.params), map(Tensor.numel, self.exp_avgs))):
+                self.table[i::FIELDS] = array("q", values) or array("q", bytes(8 * count))
+        grads = [grad.contiguous() for grad in grads]
+        self.table[GRAD::FIELDS] = array("q", map(Tensor.data_ptr, grads))
+        skipped = torch.zeros(1, dtype=torch.int32, device=device)
+        c_settings = native.AdamWSettings(
+            settings.lr, *settings.betas, settings.eps, settings.weight_decay, settings.step, settings.seed,
+            settings.maximize, settings.stochastic, TYPES[self.params[0].dtype], TYPES[grads[0].dtype],
+            None if grad_scale is None else grad_scale.data_ptr(), skipped.data_ptr() if skip else None,
+        )  # fmt: skip
+        rows = (native.AdamWTensor * count).from_buffer(self.table)
+        native.call("masked_adamw", device, rows, count, ctypes.byref(c_settings))
+        return skipped
 
 
-class Settings(NamedTuple):
-    """What all tensors of a step share."""
-
-    step: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    maximize: bool
-    stochastic: bool
-    seed: int
-
-
-def _splitmix64(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & LOW64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & LOW64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & LOW64
-    return x ^ x >> 31
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32 bits, in int64: the products wrap, and their low words are right all the same."""
-    x = (x ^ x >> 16) * 0x7FEB352D & LOW32
-    x = (x ^ x >> 15) * 0x846CA68B & LOW32
-    return x ^ x >> 16
-
-
-def random_bits(seed: int, step: int, tensor: int, element: Tensor, stream: int) -> Tensor:
-    """32 random bits (int64) for each element's number; stream 0 is the parameter's, 1 both moments'."""
-    key = _splitmix64((_splitmix64((seed + step) & LOW64) + tensor) & LOW64)
-    first = _mixed(element & LOW32 ^ (key & LOW32))
-    return _mixed(first ^ (key >> 32) ^ _mixed(2 * (element >> 32) + stream & LOW32))
-
-
-def _to_bfloat16_at_random(values: Tensor, random: Tensor) -> Tensor:
-    bits = values.view(torch.int32).to(torch.int64) + (random & 0xFFFF)
-    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
-
-
-def decode_moments(codes_1: Tensor, codes_2: Tensor, scales: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
-    """The moments in fp32 that 8-bit codes stand for; `tile` is each active element's."""
-    c, square = codes_1.float(), codes_2.float().square()
-    return c * c.abs() * (scales[0, tile] / SCALE_1), square * square * (scales[1, tile] / SCALE_2)
-
-
-def _sqrt(values: Tensor) -> Tensor:
-    """The nearest root, as csrc's: torch's own fp32 roots on a CPU (MKL's) are a unit off in one of six."""
-    return values.double().sqrt().to(values.dtype)
-
-
-def _encode(values: Tensor, power: int, scale: float, tile: Tensor, largest: Tensor, random: Tensor) -> Tensor:
-    """Codes of non-negative values, rounded up or down with `random` (16 bits); `largest` is written."""
-    largest.zero_().scatter_reduce_(0, tile, values, "amax")
-    of = largest[tile]
-    target = values / of * scale
-    low = (_sqrt(target) if power == 2 else _sqrt(_sqrt(target))).floor()
-    if power == 2:
-        share = (target - low * low) / (2.0 * low + 1.0)
-    else:
-        low_2, high_2 = low * low, (low + 1.0) * (low + 1.0)
-        share = (target - low_2 * low_2) / (high_2 * high_2 - low_2 * low_2)
-    codes = low + (random < share * 65536.0)
-    # Tiles of zeros only, and with an infinity or NaN, decode to zeros and to NaN whatever the codes.
-    return torch.where((of > 0.0) & of.isfinite(), codes, 1.0)
-
-
-def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, tile: Tensor, random: Tensor):
-    """The reverse of `decode_moments`: gives int8 and uint8 codes, writes `scales`."""
-    one = _encode(exp_avg.abs(), 2, SCALE_1, tile, scales[0], random & 0xFFFF).clamp_(max=127.0)
-    two = _encode(exp_avg_sq, 4, SCALE_2, tile, scales[1], random >> 16)
-    valid = (scales[1, tile] > 0.0) & scales[1, tile].isfinite() & (exp_avg_sq > 0.0)
-    two = torch.where(valid, two.clamp(2.0, 255.0), two)
-    valid = (scales[0, tile] > 0.0) & scales[0, tile].isfinite()
-    return torch.where(valid & (exp_avg < 0.0), -one, one).to(torch.int8), two.to(torch.uint8)
-
-
-def masked_adamw_reference(
-    param: Tensor,
-    grad: Tensor,
-    mask: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    compensation: Tensor | None,
-    grad_scale: Tensor | None,
-    settings: Settings,
-    number: int,
-) -> None:
-    """One parameter's step, in place; `number` is its place in the list.
-
-    Gathers, computes and scatters, so it moves more bytes than the fused step. Each line is one operation of csrc's.
-    """
-    beta1, beta2 = settings.betas
-    # Row-major positions, whatever the strides of the three.
-    active = mask.reshape(-1).nonzero().squeeze(1)
-    dtype = state_dtype(param.dtype)
-    phi, gradient = param.take(active).to(dtype), grad.take(active).to(dtype)
-    if compensation is not None:
-        phi += compensation
-    factor = -1.0 if settings.maximize else 1.0
-    gradient = gradient * (factor if grad_scale is None else grad_scale * factor)
-    random = partial(random_bits, settings.seed, settings.step, number, active)
-    m, v = (exp_avg, exp_avg_sq) if scales is None else decode_moments(exp_avg, exp_avg_sq, scales, active // TILE)
-    # torch.lerp's two forms, so that a weight of 1 gives the gradient itself.
-    difference, weight = gradient - m, torch.tensor(1.0 - beta1, dtype=dtype)
-    m = m + weight * difference if weight < 0.5 else gradient - difference * (1.0 - weight)
-    v = v * beta2 + gradient * (1.0 - beta2) * gradient
-    root = _sqrt(v) * (1.0 / math.sqrt(1.0 - beta2**settings.step)) + settings.eps
-    phi = phi * (1.0 - settings.lr * settings.weight_decay) + m / root * (-settings.lr / (1.0 - beta1**settings.step))
-    if scales is not None:
-        m, v = encode_moments(m, v, scales, active // TILE, random(1))
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    rounded = _to_bfloat16_at_random(phi, random(0)) if settings.stochastic else phi.to(param.dtype)
-    if compensation is not None:
-        compensation.copy_(phi - rounded)
-    # Both write the active elements and no others; the first is twice as fast.
-    if param.is_contiguous():
-        param.view(-1).index_copy_(0, active, rounded)
-    else:
-        param.index_put_(mask.nonzero(as_tuple=True), rounded)
-
-
-def _native_obstacle(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Tensor]) -> str | None:
-    """Why csrc cannot step these tensors, all of one dtype and device; None when it can."""
-    if not params:
-        return None
-    for dtype in (params[0].dtype, grads[0].dtype):
-        if dtype not in TYPES:
-            return f"csrc steps {', '.join(map(str, TYPES))}, got {dtype}"
-    if not all(tensor.is_contiguous() for tensor in (*params, *moments)):
-        return "csrc steps contiguous parameters and moments, one is not"
-    return native.obstacle(params[0].device)
-
-
-# One step of tensors of one dtype and device, in place; an empty list stands for none. Gives int32 [1]: 1 where the
-# step was skipped. An op, so that torch.compile leaves it whole; the backend is chosen when it runs. Declared by its
-# schema: custom_op would count up a version for each of a thousand tensors, which torch's fused AdamW does not either.
 torch.library.define(
     "lorapar::masked_adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor[] words, Tensor[] befores, Tensor(b!)[] exp_avgs, "
@@ -199,12 +126,9 @@ torch.library.define(
 
 def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, lr,
                   beta1, beta2, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
-    obstacle = partial(_native_obstacle, params, grads, (*exp_avgs, *exp_avg_sqs, *scales, *compensations))
+    group = _Group(params, words, befores, exp_avgs, exp_avg_sqs, scales, compensations)
     settings = Settings(step, lr, (beta1, beta2), eps, weight_decay, maximize, stochastic, seed)
-    chosen = choose("masked_adamw", {"native": obstacle, "reference": always})
-    step_list = _step_native if chosen == "native" else _step_reference
-    return step_list(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
-                     skip_nonfinite)  # fmt: skip
+    return group.step(grads, grad_scale, settings, skip_nonfinite)
 
 
 torch.library.impl("lorapar::masked_adamw", ("cpu", "cuda"), _masked_adamw)
@@ -215,91 +139,32 @@ def _(params, *others) -> Tensor:
     return params[0].new_empty(1, dtype=torch.int32)
 
 
-def _step_reference(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
-                    skip_nonfinite) -> Tensor:  # fmt: skip
-    """`_masked_adamw` in plain PyTorch."""
-    masks = [unpack_mask(word, param.shape) for word, param in zip(words, params)]
-    skipped = torch.zeros(1, dtype=torch.int32, device=params[0].device)
-    if skip_nonfinite:
-        factor = 1.0 if grad_scale is None else grad_scale
-        scaled = (grad[mask].to(state_dtype(grad.dtype)) * factor for grad, mask in zip(grads, masks))
-        if not all(bool(one.isfinite().all()) for one in scaled):
-            return skipped.fill_(1)
-    for i, (param, grad, mask) in enumerate(zip(params, grads, masks)):
-        scale, compensation = scales[i] if scales else None, compensations[i] if compensations else None
-        masked_adamw_reference(
-            param, grad, mask, exp_avgs[i], exp_avg_sqs[i], scale, compensation, grad_scale, settings, i
+def _check_shapes(name: str, of: str, tensors: Sequence[Tensor] | Sequence[MaskIndex], shapes: list) -> None:
+    got = [tensor.shape for tensor in tensors]
+    if got != shapes:
+        i = next(i for i, shape in enumerate(shapes) if got[i] != shape)
+        raise ValueError(f"{name}[{i}] must be {list(shapes[i])}, {of}, got {list(got[i])}")
+
+
+def _check_kind(i: int, dtypes: dict[str, torch.dtype], devices: dict[str, torch.device]) -> None:
+    """ValueError where tensors of these dtypes and devices make no step; `i` is the first place they are at."""
+    param, eight = dtypes["params"], dtypes["exp_avgs"] == torch.int8
+    if not param.is_floating_point:
+        raise ValueError(f"params[{i}] must be of a floating-point dtype, got {param}")
+    if ("scales" in dtypes) != eight:
+        raise ValueError(
+            f"scales must be given for 8-bit moments and for no others, exp_avgs[{i}] is {dtypes['exp_avgs']}"
         )
-    return skipped
-
-
-def _step_native(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, settings,
-                 skip_nonfinite) -> Tensor:  # fmt: skip
-    """`_masked_adamw` by csrc: all tensors in one call."""
-    device, count, none = params[0].device, len(params), [0] * len(params)
-    grads = [grad.contiguous() for grad in grads]
-    skipped = torch.zeros(1, dtype=torch.int32, device=device)
-    columns = [[tensor.data_ptr() for tensor in column] for column in
-               (params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations)]  # fmt: skip
-    rows = zip(*(column or none for column in columns), map(Tensor.numel, params), map(Tensor.numel, exp_avgs))
-    table = (native.AdamWTensor * count)(*rows)
-    c_settings = native.AdamWSettings(
-        settings.lr, *settings.betas, settings.eps, settings.weight_decay, settings.step, settings.seed,
-        settings.maximize, settings.stochastic, TYPES[params[0].dtype], TYPES[grads[0].dtype],
-        None if grad_scale is None else grad_scale.data_ptr(), skipped.data_ptr() if skip_nonfinite else None,
-    )  # fmt: skip
-    native.call("masked_adamw", device, table, count, ctypes.byref(c_settings))
-    return skipped
-
-
-def _check(name: str, what: str, got: list, expected: list) -> None:
-    """ValueError at the first tensor of a list whose shape, dtype or device is not the expected one.
-
-    Whole lists are compared, as a step of a 7B has some 400 tensors and is to be over in 15 ms.
-    """
-    if got != expected:
-        i = next(i for i, pair in enumerate(zip(got, expected)) if pair[0] != pair[1])
-        shown = [list(one) if isinstance(one, torch.Size) else one for one in (expected[i], got[i])]
-        raise ValueError(f"{name}[{i}] must have {what} {shown[0]}, got {shown[1]}")
-
-
-def _check_tensors(params, grads, masks, exp_avgs, exp_avg_sqs, scales, compensations) -> None:
-    """ValueError naming the first tensor that does not fit its parameter."""
-    shapes, devices = [param.shape for param in params], [param.device for param in params]
-    _check("grads", "shape", [grad.shape for grad in grads], shapes)
-    _check("masks", "shape", [mask.shape for mask in masks], shapes)
-    packed = [torch.Size((mask.active,)) for mask in masks]
-    each = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "compensations": compensations or ()}
-    for name, tensors in each.items():
-        if tensors:
-            _check(name, "one entry an active element, shape", [tensor.shape for tensor in tensors], packed)
-    for name, tensors in (each | {"grads": grads, "scales": scales or ()}).items():
-        if tensors:
-            _check(name, "its parameter's device", [tensor.device for tensor in tensors], devices)
-    _check("masks", "its parameter's device", [mask.words.device for mask in masks], devices)
-    if scales:
-        tiles = [torch.Size((2, (shape.numel() + TILE - 1) // TILE)) for shape in shapes]
-        _check("scales", "shape", [scale.shape for scale in scales], tiles)
-        _check("scales", "dtype", [scale.dtype for scale in scales], [torch.float32] * len(scales))
-    if compensations:
-        dtypes = [param.dtype for param in params]
-        _check("compensations", "dtype", [one.dtype for one in compensations], dtypes)
-
-
-def _check_dtypes(
-    i: int, param: torch.dtype, grad: torch.dtype, moments: tuple, scaled: bool, compensated: bool
-) -> None:
-    """ValueError where no step is for these dtypes; `i` is the first tensor that has them."""
-    for name, dtype in (("params", param), ("grads", grad)):
-        if not dtype.is_floating_point:
-            raise ValueError(f"{name}[{i}] must be of a floating-point dtype, got {dtype}")
-    if scaled != (moments[0] == torch.int8):
-        raise ValueError(f"scales must be given for 8-bit moments and for no others, exp_avgs[{i}] is {moments[0]}")
-    expected = (torch.int8, torch.uint8) if scaled else (state_dtype(param),) * 2
-    if moments != expected:
-        raise ValueError(f"exp_avgs[{i}] and exp_avg_sqs[{i}] must be {expected}, got {moments}")
-    if compensated and param not in (torch.bfloat16, torch.float16):
+    if "compensations" in dtypes and param not in (torch.bfloat16, torch.float16):
         raise ValueError(f"compensations are for bf16 and fp16 parameters, params[{i}] is {param}")
+    moments = (torch.int8, torch.uint8) if eight else (state_dtype(param),) * 2
+    expected = dict(zip(("exp_avgs", "exp_avg_sqs"), moments)) | {"scales": torch.float32, "compensations": param}
+    for name, dtype in expected.items():
+        if dtypes.get(name, dtype) != dtype:
+            raise ValueError(f"{name}[{i}] must be {dtype} beside {param} parameters, got {dtypes[name]}")
+    for name, device in devices.items():
+        if device != devices["params"]:
+            raise ValueError(f"{name}[{i}] must be on its parameter's device {devices['params']}, got {device}")
 
 
 def _indexed(i: int, mask: Tensor | MaskIndex, shape: torch.Size) -> MaskIndex:
@@ -310,7 +175,135 @@ def _indexed(i: int, mask: Tensor | MaskIndex, shape: torch.Size) -> MaskIndex:
     return index_mask(mask)
 
 
-@torch.no_grad()
+class PreparedAdamW:
+    """Parameters, masks and state of `masked_adamw`, checked and laid out once for any number of steps.
+
+    A step of a 7B's 384 tensors spends 4 ms on their checks and 12 on their elements (bench/LOG.md); this leaves 1 of
+    the 4. The arguments are `masked_adamw`'s, and so are the errors. The tensors are held, not copied; where one of
+    them has got another storage since, all are checked again.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        masks: Sequence[Tensor | MaskIndex],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        *,
+        scales: Sequence[Tensor] | None = None,
+        compensations: Sequence[Tensor] | None = None,
+    ):
+        self._columns: dict[str, Sequence] = {
+            "params": params, "masks": masks, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}  # fmt: skip
+        optional = {"scales": scales, "compensations": compensations}
+        self._columns |= {name: column for name, column in optional.items() if column is not None}
+        for name, column in self._columns.items():
+            if len(column) != len(params):
+                raise ValueError(f"{name} must hold {len(params)} tensors, one a parameter, got {len(column)}")
+        self._columns["masks"] = [_indexed(i, mask, params[i].shape) for i, mask in enumerate(masks)]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        columns, masks = self._columns, self._columns["masks"]
+        shapes, active = [param.shape for param in columns["params"]], [(mask.active,) for mask in masks]
+        _check_shapes("masks", "as its parameter", masks, shapes)
+        for name in {"exp_avgs", "exp_avg_sqs", "compensations"} & columns.keys():
+            _check_shapes(name, "one entry an active element", columns[name], active)
+        if "scales" in columns:
+            tiles = [(2, -(-shape.numel() // TILE)) for shape in shapes]
+            _check_shapes("scales", "an entry a tile for each moment", columns["scales"], tiles)
+        words, befores = [mask.words for mask in masks], [mask.before for mask in masks]
+        tensors = columns | {"masks": words}
+        kinds = list(zip(
+            zip(*([tensor.dtype for tensor in column] for column in tensors.values())),
+            zip(*([tensor.device for tensor in column] for column in tensors.values())),
+        ))  # fmt: skip
+        self._groups: list[tuple[list[int], _Group]] = []
+        for kind in dict.fromkeys(kinds):
+            chosen = [i for i, one in enumerate(kinds) if one == kind]
+            _check_kind(chosen[0], *(dict(zip(tensors, facts)) for facts in kind))
+            names = ("exp_avgs", "exp_avg_sqs", "scales", "compensations")
+            lists = (columns["params"], words, befores, *(columns.get(name, ()) for name in names))
+            group = _Group(*([column[i] for i in chosen] if column else [] for column in lists))
+            self._groups.append((chosen, group))
+        self._places = self._where()
+
+    def _where(self) -> list[array]:
+        return [array("q", map(Tensor.data_ptr, column)) for _, group in self._groups for column in group.written()]
+
+    @torch.no_grad()
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        step: int,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        skip_nonfinite: bool = False,
+        stochastic: bool = False,
+        seed: int = 0,
+    ) -> bool:
+        """One step, in place: `masked_adamw` says what its arguments and its answer are."""
+        _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale)
+        params = self._columns["params"]
+        if len(grads) != len(params):
+            raise ValueError(f"grads must hold {len(params)} tensors, one a parameter, got {len(grads)}")
+        _check_shapes("grads", "as its parameter", grads, [param.shape for param in params])
+        if skip_nonfinite and len(self._groups) > 1:
+            raise ValueError(
+                f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(self._groups)}"
+            )
+        if stochastic and any(group.params[0].dtype != torch.bfloat16 for _, group in self._groups):
+            raise ValueError("stochastic must be False but for bf16 parameters")
+        if stochastic and "compensations" in self._columns:
+            raise ValueError("stochastic must be False with compensations")
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._where() != self._places:
+            self._prepare()
+        ours = [[grads[i] for i in chosen] for chosen, _ in self._groups]
+        for (chosen, group), theirs in zip(self._groups, ours):
+            _check_grads(chosen, theirs, group.params[0].device)
+        settings = Settings(step, lr, betas, eps, weight_decay, maximize, stochastic, seed)
+        skipped = []
+        for (_, group), theirs in zip(self._groups, ours):
+            if compiling:
+                columns = (group.params, theirs, group.words, group.befores, *group.written()[1:])
+                hyper = (step, lr, *betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite)
+                skipped.append(torch.ops.lorapar.masked_adamw(*columns, grad_scale, *hyper))
+            else:
+                # The op takes 3 ms to hand over the tensors of a 7B.
+                skipped.append(group.step(theirs, grad_scale, settings, skip_nonfinite))
+        return not (skip_nonfinite and any(int(one) for one in skipped))
+
+
+def _check_grads(places: list[int], grads: Sequence[Tensor], device: torch.device) -> None:
+    """Of parameters of one dtype and device, which csrc steps in one call."""
+    dtype = grads[0].dtype
+    for i, grad in zip(places, grads):
+        if not grad.is_floating_point() or grad.dtype != dtype:
+            raise ValueError(f"grads must be of one floating-point dtype, got {dtype} and at {i} {grad.dtype}")
+        if grad.device != device:
+            raise ValueError(f"grads[{i}] must be on its parameter's device {device}, got {grad.device}")
+
+
+def _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale: Tensor | None) -> None:
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"step must be an int of at least 1, got {step!r}")
+    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
+    if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
+        raise ValueError(f"grad_scale must be one float32 element, got {grad_scale.numel()} of {grad_scale.dtype}")
+
+
 def masked_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -350,43 +343,10 @@ def masked_adamw(
     Returns True, or False where the step was skipped (on CUDA the answer waits for the device, so only where asked).
     An element outside its mask is not written, whatever it, its gradient or the decay are. Raises ValueError
     naming the argument; all are checked before anything is written.
+    To step the same tensors again and again, `PreparedAdamW` checks them once.
     """
-    lists = {"grads": grads, "masks": masks, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    optional = {"scales": scales, "compensations": compensations}
-    for name, tensors in (lists | {name: given for name, given in optional.items() if given is not None}).items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} must hold {len(params)} tensors, one a parameter, got {len(tensors)}")
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"step must be an int of at least 1, got {step!r}")
-    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-        raise ValueError(f"betas must be in [0, 1), got {betas}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
-    if stochastic and (compensations is not None or any(param.dtype != torch.bfloat16 for param in params)):
-        raise ValueError("stochastic must be False but for bf16 parameters without compensations")
-    if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
-        raise ValueError(f"grad_scale must be one float32 element, got {grad_scale.numel()} of {grad_scale.dtype}")
-    indexed = [_indexed(i, mask, param.shape) for i, (mask, param) in enumerate(zip(masks, params))]
-    _check_tensors(params, grads, indexed, exp_avgs, exp_avg_sqs, scales, compensations)
-    groups: dict[tuple, list[int]] = {}
-    for i, (param, grad, first, second) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        groups.setdefault((param.device, param.dtype, grad.dtype, first.dtype, second.dtype), []).append(i)
-    for (_, param, grad, *moments), chosen in groups.items():
-        _check_dtypes(chosen[0], param, grad, tuple(moments), scales is not None, compensations is not None)
-    if skip_nonfinite and len(groups) > 1:
-        raise ValueError(f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(groups)}")
-    skipped = []
-    for chosen in groups.values():
-        columns = [
-            [] if column is None else [column[i] for i in chosen]
-            for column in (params, grads, [mask.words for mask in indexed], [mask.before for mask in indexed],
-                           exp_avgs, exp_avg_sqs, scales, compensations)
-        ]  # fmt: skip
-        hyper = lr, *betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite
-        # The op takes 3 ms to hand over the tensors of a 7B.
-        stepped = torch.ops.lorapar.masked_adamw if torch.compiler.is_compiling() else _masked_adamw
-        skipped.append(stepped(*columns, grad_scale, step, *hyper))
-    return not (skip_nonfinite and any(int(one) for one in skipped))
+    prepared = PreparedAdamW(params, masks, exp_avgs, exp_avg_sqs, scales=scales, compensations=compensations)
+    return prepared.step(
+        grads, step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
+        skip_nonfinite=skip_nonfinite, stochastic=stochastic, seed=seed,
+    )  # fmt: skip

@@ -4,6 +4,7 @@
 #include "../status.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <type_traits>
 
@@ -69,6 +70,16 @@ void parallel_ranges(int64_t n, int64_t unit, int threads, const Body &body) {
     }
 #endif
     for (int thread = 0; thread < threads; ++thread) range(thread);
+}
+
+// body(begin, end, thread) over [0, n) in ranges of `chunk`, to whichever thread is free: one that another program's work
+// holds up does not hold up the others. For work whose result does not depend on who does it.
+template <typename Body>
+void parallel_chunks(int64_t n, int64_t chunk, int threads, const Body &body) {
+    std::atomic<int64_t> next{0};
+    parallel_ranges(threads, 1, threads, [&](int64_t, int64_t, int thread) {
+        for (int64_t begin; (begin = next.fetch_add(chunk)) < n;) body(begin, std::min(n, begin + chunk), thread);
+    });
 }
 
 }  // namespace lorapar

@@ -14,6 +14,8 @@ using namespace lorapar;
 
 // Tiles a thread is worth starting for: some 30 µs of work.
 constexpr int64_t kGrain = 64;
+// Tiles that a thread takes at a time: some 0.3 ms of work.
+constexpr int64_t kChunk = 512;
 
 struct Tile {
     const lorapar_adamw_tensor *tensor;
@@ -211,7 +213,7 @@ int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorap
     const float grad_scale = settings.grad_scale == nullptr ? 1.0f : *settings.grad_scale;
     std::vector<Rows> rows(threads);
     std::atomic<bool> wrong{false}, skipped{false};
-    parallel_ranges(tiles.size(), 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_chunks(tiles.size(), kChunk, threads, [&](int64_t begin, int64_t end, int thread) {
         tiles.each(begin, end, [&](const Tile &tile) {
             if (!consistent(tile)) {
                 wrong = true;
@@ -233,7 +235,7 @@ int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorap
     if (settings.skipped != nullptr) *settings.skipped = skipped;
     if (skipped) return LORAPAR_OK;
     const Coefficients c = coefficients_of(settings);
-    parallel_ranges(tiles.size(), 1, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_chunks(tiles.size(), kChunk, threads, [&](int64_t begin, int64_t end, int thread) {
         tiles.each(begin, end, [&](const Tile &tile) { step_tile(tile, settings, c, grad_scale, rows[thread]); });
     });
     return LORAPAR_OK;

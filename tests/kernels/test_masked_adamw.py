@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorapar_kernels import masked_adamw
+from lorapar_kernels import PreparedAdamW, masked_adamw
 
 
 @pytest.fixture(autouse=True, params=["reference", ""])
@@ -119,21 +119,21 @@ def test_takes_a_leaf_that_requires_a_gradient():
             {"masks": [torch.ones(3, 2, dtype=torch.bool)]},
             r"masks\[0\] must be torch.bool \[2, 3\], got torch.bool \[3, 2\]",
         ),
-        ({"grads": [torch.ones(6)]}, r"grads\[0\] must have shape \[2, 3\], got \[6\]"),
-        ({"grads": [torch.ones(2, 3).long()]}, r"grads\[0\] must be of a floating-point dtype, got torch.int64"),
-        ({"grads": [torch.ones(2, 3, device="meta")]}, r"grads\[0\] must have its parameter's device cpu, got meta"),
+        ({"grads": [torch.ones(6)]}, r"grads\[0\] must be \[2, 3\], as its parameter, got \[6\]"),
+        ({"grads": [torch.ones(2, 3).long()]}, "grads must be of one floating-point dtype, got torch.int64"),
+        ({"grads": [torch.ones(2, 3, device="meta")]}, r"grads\[0\] must be on its parameter's device cpu, got meta"),
         (
             {"exp_avgs": [torch.zeros(5)]},
-            r"exp_avgs\[0\] must have one entry an active element, shape \[6\], got \[5\]",
+            r"exp_avgs\[0\] must be \[6\], one entry an active element, got \[5\]",
         ),
         (
             {"exp_avg_sqs": [torch.zeros(6, dtype=torch.float64)]},
-            r"exp_avgs\[0\] and exp_avg_sqs\[0\] must be \(torch.float32, torch.float32\), got .*float64",
+            r"exp_avg_sqs\[0\] must be torch.float32 beside torch.float32 parameters, got torch.float64",
         ),
         ({"exp_avgs": [torch.zeros(6, dtype=torch.int8)]}, "scales must be given for 8-bit moments and for no others"),
         ({"scales": [torch.zeros(2, 1)]}, "scales must be given for 8-bit moments and for no others"),
         ({"compensations": [torch.zeros(6)]}, r"compensations are for bf16 and fp16 parameters, params\[0\] is"),
-        ({"compensations": [torch.zeros(5)]}, r"compensations\[0\] must have one entry an active element"),
+        ({"compensations": [torch.zeros(5)]}, r"compensations\[0\] must be \[6\], one entry an active element"),
         ({"params": [torch.ones(2, 3, dtype=torch.int64)]}, r"params\[0\] must be of a floating-point dtype"),
         ({"grads": []}, "grads must hold 1 tensors, one a parameter, got 0"),
         ({"step": 0}, "step must be an int of at least 1, got 0"),
@@ -159,3 +159,30 @@ def test_refusals_leave_everything_as_it_was(change, message):
     with pytest.raises(ValueError, match=message):
         masked_adamw(**arguments)
     assert torch.equal(param, torch.ones(2, 3))
+
+
+def test_prepared_once_steps_as_checked_each_time():
+    params, masks, exp_avgs, exp_avg_sqs, generator = case(torch.float32)
+    theirs = [tensor.clone() for tensor in params]
+    moments = [[tensor.clone() for tensor in column] for column in (exp_avgs, exp_avg_sqs)]
+    prepared = PreparedAdamW(params, masks, exp_avgs, exp_avg_sqs)
+    for step in range(1, 5):
+        grads = [torch.randn(param.shape, generator=generator) for param in params]
+        assert prepared.step(grads, step, lr=1e-2)
+        assert masked_adamw(theirs, grads, masks, *moments, step, lr=1e-2)
+        if step == 2:
+            # Another storage under the same tensor, as when a model is moved, must be seen.
+            old = params[0].clone()
+            params[0].data = params[0].data.clone()
+    assert not torch.equal(params[0], old)
+    for mine, other in zip((*params, *exp_avgs, *exp_avg_sqs), (*theirs, *moments[0], *moments[1]), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_prepared_refuses_what_no_longer_fits():
+    param, mask = torch.ones(4, 3), torch.ones(4, 3, dtype=torch.bool)
+    prepared = PreparedAdamW([param], [mask], [torch.zeros(12)], [torch.zeros(12)])
+    param.data = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"masks\[0\] must be \[4, 4\], as its parameter, got \[4, 3\]"):
+        prepared.step([torch.ones(4, 4)], 1, lr=0.1)
+    assert torch.equal(param, torch.ones(4, 4))

@@ -11,7 +11,7 @@ import torch
 
 import lorapar_kernels as lk
 import lorapar_kernels.native as native
-from lorapar_kernels import backend
+from lorapar_kernels import backend, lora_product
 
 from .bases import QUANTISED, works_here
 
@@ -33,6 +33,7 @@ def doctor() -> str:
             lines.append("  no device")
             continue
         lines += [f"  {operation:<20} {runs}" for operation, runs in operations(torch.device(device)).items()]
+        lines.append(f"  {'lora_linear, product':<20} {lora_product.in_force(torch.device(device))}")
         lines += [f"  {f'lora.base: {base}':<20} {works_here(base, torch.device(device))}" for base in QUANTISED]
     return "\n".join(lines)
 

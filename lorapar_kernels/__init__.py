@@ -1,7 +1,7 @@
 """Masked LoRA layers, importance scores, selection, and an optimizer for active elements: the backend alone.
 
 Needs torch; Triton is imported when a Triton kernel is first used, and csrc's library when a native one is.
-What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it).
+What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it) and lora_product.py (`LORAPAR_PRODUCT`).
 """
 
 from .bitmask import MaskIndex, combine_masks, count_mask, index_mask, pack_mask, unpack_mask

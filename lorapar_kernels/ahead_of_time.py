@@ -20,6 +20,9 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+# Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
+# (CUDA C++ Programming Guide, technical specifications).
+COMMON_ROOM = 99 << 10
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Variant:
         constants: the values of the constexpr arguments, by name or by position (argument, entry of the tuple).
         aligned: arguments, by name or by position, that are multiples of 16, as the launcher would find them.
         warps, stages: launch options.
+        room: bytes of shared memory that a device has wherever the launcher takes this variant.
     """
 
     kernel: Any
@@ -42,6 +46,7 @@ class Variant:
     aligned: tuple[Any, ...] = ()
     warps: int = 4
     stages: int = 3
+    room: int = COMMON_ROOM
 
 
 _recorded: ContextVar[list[Variant] | None] = ContextVar("recorded", default=None)
@@ -58,18 +63,21 @@ def recording() -> Iterator[list[Variant]]:
         _recorded.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name."""
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name.
+
+    room: of the `Variant`; a launcher that gives another than COMMON_ROOM has asked the device.
+    """
     variants = _recorded.get()
     if variants is None:
         kernel[grid](*arguments, **constants)
         return
-    variant = _variant(kernel, arguments, constants)
+    variant = _variant(kernel, arguments, constants, room)
     if variant not in variants:
         variants.append(variant)
 
 
-def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Variant:
+def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], room: int) -> Variant:
     options = {"num_warps": constants.pop("num_warps", 4), "num_stages": constants.pop("num_stages", 3)}
     names = kernel.arg_names
     signature: dict[str, Any] = {}
@@ -92,13 +100,16 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
     dtypes = "/".join(dict.fromkeys(pointers))
     said = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
     return Variant(
-        kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), options["num_warps"], options["num_stages"]
+        kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), options["num_warps"], options["num_stages"], room
     )
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
+    # Triton's TensorDescriptor, by what it has, so that this file need not import Triton.
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     # The launcher makes None, and integers equal to 1, constants of the kernel.
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"

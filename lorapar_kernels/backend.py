@@ -10,17 +10,22 @@ another one by accident.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 BACKENDS = ("reference", "native", "triton")
 
 
+def named(variable: str, allowed: Sequence[str]) -> str | None:
+    """The word that an environment variable names, None where it is unset or empty; ValueError if it is not allowed."""
+    name = os.environ.get(variable, "")
+    if name and name not in allowed:
+        raise ValueError(f"{variable} must be one of {', '.join(allowed)}, got {name!r}")
+    return name or None
+
+
 def forced() -> str | None:
     """The backend that LORAPAR_BACKEND names, None where it is unset or empty; else ValueError."""
-    name = os.environ.get("LORAPAR_BACKEND", "")
-    if name and name not in BACKENDS:
-        raise ValueError(f"LORAPAR_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name or None
+    return named("LORAPAR_BACKEND", BACKENDS)
 
 
 def always() -> None:

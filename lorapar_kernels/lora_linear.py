@@ -13,7 +13,8 @@ an element of x rounds nothing.
 
 Three passes are all that is added to the frozen layer's own products: `shrink` (reads x), `output_gradients` (reads
 dY), `input_gradients` (reads x, adds to dX); lora_passes.py specifies them, lora_passes_triton.py has the kernels. The
-rest is here: the frozen products, autograd, and the op, which serves one layer and several layers of one x.
+frozen products with their expands are lora_product.py's, which may fuse the two. The rest is here: autograd, and the
+op, which serves one layer and several layers of one x.
 
 Trade-off: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a bf16
 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a layer.
@@ -24,10 +25,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import lora_passes
+from . import lora_passes, lora_product
 from .lora_passes import expand, passes_for
 
 
@@ -54,8 +54,11 @@ def _forward(
 
     Gives each layer's output, and after them each S, which the backward takes.
     """
-    columns = passes_for("lora_linear", x, lora_as).shrink(_rows(x), list(lora_as), p, list(seeds))
-    outs = [y.clone() for y in ys] or [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+    passes = passes_for("lora_linear", x, lora_as)
+    columns = passes.shrink(_rows(x), list(lora_as), p, list(seeds))
+    if weights:
+        return lora_product.outputs(passes, x, weights, biases, columns, lora_bs, scalings) + columns
+    outs = [y.clone() for y in ys]
     for out, s, b, scaling in zip(outs, columns, lora_bs, scalings):
         expand(out.view(-1, out.shape[-1]), s, b, scaling)
     return outs + columns
@@ -79,17 +82,17 @@ def _gradients(
     n, passes = len(dys), passes_for("lora_linear", x, lora_as)
     needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), needs[n + 1 :]
     flat, rows = _rows(x), [_rows(dy) for dy in dys]
-    dx = None
-    if needs_x:
-        dx = rows[0] @ weights[0] if weights else torch.zeros_like(flat)
-        for dy, weight in zip(rows[1:], weights[1:]):
-            dx.addmm_(dy, weight)
     dss, dbs = [], []
     for dy, b, s, scaling, mask, need in zip(rows, lora_bs, columns, scalings, mask_bs, needs_b):
         ds, db = passes.output_gradients(dy, b, s, scaling, p, mask, need)
         dss.append(ds)
         dbs.append(db)
-    das = passes.input_gradients(flat, dx, list(lora_as), dss, p, list(seeds), list(mask_as), needs_a)
+    of_x = list(lora_as), dss, p, list(seeds), list(mask_as), needs_a
+    if needs_x and weights:
+        dx, das = lora_product.input_gradients(passes, flat, rows, weights, *of_x)
+    else:
+        dx = torch.zeros_like(flat) if needs_x else None
+        das = passes.input_gradients(flat, dx, *of_x)
     gradients = [None if dx is None else dx.view(x.shape), *das, *dbs]
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 

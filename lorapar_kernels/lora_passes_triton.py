@@ -11,8 +11,8 @@ Layouts: x, dx [T, K], dY [T, N], A [r, K], B [N, r], row strides free; S and dS
 32, ... 256 (`padded_rank`); partial sums fp32. The mask is a function of (seed, element) as in dropout.py, so nothing
 of x's size is kept for it. Sums go in the same order whatever runs beside: deterministic.
 
-Trade-off: the expand s · S Bᵀ stays a cuBLAS product onto the frozen one's output (beta = 1), which costs a read and a
-write of y, and dx is read and written once more than a product that carries its expand would (bench/LOG.md).
+Trade-off: with cuBLAS's product the expand s · S Bᵀ is a second one onto its output (beta = 1), and dx is read and
+written once more here. lora_product_triton.py's product carries both; `input_gradients` without dx then makes dA alone.
 """
 
 import itertools

@@ -293,7 +293,8 @@ def test_another_device_is_named():
     ("leading", "n_in", "n_out", "r"), [*SHAPES, ((8, 513), 1024, 768, 16), ((300,), 512, 256, 256)]
 )
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_cuda_equals_float64(leading, n_in, n_out, r, p, dtype):
+@pytest.mark.parametrize("product", ["plain", "fused"])
+def test_cuda_equals_float64(monkeypatch, leading, n_in, n_out, r, p, dtype, product):
     x, w, a, b, bias, dy = (t.cuda() for t in tensors(leading, n_in, n_out, r))
     # Factors that x's dtype holds: rounding them, which the layer does by design, is no part of the error.
     x, w, bias, dy, a, b = (t.to(dtype) for t in (x, w, bias, dy, a, b))
@@ -301,7 +302,8 @@ def test_cuda_equals_float64(leading, n_in, n_out, r, p, dtype):
     seed = torch.tensor([5], device="cuda") if p else None
     mask_a, mask_b = random_mask(a).cuda(), random_mask(b).cuda()
     results = []
-    for cast in (lambda t: t, lambda t: t.double()):
+    for cast, way in ((lambda t: t, product), (lambda t: t.double(), "")):
+        monkeypatch.setenv("LORAPAR_PRODUCT", way)
         leaves = [cast(t).detach().requires_grad_() for t in (x, a, b)]
         y = lk.lora_linear(leaves[0], cast(w), leaves[1], leaves[2], 1.7, cast(bias), mask_a, mask_b, p, seed)
         y.backward(cast(dy))

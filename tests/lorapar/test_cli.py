@@ -209,6 +209,7 @@ def test_doctor_says_versions_devices_and_what_runs():
             assert re.search(rf"^  {operation} +(reference|native|triton)", cuda, re.M), operation
     if not torch.cuda.is_available():
         assert "no device" in cuda
+    assert "lora_linear, product plain  (fused: Triton's passes do not run here)" in cpu
 
 
 def test_doctor_says_what_is_forced(monkeypatch):
@@ -220,6 +221,11 @@ def test_doctor_says_what_is_forced(monkeypatch):
     assert operations(torch.device("cpu"))["pack_mask"].startswith("fails: LORAPAR_BACKEND=triton cannot serve")
     monkeypatch.setenv("LORAPAR_BACKEND", "tritno")
     assert "fails: LORAPAR_BACKEND must be one of" in doctor()
+    monkeypatch.delenv("LORAPAR_BACKEND")
+    monkeypatch.setenv("LORAPAR_PRODUCT", "fused")
+    said = doctor().split("what runs on cuda")[0]
+    assert re.search(r"^  lora_linear +fails: LORAPAR_PRODUCT=fused cannot serve lora_linear", said, re.M)
+    assert re.search(r"^  lora_linear, product +fails: LORAPAR_PRODUCT=fused", said, re.M)
 
 
 def test_doctor_leaves_the_operations_as_they_were():

@@ -15,15 +15,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels import lora_passes_triton
+from lorapar_kernels import lora_passes_triton, lora_product_triton
 
 DTYPES = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 3e-3}
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
+@pytest.fixture(autouse=True, params=["plain", "fused"])
+def poisoned(monkeypatch, request):
+    """Every test with torch's product and the expand added to it, and with the product that carries its expand."""
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    monkeypatch.setenv("LORAPAR_PRODUCT", request.param)
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(made):
@@ -121,6 +123,7 @@ def test_opaque_base_equals_the_reference(monkeypatch, p):
 
     ours = run()
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    monkeypatch.delenv("LORAPAR_PRODUCT")
     for mine, expected in zip(ours, run()):
         assert error(mine, expected.double()) < 2e-6
 
@@ -190,18 +193,21 @@ def test_twice_the_same_bits():
 
 def test_what_ran_was_the_kernels(monkeypatch):
     called = []
-    for name in ("shrink", "output_gradients", "input_gradients"):
-        inner = getattr(lora_passes_triton, name)
-        monkeypatch.setattr(
-            lora_passes_triton, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1]
-        )
+    passes, of_product = ("shrink", "output_gradients", "input_gradients"), ("output", "input_gradient")
+    for module, names in ((lora_passes_triton, passes), (lora_product_triton, of_product)):
+        for name in names:
+            inner = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1])
     x, w = torch.randn(5, 16, requires_grad=True), torch.randn(4, 16)
     a, b = torch.randn(2, 16, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()
-    assert called == ["shrink", "output_gradients", "input_gradients"]
+    products = {"plain": [], "fused": ["output", "input_gradient"]}[os.environ["LORAPAR_PRODUCT"]]
+    assert [name for name in called if name in passes] == list(passes)
+    assert [name for name in called if name in of_product] == products
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    monkeypatch.delenv("LORAPAR_PRODUCT")
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()
-    assert len(called) == 3
+    assert len(called) == 3 + len(products)
 
 
 def test_what_the_kernels_do_not_take_is_refused():
@@ -224,5 +230,6 @@ def test_any_strides_of_x_the_factors_and_the_masks(monkeypatch):
 
     ours = run()
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    monkeypatch.delenv("LORAPAR_PRODUCT")
     for mine, expected in zip(ours, run()):
         assert error(mine, expected.double()) < 2e-6

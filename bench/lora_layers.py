@@ -1,13 +1,17 @@
 """The ways of one LoRA layer that the benchmarks compare: forward, and backward with dX, dA and dB; B ≠ 0.
 
 ours                    lora_linear, fp32 factors beside a bf16 base as PEFT keeps them
+ours, plain product     on a GPU: with torch's product and the expand added to it (LORAPAR_PRODUCT=plain), and
+ours, fused product     with one that carries the expand (LORAPAR_PRODUCT=fused); ours takes the faster as timed
 frozen nn.Linear        the base alone, forward and dX: what any LoRA layer costs at least
 PEFT's layer            as PEFT makes it: fp32 factors
 PEFT's layer, bf16      its factors in the base's dtype (where that is not fp32)
 addmm_, no dropout      baselines/addmm.py (where p is 0)
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 from bench.baselines.addmm import addmm_lora
+from lorapar_kernels import lora_product
 
 SCALING = 2.0
 
@@ -62,10 +67,13 @@ class Layer:
         def gradients(y: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
             return y.detach(), *torch.autograd.grad(y, (x, *leaves), dy)
 
-        ways = {
-            "ours": lambda: gradients(lk.lora_linear(x, weight, a, b, SCALING, dropout_p=self.p, seed=seed), a, b),
-            "frozen nn.Linear": lambda: gradients(base(x)),
-        }
+        def ours(product: str) -> tuple[Tensor, ...]:
+            with forced_product(product):
+                return gradients(lk.lora_linear(x, weight, a, b, SCALING, dropout_p=self.p, seed=seed), a, b)
+
+        ways = {"ours": lambda: ours(""), "frozen nn.Linear": lambda: gradients(base(x))}
+        if self.device == "cuda":
+            ways |= {f"ours, {product} product": lambda product=product: ours(product) for product in lora_product.WAYS}
         for name, dtype in {"PEFT's layer": torch.float32, "PEFT's layer, bf16": self.dtype}.items():
             layer = peft_layer(base, a, b, self.p, dtype)
             if layer is not None and not (name.endswith("bf16") and self.dtype == torch.float32):
@@ -77,6 +85,17 @@ class Layer:
                 addmm_lora(x, weight, narrow[0], narrow[1], SCALING), *narrow
             )
         return ways
+
+
+@contextmanager
+def forced_product(way: str) -> Iterator[None]:
+    """LORAPAR_PRODUCT=way within the block, unset where it is empty."""
+    before = os.environ.get(lora_product.VARIABLE, "")
+    os.environ[lora_product.VARIABLE] = way
+    try:
+        yield
+    finally:
+        os.environ[lora_product.VARIABLE] = before
 
 
 def peft_layer(base: nn.Linear, a: Tensor, b: Tensor, p: float, dtype: torch.dtype) -> nn.Module | None:

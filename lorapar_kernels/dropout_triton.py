@@ -58,6 +58,28 @@ def keep_tile(seed, i_row, first_column, columns, threshold, WIDTH: tl.constexpr
 
 
 @triton.jit
+def store_bits(bits_ptr, keep, i_row, first_column, rows, columns, WIDTH: tl.constexpr):
+    """Write a tile of the mask as bits, uint8 [rows, columns / 8], column c in bit c % 8; columns a multiple of 8."""
+    height: tl.constexpr = i_row.shape[0]
+    lanes = tl.reshape(keep.to(tl.int32), (height, WIDTH // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    i_byte = first_column // 8 + tl.arange(0, WIDTH // 8)
+    inside = (i_row < rows)[:, None] & (i_byte < columns // 8)[None, :]
+    p_bits = bits_ptr + i_row[:, None] * (columns // 8) + i_byte[None, :]
+    tl.store(p_bits, tl.sum(lanes, 2).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def kept_bits(bits_ptr, i_row, first_column, rows, columns, WIDTH: tl.constexpr):
+    """The tile that `store_bits` wrote: int1 [H, WIDTH], false outside the matrix."""
+    height: tl.constexpr = i_row.shape[0]
+    i_byte = first_column // 8 + tl.arange(0, WIDTH // 8)
+    inside = (i_row < rows)[:, None] & (i_byte < columns // 8)[None, :]
+    b_bits = tl.load(bits_ptr + i_row[:, None] * (columns // 8) + i_byte[None, :], mask=inside, other=0)
+    lanes = (b_bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(lanes, (height, WIDTH)) != 0
+
+
+@triton.jit
 def _dropout_mask_kernel(seed_ptr, kept_ptr, n, threshold, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = keep_lanes(tl.load(seed_ptr), block, threshold.to(tl.uint32))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .dropout_triton import keep_tile
+from .dropout_triton import keep_tile, store_bits
 
 
 @triton.jit
@@ -87,16 +87,17 @@ def output_kernel(
 
 @triton.jit
 def input_kernel(
-    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, T, K, x_stride, dx_stride, ds_stride,
+    x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, bits_ptrs, T, K, x_stride, dx_stride, ds_stride,
     ranks, a_strides, t_split, threshold,
     G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx += Σ_g keep_g ⊙ (dS_g A_g) in place, and da_ptrs[g] [splits, R, K] <- dS_gᵀ (keep_g ⊙ x).
 
     A program owns BK columns and the tokens t_split · program_id(1) onwards. MASKED[g], NEEDS_A[g]: layer g has a mask,
     wants dA. dS carries the factor 1 / (1 − p). Where a layer's mask has no active bit in the columns, no dA is made.
+    BITS: the dropout masks are written down too, into bits_ptrs[g] as by `store_bits`.
     """
     k = tl.program_id(0) * BK
     i_k = k + tl.arange(0, BK)
@@ -112,7 +113,7 @@ def input_kernel(
     if G > 2:
         wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
     any_wanted = wanted0 + wanted1 + wanted2
-    any_work = any_wanted + 1 if NEEDS_X else any_wanted
+    any_work = any_wanted + 1 if NEEDS_X or BITS else any_wanted
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -138,6 +139,8 @@ def input_kernel(
                 if DROPOUT:
                     keep = keep_tile(tl.load(seed_ptrs[g]), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
                     b_kept = tl.where(keep, b_x, 0.0)
+                    if BITS:
+                        store_bits(bits_ptrs[g], keep, i_t, k, end, K, BK)
                 if NEEDS_X:
                     b_a = b_a0
                     if g == 1:

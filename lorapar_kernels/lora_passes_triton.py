@@ -163,11 +163,15 @@ def input_gradients(
     seeds: list[Tensor | None],
     masks: list[Tensor | None],
     needs_a: list[bool],
+    bits: list[Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """dx [T, K] += Σ keep ⊙ (dS A) in place, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's dtype, 0 outside its mask."""
+    """dx [T, K] += Σ keep ⊙ (dS A) in place, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's dtype, 0 outside its mask.
+
+    bits: where each layer's dropout mask is written, uint8 [T, K / 8], for p > 0, K a multiple of 8, and not in fp32.
+    """
     (T, K), R = x.shape, dss[0].shape[1]
     threshold, _, switches = _dropout(p, K)
-    bits = [_bits(mask) for mask in masks]
+    active = [_bits(mask) for mask in masks]
     das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
     # A plain-core product holds all of its inner dimension in registers: fp32 ranks go 64 at a time, a launch each.
     width = min(R, 64) if x.element_size() == 4 else R
@@ -176,7 +180,7 @@ def input_gradients(
     for start in range(0, len(pieces), group):
         here = pieces[start : start + group]
         members = tuple(_rows(factors[g][rows]) for g, rows in here)
-        parts_bits = tuple(mask if mask is None else mask[rows] for mask, rows in ((bits[g], rows) for g, rows in here))
+        actives = tuple(mask if mask is None else mask[rows] for mask, rows in ((active[g], rows) for g, rows in here))
         wanted = tuple(needs_a[g] for g, _ in here)
         tiles = _input_tiles(x, width, len(here), p)
         columns, steps = _cdiv(K, tiles["BK"]), _cdiv(T, tiles["BT"])
@@ -188,12 +192,14 @@ def input_gradients(
         launch(
             input_kernel, (columns, splits),
             x, x if dx is None else dx, members, tuple(dss[g][:, rows.start :] for g, rows in here),
-            tuple(seeds[g] for g, _ in here), parts_bits, sums, T, K, x.stride(0), K if dx is None else dx.stride(0), R,
+            tuple(seeds[g] for g, _ in here), actives, sums,
+            tuple(None if bits is None else bits[g] for g, _ in here),
+            T, K, x.stride(0), K if dx is None else dx.stride(0), R,
             tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,
-            G=len(here), R=width, NEEDS_X=dx is not None, PRECISION=_precision(),
-            MASKED=tuple(mask is not None for mask in parts_bits), NEEDS_A=wanted, **switches, **tiles,
+            G=len(here), R=width, NEEDS_X=dx is not None, BITS=bits is not None, PRECISION=_precision(),
+            MASKED=tuple(mask is not None for mask in actives), NEEDS_A=wanted, **switches, **tiles,
         )  # fmt: skip
-        for (g, rows), part, mask in zip(here, sums, parts_bits):
+        for (g, rows), part, mask in zip(here, sums, actives):
             da = das[g]
             if da is not None:
                 _reduce(part, da[rows], mask, K, 1.0)
@@ -254,3 +260,7 @@ def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> No
         mask_b = meta(columns, rank, dtype=torch.bool) if masked else None
         ds, _ = output_gradients(x, meta(columns, rank, dtype=a_dtype), s[0], 2.0, p, mask_b, needs_factors)
         input_gradients(x, x if needs_x else None, factors, [ds] * group, p, seeds, masks, [needs_factors] * group)
+        # As beside a product that carries its expand.
+        if needs_factors and p > 0.0 and columns % 8 == 0 and x.element_size() == 2:
+            bits = [meta(tokens, columns // 8, dtype=torch.uint8)] * group
+            input_gradients(x, None, factors, [ds] * group, p, seeds, masks, [True] * group, bits)

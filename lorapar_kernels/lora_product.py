@@ -87,11 +87,16 @@ def input_gradients(
     def fused() -> tuple[Tensor, list[Tensor | None]]:
         from . import lora_product_triton
 
+        das: list[Tensor | None] = [None] * len(dys)
+        bits = None
+        if any(needs_a):
+            bits = lora_product_triton.room_for_bits(x, p, len(dys))
+            das = passes.input_gradients(x, None, *of_layers, bits)
         dx = None
-        for of_layer in zip(dys, weights, dss, lora_as, seeds):
-            dx = lora_product_triton.input_gradient(dx, *of_layer, p)
+        for i, of_layer in enumerate(zip(dys, weights, dss, lora_as, seeds)):
+            dx = lora_product_triton.input_gradient(dx, *of_layer, p, None if bits is None else bits[i])
         assert dx is not None
-        return dx, passes.input_gradients(x, None, *of_layers) if any(needs_a) else [None] * len(dys)
+        return dx, das
 
     kind = (*_kind("backward", x, weights, lora_as, p), any(needs_a))
     return _take({"plain": plain, "fused": fused}, passes, x, kind)

@@ -3,21 +3,22 @@
 import triton
 import triton.language as tl
 
-from .dropout_triton import keep_tile
+from .dropout_triton import keep_tile, kept_bits
 
 
 @triton.jit
 def product_kernel(
-    left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, out_ptr, M, N, K, rank,
+    left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,
     left_stride, right_stride, thin_stride, factor_stride, out_stride, threshold, scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
     RIGHT_T: tl.constexpr, FACTOR_T: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] <- left [M, K] right + keep ⊙ scale · thin [M, rank] factor (+ bias [N]) (+ out).
 
     right [K, N] and factor [rank, N] lie in memory so, or the other way round where RIGHT_T and FACTOR_T. DESCRIBED:
-    left_ptr and right_ptr are descriptors of tiles, which the hardware fetches. A program makes one tile of out; BAND
+    left_ptr and right_ptr are descriptors of tiles, which the hardware fetches. BITS: the mask is read, not drawn from
+    the seed. A program makes one tile of out; BAND
     rows of tiles go down before the next column of them, so that programs at work together share what L2 holds.
     """
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -44,7 +45,10 @@ def product_kernel(
         acc = tl.dot(b_thin, b_factor.to(b_thin.dtype), acc, input_precision=PRECISION)
     acc *= scale
     if DROPOUT:
-        keep = keep_tile(tl.load(seed_ptr), i_m, n, N, threshold.to(tl.uint32), BN, ALIGNED)
+        if BITS:
+            keep = kept_bits(bits_ptr, i_m, n, M, N, BN)
+        else:
+            keep = keep_tile(tl.load(seed_ptr), i_m, n, N, threshold.to(tl.uint32), BN, ALIGNED)
         acc = tl.where(keep, acc, 0.0)
     if BIAS:
         acc += tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]

@@ -59,23 +59,23 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and stride * size % 16 == 0 and stride >= matrix.shape[1]
 
 
-def _tiles(M: int, N: int, rank: int, size: int, aligned: bool, room: int, drops_and_adds: bool) -> dict[str, Any]:
+def _tiles(M: int, N: int, rank: int, size: int, aligned: bool, room: int, adds: bool) -> dict[str, Any]:
     """Tiles and launch options; size: bytes an element of left and right."""
     if size == 4:
-        return {"BM": 64, "BN": 64, "BK": 16, "BR": 16, "num_warps": 4 if aligned else 8, "num_stages": 2}
+        return {"BM": 64 if aligned else 32, "BN": 64, "BK": 16, "BR": 16, "num_warps": 4, "num_stages": 2}
     BR = 16 if rank <= 16 else 32
     if not aligned:
         return {"BM": 64, "BN": 64, "BK": 32, "BR": BR, "num_warps": 8, "num_stages": 2}
     if room < WIDE_ROOM:
         return {"BM": 128, "BN": 128, "BK": 64, "BR": BR, "num_warps": 8, "num_stages": 3}
-    # 256 columns of a mask and of what is added to together spill on sm_100.
-    BN = 128 if drops_and_adds or _cdiv(M, 128) * _cdiv(N, 256) < PROGRAMS else 256
+    # 256 columns of what is added to spill on sm_100.
+    BN = 128 if adds or _cdiv(M, 128) * _cdiv(N, 256) < PROGRAMS else 256
     return {"BM": 128, "BN": BN, "BK": 64, "BR": BR, "num_warps": 8, "num_stages": 4}
 
 
 def _product(
     left: Tensor, right: Tensor, bias: Tensor | None, thin: Tensor, factor: Tensor, scale: float,
-    p: float, seed: Tensor | None, out: Tensor, adds: bool, room: int | None = None,
+    p: float, seed: Tensor | None, bits: Tensor | None, out: Tensor, adds: bool, room: int | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] <- left [M, K] right [K, N] + keep ⊙ scale · thin [M, r or more] factor [r, N] + bias (+ out).
 
@@ -86,18 +86,18 @@ def _product(
     right, right_t = _lying(right)
     factor, factor_t = _lying(factor)
     aligned = _describable(left) and _describable(right) and (p == 0.0 or N % 8 == 0)
-    tiles = _tiles(M, N, rank, left.element_size(), aligned, room, p > 0.0 and adds)
+    tiles = _tiles(M, N, rank, left.element_size(), aligned, room, adds)
     described = aligned and left.element_size() == 2 and room >= WIDE_ROOM
     BM, BN, BK = tiles["BM"], tiles["BN"], tiles["BK"]
     launch(
         product_kernel, (_cdiv(M, BM) * _cdiv(N, BN),),
         TensorDescriptor.from_tensor(left, [BM, BK]) if described else left,
         TensorDescriptor.from_tensor(right, [BN, BK] if right_t else [BK, BN]) if described else right,
-        bias, thin, factor, seed, out, M, N, K, rank,
+        bias, thin, factor, None if bits is not None else seed, bits, out, M, N, K, rank,
         left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0), round(p * 65536), scale,
         room=WIDE_ROOM if described else COMMON_ROOM, BAND=BAND, RIGHT_T=right_t, FACTOR_T=factor_t,
-        BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, ALIGNED=N % 8 == 0, DESCRIBED=described,
-        PRECISION=_precision(), **tiles,
+        BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, BITS=bits is not None, ALIGNED=N % 8 == 0,
+        DESCRIBED=described, PRECISION=_precision(), **tiles,
     )  # fmt: skip
 
 
@@ -111,18 +111,31 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor,
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    _product(_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, y.view(-1, y.shape[-1]), False)
+    _product(_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
     return y
 
 
 def input_gradient(
-    dx: Tensor | None, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, p: float
-) -> Tensor:
+    dx: Tensor | None, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, seed: Tensor | None, p: float,
+    bits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dX [T, in] = dY W + keep ⊙ (dS A), added to `dx` in place where that is given; dY [T, out], W [out, in],
-    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]."""
+    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]. bits: keep as the passes' `input_gradients` wrote it."""
     out = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device) if dx is None else dx
-    _product(dy, weight, None, ds, a, 1.0, p, seed, out, dx is not None)
+    _product(dy, weight, None, ds, a, 1.0, p, seed, bits, out, dx is not None)
     return out
+
+
+def room_for_bits(x: Tensor, p: float, layers: int) -> list[Tensor] | None:
+    """Where dA's pass writes each layer's mask for dX's product to read, uint8 [T, in / 8] of x [T, in]; None where the
+    product draws it again.
+
+    A sixteenth of x, written and read once. Drawn in the product instead, the mask is made while the matrix cores wait:
+    some 2,300 more instructions a thread before the loop (bench/LOG.md), where dA's pass waits for memory.
+    """
+    if p == 0.0 or x.shape[1] % 8 != 0 or x.element_size() == 4:
+        return None
+    return [torch.empty((x.shape[0], x.shape[1] // 8), dtype=torch.uint8, device=x.device) for _ in range(layers)]
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
@@ -142,6 +155,7 @@ REPRESENTATIVE = [
     (BF16, FP32, 16, 8192, 4096, True, 0.0, False, WIDE_ROOM),
     (BF16, FP32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM),
     (BF16, FP32, 16, 8192, 4096, False, 0.05, True, WIDE_ROOM),
+    (BF16, BF16, 16, 8192, 4096, False, 0.0, True, WIDE_ROOM),
     (BF16, BF16, 64, 512, 4096, True, 0.0, True, WIDE_ROOM),
     (BF16, BF16, 256, 8192, 4096, False, 0.05, False, WIDE_ROOM),
     (FP16, FP32, 256, 8192, 4096, True, 0.0, True, WIDE_ROOM),
@@ -152,6 +166,7 @@ REPRESENTATIVE = [
     (BF16, FP32, 16, 8192, 61, True, 0.0, True, COMMON_ROOM),
     (BF16, FP32, 64, 8192, 61, False, 0.05, True, COMMON_ROOM),
     (FP32, FP32, 16, 8192, 4096, True, 0.0, True, COMMON_ROOM),
+    (FP32, FP32, 16, 8192, 61, True, 0.0, True, COMMON_ROOM),
     (FP32, FP32, 64, 8192, 4096, False, 0.05, True, COMMON_ROOM),
     (FP32, FP32, 16, 8192, 61, False, 0.05, True, COMMON_ROOM),
 ]
@@ -177,7 +192,8 @@ def _launch_case(x_dtype, a_dtype, rank, tokens, columns, forward, p, more, room
     seed = meta(1, dtype=torch.int64) if p > 0.0 else None
     if forward:
         bias = meta(columns) if more else None
-        _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, left, False, room)
+        _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, None, left, False, room)
     else:
         factor = meta(rank, columns, dtype=a_dtype)
-        _product(left, weight, None, thin, factor, 1.0, p, seed, left, more, room)
+        for bits in {None, *(room_for_bits(left, p, 1) or [])}:
+            _product(left, weight, None, thin, factor, 1.0, p, seed, bits, left, more, room)

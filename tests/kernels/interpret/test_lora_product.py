@@ -13,9 +13,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels import lora_product, lora_product_triton
+from lorapar_kernels import lora_passes_triton, lora_product, lora_product_triton
 from lorapar_kernels.ahead_of_time import COMMON_ROOM
-from lorapar_kernels.lora_product_triton import WIDE_ROOM, input_gradient, output
+from lorapar_kernels.lora_product_triton import WIDE_ROOM, input_gradient, output, room_for_bits
 
 # The interpreter cuts fp32 to bf16 where a GPU rounds: up to a whole unit of 2^-7.
 KINDS = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 8e-3), "fp16": (torch.float16, 1e-3)}
@@ -23,9 +23,15 @@ KINDS = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 8e-3), "fp16": 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """torch.empty filled with NaN: an element that is not written, or is read first, shows."""
+    """torch.empty filled with NaN, or bits at random: an element that is not written, or is read first, shows."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+
+    def poison(made):
+        if made.dtype == torch.uint8:
+            return made.random_(256)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
 
 
 @pytest.fixture
@@ -101,6 +107,26 @@ def test_wide_tiles(monkeypatch, tiles):
     exact = dy.double() @ w.double() + kept * (ds[:, :4].double() @ a.double())
     assert error(input_gradient(None, dy, w, ds, a, seed, 0.1), exact) < KINDS["bf16"][1]
     assert set(tiles) == {(128, 256, True)}
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_the_mask_written_by_das_pass_is_the_seeds(active):
+    """Also where no element of A is active, so that no dA is made."""
+    x, p = torch.randn(70, 136).bfloat16(), 0.3
+    seeds, factors = [torch.tensor([11]), torch.tensor([-12])], [torch.randn(3, 136), torch.randn(20, 136)]
+    dss = [torch.randn(70, 32).bfloat16() for _ in range(2)]
+    masks = [torch.full(a.shape, active) for a in factors]
+    bits = room_for_bits(x, p, 2)
+    das = lora_passes_triton.input_gradients(x, None, factors, dss, p, seeds, masks, [True, True], bits)
+    without = lora_passes_triton.input_gradients(x, None, factors, dss, p, seeds, masks, [True, True])
+    dy, w = torch.randn(70, 24).bfloat16(), torch.randn(24, 136).bfloat16()
+    for seed, kept, a, ds, da, expected in zip(seeds, bits, factors, dss, das, without):
+        lanes = (kept[:, :, None] >> torch.arange(8)) & 1
+        assert torch.equal(lanes.reshape(70, 136).bool(), lk.dropout_mask(seed, x.shape, p))
+        assert torch.equal(da, expected)
+        read, drawn = input_gradient(None, dy, w, ds, a, seed, p, kept), input_gradient(None, dy, w, ds, a, seed, p)
+        assert torch.equal(read, drawn)
+    assert room_for_bits(x, 0.0, 1) is room_for_bits(x[:, :61], p, 1) is room_for_bits(x.float(), p, 1) is None
 
 
 @pytest.mark.parametrize(("tokens", "n_in"), [(300, 264), (70, 61)])

@@ -49,14 +49,14 @@ def works_here(base: str, device: torch.device) -> str:
     if importlib.util.find_spec("bitsandbytes") is None:
         return "no: bitsandbytes is not installed (pip install 'lorapar[bnb]')"
     try:
-        import bitsandbytes as bnb
+        import bitsandbytes.nn.modules as bnb
 
         from .layers_bnb import FrozenProduct
 
         if base == "nf4":
-            layer: Any = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True)
+            layer: Any = bnb.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True)
         else:
-            layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+            layer = bnb.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
         plain = layer.weight.detach().float().clone().to(device)
         layer = layer.to(device)
         x = torch.ones(2, 64, device=device, requires_grad=True)

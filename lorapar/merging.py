@@ -79,12 +79,12 @@ def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
 def merge_checkpoint(name: str, adapter: Path, out: Path, dtype: torch.dtype) -> int:
     """Write the model `name` (a folder or hub id) with the adapter in `adapter` merged in, a shard at a time.
 
-    dtype: of the weights written. The base's own weights are read, in whatever form training held them. Returns the bytes of weights written.
-    Raises InputError where the base is no folder of plain safetensors or lacks a weight that the adapter adds to.
+    The model's own weights are read, in whatever form training held them, and written in `dtype`. Returns their bytes.
+    Raises InputError where they are no plain safetensors, or lack one that the adapter adds to.
     """
-    base = (
-        Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    )
+    base = Path(name)
+    if not base.is_dir():
+        base = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise InputError(f"export.merged: {name} has no safetensors, and a quantised base is merged from those")

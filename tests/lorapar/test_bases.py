@@ -89,7 +89,7 @@ def test_weights_of_several_shapes_share_one_buffer():
 @needs_bnb
 @KINDS
 def test_an_evaluation_between_changes_neither_the_weights_nor_the_gradient(tiny_folder, kind):
-    """bitsandbytes repacks 4-bit weights in evaluation on a CPU with AVX512-BF16, and then computes without autograd."""
+    """bitsandbytes repacks 4-bit weights in evaluation on an AVX512-BF16 CPU, and then computes without autograd."""
     model = lorapar.attach(load(tiny_folder, kind), config(), start="paper")
     tokens = torch.randint(2, 258, (2, 9))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -222,8 +222,8 @@ def test_a_merged_checkpoint_is_the_original_with_the_delta(tiny_folder, tmp_pat
         if name in written:
             torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-6)
     assert "model.layers.1.mlp.down_proj.weight" in written
+    load(tiny_folder, "nf4").save_pretrained(tmp_path / "quantised")
     with pytest.raises(InputError, match="holds quantised weights alone"):
-        load(tiny_folder, "nf4").save_pretrained(tmp_path / "quantised")
         merge_checkpoint(str(tmp_path / "quantised"), tmp_path / "adapter", out, torch.float32)
 
 

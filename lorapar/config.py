@@ -119,17 +119,28 @@ class PartitionConfig:
 
 @dataclass
 class StageConfig:
-    """Our keys in `sft` (and `grpo`), beside the trainer's own: the systems whose rows the stage sees."""
+    """Our keys in `sft` and `grpo`, beside the trainer's own.
+
+    `systems`: whose rows the stage sees. `longest_first`: go through the longest rows once before the first step, so
+    that what cannot fit fails at once (rehearsal.py).
+    """
 
     systems: list[int]
+    longest_first: bool = True
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class GRPOStageConfig(StageConfig):
-    """`rewards`: names out of `lorapar.rewards`, or `module:function`."""
+    """`rewards`: names out of `lorapar.rewards`, or `module:function`.
+
+    `rollout_batch_size`: completions generated at once (None: all of a generation batch). `logprob_tokens`: tokens
+    whose log-probabilities are taken at once (None: 256 on a CPU, TRL's 4,096 on a GPU).
+    """
 
     rewards: list[str] = field(default_factory=lambda: ["accuracy"])
+    rollout_batch_size: int | None = None
+    logprob_tokens: int | None = None
 
 
 @dataclass
@@ -339,6 +350,8 @@ def _check_values(recipe: Recipe) -> None:
         ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens),
         ("evaluate.batch_size", recipe.evaluate.batch_size),
         ("evaluate.limit", recipe.evaluate.limit),
+        ("grpo.rollout_batch_size", recipe.grpo.rollout_batch_size),
+        ("grpo.logprob_tokens", recipe.grpo.logprob_tokens),
     ):
         require(count is None or count >= 1, at, count, "at least 1")
     require(0 <= recipe.seed < 2**32, "seed", recipe.seed, "0 to 4294967295")

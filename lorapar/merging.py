@@ -41,6 +41,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     next is asked for. Of every other parameter the tensor itself is given, not to be written.
     """
     plain_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
+    seen = set()  # a tied head is the embedding again
     for name, module in model.named_modules():
         if isinstance(module, MaskedLayer):
             yield from _of_layer(name, module, plain_dtype)
@@ -48,6 +49,9 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name or name.endswith(".base_layer"):
             continue
         for own, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
             full = f"{name}.{own}".removeprefix(PREFIX)
             if own == "weight" and _is_quantised(module):
                 yield full, _dequantised(module, plain_dtype)

@@ -288,7 +288,12 @@ def cost(run: Run) -> str:
             panels.append(charts.bars_panel(title, charts.MUTED, shown, numbers, texts, alt))
     figure = run.figure("cost", panels, "Wall time and peak memory of each stage.", columns=2)
     table = html_table(["stage", "time", "share", "peak memory"], rows)
-    return f'<div class="beside">{figure}<div>{table}</div></div>'
+    said = ""
+    rollout = run.metrics.get("rollout_seconds", {}).get("grpo")
+    if rollout is not None and seconds.get("grpo"):
+        share = percent(rollout / seconds["grpo"])
+        said = f"<p>Rollouts, the completions that GRPO learns from, took {duration(rollout)}, {share} of its time.</p>"
+    return f'<div class="beside">{figure}<div>{table}{said}</div></div>'
 
 
 def optimizer(run: Run) -> str:

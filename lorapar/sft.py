@@ -1,7 +1,7 @@
 """Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from peft import PeftModel
@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from .data import encode
 from .errors import InputError
 from .partition import Partition
+from .rehearsal import longest, rehearsing
 from .training import PAPER, PartitionedTrainer, Trained, rows_of, train
 
 
@@ -20,6 +21,15 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
     _name = "LoRA-PAR SFT"
     _paper = PAPER
 
+    def rehearse(self, model: Any) -> None:
+        rows = cast(Dataset, self.train_dataset)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        chosen = longest(lengths, self.args.per_device_train_batch_size)
+        what = f"{len(chosen)} rows of up to {lengths[chosen[0]]} tokens"
+        with rehearsing(self, model, what), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(self.data_collator([rows[place] for place in chosen]))
+            self.accelerator.backward(self.compute_loss(model, inputs))
+
 
 def sft(
     model: PeftModel,
@@ -29,6 +39,7 @@ def sft(
     config: SFTConfig,
     systems: Sequence[int] = (1,),
     resume: bool = False,
+    longest_first: bool = True,
 ) -> tuple[PartitionedSFTTrainer, Trained]:
     """Train the partition's "sft" elements of `model` in place on the rows of `systems`.
 
@@ -36,6 +47,7 @@ def sft(
         model: out of `lorapar.attach` or `load_adapter`. dataset: rows with prompt and completion; where it has the
             columns `system` and `split`, only train rows of `systems` are used.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
+        longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
 
     Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
@@ -47,6 +59,7 @@ def sft(
         raise InputError(f"sft.max_length: got {config.max_length}, shorter than every row ({min(lengths)} tokens)")
     examples = rows.select(fits).select_columns(["prompt", "completion"])
     trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
+    trainer.longest_first = longest_first
     trained = train(trainer, partition, "sft", len(examples), resume)
     trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
     return trainer, trained

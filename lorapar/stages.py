@@ -162,7 +162,8 @@ def sft_stage(recipe: Recipe, folder: Path) -> Facts:
     set_seed(recipe.seed)
     config = _trainer_config(SFTConfig, recipe, "sft", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "sft")
-    trainer, trained = sft(model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True)
+    trainer, trained = sft(model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True,
+                           longest_first=recipe.sft.longest_first)  # fmt: skip
     return _end_of_stage(recipe, folder, "sft", trainer, trained)
 
 
@@ -175,7 +176,10 @@ def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
     rewards = resolve_rewards(recipe.grpo.rewards)
     config = _trainer_config(GRPOConfig, recipe, "grpo", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "grpo")
-    trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True)
+    trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True,
+                            longest_first=recipe.grpo.longest_first,
+                            rollout_batch_size=recipe.grpo.rollout_batch_size,
+                            logprob_tokens=recipe.grpo.logprob_tokens)  # fmt: skip
     return _end_of_stage(recipe, folder, "grpo", trainer, trained)
 
 
@@ -245,6 +249,8 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
     """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done."""
     from trl import GRPOConfig, SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
+    from .grpo import check_engine
+
     try:
         backend.forced()
     except ValueError as error:
@@ -257,7 +263,7 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
     if "sft" in recipe.stages:
         _trainer_config(SFTConfig, recipe, "sft", folder)
     if "grpo" in recipe.stages:
-        _trainer_config(GRPOConfig, recipe, "grpo", folder)
+        check_engine(_trainer_config(GRPOConfig, recipe, "grpo", folder), recipe.lora.get("base"))
         resolve_rewards(recipe.grpo.rewards)
 
 
@@ -294,6 +300,8 @@ def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
         | {
             "optimizer_state_bytes": {n: r["optimizer_state_bytes"] for n, r in done.items() if n in ("sft", "grpo")},
             "seconds": {name: record["seconds"] for name, record in done.items()},
+            # Of the seconds above, those in which completions were generated.
+            "rollout_seconds": {n: r["rollout_seconds"] for n, r in done.items() if "rollout_seconds" in r},
             "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in done.items()},
         },
     )
@@ -374,6 +382,7 @@ def _end_of_stage(recipe: Recipe, folder: Path, stage: str, trainer: Any, traine
         "elements": elements,
         "optimizer_state_bytes": trained.optimizer_state_bytes,
         "resumed_from": trained.resumed_from,
+        **({"rollout_seconds": round(trained.rollout_seconds, 3)} if stage == "grpo" else {}),
     }
 
 

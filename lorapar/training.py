@@ -52,6 +52,7 @@ class Trained:
     rows: int
     resumed_from: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    rollout_seconds: float = 0.0
 
 
 class PartitionedTrainer(Trainer):
@@ -59,6 +60,7 @@ class PartitionedTrainer(Trainer):
 
     partition: Partition
     stage: Stage
+    longest_first: bool = False
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
@@ -81,6 +83,17 @@ class PartitionedTrainer(Trainer):
                 weight_decay=args.weight_decay,
             )
         return self.optimizer
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.longest_first and not self.is_deepspeed_enabled:  # DeepSpeed's backward takes a step
+            self.longest_first = False
+            model.train()
+            self.rehearse(model)
+        return super().training_step(model, *args, **kwargs)
+
+    def rehearse(self, model: Any) -> None:
+        """Take the stage's largest batch through forward and backward; see rehearsal.py."""
+        raise NotImplementedError
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.

@@ -52,6 +52,7 @@ METRICS = {
         "grpo": 246.9,
         "evaluate": 71.3,
     },
+    "rollout_seconds": {"grpo": 172.83},
     "peak_memory_bytes": {
         "label": 4.12e8,
         "score": 1.62e9,
@@ -257,6 +258,8 @@ def test_regions_leave_the_twin_out_and_equal_the_partition(run):
 def test_cost_labels_and_recipe(run):
     folder, text, _ = run
     page = Page(text)
+    said = "Rollouts, the completions that GRPO learns from, took 2 min 53 s, 70.0 % of its time."
+    assert said in page.text["cost"]
     total = sum(METRICS["seconds"].values())
     assert row_of(page, "score") == ["38.4 s", f"{3844 / total:.1f} %", "1.62 GB"]
     assert row_of(page, "grpo") == ["4 min 07 s", f"{24690 / total:.1f} %", "2.41 GB"]

@@ -146,7 +146,6 @@ def test_a_tied_head_is_handed_over_once():
     assert "lm_head.weight" not in names
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", ["paper", "twin"])
 def test_after_a_thousand_syncs_base_and_adapter_are_bit_for_bit_what_they_were(vllm, tmp_path, start):
     model = moved(lorapar.attach(tiny_model().to(torch.bfloat16), config(), start=start))

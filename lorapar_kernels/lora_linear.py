@@ -28,13 +28,7 @@ import torch
 from torch import Tensor
 
 from . import lora_passes, lora_product
-from .lora_passes import expand, passes_for
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] -> [T, n] with unit column stride."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+from .lora_passes import as_rows, expand, passes_for
 
 
 def _forward(
@@ -55,7 +49,7 @@ def _forward(
     Gives each layer's output, and after them each S, which the backward takes.
     """
     passes = passes_for("lora_linear", x, lora_as)
-    columns = passes.shrink(_rows(x), list(lora_as), p, list(seeds))
+    columns = passes.shrink(as_rows(x), list(lora_as), p, list(seeds))
     if weights:
         return lora_product.outputs(passes, x, weights, biases, columns, lora_bs, scalings) + columns
     outs = [y.clone() for y in ys]
@@ -81,7 +75,7 @@ def _gradients(
     """needs: of x, of each A, of each B. Gives dX, each dA, each dB; an empty tensor for what is not needed."""
     n, passes = len(dys), passes_for("lora_linear", x, lora_as)
     needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), needs[n + 1 :]
-    flat, rows = _rows(x), [_rows(dy) for dy in dys]
+    flat, rows = as_rows(x), [as_rows(dy) for dy in dys]
     dss, dbs = [], []
     for dy, b, s, scaling, mask, need in zip(rows, lora_bs, columns, scalings, mask_bs, needs_b):
         ds, db = passes.output_gradients(dy, b, s, scaling, p, mask, need)

@@ -23,6 +23,12 @@ from .dropout import triton_obstacle, zero_dropped
 MAX_RANK = 256  # of the Triton kernels
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[..., n] -> [T, n] with unit column stride."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def kept(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """keep ⊙ x: x with the seeded dropout applied and nothing scaled."""
     if p == 0.0:

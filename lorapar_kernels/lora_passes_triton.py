@@ -35,7 +35,7 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
     return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
 
 
-def _cdiv(n: int, size: int) -> int:
+def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
@@ -49,7 +49,7 @@ def _bits(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _precision() -> str:
+def precision() -> str:
     """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
@@ -86,7 +86,7 @@ def _group(x: Tensor, R: int, p: float) -> int:
 
 def _splits(tiles: int, steps: int) -> int:
     """How many parts `steps` iterations go into: tiles · parts reaches PROGRAMS, with at least four steps a part."""
-    return max(1, min(_cdiv(PROGRAMS, tiles), steps // 4))
+    return max(1, min(cdiv(PROGRAMS, tiles), steps // 4))
 
 
 def _dropout(p: float, columns: int) -> tuple[int, float, dict[str, bool]]:
@@ -98,7 +98,7 @@ def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, sca
     """out [rows, columns] <- scale · Σ partial where mask is; partial [parts, ...] may have more rows."""
     n, block = out.numel(), 1024
     launch(
-        reduce_kernel, (_cdiv(n, block),),
+        reduce_kernel, (cdiv(n, block),),
         partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
         BLOCK=block, MASKED=mask is not None,
     )  # fmt: skip
@@ -114,17 +114,17 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
     for start in range(0, len(factors), group):
         members, drawn = list(map(_rows, factors[start : start + group])), seeds[start : start + group]
         tiles = _shrink_tiles(x, R, len(members), p)
-        rows, steps = _cdiv(T, tiles["BT"]), _cdiv(K, tiles["BK"])
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
         splits = _splits(rows, steps)
-        k_split = _cdiv(steps, splits) * tiles["BK"]
-        splits = _cdiv(K, k_split)
+        k_split = cdiv(steps, splits) * tiles["BK"]
+        splits = cdiv(K, k_split)
         kind = x.dtype if splits == 1 else torch.float32
         partial = [torch.empty((splits, T, R), dtype=kind, device=x.device) for _ in members]
         launch(
         shrink_kernel, (rows, splits),
             x, tuple(members), tuple(drawn), tuple(partial), T, K, x.stride(0), tuple(a.shape[0] for a in members),
             tuple(a.stride(0) for a in members), k_split, threshold, scale,
-            G=len(members), R=R, PRECISION=_precision(), **switches, **tiles,
+            G=len(members), R=R, PRECISION=precision(), **switches, **tiles,
         )  # fmt: skip
         for part in partial:
             whole = part[0] if splits == 1 else _reduce(part, part.new_empty((T, R), dtype=x.dtype), None, R, 1.0)
@@ -138,16 +138,16 @@ def output_gradients(
     """dS [T, R] = scaling / (1 - p) · dY B in dY's dtype, and dB [N, r] = scaling · dYᵀ S in B's, 0 outside `mask`."""
     (T, N), R = dy.shape, s.shape[1]
     tiles = _output_tiles(dy, R)
-    rows, steps = _cdiv(T, tiles["BT"]), _cdiv(N, tiles["BN"])
-    n_split = _cdiv(steps, _splits(rows, steps)) * tiles["BN"]
-    splits = _cdiv(N, n_split)
+    rows, steps = cdiv(T, tiles["BT"]), cdiv(N, tiles["BN"])
+    n_split = cdiv(steps, _splits(rows, steps)) * tiles["BN"]
+    splits = cdiv(N, n_split)
     ds_part = torch.empty((splits, T, R), dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
     db_part = torch.empty((rows, N, R) if needs_b else (0,), dtype=torch.float32, device=dy.device)
     bits, factor = _bits(mask), _rows(b)
     launch(
         output_kernel, (rows, splits),
         dy, factor, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), factor.stride(0), n_split,
-        scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=_precision(), **tiles,
+        scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=precision(), **tiles,
     )  # fmt: skip
     ds = ds_part[0] if splits == 1 else _reduce(ds_part, torch.empty_like(s), None, R, 1.0)
     db = _reduce(db_part, b.new_empty(b.shape), bits, b.shape[1], scaling) if needs_b else None
@@ -183,9 +183,9 @@ def input_gradients(
         actives = tuple(mask if mask is None else mask[rows] for mask, rows in ((active[g], rows) for g, rows in here))
         wanted = tuple(needs_a[g] for g, _ in here)
         tiles = _input_tiles(x, width, len(here), p)
-        columns, steps = _cdiv(K, tiles["BK"]), _cdiv(T, tiles["BT"])
-        t_split = _cdiv(steps, _splits(columns, steps)) * tiles["BT"]
-        splits = _cdiv(T, t_split)
+        columns, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
+        t_split = cdiv(steps, _splits(columns, steps)) * tiles["BT"]
+        splits = cdiv(T, t_split)
         sums = tuple(
             torch.empty((splits if need else 0, width, K), dtype=torch.float32, device=x.device) for need in wanted
         )
@@ -196,7 +196,7 @@ def input_gradients(
             tuple(None if bits is None else bits[g] for g, _ in here),
             T, K, x.stride(0), K if dx is None else dx.stride(0), R,
             tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,
-            G=len(here), R=width, NEEDS_X=dx is not None, BITS=bits is not None, PRECISION=_precision(),
+            G=len(here), R=width, NEEDS_X=dx is not None, BITS=bits is not None, PRECISION=precision(),
             MASKED=tuple(mask is not None for mask in actives), NEEDS_A=wanted, **switches, **tiles,
         )  # fmt: skip
         for (g, rows), part, mask in zip(here, sums, actives):

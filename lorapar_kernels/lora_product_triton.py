@@ -20,6 +20,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .ahead_of_time import COMMON_ROOM, Variant, launch, recording
+from .lora_passes import as_rows
+from .lora_passes_triton import cdiv, precision
 from .lora_product_kernel import product_kernel
 
 # Bytes of shared memory for which the wide tiles are made: four stages of 48 KB.
@@ -28,15 +30,6 @@ WIDE_ROOM = 227 << 10
 BAND = 8
 # Fewer tiles than this leave multiprocessors of an H100 or H200 without one.
 PROGRAMS = 132
-
-
-def _cdiv(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def _precision() -> str:
-    """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _room(device: torch.device) -> int:
@@ -69,7 +62,7 @@ def _tiles(M: int, N: int, rank: int, size: int, aligned: bool, room: int, adds:
     if room < WIDE_ROOM:
         return {"BM": 128, "BN": 128, "BK": 64, "BR": BR, "num_warps": 8, "num_stages": 3}
     # 256 columns of what is added to spill on sm_100.
-    BN = 128 if adds or _cdiv(M, 128) * _cdiv(N, 256) < PROGRAMS else 256
+    BN = 128 if adds or cdiv(M, 128) * cdiv(N, 256) < PROGRAMS else 256
     return {"BM": 128, "BN": BN, "BK": 64, "BR": BR, "num_warps": 8, "num_stages": 4}
 
 
@@ -90,28 +83,22 @@ def _product(
     described = aligned and left.element_size() == 2 and room >= WIDE_ROOM
     BM, BN, BK = tiles["BM"], tiles["BN"], tiles["BK"]
     launch(
-        product_kernel, (_cdiv(M, BM) * _cdiv(N, BN),),
+        product_kernel, (cdiv(M, BM) * cdiv(N, BN),),
         TensorDescriptor.from_tensor(left, [BM, BK]) if described else left,
         TensorDescriptor.from_tensor(right, [BN, BK] if right_t else [BK, BN]) if described else right,
         bias, thin, factor, None if bits is not None else seed, bits, out, M, N, K, rank,
         left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0), round(p * 65536), scale,
         room=WIDE_ROOM if described else COMMON_ROOM, BAND=BAND, RIGHT_T=right_t, FACTOR_T=factor_t,
         BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, BITS=bits is not None, ALIGNED=N % 8 == 0,
-        DESCRIBED=described, PRECISION=_precision(), **tiles,
+        DESCRIBED=described, PRECISION=precision(), **tiles,
     )  # fmt: skip
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] -> [T, n] with unit column stride."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scaling: float) -> Tensor:
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    _product(_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
+    _product(as_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
     return y
 
 

@@ -7,9 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .errors import InputError
+from .errors import InputError, OutOfMemory
+
+if TYPE_CHECKING:
+    from .config import Recipe
 
 STAGES = {
     "label": "label every row System 1 or System 2, and split off the held-out rows",
@@ -48,11 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .doctor import doctor
 
             print(doctor())
+        elif options.verb == "plan":
+            return _plan(options, overrides)
         else:
             _run(options, overrides)
     except InputError as error:
         print(f"lorapar: error: {error}", file=sys.stderr)
         return 2
+    except OutOfMemory as error:
+        print(f"lorapar: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("lorapar: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -91,21 +99,42 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--dry-run", action="store_true", help=what)
             what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
             sub.add_argument("--review", action="store_true", help=what)
+    text = "say what memory each stage needs, without loading the model: exit status 1 where it does not fit"
+    sub = verbs.add_parser("plan", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
+                           usage="lorapar plan RECIPE.yaml [--vram SIZE] [--section.key VALUE ...]")  # fmt: skip
+    sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    sub.add_argument("--vram", metavar="SIZE", help="the memory there is, 8GB or 24GiB (default: this machine's)")
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
 
 
-def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from .remedies import parse_bytes, table
+
+    room = None if options.vram is None else parse_bytes(options.vram)
+    text, fits = table(_recipe(options, overrides), room)
+    print(text)
+    return 0 if fits else 1
+
+
+def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Recipe":
     recipe_path = Path(options.recipe)
     if not recipe_path.is_file():
         raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
     try:
         from .config import load_recipe
 
-        recipe = load_recipe(recipe_path, overrides)
-        if options.output_dir is not None:
-            recipe.output_dir = options.output_dir
+        return load_recipe(recipe_path, overrides)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
+
+
+def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    recipe = _recipe(options, overrides)
+    if options.output_dir is not None:
+        recipe.output_dir = options.output_dir
+    try:
         from .pipeline import label_only, run
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
@@ -128,7 +157,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
         key, equals, value = word.removeprefix("--").partition("=")
         if word in ("--help", "--update", "--dry-run", "--review"):
             ours.append(word)
-        elif key == "output_dir" and word.startswith("--"):
+        elif key in ("output_dir", "vram") and word.startswith("--"):
             ours.append(word)
             ours += [rest.pop(0)] if rest and not equals else []
         elif word.startswith("--") and key == "until-stable":

@@ -131,6 +131,14 @@ class StageConfig:
 
 
 @dataclass
+class SFTStageConfig(StageConfig):
+    """`micro_batch_tokens`: a batch goes through the model in parts of at most so many tokens, for the same losses and
+    gradients in less memory. "auto": 512 on a CPU, the whole batch on a GPU; null: the whole batch."""
+
+    micro_batch_tokens: int | Literal["auto"] | None = "auto"
+
+
+@dataclass
 class GRPOStageConfig(StageConfig):
     """`rewards`: names out of `lorapar.rewards`, or `module:function`.
 
@@ -172,7 +180,7 @@ class Recipe:
     label: LabelConfig = field(default_factory=LabelConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
-    sft: StageConfig = field(default_factory=lambda: StageConfig(systems=[1]))
+    sft: SFTStageConfig = field(default_factory=lambda: SFTStageConfig(systems=[1]))
     grpo: GRPOStageConfig = field(default_factory=lambda: GRPOStageConfig(systems=[2]))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -205,7 +213,7 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     # A section whose keys are all commented out reads as nothing, and means its defaults.
     sections = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING} - {"stages"}
     values = {key: {} if value is None and key in sections else value for key, value in values.items()}
-    for stage, config_class, ours in (("sft", "SFTConfig", StageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
+    for stage, config_class, ours in (("sft", "SFTConfig", SFTStageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
         if isinstance(values.get(stage), Mapping):
             values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
     recipe = _build(Recipe, values, at="")
@@ -343,6 +351,7 @@ def _check_values(recipe: Recipe) -> None:
     stable = recipe.score.until_stable
     require(stable is None or 0 < stable <= 1, "score.until_stable", stable, "a Jaccard index in (0, 1]")
     for at, count in (
+        ("sft.micro_batch_tokens", None if recipe.sft.micro_batch_tokens == "auto" else recipe.sft.micro_batch_tokens),
         ("score.batch_size", recipe.score.batch_size),
         ("score.examples", recipe.score.examples),
         ("score.max_length", recipe.score.max_length),

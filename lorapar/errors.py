@@ -16,3 +16,7 @@ def require(holds: bool, at: str, given: object, allowed: str) -> None:
     """InputError that names the key `at`, what was given and what is allowed, unless `holds`."""
     if not holds:
         raise InputError(f"{at}: got {given!r}, expected {allowed}")
+
+
+class OutOfMemory(RuntimeError):
+    """A stage ran out of memory; the message says what would lower its need. What was written before stays."""

@@ -1,6 +1,8 @@
 """Peak memory of a stage: the CUDA allocator's where there is a GPU, else the process's resident set."""
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -27,3 +29,34 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def release_freed() -> None:
+    """Give back to the system what is no longer used; a stage in the same process would seem to need it otherwise."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: CUDA's, torch's on a CPU (a plain RuntimeError), or Python's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def available_bytes(device: str) -> int:
+    """Bytes that this process can have: all of a GPU's memory; on a CPU what it holds and what Linux can give it
+    without swapping."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024 + resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Bytes of the process that are in memory now (Linux)."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024

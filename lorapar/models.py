@@ -249,6 +249,18 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def load_config(config: "ModelConfig") -> Any:
+    """The model's own configuration; no weight is read."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _as_input_error(config):
+        made = AutoConfig.from_pretrained(str(resolve(config.name)), **options)
+    if config.attn_implementation is not None:
+        made._attn_implementation = config.attn_implementation
+    return made
+
+
 def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedModel":
     """The model in training mode, on the device and in the dtype that `config` says.
 
@@ -256,7 +268,7 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     Its `name_or_path` is the absolute folder or the hub id, so an adapter saved for it names a base that
     loads. Its generation settings are greedy: sampling settings that the model came with are taken out.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     place = str(resolve(config.name))
     device = choose_device(config.device)
@@ -266,8 +278,7 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
         raise InputError(f"lora.base: got bf16 beside model.dtype: {config.dtype}; leave one of them out")
     dtype = best_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with _as_input_error(config):
-        form = given_form(AutoConfig.from_pretrained(place, **options))
+    form = given_form(load_config(config))
     if base is not None and form is not None and form != base:
         raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
     if base in QUANTISED and form is None:

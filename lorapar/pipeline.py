@@ -33,11 +33,12 @@ from .artefacts import (
     write_text,
 )
 from .config import Recipe, load_recipe, parse
-from .errors import InputError
+from .errors import InputError, OutOfMemory
 from .labeling.review import read_corrections
 from .logs import calm_libraries, logging_to
-from .memory import peak_memory_bytes, reset_peak_memory
+from .memory import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from .recipe_file import dump_yaml, parse_yaml
+from .remedies import check_memory, out_of_memory
 
 log = logging.getLogger("lorapar")
 # Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
@@ -157,11 +158,18 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     # No process may go on from a checkpoint that the first is about to remove.
     stages.wait_for_everyone()
     log.info("%s: started", stage.name)
+    release_freed()
     reset_peak_memory()
     began = time.perf_counter()
     made = _times(stage, folder)
     try:
+        if main or stage.trains:
+            check_memory(stage.name, recipe, folder)
         facts = stage.run(recipe, folder) if main or stage.trains else {}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(out_of_memory(stage.name, recipe, folder)) from error
     except InputError:
         # Refused before it wrote anything: what stood there is still what its record says.
         if main and record and made == _times(stage, folder):

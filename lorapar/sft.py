@@ -1,12 +1,16 @@
 """Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from .answer_head import score_answers_alone
 from .data import encode
 from .errors import InputError
 from .partition import Partition
@@ -21,6 +25,22 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
     _name = "LoRA-PAR SFT"
     _paper = PAPER
 
+    micro_batch_tokens: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        score_answers_alone(cast(Any, self.model).get_base_model(), None)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """One batch, in parts where `micro_batch_tokens` is set: the same sums of losses and gradients."""
+        parts = micro_batches(inputs, self.micro_batch_tokens) if num_items_in_batch is not None else [inputs]
+        losses = []
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def rehearse(self, model: Any) -> None:
         rows = cast(Dataset, self.train_dataset)
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -28,7 +48,32 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
         what = f"{len(chosen)} rows of up to {lengths[chosen[0]]} tokens"
         with rehearsing(self, model, what), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(self.data_collator([rows[place] for place in chosen]))
-            self.accelerator.backward(self.compute_loss(model, inputs))
+            for part in micro_batches(inputs, self.micro_batch_tokens):
+                self.accelerator.backward(self.compute_loss(model, part))
+
+
+def default_micro_batch_tokens(device: str) -> int | None:
+    """What "auto" is on this device."""
+    return 512 if device == "cpu" else None
+
+
+def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, Any]]:
+    """The rows of a padded batch in order, in parts of at most `tokens` with their padding (a longer row is a part).
+
+    A part is cut where its longest row ends. What is packed in one row, and None, is left whole.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if tokens is None or mask is None or len(ids) == 1 or not bool(mask[:, 0].all()):
+        return [inputs]
+    lengths = mask.sum(1).tolist()
+    of_tokens = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (end + 1 - start) * max(lengths[start : end + 1]) > tokens:
+            width = max(lengths[start:end])
+            parts.append({n: v[start:end, :width] if n in of_tokens else v for n, v in inputs.items()})
+            start = end
+    return parts
 
 
 def sft(
@@ -40,6 +85,7 @@ def sft(
     systems: Sequence[int] = (1,),
     resume: bool = False,
     longest_first: bool = True,
+    micro_batch_tokens: int | Literal["auto"] | None = "auto",
 ) -> tuple[PartitionedSFTTrainer, Trained]:
     """Train the partition's "sft" elements of `model` in place on the rows of `systems`.
 
@@ -47,6 +93,8 @@ def sft(
         model: out of `lorapar.attach` or `load_adapter`. dataset: rows with prompt and completion; where it has the
             columns `system` and `split`, only train rows of `systems` are used.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
+        micro_batch_tokens: the part of a batch that goes through the model at once, None: all of it. The losses and
+            gradients are the same; "auto": 512 on a CPU, where batches gain no time, None on a GPU.
         longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
 
     Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
@@ -60,6 +108,9 @@ def sft(
     examples = rows.select(fits).select_columns(["prompt", "completion"])
     trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
     trainer.longest_first = longest_first
+    device = next(model.parameters()).device.type
+    budget = default_micro_batch_tokens(device) if micro_batch_tokens == "auto" else micro_batch_tokens
+    trainer.micro_batch_tokens = budget
     trained = train(trainer, partition, "sft", len(examples), resume)
     trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
     return trainer, trained

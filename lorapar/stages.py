@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations import get_available_reporting_integrations  # pyright: ignore[reportPrivateImportUsage]
 
@@ -28,7 +27,8 @@ from .evaluate import evaluate
 from .export import export
 from .labeling import Column, label, make_voters, votes_of
 from .labeling import stage as teaching
-from .models import load_model, load_tokenizer
+from .lora_defaults import lora_config
+from .models import choose_device, load_model, load_tokenizer
 from .partition import Partition, partition
 from .rewards import resolve_rewards
 from .score import Scores, load_scores, save_scores, score
@@ -162,8 +162,10 @@ def sft_stage(recipe: Recipe, folder: Path) -> Facts:
     set_seed(recipe.seed)
     config = _trainer_config(SFTConfig, recipe, "sft", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "sft")
-    trainer, trained = sft(model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True,
-                           longest_first=recipe.sft.longest_first)  # fmt: skip
+    trainer, trained = sft(
+        model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True,
+        longest_first=recipe.sft.longest_first, micro_batch_tokens=recipe.sft.micro_batch_tokens,
+    )  # fmt: skip
     return _end_of_stage(recipe, folder, "sft", trainer, trained)
 
 
@@ -228,21 +230,6 @@ def report_stage(recipe: Recipe, folder: Path) -> Facts:
 
     report(folder)
     return {}
-
-
-def lora_config(recipe: Recipe) -> LoraConfig:
-    """PEFT's configuration of the recipe, with the paper's defaults where it is silent (paper section 4.1)."""
-    defaults = {
-        "r": 8,
-        "lora_alpha": 64,
-        "lora_dropout": 0.0,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    try:
-        return LoraConfig(**(defaults | {key: value for key, value in recipe.lora.items() if key != "base"}))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"lora: {error}") from error
 
 
 def check_recipe(recipe: Recipe, folder: Path) -> None:
@@ -393,6 +380,8 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
         "data_seed": recipe.seed,
         # A bar for a person, a line a logging step for a file.
         "disable_tqdm": not sys.stderr.isatty(),
+        # TRL recomputes by default. On a CPU micro-batches bound the memory, and recomputing is a third of the time.
+        "gradient_checkpointing": choose_device(recipe.model.device).type != "cpu",
     }
     try:
         config = config_class(**(ours | getattr(recipe, stage).trainer))

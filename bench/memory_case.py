@@ -1,0 +1,198 @@
+"""One training case of `bench/memory.py`, in a process of its own: peak memory, tokens per second and losses.
+
+    python -m bench.memory_case '{"way": "ours", "model": "smollm2-135m", "batch": 8, "length": 512}'
+
+Prints one line of JSON. Rows are random tokens, every one `length` long, of which `prompt` are not trained on, so that
+what is computed does not depend on a corpus. A way is "ours" (this project as a recipe sets it up) or "trl" (TRL's
+trainer on PEFT's layers, with their own defaults but for what the case sets).
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+import lorapar
+from lorapar.adapter import lora_parameters
+from lorapar.config import ModelConfig
+from lorapar.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
+from lorapar.models import load_model, load_tokenizer
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Public configurations, given random weights: no hub is needed, and memory and time do not depend on the values.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama-3.1-8b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "qwen2.5-7b": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """`length` tokens a row, `prompt` of them not trained on; `trainer`: keys of the trainer's configuration."""
+
+    way: Literal["ours", "trl"] = "ours"
+    stage: Literal["sft"] = "sft"
+    model: str = "smollm2-135m"
+    base: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch: int = 8
+    length: int = 512
+    prompt: int = 256
+    rank: int = 8
+    dropout: float = 0.0
+    active: float = 0.4
+    steps: int = 3
+    cap: int | None = None
+    micro_batch_tokens: int | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def load(case: Case) -> PreTrainedModel:
+    if case.model not in SHAPES:
+        return load_model(ModelConfig(case.model, dtype=case.dtype, device=case.device), case.base)  # type: ignore[arg-type]
+    config = AutoConfig.for_model(**SHAPES[case.model], max_position_embeddings=1 << 20)
+    with torch.device(case.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
+    return quantised(model, case) if case.base else model
+
+
+def quantised(model: PreTrainedModel, case: Case) -> PreTrainedModel:
+    """The linear layers but the head replaced by bitsandbytes' 4-bit ones, a layer at a time."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            layer = bnb.nn.Linear4bit(  # pyright: ignore[reportPrivateImportUsage]
+                module.in_features, module.out_features, bias=module.bias is not None,
+                                      compute_dtype=getattr(torch, case.dtype), quant_type="nf4")  # fmt: skip
+            layer.load_state_dict({key: value.cpu() for key, value in module.state_dict().items()})
+            model.set_submodule(name, layer.to(case.device))
+            module.weight.data = torch.empty(0)
+    model.is_loaded_in_4bit = True  # type: ignore[attr-defined]
+    return model
+
+
+def rows(case: Case, vocabulary: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randint(8, vocabulary - 8, (case.batch * case.steps, case.length), generator=generator).tolist()
+    mask = [[0] * case.prompt + [1] * (case.length - case.prompt)] * len(made)
+    return Dataset.from_dict({"input_ids": made, "completion_mask": mask})
+
+
+def settings(case: Case, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder, "per_device_train_batch_size": case.batch, "max_steps": case.steps, "learning_rate": 1e-4,
+        "weight_decay": 0.1, "bf16": case.dtype == "bfloat16", "report_to": "none", "save_strategy": "no",
+        "logging_steps": 1, "max_length": None, "use_cpu": case.device == "cpu", "lr_scheduler_type": "constant",
+        "disable_tqdm": True, **case.trainer,
+    }  # fmt: skip
+
+
+def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
+    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
+                      task_type="CAUSAL_LM")  # fmt: skip
+    data = rows(case, min(model.config.vocab_size, len(tokenizer)))
+    if case.way == "trl":
+        peft_model = get_peft_model(model, lora)  # pyright: ignore[reportArgumentType]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in peft_model.named_parameters():
+                if "lora_" in name:
+                    tensor.normal_(0.0, 0.01)
+        config = SFTConfig(**settings(case, folder))
+        return SFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
+    return ours(case, model, lora, data, tokenizer, folder)
+
+
+def ours(case: Case, model: PreTrainedModel, lora: LoraConfig, data: Dataset, tokenizer: Any, folder: str) -> Any:
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    from lorapar.sft import PartitionedSFTTrainer
+
+    peft_model = lorapar.attach(model, lora, "paper")
+    torch.manual_seed(0)
+    parameters = lora_parameters(peft_model)
+    with torch.no_grad():
+        for name, tensor in peft_model.named_parameters():
+            if "lora_" in name:
+                tensor.normal_(0.0, 0.01)
+    scores = {name: torch.rand(tensor.shape) for name, tensor in parameters.items()}
+    kind = "all" if case.active == 1.0 else "scores"
+    # The sum of the highest share a of uniform scores is a (2 − a) of the whole.
+    made = lorapar.partition(scores, scores, theta=case.active * (2 - case.active), selection=kind)
+    config = SFTConfig(**settings(case, folder))
+    trainer = PartitionedSFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer.partition, trainer.stage = made, "sft"
+    trainer.micro_batch_tokens = case.micro_batch_tokens
+    return trainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step, by the clock and of the process."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._start = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start[0])
+        self.cpu_seconds.append(time.process_time() - self._start[1])
+
+
+def measure(case: Case) -> dict[str, Any]:
+    if case.cap is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case.cap / total)
+    model = load(case)
+    for parameter in model.parameters():
+        parameter.detach().flatten()[::512].sum()  # weights that lie in a file are only in memory once they are read
+    with tempfile.TemporaryDirectory() as folder:
+        before = torch.cuda.memory_allocated() if case.device == "cuda" else resident_bytes()
+        reset_peak_memory()
+        trainer = make_trainer(case, model, folder)
+        clock = Clock()
+        trainer.add_callback(clock)
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            return {**dataclasses.asdict(case), "out_of_memory": True}
+        peak = peak_memory_bytes()
+    # The first step warms up, unless it is the only one.
+    late, late_cpu = clock.seconds[1:] or clock.seconds, clock.cpu_seconds[1:] or clock.cpu_seconds
+    tokens = case.batch * case.length
+    return {
+        **dataclasses.asdict(case),
+        "model_bytes": before,
+        "peak_bytes_above_model": peak - before,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if case.device == "cuda" else None,
+        "tokens_per_second": tokens * len(late) / sum(late),
+        "tokens_per_cpu_second": tokens * len(late_cpu) / sum(late_cpu),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))

@@ -1,0 +1,165 @@
+"""Memory and speed of training, ours beside TRL with PEFT's layers; and the plan against what was measured.
+
+    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way in its own process
+    python -m bench.memory --plan      `lorapar plan`'s figure and the measured peak of 14 CPU configurations
+    python -m bench.memory             one GPU: tokens per second and peak at 2 k, 8 k and 32 k tokens, and the longest
+                                       context under 8, 12, 16 and 24 GB, on random weights of 7B to 8B shapes
+
+Each case runs in a process of its own (memory_case.py). Tables go to the terminal, all figures to
+bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, its tiled head) but for the precision.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.memory_case import SHAPES, Case
+
+RESULTS = Path(__file__).with_name("results")
+# What a recipe of ours sets on a CPU: no recomputing, parts of 512 tokens.
+OURS_ON_CPU = {"micro_batch_tokens": 512, "trainer": {"gradient_checkpointing": False}}
+GB = 10**9
+
+
+def run(**settings: Any) -> dict[str, Any]:
+    """One case in its own process; what it printed, or {"failed": its last line}."""
+    command = [sys.executable, "-m", "bench.memory_case", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode != 0:
+        return {**settings, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write(name: str, results: list[dict[str, Any]]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    facts = {"commit": commit, "device": device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (RESULTS / f"memory_{name}.json").write_text(json.dumps({**facts, "cases": results}, indent=1) + "\n")
+
+
+def on_cpu(rounds: int) -> None:
+    """Turns, so that what else the machine does falls on both ways."""
+    results = []
+    for _ in range(rounds):
+        for way, settings in (("trl", {}), ("ours", OURS_ON_CPU)):
+            results.append(run(way=way, batch=8, length=512, prompt=256, steps=3, **settings))
+            print(line(results[-1]), flush=True)
+    best = {way: [r for r in results if r.get("way") == way] for way in ("trl", "ours")}
+    speed, cpu, peak = (
+        {way: sorted(r[key] for r in rows)[len(rows) // 2] for way, rows in best.items()}
+        for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_bytes_above_model")
+    )
+    print(f"ours: {speed['ours'] / speed['trl']:.2f} times the tokens per second ({cpu['ours'] / cpu['trl']:.2f} per second "
+          f"of CPU time), {peak['ours'] / peak['trl']:.2f} of the peak above the model")  # fmt: skip
+    write("cpu", results)
+
+
+def line(result: dict[str, Any]) -> str:
+    what = f"{result['way']:<5} {result.get('model', ''):<14} {result['batch']:>3} × {result['length']:<6}"
+    if "failed" in result or result.get("out_of_memory"):
+        return f"{what} {result.get('failed', 'out of memory')}"
+    return (f"{what} {result['tokens_per_second']:>9.1f} tokens/s {result['peak_bytes_above_model'] / GB:>7.3f} GB above "
+            f"{result['model_bytes'] / GB:.3f}")  # fmt: skip
+
+
+# Batch, length, recomputing, tokens at once, rank, dtype.
+MATRIX = [
+    (1, 128, False, 512, 8, "float32"), (1, 512, False, 512, 8, "float32"), (4, 128, False, 512, 8, "float32"),
+    (2, 256, False, None, 8, "float32"), (4, 256, False, None, 8, "float32"), (2, 512, False, None, 8, "float32"),
+    (1, 1024, False, None, 8, "float32"), (2, 512, False, 512, 64, "float32"), (4, 256, True, None, 8, "float32"),
+    (2, 512, True, None, 8, "float32"), (1, 256, False, None, 8, "bfloat16"), (2, 256, True, None, 8, "bfloat16"),
+    (8, 32, False, 512, 16, "float32"), (8, 64, False, None, 16, "float32"),
+]  # fmt: skip
+
+
+def against_plan() -> bool:
+    """Peak resident set of one SFT step, planned and measured; whether every one is within 15 %."""
+    from lorapar.config import parse
+    from lorapar.plan import Lengths, need
+
+    results = []
+    print(
+        f"{'batch × length':<16}{'recompute':<11}{'at once':<9}{'rank':<6}{'dtype':<10}{'planned':>9}{'measured':>10}{'off':>8}"
+    )
+    for batch, length, recompute, at_once, rank, dtype in MATRIX:
+        measured = run(batch=batch, length=length, prompt=1, steps=1, rank=rank, dtype=dtype, active=1.0,
+                       micro_batch_tokens=at_once, trainer={"gradient_checkpointing": recompute})  # fmt: skip
+        recipe = parse({
+            "model": {"name": "smollm2-135m", "dtype": dtype, "device": "cpu"}, "data": {"sources": ["none.jsonl"]},
+            "start": "paper", "partition": {"selection": "all"},
+            "lora": {"r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj",
+                                                                      "gate_proj", "up_proj", "down_proj"]},
+            "sft": {"per_device_train_batch_size": batch, "gradient_checkpointing": recompute,
+                    "micro_batch_tokens": at_once},
+        })  # fmt: skip
+        planned = need(recipe, Lengths(1, length, "the case"), "sft")
+        peak = measured["model_bytes"] + measured["peak_bytes_above_model"]
+        off = planned.total / peak - 1
+        results.append({**measured, "planned_bytes": planned.total, "measured_bytes": peak, "off": off})
+        print(f"{f'{batch} × {length}':<16}{recompute!s:<11}{at_once!s:<9}{rank:<6}{dtype:<10}{planned.total / GB:>9.3f}"
+              f"{peak / GB:>10.3f}{off:>+8.1%}", flush=True)  # fmt: skip
+    write("plan_cpu", results)
+    return all(abs(result["off"]) <= 0.15 for result in results)
+
+
+def longest_context(way: str, model: str, cap: int) -> int:
+    """The longest single row, to a sixteenth, of which a step fits under `cap` bytes of reserved memory; 0 for none."""
+
+    def fits(length: int) -> bool:
+        result = run(way=way, model=model, base="nf4", dtype="bfloat16", device="cuda", batch=1, length=length, prompt=1,
+                     steps=1, cap=cap, **on_gpu(way))  # fmt: skip
+        return "failed" not in result and not result.get("out_of_memory", False)
+
+    low, high = 0, 1024
+    while high <= 1 << 18 and fits(high):
+        low, high = high, 2 * high
+    while low and high - low > low // 16:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def on_gpu(way: str) -> dict[str, Any]:
+    """The switches of a memory-short recipe: off-loaded recomputing."""
+    return {"trainer": {"gradient_checkpointing": True, "activation_offloading": way == "ours"}}
+
+
+def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
+    results: list[dict[str, Any]] = []
+    for model in models:
+        for length in contexts:
+            for way in ("ours", "trl"):
+                results.append(run(way=way, model=model, base="nf4", dtype="bfloat16", device="cuda", batch=1, length=length,
+                                   prompt=1, steps=3, **on_gpu(way)))  # fmt: skip
+                print(line(results[-1]), flush=True)
+        for cap in caps:
+            for way in ("ours", "trl"):
+                longest = longest_context(way, model, cap * GB)
+                results.append({"way": way, "model": model, "cap_bytes": cap * GB, "longest_context": longest})
+                print(f"{way:<5} {model:<14} longest context under {cap} GB: {longest:,}", flush=True)
+    write("gpu", results)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cpu", action="store_true", help="the CPU comparison")
+    parser.add_argument("--plan", action="store_true", help="the plan against measured peaks")
+    parser.add_argument("--rounds", type=int, default=1, help="of the CPU comparison")
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), help="of the GPU comparison")
+    parser.add_argument("--contexts", nargs="*", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--caps", nargs="*", type=int, default=[8, 12, 16, 24], help="in GB")
+    options = parser.parse_args()
+    if options.plan:
+        sys.exit(0 if against_plan() else 1)
+    if options.cpu:
+        on_cpu(options.rounds)
+    else:
+        if not torch.cuda.is_available():
+            sys.exit("bench.memory: torch sees no CUDA device; --cpu and --plan run without one")
+        on_cuda(options.models, options.contexts, options.caps)

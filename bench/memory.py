@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.memory_case import SHAPES, Case
+from bench.memory_case import SHAPES
 
 RESULTS = Path(__file__).with_name("results")
 # What a recipe of ours sets on a CPU: no recomputing, parts of 512 tokens.

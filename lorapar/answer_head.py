@@ -4,6 +4,13 @@ TRL 1.16 scores a batch without holding its logits [B, T, V], in tiles of 4,096 
 backward. On a GPU it takes only the tokens that have a label; elsewhere it scores prompts and padding too, and a tile
 with what is made from it takes gigabytes. Here the tokens with a label are picked out first and scored `tokens` at a
 time, by TRL's own function, which knows each architecture's scale and cap. The result is the same, per token.
+
+Where the head is a frozen linear layer and nothing scales its logits, `AnswerLogProbs` takes two products in the place
+of TRL's three. For a token with hidden state h, target t and p = softmax(W h),
+
+    log p_t = z_t − logsumexp(z),    ∂ log p_t / ∂h = W_t − Σ_v p_v W_v
+
+so the gradient's direction is made while the logits are there, and the backward only scales it.
 """
 
 import inspect
@@ -14,9 +21,55 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
 
 # Tokens scored at once where the recipe says nothing; measured in bench/LOG.md. On a GPU TRL's own tiles are left.
 CPU_TOKENS = 256
+
+
+# What a configuration scales or caps its logits with.
+SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class AnswerLogProbs(torch.autograd.Function):
+    """(hidden [n, h], weight [v, h], bias [v] or None, targets [n], tokens at once) → log p, entropy, whether the target
+    is the most likely, each [n]. fp32 at least; log p alone has a gradient, and for `hidden` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, tokens: int):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_probs, entropies = (hidden.new_empty(len(targets), dtype=wide) for _ in range(2))
+        is_top = torch.empty_like(targets, dtype=torch.bool)
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), tokens):
+            span = slice(start, start + tokens)
+            at = targets[span, None]
+            z = torch.nn.functional.linear(hidden[span], weight, bias).to(wide)
+            is_top[span] = (z.argmax(-1, keepdim=True) == at).squeeze(1)
+            z -= z.logsumexp(-1, keepdim=True)
+            log_probs[span] = z.gather(1, at).squeeze(1)
+            p = z.exp()
+            entropies[span] = -torch.linalg.vecdot(p, z)
+            if direction is not None:
+                direction[span] = weight[targets[span]] - p.to(weight.dtype) @ weight
+        ctx.save_for_backward(direction)
+        ctx.mark_non_differentiable(entropies, is_top)
+        return log_probs, entropies, is_top
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
+        (direction,) = ctx.saved_tensors
+        given = gradients[0]
+        if direction is None or given is None:
+            return (None,) * 5
+        return direction * given[:, None].to(direction.dtype), None, None, None, None
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a causal model's logits are a frozen linear layer's output and nothing else."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    scaled = any(getattr(text, name, None) not in (None, 1.0) for name in SCALES)
+    return isinstance(head, torch.nn.Linear) and not head.weight.requires_grad and not scaled
 
 
 class _HeadAlone:
@@ -32,12 +85,15 @@ class _HeadAlone:
         return self.model.get_output_embeddings()
 
 
-def score_answers_alone(model: PreTrainedModel, tokens: int | None) -> None:
+def score_answers_alone(
+    model: PreTrainedModel, tokens: int | None, temperature: float = 1.0, needs_trl: bool = False
+) -> None:
     """Have `model(..., labels=, fused_lm_head=True)` score the tokens with a label, `tokens` at a time.
 
     Args:
         model: the base model after TRL's trainer gave it a fused head. tokens: None leaves TRL's way on a GPU and takes
-            `CPU_TOKENS` elsewhere.
+            `CPU_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part of a loss, or
+            the head runs in fp32, which only TRL's function does.
     """
     device = next(model.parameters()).device
     if tokens is None and device.type == "cuda":
@@ -55,15 +111,24 @@ def score_answers_alone(model: PreTrainedModel, tokens: int | None) -> None:
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         labels = labels[:, 1:].to(hidden.device)
         mask = labels != -100
-        pieces = [
-            of_trl.__func__(_HeadAlone(self), h[None], shift_labels=target[None], fused_lm_head=True)
-            for h, target in zip(hidden[mask].split(at_once), labels[mask].split(at_once))
-        ]
-        out = pieces[0]
-        for field in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
-            if getattr(out, field) is not None:
-                values = torch.cat([getattr(piece, field)[0] for piece in pieces])
-                setattr(out, field, values.new_zeros(mask.shape).masked_scatter(mask, values))
+        some, targets = hidden[mask], labels[mask]
+        if is_plain(self) and not needs_trl:
+            head = self.get_output_embeddings()
+            bias = None if head.bias is None else head.bias / temperature
+            found = AnswerLogProbs.apply(some / temperature, head.weight, bias, targets, at_once)
+            fields = dict(zip(("log_probs", "entropy", "is_top1"), found))
+            out = FusedCausalLMOutput()
+        else:
+            pieces = [
+                of_trl.__func__(_HeadAlone(self), h[None], shift_labels=target[None], fused_lm_head=True)
+                for h, target in zip(some.split(at_once), targets.split(at_once))
+            ]
+            out = pieces[0]
+            names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+            present = [name for name in names if getattr(out, name) is not None]
+            fields = {name: torch.cat([getattr(piece, name)[0] for piece in pieces]) for name in present}
+        for name, values in fields.items():
+            setattr(out, name, values.new_zeros(mask.shape).masked_scatter(mask, values))
         out.label_mask = mask
         out.loss = -out.log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
         return out

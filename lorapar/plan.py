@@ -29,6 +29,8 @@ COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logi
 # NF4: half a byte, and per 64 weights an 8-bit scale, of which 256 share an fp32 one (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 DEFAULT_LENGTH = 1024  # TRL's sft.max_length
+# What glibc's heap holds for each byte that lives, in steps without recomputing (bench/LOG.md).
+HEAP = 1.3
 _STEPS: dict[Any, int] = {}
 _MODELS: dict[str, Any] = {}
 
@@ -142,6 +144,11 @@ def _step(model: Model, step: Step) -> int:
     return _STEPS[key]
 
 
+def held(model: Model, step: Step) -> int:
+    """The bytes that a step's tensors take out of the system: on a CPU more than live, as freed blocks lie between."""
+    return int(_step(model, step) * (HEAP if model.device == "cpu" else 1))
+
+
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
     """What each stage that holds the model needs."""
     return [need(recipe, lengths, stage) for stage in ("score", *recipe.stages, "evaluate")]
@@ -161,9 +168,9 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         step = Step(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
         # Logits and their gradient at every answer position; four sums an element.
         logits = 2 * _logits(model, step.rows * step.tokens)
-        return Need(stage, model.weights, adapters, 16 * model.elements, 0, _step(model, step), logits, workspace)
+        return Need(stage, model.weights, adapters, 16 * model.elements, 0, held(model, step), logits, workspace)
     step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
-    activations, logits = _step(model, step), _head(model, step.rows * step.tokens)
+    activations, logits = held(model, step), _head(model, step.rows * step.tokens)
     if stage == "grpo":
         trainer = recipe.grpo.trainer
         per_step = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
@@ -235,7 +242,7 @@ def limits(recipe: Recipe, lengths: Lengths, room: int) -> tuple[int, int]:
     rest = one.total - one.activations - one.logits
 
     def at(rows: int, tokens: int) -> int:
-        return rest + _step(model, Step(rows, tokens, step.checkpointing)) + _head(model, rows * tokens)
+        return rest + held(model, Step(rows, tokens, step.checkpointing)) + _head(model, rows * tokens)
 
     rows = [at(n, step.tokens) for n in (1, 2)]
     batch = int(1 + (room - rows[0]) // (rows[1] - rows[0])) if rows[0] <= room else 0

@@ -126,10 +126,9 @@ def remedies(recipe: Recipe, lengths: Lengths, stage: str, room: int, count: int
 
 def advice(recipe: Recipe, lengths: Lengths, row: Need, room: int) -> list[str]:
     """What would make a stage fit, a line each."""
+    changed = remedies(recipe, lengths, row.stage, room) or ["no change of the recipe does"]
     first = f"{row.stage} needs {row.total / 1e9:.2f} GB of {room / 1e9:.2f} GB; to make it fit, the cheapest first:"
-    return [first] + [
-        f"  {line}" for line in remedies(recipe, lengths, row.stage, room) or ["no change of the recipe does"]
-    ]
+    return [first] + [f"  {number}. {line}" for number, line in enumerate(changed, 1)]
 
 
 def check_memory(stage: str, recipe: Recipe, folder: Path) -> None:

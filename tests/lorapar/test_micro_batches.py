@@ -1,0 +1,63 @@
+"""A batch in parts: which rows go together, and that losses, gradients and steps are those of the whole batch."""
+
+import pytest
+import torch
+
+import lorapar
+from lorapar.sft import micro_batches
+from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
+from tests.tiny import tiny_tokenizer
+
+
+def padded(*lengths, left=False):
+    width = max(lengths)
+    mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+    ids = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone(), "other": torch.tensor([3.0])}
+    return {n: t.flip(1) if left and t.shape == mask.shape else t for n, t in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "rows", "widths"),
+    [
+        ((4, 4, 4, 4), 8, [2, 2], [4, 4]),
+        ((4, 4, 4), 8, [2, 1], [4, 4]),
+        ((9, 1, 1, 1), 6, [1, 3], [9, 1]),
+        ((1, 9, 1), 100, [3], [9]),
+        ((3, 2, 5), 1, [1, 1, 1], [3, 2, 5]),
+    ],
+)
+def test_parts_hold_every_row_once_and_are_cut_at_their_longest(lengths, tokens, rows, widths):
+    batch = padded(*lengths)
+    parts = micro_batches(batch, tokens)
+    assert [len(part["input_ids"]) for part in parts] == rows
+    assert [part["labels"].shape[1] for part in parts] == widths
+    assert all(torch.equal(part["other"], batch["other"]) for part in parts)
+    found = [row[row > 0].tolist() for part in parts for row in part["input_ids"]]
+    assert found == [row[row > 0].tolist() for row in batch["input_ids"]]
+    assert [int(part["attention_mask"].sum()) for part in parts] == [
+        sum(lengths[sum(rows[:i]) : sum(rows[: i + 1])]) for i in range(len(rows))
+    ]
+
+
+def test_what_cannot_be_cut_is_left_whole():
+    batch = padded(3, 5, left=True)
+    assert micro_batches(batch, 1)[0] is batch
+    assert micro_batches(padded(3, 5), None) != []
+    packed = {"input_ids": torch.ones(1, 9), "position_ids": torch.arange(9)[None]}
+    assert micro_batches(packed, 1) == [packed]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_in_parts_is_training_on_the_batch(tmp_path, accumulated, checkpointing):
+    results = []
+    for tokens in (None, 12, 1):
+        model, made = fresh()
+        keys = dict(gradient_accumulation_steps=accumulated, gradient_checkpointing=checkpointing, max_steps=3)
+        config = sft_config(tmp_path, **keys)
+        _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, config, micro_batch_tokens=tokens)
+        results.append((losses(trained), model))
+    for values, model in results[1:]:
+        assert values == pytest.approx(results[0][0], rel=1e-5)
+        assert differences(model, results[0][1]) < 1e-5

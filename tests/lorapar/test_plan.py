@@ -1,0 +1,204 @@
+"""The plan: what it counts and says, what is refused before weights load, and how running out of memory ends."""
+
+import copy
+import re
+
+import pytest
+import torch
+
+from lorapar import plan, remedies, stages
+from lorapar.config import parse
+from lorapar.errors import InputError
+from lorapar.memory import is_out_of_memory, resident_bytes
+from lorapar.models import load_model
+from lorapar.plan import Lengths, describe, need
+from lorapar.remedies import changes, parse_bytes
+from lorapar.step_memory import Step, step_bytes
+
+from .driver import lorapar, recipe_values, refused, succeeds
+
+LENGTHS = Lengths(200, 400, "a test")
+KEYS = re.compile(r"(score|sft|grpo|evaluate|lora)\.")
+
+
+def recipe_of(folder, **sections):
+    values = recipe_values(folder)
+    for section, keys in sections.items():
+        values[section] = {**values[section], **keys} if isinstance(keys, dict) else keys
+    return parse(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("24 GiB", 24 * 2**30), ("1.5gb", 15 * 10**8), ("1000", 1000)]
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 lemons", "-1GB", "0GB", "8GB and more"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match=f"--vram: got {text!r}, expected a size such as 8GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(("start", "rank"), [("paper", 4), ("twin", 8)])
+def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
+    recipe = recipe_of(tiny_folder, start=start)
+    model = load_model(recipe.model)
+    names = stages.lora_config(recipe).target_modules
+    layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
+    assert layers
+    found = describe(recipe)
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.elements == rank * sum(m.in_features + m.out_features for m in layers)
+
+
+def test_quantised_forms_weigh_what_they_hold(tiny_folder):
+    plain, four, eight = (describe(recipe_of(tiny_folder, lora={"r": 4, "base": base} if base else {}))
+                          for base in (None, "nf4", "int8"))  # fmt: skip
+    model = load_model(recipe_of(tiny_folder).model)
+    linear = sum(m.weight.numel() for n, m in model.named_modules()
+                 if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings())  # fmt: skip
+    assert plain.weights - four.weights == pytest.approx(linear * (4 - 0.516), rel=2e-3)
+    assert plain.weights - eight.weights == pytest.approx(linear * 3, rel=5e-2)
+
+
+def test_a_step_needs_more_with_more_rows_tokens_and_layers_and_less_when_it_recomputes(tiny_folder):
+    config = load_model(recipe_of(tiny_folder).model).config
+
+    def size(layers=8, **keys):
+        changed = copy.deepcopy(config)
+        changed.num_hidden_layers = layers
+        return step_bytes(changed, Step(**({"rows": 2, "tokens": 64} | keys)), torch.float32, "cpu")
+
+    assert size(rows=4) == pytest.approx(2 * size(), rel=0.02)
+    assert size(tokens=128) > 1.9 * size()
+    assert size(layers=16) > 1.8 * size()
+    assert size(checkpointing=True) < 0.5 * size()
+
+
+def test_what_a_step_keeps_is_what_autograd_saves(tiny_folder):
+    """The bytes that a real forward saves for its backward, parameters aside, are the simulated step's but for what is
+    made on the way."""
+    import lorapar as package
+    from tests.lorapar.test_adapter import config as lora
+
+    model = package.attach(load_model(recipe_of(tiny_folder).model), lora(), start="paper")
+    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model.get_base_model().base_model(input_ids=torch.ones(4, 64, dtype=torch.long), use_cache=False)
+    kept = sum(saved.values())
+    assert out.last_hidden_state.requires_grad
+    simulated = step_bytes(model.config, Step(4, 64), torch.float32, "cpu")
+    assert kept <= simulated * 1.02
+    assert simulated < 1.5 * kept
+
+
+def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
+    def loads(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(stages, "load_model", loads)
+    code, out, err = lorapar("plan", recipe_file, "--vram", "100GB")
+    assert code == 0, err
+    assert out.splitlines()[-1] == "fits"
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[:1] in
+            (["score"], ["sft"], ["grpo"], ["evaluate"])}  # fmt: skip
+    for values in rows.values():
+        assert sum(map(float, values[:-1])) == pytest.approx(float(values[-1]), abs=0.004)
+    assert re.search(r"sft: up to [\d,]+ rows of \d+ tokens at once, or one row of [\d,]+ tokens", out)
+    code, out, _ = lorapar("plan", recipe_file, "--vram", "1MB")
+    assert code == 1
+    assert out.splitlines()[-1] == "does not fit"
+    refused("plan", recipe_file, "--vram", "much", says=("--vram: got 'much'",), alone=True)
+
+
+@pytest.mark.parametrize("stage", ["score", "sft", "grpo", "evaluate"])
+def test_each_remedy_makes_the_stage_fit(tiny_folder, stage):
+    recipe = recipe_of(
+        tiny_folder,
+        score={"batch_size": 64},
+        sft={"per_device_train_batch_size": 64, "micro_batch_tokens": None},
+        grpo={"per_device_train_batch_size": 64, "num_generations": 4},
+        evaluate={"batch_size": 512},
+    )
+    before = need(recipe, LENGTHS, stage)
+    room = before.total - (before.activations + before.logits) // 3
+    found = remedies.remedies(recipe, LENGTHS, stage, room)
+    assert 1 <= len(found) <= 3
+    assert len({line.split(":")[0] for line in found}) == len(found)
+    offered = dict(changes(recipe, stage))
+    for line in found:
+        changed = copy.deepcopy(recipe)
+        offered[line](changed)
+        assert need(changed, LENGTHS, stage).total <= room < before.total
+
+
+def test_several_changes_together_where_none_is_enough(tiny_folder):
+    recipe = recipe_of(tiny_folder, sft={"per_device_train_batch_size": 64, "micro_batch_tokens": None})
+    least = copy.deepcopy(recipe)
+    for _, change in changes(recipe, "sft"):
+        change(least)
+    room = int(need(least, LENGTHS, "sft").total * 1.0001)
+    (line,) = remedies.remedies(recipe, LENGTHS, "sft", room)
+    assert " and " in line
+    assert remedies.remedies(recipe, LENGTHS, "sft", room // 2) == []
+
+
+def test_a_recipe_that_cannot_fit_is_refused_before_weights_load(changed_recipe, tmp_path, monkeypatch):
+    recipe = changed_recipe(score={"examples": 8, "batch_size": 4096, "max_length": 512})
+    monkeypatch.setattr(remedies, "available_bytes", lambda device: resident_bytes() + 10**8)
+    monkeypatch.setattr(stages, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    said = refused("run", recipe, "--output_dir", tmp_path / "run", says=("score needs", "1. score.batch_size:"))
+    assert KEYS.search(said)
+    assert not (tmp_path / "run" / "scores.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_running_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(recipe_file, tmp_path, monkeypatch, error):
+    from lorapar.progress import TrainingProgress
+
+    def fails(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingProgress, "on_step_end", fails)
+        code, _, err = lorapar("run", recipe_file, "--output_dir", tmp_path / "run")
+    assert code == 1
+    lines = err.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("lorapar: error: sft: out of memory"))
+    assert lines[at + 1].startswith("sft needs ")
+    assert "to make it fit" in lines[at + 1]
+    assert (tmp_path / "run" / "sft" / "checkpoint-2" / "trainer_state.json").is_file()
+    log = succeeds("run", recipe_file, "--output_dir", tmp_path / "run")
+    assert "checkpoint-2" in log
+
+
+def test_other_failures_are_not_taken_for_it():
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_a_recipe_far_from_the_limit_is_not_simulated(finished, recipe_file, monkeypatch):
+    recipe = parse(recipe_values_of(recipe_file))
+    monkeypatch.setattr(plan, "step_bytes", lambda *_: pytest.fail("simulated"))
+    remedies.check_memory("score", recipe, finished)
+    monkeypatch.setattr(remedies, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(plan, "_STEPS", {})
+    with pytest.raises(pytest.fail.Exception, match="simulated"):
+        remedies.check_memory("score", recipe, finished)
+
+
+def recipe_values_of(path):
+    from lorapar.recipe_file import read_recipe
+
+    return read_recipe(path)

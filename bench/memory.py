@@ -1,6 +1,6 @@
 """Memory and speed of training, ours beside TRL with PEFT's layers; and the plan against what was measured.
 
-    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way in its own process
+    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way
     python -m bench.memory --plan      `lorapar plan`'s figure and the measured peak of 14 CPU configurations
     python -m bench.memory             one GPU: tokens per second and peak at 2 k, 8 k and 32 k tokens, and the longest
                                        context under 8, 12, 16 and 24 GB, on random weights of 7B to 8B shapes
@@ -55,8 +55,8 @@ def on_cpu(rounds: int) -> None:
         {way: sorted(r[key] for r in rows)[len(rows) // 2] for way, rows in best.items()}
         for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_bytes_above_model")
     )
-    print(f"ours: {speed['ours'] / speed['trl']:.2f} times the tokens per second ({cpu['ours'] / cpu['trl']:.2f} per second "
-          f"of CPU time), {peak['ours'] / peak['trl']:.2f} of the peak above the model")  # fmt: skip
+    faster, in_cpu, share = (figure["ours"] / figure["trl"] for figure in (speed, cpu, peak))
+    print(f"ours: {faster:.2f} times the tokens per second ({in_cpu:.2f} by CPU time), {share:.2f} of the peak above")
     write("cpu", results)
 
 
@@ -64,8 +64,8 @@ def line(result: dict[str, Any]) -> str:
     what = f"{result['way']:<5} {result.get('model', ''):<14} {result['batch']:>3} × {result['length']:<6}"
     if "failed" in result or result.get("out_of_memory"):
         return f"{what} {result.get('failed', 'out of memory')}"
-    return (f"{what} {result['tokens_per_second']:>9.1f} tokens/s {result['peak_bytes_above_model'] / GB:>7.3f} GB above "
-            f"{result['model_bytes'] / GB:.3f}")  # fmt: skip
+    above, model = result["peak_bytes_above_model"] / GB, result["model_bytes"] / GB
+    return f"{what} {result['tokens_per_second']:>9.1f} tokens/s {above:>7.3f} GB above {model:.3f}"
 
 
 # Batch, length, recomputing, tokens at once, rank, dtype.
@@ -83,10 +83,8 @@ def against_plan() -> bool:
     from lorapar.config import parse
     from lorapar.plan import Lengths, need
 
-    results = []
-    print(
-        f"{'batch × length':<16}{'recompute':<11}{'at once':<9}{'rank':<6}{'dtype':<10}{'planned':>9}{'measured':>10}{'off':>8}"
-    )
+    results, columns = [], "{:<16}{:<11}{:<9}{:<6}{:<10}{:>9}{:>10}{:>8}"
+    print(columns.format("batch × length", "recompute", "at once", "rank", "dtype", "planned", "measured", "off"))
     for batch, length, recompute, at_once, rank, dtype in MATRIX:
         measured = run(batch=batch, length=length, prompt=1, steps=1, rank=rank, dtype=dtype, active=1.0,
                        micro_batch_tokens=at_once, trainer={"gradient_checkpointing": recompute})  # fmt: skip
@@ -102,8 +100,9 @@ def against_plan() -> bool:
         peak = measured["model_bytes"] + measured["peak_bytes_above_model"]
         off = planned.total / peak - 1
         results.append({**measured, "planned_bytes": planned.total, "measured_bytes": peak, "off": off})
-        print(f"{f'{batch} × {length}':<16}{recompute!s:<11}{at_once!s:<9}{rank:<6}{dtype:<10}{planned.total / GB:>9.3f}"
-              f"{peak / GB:>10.3f}{off:>+8.1%}", flush=True)  # fmt: skip
+        figures = f"{planned.total / GB:.3f}", f"{peak / GB:.3f}", f"{off:+.1%}"
+        case = f"{batch} × {length}", str(recompute), str(at_once), rank, dtype
+        print(columns.format(*case, *figures), flush=True)
     write("plan_cpu", results)
     return all(abs(result["off"]) <= 0.15 for result in results)
 
@@ -112,8 +111,7 @@ def longest_context(way: str, model: str, cap: int) -> int:
     """The longest single row, to a sixteenth, of which a step fits under `cap` bytes of reserved memory; 0 for none."""
 
     def fits(length: int) -> bool:
-        result = run(way=way, model=model, base="nf4", dtype="bfloat16", device="cuda", batch=1, length=length, prompt=1,
-                     steps=1, cap=cap, **on_gpu(way))  # fmt: skip
+        result = run(way=way, model=model, length=length, steps=1, cap=cap, **on_gpu(way))
         return "failed" not in result and not result.get("out_of_memory", False)
 
     low, high = 0, 1024
@@ -127,7 +125,8 @@ def longest_context(way: str, model: str, cap: int) -> int:
 
 def on_gpu(way: str) -> dict[str, Any]:
     """The switches of a memory-short recipe: off-loaded recomputing."""
-    return {"trainer": {"gradient_checkpointing": True, "activation_offloading": way == "ours"}}
+    trainer = {"gradient_checkpointing": True, "activation_offloading": way == "ours"}
+    return {"base": "nf4", "dtype": "bfloat16", "device": "cuda", "batch": 1, "prompt": 1, "trainer": trainer}
 
 
 def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
@@ -135,8 +134,7 @@ def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
     for model in models:
         for length in contexts:
             for way in ("ours", "trl"):
-                results.append(run(way=way, model=model, base="nf4", dtype="bfloat16", device="cuda", batch=1, length=length,
-                                   prompt=1, steps=3, **on_gpu(way)))  # fmt: skip
+                results.append(run(way=way, model=model, length=length, steps=3, **on_gpu(way)))
                 print(line(results[-1]), flush=True)
         for cap in caps:
             for way in ("ours", "trl"):

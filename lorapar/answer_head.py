@@ -32,8 +32,10 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 
 
 class AnswerLogProbs(torch.autograd.Function):
-    """(hidden [n, h], weight [v, h], bias [v] or None, targets [n], tokens at once) → log p, entropy, whether the target
-    is the most likely, each [n]. fp32 at least; log p alone has a gradient, and for `hidden` alone."""
+    """(hidden [n, h], weight [v, h], bias [v] or None, targets [n], tokens at once) → log p, entropy, is_top1 [n].
+
+    In fp32 at least; log p alone has a gradient, and for `hidden` alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, tokens: int):
@@ -92,8 +94,8 @@ def score_answers_alone(
 
     Args:
         model: the base model after TRL's trainer gave it a fused head. tokens: None leaves TRL's way on a GPU and takes
-            `CPU_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part of a loss, or
-            the head runs in fp32, which only TRL's function does.
+            `CPU_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part of a
+            loss, or the head runs in fp32: TRL's function alone does that.
     """
     device = next(model.parameters()).device
     if tokens is None and device.type == "cuda":
@@ -113,11 +115,11 @@ def score_answers_alone(
         mask = labels != -100
         some, targets = hidden[mask], labels[mask]
         if is_plain(self) and not needs_trl:
-            head = self.get_output_embeddings()
+            head: Any = self.get_output_embeddings()
             bias = None if head.bias is None else head.bias / temperature
             found = AnswerLogProbs.apply(some / temperature, head.weight, bias, targets, at_once)
             fields = dict(zip(("log_probs", "entropy", "is_top1"), found))
-            out = FusedCausalLMOutput()
+            out: Any = FusedCausalLMOutput()
         else:
             pieces = [
                 of_trl.__func__(_HeadAlone(self), h[None], shift_labels=target[None], fused_lm_head=True)

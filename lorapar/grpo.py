@@ -55,7 +55,7 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         super().__init__(model, *args, **kwargs)
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
-        needs_trl = self._entropy_bonus_enabled or bool(self.args.cast_lm_head_to_fp32)
+        needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
         score_answers_alone(cast(Any, model.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
             if self._dist.is_zero3 or self._dist.is_fsdp:

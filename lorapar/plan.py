@@ -146,7 +146,7 @@ def _step(model: Model, step: Step) -> int:
 
 def held(model: Model, step: Step) -> int:
     """The bytes that a step's tensors take out of the system: on a CPU more than live, as freed blocks lie between."""
-    return int(_step(model, step) * (HEAP if model.device == "cpu" else 1))
+    return int(_step(model, step) * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
 
 
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:

@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .adapter import Snapshot, activate, save_adapter, verify
 from .artefacts import read_json, why_not_whole, write_json
 from .errors import InputError
+from .memory import give_back_large_blocks
 from .optim import PartitionedAdamW
 from .partition import Partition
 from .progress import TrainingProgress
@@ -66,6 +67,8 @@ class PartitionedTrainer(Trainer):
         # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
         as_given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model, *args, **kwargs)
+        if self.args.gradient_checkpointing and self.args.device.type == "cpu":
+            give_back_large_blocks()
         for parameter, data in as_given.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lorapar
 from lorapar import InputError
 from lorapar.adapter import Snapshot, lora_parameters
-from lorapar.answer_head import score_answers_alone
+from lorapar.answer_head import AnswerLogProbs, score_answers_alone
 from lorapar.grpo import PartitionedGRPOTrainer, check_engine
 from lorapar.merging import merged_parameters
 from lorapar.rehearsal import longest
@@ -325,7 +325,8 @@ def test_what_cannot_fit_fails_before_the_first_step(tmp_path, stage):
 
 @pytest.mark.parametrize("tokens", [1, 7, 10_000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tokens, temperature):
+@pytest.mark.parametrize("needs_trl", [False, True])
+def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tokens, temperature, needs_trl):
     from trl.trainer.utils import add_fused_lm_head
 
     ids = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -340,9 +341,10 @@ def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tok
             parameter.requires_grad_(False)
         add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
         if ours:
-            score_answers_alone(model, tokens)
+            score_answers_alone(model, tokens, temperature, needs_trl)
         out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-        (out.log_probs * weights).sum().add((out.entropy * weights.flip(0)).sum()).backward()
+        # The entropy has a gradient where TRL's own function serves.
+        (out.log_probs * weights).sum().add(needs_trl * (out.entropy * weights.flip(0)).sum()).backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((out, grads))
     (theirs, their_grads), (ours, our_grads) = found
@@ -359,6 +361,31 @@ def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tok
     torch.testing.assert_close(ours.log_probs, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_two_products_are_exact(dtype, bound):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((37, 24), (61, 24)))
+    bias, given = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (61, 37))
+    targets = torch.randint(0, 61, (37,), generator=generator)
+    hidden, weight, bias = (t.to(dtype).double() for t in (hidden, weight, bias))
+    exact = hidden.clone().requires_grad_()
+    wanted = (exact @ weight.T + bias).log_softmax(-1)
+    wanted[torch.arange(37), targets].backward(given)
+    h = hidden.to(dtype).requires_grad_()
+    log_probs, entropy, is_top = AnswerLogProbs.apply(h, weight.to(dtype), bias.to(dtype), targets, 10)
+    log_probs.backward(given.to(log_probs.dtype))
+
+    def off(mine, theirs):
+        return float((mine.double() - theirs).norm() / theirs.norm())
+
+    assert off(log_probs.detach(), wanted[torch.arange(37), targets].detach()) < bound
+    assert off(entropy, -(wanted.exp() * wanted).sum(-1).detach()) < bound
+    assert off(h.grad, exact.grad) < bound
+    assert not entropy.requires_grad
+    if dtype == torch.float64:
+        assert torch.equal(is_top, wanted.argmax(-1) == targets)
+
+
 def test_the_answer_head_scores_no_prompt_and_survives_a_batch_without_answers():
     from trl.trainer.utils import add_fused_lm_head
 
@@ -373,7 +400,7 @@ def test_the_answer_head_scores_no_prompt_and_survives_a_batch_without_answers()
         return fused(self, *args, **given)
 
     model.forward = watched.__get__(model)
-    score_answers_alone(model, 4)
+    score_answers_alone(model, 4, needs_trl=True)
     ids = torch.randint(2, 258, (2, 12))
     labels = ids.clone()
     labels[:, :7] = -100

@@ -14,6 +14,7 @@ import lorapar_kernels.native as native
 from lorapar_kernels import backend, lora_product
 
 from .bases import QUANTISED, works_here
+from .memory_switches import switches
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
@@ -35,6 +36,7 @@ def doctor() -> str:
         lines += [f"  {operation:<20} {runs}" for operation, runs in operations(torch.device(device)).items()]
         lines.append(f"  {'lora_linear, product':<20} {lora_product.in_force(torch.device(device))}")
         lines += [f"  {f'lora.base: {base}':<20} {works_here(base, torch.device(device))}" for base in QUANTISED]
+        lines += [f"  {switch:<22} {said}" for switch, said in switches(device).items()]
     return "\n".join(lines)
 
 

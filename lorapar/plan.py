@@ -21,8 +21,8 @@ from .config import Recipe
 from .data import encode, load_rows
 from .errors import InputError
 from .memory import resident_bytes
+from .memory_switches import default_checkpointing, default_micro_batch_tokens
 from .models import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
-from .sft import default_micro_batch_tokens
 from .step_memory import Step, step_bytes
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -206,7 +206,7 @@ def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
 
 
 def _checkpointing(trainer: dict[str, Any], device: str) -> bool:
-    return trainer.get("gradient_checkpointing", device != "cpu")
+    return trainer.get("gradient_checkpointing", default_checkpointing(device))
 
 
 def _cache(model: Model, rows: int, tokens: int) -> int:

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from .answer_head import score_answers_alone
 from .data import encode
 from .errors import InputError
+from .memory_switches import default_micro_batch_tokens
 from .partition import Partition
 from .rehearsal import longest, rehearsing
 from .training import PAPER, PartitionedTrainer, Trained, rows_of, train
@@ -50,11 +51,6 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
             inputs = self._prepare_inputs(self.data_collator([rows[place] for place in chosen]))
             for part in micro_batches(inputs, self.micro_batch_tokens):
                 self.accelerator.backward(self.compute_loss(model, part))
-
-
-def default_micro_batch_tokens(device: str) -> int | None:
-    """What "auto" is on this device."""
-    return 512 if device == "cpu" else None
 
 
 def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from .export import export
 from .labeling import Column, label, make_voters, votes_of
 from .labeling import stage as teaching
 from .lora_defaults import lora_config
+from .memory_switches import check_switches, default_checkpointing
 from .models import choose_device, load_model, load_tokenizer
 from .partition import Partition, partition
 from .rewards import resolve_rewards
@@ -380,13 +381,13 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
         "data_seed": recipe.seed,
         # A bar for a person, a line a logging step for a file.
         "disable_tqdm": not sys.stderr.isatty(),
-        # TRL recomputes by default. On a CPU micro-batches bound the memory, and recomputing is a third of the time.
-        "gradient_checkpointing": choose_device(recipe.model.device).type != "cpu",
+        "gradient_checkpointing": default_checkpointing(choose_device(recipe.model.device).type),
     }
     try:
         config = config_class(**(ours | getattr(recipe, stage).trainer))
     except (TypeError, ValueError) as error:
         raise InputError(f"{stage}: {error}") from error
+    check_switches(config, stage, choose_device(recipe.model.device).type)
     available = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in available:

@@ -1,10 +1,14 @@
-"""A batch in parts: which rows go together, and that losses, gradients and steps are those of the whole batch."""
+"""Memory switches of SFT: a batch in parts, with the losses and gradients of the whole; what a switch needs."""
 
 import pytest
 import torch
 
 import lorapar
+from bench.memory_case import Case, measure
+from lorapar.doctor import doctor
+from lorapar.memory_switches import SWITCHES
 from lorapar.sft import micro_batches
+from tests.lorapar.driver import refused
 from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
 from tests.tiny import tiny_tokenizer
 
@@ -61,3 +65,39 @@ def test_training_in_parts_is_training_on_the_batch(tmp_path, accumulated, check
     for values, model in results[1:]:
         assert values == pytest.approx(results[0][0], rel=1e-5)
         assert differences(model, results[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("use_liger_kernel", "pip install 'lorapar[liger]'"),
+        ("padding_free", "needs flash-attn, which is not installed"),
+        ("activation_offloading", "needs a GPU, the model is on cpu"),
+    ],
+)
+def test_a_switch_that_cannot_be_on_is_refused_with_the_remedy(changed_recipe, tmp_path, monkeypatch, key, says):
+    monkeypatch.setattr("lorapar.memory_switches.importlib.util.find_spec", lambda name: None)
+    refused(
+        "run", changed_recipe(sft={key: True}), "--output_dir", tmp_path / "run", says=(f"sft.{key}", says), alone=True
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_names_each_switch():
+    said = doctor().split("what runs on cuda")[0]
+    for switch in (*SWITCHES, "sft.micro_batch_tokens"):
+        (line,) = [line for line in said.splitlines() if line.split()[:1] == [switch]]
+        assert len(line.split()) > 1
+    assert "512 tokens at once" in said
+
+
+@pytest.mark.slow
+def test_losses_of_50_steps_are_those_of_trl_and_peft():
+    """On the real model, with every switch that a CPU has on: recomputing, parts of a batch, answers' logits alone."""
+    case = {"batch": 3, "length": 20, "prompt": 6, "steps": 50, "active": 1.0}
+    theirs = measure(Case(way="trl", **case))
+    ours = measure(Case(way="ours", **case, micro_batch_tokens=40, trainer={"gradient_checkpointing": True}))
+    assert len(ours["losses"]) == 50
+    # The rows are random tokens, seen once: the loss falls a little, and every step of it is compared.
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert max(theirs["losses"]) - min(theirs["losses"]) > 0.05

@@ -27,9 +27,10 @@ here frozen means untouched, bit for bit.
 
 import ctypes
 import math
+import operator
 from array import array
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from .bitmask import TILE, MaskIndex, index_mask, unpack_mask
 
 # LORAPAR_FLOAT32, LORAPAR_BFLOAT16, LORAPAR_FLOAT16.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SHAPE, DTYPE, DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
 GRAD, FIELDS = 1, 10  # of lorapar_adamw_tensor: its gradient's place, and how many fields of eight bytes it has
 
 
@@ -102,7 +104,7 @@ class _Group:
             addresses = [map(Tensor.data_ptr, column) for column in columns]
             for i, values in enumerate((*addresses, map(Tensor.numel, self.params), map(Tensor.numel, self.exp_avgs))):
                 self.table[i::FIELDS] = array("q", values) or array("q", bytes(8 * count))
-        grads = [grad.contiguous() for grad in grads]
+        grads = list(map(Tensor.contiguous, grads))
         self.table[GRAD::FIELDS] = array("q", map(Tensor.data_ptr, grads))
         skipped = torch.zeros(1, dtype=torch.int32, device=device)
         c_settings = native.AdamWSettings(
@@ -178,9 +180,9 @@ def _indexed(i: int, mask: Tensor | MaskIndex, shape: torch.Size) -> MaskIndex:
 class PreparedAdamW:
     """Parameters, masks and state of `masked_adamw`, checked and laid out once for any number of steps.
 
-    A step of a 7B's 384 tensors spends 4 ms on their checks and 12 on their elements (bench/LOG.md); this leaves 1 of
-    the 4. The arguments are `masked_adamw`'s, and so are the errors. The tensors are held, not copied; where one of
-    them has got another storage since, all are checked again.
+    A step of a 7B's 384 tensors spends 4 ms on their checks and 12 on their elements; this leaves 1 of the 4. The
+    arguments are `masked_adamw`'s, and so are the errors. The tensors are held, not copied: moments, scales and
+    compensations must stay where they are, and where a parameter has got another storage all are checked again.
     """
 
     def __init__(
@@ -226,10 +228,10 @@ class PreparedAdamW:
             lists = (columns["params"], words, befores, *(columns.get(name, ()) for name in names))
             group = _Group(*([column[i] for i in chosen] if column else [] for column in lists))
             self._groups.append((chosen, group))
-        self._places = self._where()
+        self._shapes, self._places = shapes, self._where()
 
-    def _where(self) -> list[array]:
-        return [array("q", map(Tensor.data_ptr, column)) for _, group in self._groups for column in group.written()]
+    def _where(self) -> array:
+        return array("q", map(Tensor.data_ptr, self._columns["params"]))
 
     @torch.no_grad()
     def step(
@@ -249,10 +251,14 @@ class PreparedAdamW:
     ) -> bool:
         """One step, in place: `masked_adamw` says what its arguments and its answer are."""
         _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale)
-        params = self._columns["params"]
-        if len(grads) != len(params):
-            raise ValueError(f"grads must hold {len(params)} tensors, one a parameter, got {len(grads)}")
-        _check_shapes("grads", "as its parameter", grads, [param.shape for param in params])
+        if len(grads) != len(self._shapes):
+            raise ValueError(f"grads must hold {len(self._shapes)} tensors, one a parameter, got {len(grads)}")
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._where() != self._places:
+            self._prepare()
+        # No list of shapes is made: hundreds of new objects a step would have Python look for garbage each time.
+        if not all(map(operator.eq, map(SHAPE, grads), self._shapes)):
+            _check_shapes("grads", "as its parameter", grads, self._shapes)
         if skip_nonfinite and len(self._groups) > 1:
             raise ValueError(
                 f"skip_nonfinite must be False for parameters of several dtypes or devices, got {len(self._groups)}"
@@ -261,9 +267,6 @@ class PreparedAdamW:
             raise ValueError("stochastic must be False but for bf16 parameters")
         if stochastic and "compensations" in self._columns:
             raise ValueError("stochastic must be False with compensations")
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._where() != self._places:
-            self._prepare()
         ours = [[grads[i] for i in chosen] for chosen, _ in self._groups]
         for (chosen, group), theirs in zip(self._groups, ours):
             _check_grads(chosen, theirs, group.params[0].device)
@@ -283,11 +286,12 @@ class PreparedAdamW:
 def _check_grads(places: list[int], grads: Sequence[Tensor], device: torch.device) -> None:
     """Of parameters of one dtype and device, which csrc steps in one call."""
     dtype = grads[0].dtype
-    for i, grad in zip(places, grads):
-        if not grad.is_floating_point() or grad.dtype != dtype:
-            raise ValueError(f"grads must be of one floating-point dtype, got {dtype} and at {i} {grad.dtype}")
-        if grad.device != device:
-            raise ValueError(f"grads[{i}] must be on its parameter's device {device}, got {grad.device}")
+    if not dtype.is_floating_point or not all(map(operator.is_, map(DTYPE, grads), repeat(dtype))):
+        i, other = next(((i, grad.dtype) for i, grad in zip(places, grads) if grad.dtype != dtype), (places[0], dtype))
+        raise ValueError(f"grads must be of one floating-point dtype, got {dtype} and at {i} {other}")
+    if not all(map(operator.eq, map(DEVICE, grads), repeat(device))):
+        i, other = next((i, grad.device) for i, grad in zip(places, grads) if grad.device != device)
+        raise ValueError(f"grads[{i}] must be on its parameter's device {device}, got {other}")
 
 
 def _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
     python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way
     python -m bench.memory --plan      `lorapar plan`'s figure and the measured peak of 14 CPU configurations
-    python -m bench.memory             one GPU: tokens per second and peak at 2 k, 8 k and 32 k tokens, and the longest
+    python -m bench.memory             one GPU: an SFT and a GRPO step at 2 k, 8 k and 32 k tokens, and the longest
                                        context under 8, 12, 16 and 24 GB, on random weights of 7B to 8B shapes
 
 Each case runs in a process of its own (memory_case.py). Tables go to the terminal, all figures to
@@ -61,7 +61,8 @@ def on_cpu(rounds: int) -> None:
 
 
 def line(result: dict[str, Any]) -> str:
-    what = f"{result['way']:<5} {result.get('model', ''):<14} {result['batch']:>3} × {result['length']:<6}"
+    r = {"stage": "sft", "model": "", **result}
+    what = f"{r['way']:<5} {r['stage']:<5} {r['model']:<14} {r['batch']:>3} × {r['length']:<6}"
     if "failed" in result or result.get("out_of_memory"):
         return f"{what} {result.get('failed', 'out of memory')}"
     above, model = result["peak_bytes_above_model"] / GB, result["model_bytes"] / GB
@@ -111,7 +112,7 @@ def longest_context(way: str, model: str, cap: int) -> int:
     """The longest single row, to a sixteenth, of which a step fits under `cap` bytes of reserved memory; 0 for none."""
 
     def fits(length: int) -> bool:
-        result = run(way=way, model=model, length=length, steps=1, cap=cap, **on_gpu(way))
+        result = run(way=way, model=model, batch=1, length=length, prompt=1, steps=1, cap=cap, **on_gpu(way, "sft"))
         return "failed" not in result and not result.get("out_of_memory", False)
 
     low, high = 0, 1024
@@ -123,19 +124,25 @@ def longest_context(way: str, model: str, cap: int) -> int:
     return low
 
 
-def on_gpu(way: str) -> dict[str, Any]:
-    """The switches of a memory-short recipe: off-loaded recomputing."""
-    trainer = {"gradient_checkpointing": True, "activation_offloading": way == "ours"}
-    return {"base": "nf4", "dtype": "bfloat16", "device": "cuda", "batch": 1, "prompt": 1, "trainer": trainer}
+def on_gpu(way: str, stage: str) -> dict[str, Any]:
+    """The switches of a memory-short recipe: recomputing, off-loaded in ours where TRL's trainer can."""
+    trainer: dict[str, Any] = {"gradient_checkpointing": True}
+    if way == "ours" and stage == "sft":
+        trainer["activation_offloading"] = True
+    return {"base": "nf4", "dtype": "bfloat16", "device": "cuda", "trainer": trainer}
 
 
 def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
     results: list[dict[str, Any]] = []
     for model in models:
         for length in contexts:
-            for way in ("ours", "trl"):
-                results.append(run(way=way, model=model, length=length, steps=3, **on_gpu(way)))
-                print(line(results[-1]), flush=True)
+            for stage, batch in (("sft", 1), ("grpo", 4)):
+                for way in ("ours", "trl"):
+                    settings = on_gpu(way, stage) | {"prompt": 1 if stage == "sft" else length // 2}
+                    results.append(
+                        run(way=way, stage=stage, model=model, batch=batch, length=length, steps=3, **settings)
+                    )
+                    print(line(results[-1]), flush=True)
         for cap in caps:
             for way in ("ours", "trl"):
                 longest = longest_context(way, model, cap * GB)

@@ -8,6 +8,7 @@ trainer on PEFT's layers, with their own defaults but for what the case sets).
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -23,8 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 import lorapar
 from lorapar.adapter import lora_parameters
 from lorapar.config import ModelConfig
+from lorapar.grpo import PartitionedGRPOTrainer
 from lorapar.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
 from lorapar.models import load_model, load_tokenizer
+from lorapar.sft import PartitionedSFTTrainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Public configurations, given random weights: no hub is needed, and memory and time do not depend on the values.
@@ -43,7 +46,7 @@ class Case:
     """`length` tokens a row, `prompt` of them not trained on; `trainer`: keys of the trainer's configuration."""
 
     way: Literal["ours", "trl"] = "ours"
-    stage: Literal["sft"] = "sft"
+    stage: Literal["sft", "grpo"] = "sft"
     model: str = "smollm2-135m"
     base: str | None = None
     dtype: str = "float32"
@@ -96,51 +99,56 @@ def settings(case: Case, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder, "per_device_train_batch_size": case.batch, "max_steps": case.steps, "learning_rate": 1e-4,
         "weight_decay": 0.1, "bf16": case.dtype == "bfloat16", "report_to": "none", "save_strategy": "no",
-        "logging_steps": 1, "max_length": None, "use_cpu": case.device == "cpu", "lr_scheduler_type": "constant",
+        "logging_steps": 1, "use_cpu": case.device == "cpu", "lr_scheduler_type": "constant",
         "disable_tqdm": True, **case.trainer,
     }  # fmt: skip
 
 
 def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
-
-    tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
     lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
                       task_type="CAUSAL_LM")  # fmt: skip
-    data = rows(case, min(model.config.vocab_size, len(tokenizer)))
-    if case.way == "trl":
-        peft_model = get_peft_model(model, lora)  # pyright: ignore[reportArgumentType]
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for name, tensor in peft_model.named_parameters():
-                if "lora_" in name:
-                    tensor.normal_(0.0, 0.01)
-        config = SFTConfig(**settings(case, folder))
-        return SFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
-    return ours(case, model, lora, data, tokenizer, folder)
-
-
-def ours(case: Case, model: PreTrainedModel, lora: LoraConfig, data: Dataset, tokenizer: Any, folder: str) -> Any:
-    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
-
-    from lorapar.sft import PartitionedSFTTrainer
-
-    peft_model = lorapar.attach(model, lora, "paper")
+    attach = get_peft_model if case.way == "trl" else functools.partial(lorapar.attach, start="paper")
+    peft_model = attach(model, lora)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(0)
-    parameters = lora_parameters(peft_model)
     with torch.no_grad():
         for name, tensor in peft_model.named_parameters():
             if "lora_" in name:
                 tensor.normal_(0.0, 0.01)
-    scores = {name: torch.rand(tensor.shape) for name, tensor in parameters.items()}
-    kind = "all" if case.active == 1.0 else "scores"
-    # The sum of the highest share a of uniform scores is a (2 − a) of the whole.
-    made = lorapar.partition(scores, scores, theta=case.active * (2 - case.active), selection=kind)
-    config = SFTConfig(**settings(case, folder))
-    trainer = PartitionedSFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
-    trainer.partition, trainer.stage = made, "sft"
-    trainer.micro_batch_tokens = case.micro_batch_tokens
+    trainer = sft_trainer(case, peft_model, folder) if case.stage == "sft" else grpo_trainer(case, peft_model, folder)
+    if case.way == "ours":
+        scores = {name: torch.rand(tensor.shape) for name, tensor in lora_parameters(peft_model).items()}
+        kind = "all" if case.active == 1.0 else "scores"
+        # The sum of the highest share a of uniform scores is a (2 − a) of the whole.
+        made = lorapar.partition(scores, scores, theta=case.active * (2 - case.active), selection=kind)
+        trainer.partition, trainer.stage = made, case.stage
     return trainer
+
+
+def sft_trainer(case: Case, peft_model: Any, folder: str) -> Any:
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
+    data = rows(case, min(peft_model.config.vocab_size, len(tokenizer)))
+    made: Any = PartitionedSFTTrainer if case.way == "ours" else SFTTrainer
+    config = SFTConfig(**settings(case, folder), max_length=None)
+    trainer = made(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
+    if case.way == "ours":
+        trainer.micro_batch_tokens = case.micro_batch_tokens
+    return trainer
+
+
+def grpo_trainer(case: Case, peft_model: Any, folder: str) -> Any:
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(place % 3) for place in range(len(completions))]
+
+    tokenizer, completion = load_tokenizer(ModelConfig("smollm2-135m")), case.length - case.prompt
+    data = Dataset.from_dict({"prompt": [" a" * case.prompt] * case.steps})
+    config = GRPOConfig(**settings(case, folder), num_generations=case.batch, max_completion_length=completion,
+                        generation_kwargs={"min_new_tokens": completion})  # fmt: skip
+    made: Any = PartitionedGRPOTrainer if case.way == "ours" else GRPOTrainer
+    return made(model=peft_model, reward_funcs=[reward], args=config, train_dataset=data, processing_class=tokenizer)
 
 
 class Clock(TrainerCallback):

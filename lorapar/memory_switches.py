@@ -11,6 +11,7 @@ SWITCHES: dict[str, tuple[str, str | None, str | None, bool]] = {
     "activation_offloading": ("what the backward needs waits in the host's memory (sft)", None, None, True),
     "use_liger_kernel": ("Liger's RMSNorm, SwiGLU and RoPE", "liger_kernel", "liger", True),
     "packing": ("rows laid end to end, without padding where FlashAttention keeps them apart (sft)", None, None, False),
+    "use_vllm": ("rollouts by vLLM (grpo)", "vllm", "vllm", True),
     "padding_free": ("a batch as one row without padding (sft)", "flash_attn", None, True),
 }
 

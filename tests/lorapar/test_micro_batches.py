@@ -83,6 +83,12 @@ def test_a_switch_that_cannot_be_on_is_refused_with_the_remedy(changed_recipe, t
     assert not (tmp_path / "run").exists()
 
 
+def test_vllm_is_asked_for_by_its_extra(changed_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorapar.memory_switches.importlib.util.find_spec", lambda name: None)
+    says = ("grpo.use_vllm: got true, but it needs vllm", "pip install 'lorapar[vllm]'")
+    refused("run", changed_recipe(grpo={"use_vllm": True}), "--output_dir", tmp_path / "run", says=says, alone=True)
+
+
 def test_doctor_names_each_switch():
     said = doctor().split("what runs on cuda")[0]
     for switch in (*SWITCHES, "sft.micro_batch_tokens"):

@@ -21,7 +21,7 @@ from .config import require
 from .errors import InputError
 from .score import Masks, Scores, shuffled, trainable_mask
 
-TILE_A = (16, 64)  # rows × columns in A; transposed in B (design.md, Contract)
+TILE_A, TILE_B = (16, 64), (64, 16)  # rows × columns (design.md, Contract)
 SETS = ("s1", "s2", "sft", "grpo")
 
 
@@ -159,8 +159,9 @@ def partition(
     if granularity == "element":
         kept = [_keep_elements(scores, theta, f"System {i}") for i, scores in enumerate(by_system, start=1)]
     else:
-        groups = _group_ids(trainable, granularity)
-        kept = [_keep_groups(scores, groups, trainable, theta, i) for i, scores in enumerate(by_system, start=1)]
+        keep = _keep_tiles if granularity == "tile" else _keep_slices
+        whole = [keep(scores, theta, f"System {i}") for i, scores in enumerate(by_system, start=1)]
+        kept = [{name: masks[name] & trainable[name] for name in names} for masks in whole]
     k1, k2 = kept
     shared = {name: k1[name] & k2[name] for name in names}
     active = {}
@@ -180,38 +181,29 @@ def _keep_elements(scores: Masks, theta: float, what: str) -> Masks:
         raise InputError(f"scores of {what}: {error}") from None
 
 
-def _group_ids(trainable: Masks, granularity: str) -> dict[str, Tensor]:
-    """A number for every element's tile or rank slice, counted over the whole model in the order of names."""
-    groups: dict[str, Tensor] = {}
-    first = 0
-    if granularity == "tile":
-        for name, mask in trainable.items():
-            height, width = TILE_A if ".lora_A." in name else TILE_A[::-1]
-            rows, columns = torch.arange(mask.shape[0]) // height, torch.arange(mask.shape[1]) // width
-            across = int(columns[-1]) + 1
-            groups[name] = first + rows[:, None] * across + columns[None, :]
-            first += (int(rows[-1]) + 1) * across
-        return groups
-    for name, mask in trainable.items():
-        if ".lora_A." not in name:
-            continue
-        partner = name.replace(".lora_A.", ".lora_B.")
-        if partner not in trainable:
+def _keep_tiles(scores: Masks, theta: float, what: str) -> Masks:
+    """Whole tiles by their summed score."""
+    sides = {name: TILE_A if ".lora_A." in name else TILE_B for name in scores}
+    sums = {name: lk.tile_sums(scores[name], sides[name]) for name in scores}
+    kept = _keep_elements(sums, theta, what)
+    return {name: lk.spread_tiles(kept[name], scores[name].shape, sides[name]) for name in scores}
+
+
+def _keep_slices(scores: Masks, theta: float, what: str) -> Masks:
+    """Whole rank slices, row i of A with column i of B, by the sum of both."""
+    partners = {name: name.replace(".lora_A.", ".lora_B.") for name in scores if ".lora_A." in name}
+    for partner in partners.values():
+        if partner not in scores:
             raise InputError(f"granularity: rank needs lora_A and lora_B together; {partner} is missing")
-        slices = first + torch.arange(mask.shape[0])
-        groups[name] = slices[:, None].expand(mask.shape)
-        groups[partner] = slices[None, :].expand(trainable[partner].shape)
-        first += mask.shape[0]
-    return {name: groups[name] for name in trainable}
-
-
-def _keep_groups(scores: Masks, groups: dict[str, Tensor], trainable: Masks, theta: float, system: int) -> Masks:
-    count = 1 + max(int(ids.max()) for ids in groups.values())
-    totals = torch.zeros(count, dtype=torch.float64)
-    for name, ids in groups.items():
-        totals.index_add_(0, ids.reshape(-1), scores[name].reshape(-1).double())
-    kept = _keep_elements({"groups": totals}, theta, f"System {system}")["groups"]
-    return {name: kept[ids] & trainable[name] for name, ids in groups.items()}
+    sums = {
+        name: lk.tile_sums(scores[name], (1, scores[name].shape[1]))[:, 0]
+        + lk.tile_sums(scores[partner], (scores[partner].shape[0], 1))[0]
+        for name, partner in partners.items()
+    }
+    kept = _keep_elements(sums, theta, what)
+    of_a = {name: kept[name][:, None].expand(scores[name].shape) for name in partners}
+    of_b = {partner: kept[name][None, :].expand(scores[partner].shape) for name, partner in partners.items()}
+    return of_a | of_b
 
 
 def _top_share(scores: Masks, shared: Masks, share: float) -> Masks:

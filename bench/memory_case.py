@@ -64,6 +64,7 @@ class Case:
 
 
 def load(case: Case) -> PreTrainedModel:
+    torch.manual_seed(0)
     if case.model not in SHAPES:
         return load_model(ModelConfig(case.model, dtype=case.dtype, device=case.device), case.base)  # type: ignore[arg-type]
     config = AutoConfig.for_model(**SHAPES[case.model], max_position_embeddings=1 << 20)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from .partition import TILE_A, Partition
+from .partition import TILE_A, TILE_B, Partition
 
 REGIONS = ("inactive", "System 1 only", "System 2 only", "shared")  # code = kept by 1 + 2 * kept by 2
 GRANULARITIES = ("element", "tile", "rank")
@@ -127,7 +127,7 @@ def _tiles(scores: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarra
     """(summed score, size) of every tile, a pair of arrays a parameter."""
     units = []
     for name, array in scores.items():
-        height, width = TILE_A if ".lora_A." in name else TILE_A[::-1]
+        height, width = TILE_A if ".lora_A." in name else TILE_B
         rows, columns = np.arange(0, array.shape[0], height), np.arange(0, array.shape[1], width)
         sums = np.add.reduceat(np.add.reduceat(array.astype(np.float64), rows, axis=0), columns, axis=1)
         sizes = np.outer(np.diff([*rows, array.shape[0]]), np.diff([*columns, array.shape[1]]))

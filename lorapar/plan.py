@@ -19,7 +19,6 @@ from .answer_head import CPU_TOKENS
 from .bases import given_form
 from .config import Recipe
 from .data import encode, load_rows
-from .errors import InputError
 from .memory import resident_bytes
 from .memory_switches import default_checkpointing, default_micro_batch_tokens
 from .models import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
@@ -129,8 +128,6 @@ def _describe(recipe: Recipe) -> Model:
     targets = [module for name, module in linears.items() if check_target_module_exists(lora, name)]
     if lora.target_modules in ("all-linear", {"all-linear"}):
         targets = list(linears.values())
-    if not targets:
-        raise InputError(f"lora.target_modules: {lora.target_modules} names no linear layer of {recipe.model.name!r}")
     elements = rank * sum(module.in_features + module.out_features for module in targets)
     # A quantised weight is made plain in one buffer.
     largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0

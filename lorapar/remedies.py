@@ -10,6 +10,7 @@ from typing import Any
 from .artefacts import read_jsonl
 from .config import Recipe
 from .errors import InputError
+from .lora_defaults import lora_config
 from .memory import available_bytes, resident_bytes
 from .plan import COLUMNS, DEFAULT_LENGTH, Lengths, Model, Need, describe, lengths_of, limits, need, needs
 
@@ -29,6 +30,9 @@ def parse_bytes(text: str) -> int:
 def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     """The plan for a person, and whether every stage fits in `room` bytes (None: what this machine has)."""
     model, lengths = describe(recipe), lengths_of(recipe)
+    if model.elements == 0:
+        given = lora_config(recipe).target_modules
+        raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
     room = room or available_bytes(model.device)
     rows = needs(recipe, lengths)
     held = recipe.lora.get("base") or str(model.dtype).removeprefix("torch.")

@@ -117,6 +117,9 @@ def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
     code, out, _ = lorapar("plan", recipe_file, "--vram", "1MB")
     assert code == 1
     assert out.splitlines()[-1] == "does not fit"
+    refused(
+        "plan", recipe_file, "--lora.target_modules", "[nope]", says=("lora.target_modules: got", "nope"), alone=True
+    )
     refused("plan", recipe_file, "--vram", "much", says=("--vram: got 'much'",), alone=True)
 
 

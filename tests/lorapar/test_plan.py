@@ -17,6 +17,13 @@ from lorapar.step_memory import Step, step_bytes
 
 from .driver import lorapar, recipe_values, refused, succeeds
 
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A process that does not grow between two plans."""
+    monkeypatch.setattr(plan, "resident_bytes", lambda: 10**9)
+
+
 LENGTHS = Lengths(200, 400, "a test")
 KEYS = re.compile(r"(score|sft|grpo|evaluate|lora)\.")
 
@@ -124,7 +131,7 @@ def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["score", "sft", "grpo", "evaluate"])
-def test_each_remedy_makes_the_stage_fit(tiny_folder, stage):
+def test_each_remedy_makes_the_stage_fit(tiny_folder, steady, stage):
     recipe = recipe_of(
         tiny_folder,
         score={"batch_size": 64},
@@ -144,7 +151,7 @@ def test_each_remedy_makes_the_stage_fit(tiny_folder, stage):
         assert need(changed, LENGTHS, stage).total <= room < before.total
 
 
-def test_several_changes_together_where_none_is_enough(tiny_folder):
+def test_several_changes_together_where_none_is_enough(tiny_folder, steady):
     recipe = recipe_of(tiny_folder, sft={"per_device_train_batch_size": 64, "micro_batch_tokens": None})
     least = copy.deepcopy(recipe)
     for _, change in changes(recipe, "sft"):

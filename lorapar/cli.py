@@ -96,9 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--update", action="store_true", help=takes_over)
         if verb == "label":
             what = "say how many calls, tokens and what cost remain, and ask nobody"
-            sub.add_argument("--dry-run", action="store_true", help=what)
+            one = sub.add_mutually_exclusive_group()
+            one.add_argument("--dry-run", action="store_true", help=what)
             what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
-            sub.add_argument("--review", action="store_true", help=what)
+            one.add_argument("--review", action="store_true", help=what)
     text = "say what memory each stage needs, without loading the model: exit status 1 where it does not fit"
     sub = verbs.add_parser("plan", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
                            usage="lorapar plan RECIPE.yaml [--vram SIZE] [--section.key VALUE ...]")  # fmt: skip

@@ -51,13 +51,15 @@ ANOTHER_WAY = re.compile(
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: what it runs, the recipe's sections and the files it reads, and the files it writes."""
+    """One step: what it runs, the recipe's sections and the files it reads, the files it writes, and those that it
+    `shows` where they are there."""
 
     name: str
     run: Callable[[Recipe, Path], dict[str, Any]]
     sections: tuple[str, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    shows: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -93,7 +95,10 @@ def plan(recipe: Recipe) -> list[Stage]:
               ("labels.jsonl", "partition.safetensors", *trained), ("metrics.json", "answers.jsonl")),
         Stage("export", stages.export_stage, (*adapted, "export"), (trained[-1],),
               ("adapter/adapter_model.safetensors", *(["merged/config.json"] if recipe.export.merged else []))),
-        Stage("report", stages.report_stage, (), ("labels.jsonl", "metrics.json"), ("report.html",)),
+        # Of a folder with labels alone as well: they want looking at before anything is trained on them.
+        Stage("report", stages.report_stage, (), ("labels.jsonl",), ("report.html",),
+              ("metrics.json", "votes.jsonl", "dropped.jsonl", "scores.safetensors", "partition.safetensors",
+               *(f"{name}/log_history.json" for name in recipe.stages))),
     ]  # fmt: skip
     return made
 
@@ -114,7 +119,7 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
     if only is not None and only not in names:
         raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)})")
     with calm_libraries(), as_input_error(folder):
-        stages.check_recipe(recipe, folder)
+        stages.check_recipe(recipe, folder, only)
         _check_folder(recipe, folder, update)
         with logging_to(folder / "run.log"):
             _claim(recipe, folder)
@@ -128,7 +133,7 @@ def label_only(recipe: Recipe, what: str) -> str:
     """What the label stage's teachers have still to be asked ("dry_run"), or the path of the file for "review"."""
     folder = Path(recipe.output_dir)
     with calm_libraries(), as_input_error(folder):
-        stages.check_recipe(recipe, folder)
+        stages.check_recipe(recipe, folder, "label")
         if what == "dry_run":
             return stages.label_dry_run(recipe, folder)
         if not (folder / "recipe.yaml").is_file():
@@ -201,7 +206,8 @@ def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
     for name in ("sft", "grpo"):
         values[name] = {key: value for key, value in values[name].items() if not ANOTHER_WAY.fullmatch(f"{name}.{key}")}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
-    inputs["files"] = {name: sha256_file(folder / name) for name in stage.reads}
+    shown = [name for name in stage.shows if (folder / name).is_file()]
+    inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *shown)}
     if stage.name == "label":
         if recipe.lora.get("base") and "probe" in str(recipe.label.voters):
             inputs["base"] = recipe.lora["base"]  # what the probe asks

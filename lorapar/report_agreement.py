@@ -29,7 +29,9 @@ WORDS = (
 def agreement(run: Run) -> str:
     if run.labels is None:
         return absent("labels.jsonl", "label")
-    votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in run.labels]
+    # Those that a tie left out were voted on like the others.
+    rows = [*run.labels, *run.dropped]
+    votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in rows]
     found = measure(votes)
     if len(found.voters) < 2:
         return "<p>Fewer than two voters: there is nothing to agree with.</p>"
@@ -40,7 +42,7 @@ def agreement(run: Run) -> str:
     )
     said = _said(found, len(votes))
     used = _usage(run)
-    return run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(run, found)
+    return run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found)
 
 
 def _said(found: Agreement, rows: int) -> str:
@@ -150,25 +152,25 @@ def _sum(votes: Sequence[dict[str, Any]], key: str) -> float:
     return sum(vote.get(key) or 0 for vote in votes)
 
 
-def _split(run: Run, found: Agreement) -> str:
-    assert run.labels is not None
+def _split(rows: list[dict], found: Agreement) -> str:
     if not found.split:
         return "<p>No two votes on a row differ.</p>"
     # The closest first; of equals, those that come first.
-    places = sorted(found.split, key=lambda place: float(run.labels[place].get("agreement") or 0.0))  # type: ignore[index]
-    rows = []
+    places = sorted(found.split, key=lambda place: float(rows[place].get("agreement") or 0.0))
+    shown = []
     for place in places[:SPLIT_SHOWN]:
-        row = run.labels[place]
+        row = rows[place]
         one, two = (", ".join(escaped(_short(name)) for name, vote in row["votes"].items() if vote == side)
                     for side in (1, 2))  # fmt: skip
         share = f"{100 * float(row.get('agreement') or 0):.0f} % of votes"
         by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
-        rows.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
-                    f'<td class="text s2">{two}</td><td>System&nbsp;{row.get("system")}</td><td>{by}</td>')  # fmt: skip
+        label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
+        shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
+                     f'<td class="text s2">{two}</td><td>{label}</td><td>{by}</td>')  # fmt: skip
     heads = ["row", "voted System 1", "voted System 2", "label", "decided by"]
-    shown = f"the {SPLIT_SHOWN} closest of {number(len(places))}" if len(places) > SPLIT_SHOWN else "all of them"
-    return (f"<h3>Rows that they split on</h3><p>Here {shown}; <code>lorapar label --review</code> writes every one to "
-            f"a file for a person to correct.</p>{html_table(heads, rows)}")  # fmt: skip
+    which = f"the {SPLIT_SHOWN} closest of {number(len(places))}" if len(places) > SPLIT_SHOWN else "all of them"
+    return (f"<h3>Rows that they split on</h3><p>Here {which}; <code>lorapar label --review</code> writes every one to "
+            f"a file for a person to correct.</p>{html_table(heads, shown)}")  # fmt: skip
 
 
 def _question(prompt: str | list[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ class Run:
     recipe_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     labels: list[dict] | None = None
+    dropped: list[dict] = field(default_factory=list)  # rows that label.ties: drop left out
     votes: list[dict] | None = None  # of teachers
     metrics: dict[str, Any] | None = None
     histories: dict[str, list[dict]] = field(default_factory=dict)
@@ -60,7 +61,8 @@ def load(folder: Path, figures: Path) -> Run:
     files = {
         name: folder / path
         for name, path in {
-            "recipe": "recipe.yaml", "labels": "labels.jsonl", "votes": "votes.jsonl", "scores": "scores.safetensors",
+            "recipe": "recipe.yaml", "labels": "labels.jsonl", "dropped": "dropped.jsonl", "votes": "votes.jsonl",
+            "scores": "scores.safetensors",
             "partition": "partition.safetensors", "sft": "sft/log_history.json",
             "grpo": "grpo/log_history.json",
             "metrics": "metrics.json",
@@ -75,6 +77,7 @@ def load(folder: Path, figures: Path) -> Run:
         run.recipe_text = read_text(files["recipe"])
         run.recipe = yaml.safe_load(run.recipe_text) or {}
     run.labels = read_jsonl(files["labels"]) if "labels" in files else None
+    run.dropped = read_jsonl(files["dropped"]) if "dropped" in files else []
     run.votes = read_jsonl(files["votes"]) if "votes" in files else None
     run.metrics = read_json(files["metrics"]) if "metrics" in files else None
     run.histories = {stage: read_json(files[stage]) for stage in ("sft", "grpo") if stage in files}

@@ -217,6 +217,8 @@ def labels(run: Run) -> str:
     cells = [sum(counts[system, split] for system in (1, 2)) for split in splits]
     table.append("<th>both</th>" + "".join(f"<td>{number(c)}</td>" for c in [*cells, sum(cells)]))
     heads = ["rows", *(escaped(names.get(str(split), str(split))) for split in splits), "all"]
+    if run.dropped:
+        table.append(f"<th>left out at a tie</th>{'<td></td>' * len(splits)}<td>{number(len(run.dropped))}</td>")
     votes: dict[str, Counter] = {}
     agrees: Counter = Counter()
     for row in rows:

@@ -25,8 +25,9 @@ from .data import load_rows, to_dataset
 from .errors import InputError
 from .evaluate import evaluate
 from .export import export
-from .labeling import Column, label, make_voters, votes_of
+from .labeling import Column, make_voters, votes_of
 from .labeling import stage as teaching
+from .labeling.voting import check_corrections, kept_and_dropped
 from .lora_defaults import lora_config
 from .memory_switches import check_switches, default_checkpointing
 from .models import choose_device, load_model, load_tokenizer
@@ -50,20 +51,23 @@ def label_stage(recipe: Recipe, folder: Path) -> Facts:
     rows, counts = load_rows(recipe.data, tokenizer)
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
+    check_corrections(corrections, rows)
     votes, asked = _local_votes(recipe, rows, tokenizer), {}
     if panel is not None:
         given, asked = teaching.ask_panel(panel, rows, votes, folder, tokenizer)
         votes |= given
-    labelled = label(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
+    labelled, dropped = kept_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
         needed |= {1, 2}
     for system in sorted(needed):
         rows_of(labelled, [system], "train")
+    teaching.write_dropped(folder, dropped)
     write_jsonl(folder / "labels.jsonl", labelled)
     split_system = list(zip(labelled["split"], labelled["system"]))
     return {
         "rows": len(labelled),
+        **({"dropped": len(dropped)} if len(dropped) else {}),
         "sources": counts,
         **asked,
         **teaching.summary(labelled),
@@ -233,8 +237,11 @@ def report_stage(recipe: Recipe, folder: Path) -> Facts:
     return {}
 
 
-def check_recipe(recipe: Recipe, folder: Path) -> None:
-    """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done."""
+def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
+    """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done.
+
+    `only` "label": but for the trainers' settings, which a machine that labels need not be able to follow (bf16).
+    """
     from trl import GRPOConfig, SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from .grpo import check_engine
@@ -248,6 +255,8 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         quantisation(recipe.lora["base"], torch.float32)
     if recipe.label.column is None:
         make_voters([voter for voter in recipe.label.voters or [] if _voter_name(voter) != "probe"])
+    if only == "label":
+        return
     if "sft" in recipe.stages:
         _trainer_config(SFTConfig, recipe, "sft", folder)
     if "grpo" in recipe.stages:
@@ -323,6 +332,8 @@ def _model(recipe: Recipe) -> PreTrainedModel:
 
 def _voter_names(recipe: Recipe) -> list[str]:
     """The names that the recipe's voters vote under."""
+    if recipe.label.column:
+        return [f"column:{recipe.label.column}"]
     return [f"column:{voter.get('column')}" if isinstance(voter, dict) and voter.get("name") == "column"
             else str(_voter_name(voter)) for voter in recipe.label.voters or []]  # fmt: skip
 

@@ -231,25 +231,25 @@ class _Session:
             self.promised += most
             seat.asked += 1
             vote.calls += 1
-            began = time.monotonic()
+            # One that is broken off keeps what was promised: it may be paid all the same.
+            began, cost = time.monotonic(), most
             try:
                 reply = await seat.teacher.ask(prompt)
+                # An endpoint that counts no tokens costs money all the same.
+                tokens_in = len(prompt) / LETTERS_PER_TOKEN if reply.tokens_in is None else reply.tokens_in
+                tokens_out = len(reply.text) / LETTERS_PER_TOKEN if reply.tokens_out is None else reply.tokens_out
+                cost = seat.cost(tokens_in, tokens_out)
             except CallFailed as failure:
-                failure.seconds = time.monotonic() - began
+                failure.seconds, cost = time.monotonic() - began, 0.0
                 raise
             finally:
                 self.promised -= most
+                self.store.settle_call(seat.name, most, cost)
                 vote.latency = time.monotonic() - began
         seat.failures = 0
         vote.tokens_in = _plus(vote.tokens_in, reply.tokens_in)
         vote.tokens_out = _plus(vote.tokens_out, reply.tokens_out)
-        # An endpoint that counts no tokens costs money all the same.
-        tokens_in = len(prompt) / LETTERS_PER_TOKEN if reply.tokens_in is None else reply.tokens_in
-        tokens_out = len(reply.text) / LETTERS_PER_TOKEN if reply.tokens_out is None else reply.tokens_out
-        cost = seat.cost(tokens_in, tokens_out)
-        if cost:
-            vote.cost += cost
-            self.store.spend_money(seat.name, cost)
+        vote.cost += cost
         return reply
 
     def _failed(self, seat: Seat, failure: CallFailed, example: Example) -> None:
@@ -293,8 +293,7 @@ class _Session:
         out to cost, where that decides it."""
         budget = self.panel.label.budget
         while not (self.stopped or seat.aside):
-            limit = None if budget.cost is None else budget.cost - self.promised - most
-            if self.store.spend_call(seat.name, budget.calls, limit):
+            if self.store.spend_call(seat.name, budget.calls, budget.cost, most):
                 return True
             calls, cost = self.store.spent()
             if budget.calls is not None and calls >= budget.calls:

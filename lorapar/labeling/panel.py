@@ -117,12 +117,16 @@ def make_panel(label: LabelConfig, target: str, local: Sequence[str] = ()) -> Pa
         if other is not seat:
             raise InputError(f"{seat.at}: the same model, place and parameters as {other.at}, so its vote would be the "
                              "same; give it parameters of its own, such as a seed")  # fmt: skip
-    for name in label.weights:
-        if name not in names:
-            raise InputError(f"label.weights.{name}: no voter of that name; there are {', '.join(names)}")
+    check_weights(label, names)
     panel = Panel(label, prompt, seats, tuple(local))
     _check_rules(panel, names)
     return panel
+
+
+def check_weights(label: LabelConfig, names: Sequence[str]) -> None:
+    for name in label.weights:
+        if name not in names:
+            raise InputError(f"label.weights.{name}: no voter of that name; there are {', '.join(names)}")
 
 
 def _check_rules(panel: Panel, names: list[str]) -> None:

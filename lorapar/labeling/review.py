@@ -7,6 +7,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def write_review(path: Path, rows: Iterable[Mapping[str, Any]], voters: list[str
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
+    # csv's own limit, 131,072 letters a cell, is less than a long row has.
+    csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
     for column in ("id", CORRECTED):
         if column not in (reader.fieldnames or []):

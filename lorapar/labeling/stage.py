@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artefacts import write_jsonl
-from ..errors import InputError
+from ..errors import InputError, require
 from .agreement import fleiss_kappa
 from .asking import ask
-from .panel import UNANSWERED, UNASKED, Panel, examples, make_panel, remaining, store_path, table_of
+from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_panel, remaining, store_path, table_of
 from .review import read_corrections, write_review
 from .store import VoteStore
 from .voting import decide
@@ -27,7 +27,11 @@ KEPT = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls", "cos
 
 def panel_of(recipe: "Recipe", voters: Sequence[str] = ()) -> Panel | None:
     """The recipe's panel, None where it has no teacher; `voters`: the names of the other voters."""
-    return make_panel(recipe.label, recipe.model.name, voters) if recipe.label.teachers else None
+    if recipe.label.teachers:
+        return make_panel(recipe.label, recipe.model.name, voters)
+    check_weights(recipe.label, voters)
+    require(recipe.label.ties != "ask", "label.ties", "ask", "system1, system2 or drop: there is no teacher to ask")
+    return None
 
 
 def ask_panel(
@@ -104,6 +108,16 @@ def write_split(
     found.sort(key=lambda row: row["agreement"])
     voters = [*local, *(seat.name for seat in seats)]
     return path, write_review(path, found, voters)
+
+
+def write_dropped(folder: Path, dropped: "Dataset") -> None:
+    """Write the rows that `ties: drop` left out into `dropped.jsonl`, with their votes and no system."""
+    path = folder / "dropped.jsonl"
+    if len(dropped):
+        log.warning("label: %d rows are left out by label.ties: drop; dropped.jsonl has them", len(dropped))
+        write_jsonl(path, ({**row, "system": None} for row in dropped))  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        path.unlink(missing_ok=True)
 
 
 def summary(labelled: "Dataset") -> dict[str, int]:

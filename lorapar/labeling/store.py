@@ -142,15 +142,19 @@ class VoteStore:
             self.db.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", (*vars(vote).values(), time.time()))
             self.db.execute("DELETE FROM claims WHERE key = ?", (vote.key,))
 
-    def spend_call(self, teacher: str, most_calls: int | None, most_cost: float | None) -> bool:
-        """Count a call that is about to be made, so that a killed process's are counted too; False, and uncounted,
-        where every process's calls or cost have reached what is given."""
+    def spend_call(self, teacher: str, most_calls: int | None, most_cost: float | None, promised: float = 0.0) -> bool:
+        """Count a call that is about to be made, with what it may cost (`promised`), so that other processes see it and
+        a killed process's is counted too; False, and uncounted, where the calls or the cost of them all would exceed
+        what is given."""
         with self._writing():
             if most_calls is not None or most_cost is not None:
                 calls, cost = self.spent()
-                if (most_calls is not None and calls >= most_calls) or (most_cost is not None and cost > most_cost):
+                if most_calls is not None and calls >= most_calls:
                     return False
-            self._add_spending(teacher, 1, 0.0)
+                # But for the rounding of what was promised and taken back.
+                if most_cost is not None and cost + promised > most_cost * (1 + 1e-9):
+                    return False
+            self._add_spending(teacher, 1, promised)
             return True
 
     def _add_spending(self, teacher: str, calls: int, cost: float) -> None:
@@ -160,12 +164,13 @@ class VoteStore:
             (teacher, calls, cost),
         )
 
-    def spend_money(self, teacher: str, cost: float) -> None:
-        """Count what a call came to."""
-        self._add_spending(teacher, 0, cost)
+    def settle_call(self, teacher: str, promised: float, cost: float) -> None:
+        """Count what a call came to in place of what was promised for it."""
+        if cost != promised:
+            self._add_spending(teacher, 0, cost - promised)
 
     def spent(self) -> tuple[int, float]:
-        """(calls made, money spent) by every process that ever used this store."""
+        """(calls made, money spent or promised) by every process that ever used this store."""
         calls, cost = self.db.execute("SELECT sum(calls), sum(cost) FROM spending").fetchone()
         return calls or 0, cost or 0.0
 

@@ -39,6 +39,18 @@ def label(
     `id`, which win. `agreement` is the share of the cast votes, by weight, that the majority has: 0.5 at a tie, 0
     where no vote was cast. Labels that the data set has already are replaced.
     """
+    return kept_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
+
+
+def kept_and_dropped(
+    dataset: "Dataset",
+    teachers: Sequence[Teacher],
+    votes: Mapping[str, Sequence[int | None]] | None = None,
+    ties: str = "system2",
+    weights: Mapping[str, float] | None = None,
+    corrections: Mapping[str, int] | None = None,
+) -> tuple["Dataset", "Dataset"]:
+    """(what `label` returns; the rows that `ties="drop"` leaves out, with the same columns and `system` 0)."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     if ties not in TIES:
@@ -55,10 +67,7 @@ def label(
                 raise InputError(f"label: {name} voted {vote!r}; allowed: 1, 2 or None")
 
     corrected = corrections or {}
-    ids = [str(row_id) for row_id in dataset["id"]] if corrected else []
-    strays = set(corrected).difference(ids)
-    if strays:
-        raise InputError(f"label.corrections: no row has the id {min(strays)!r}; {len(strays)} such in all")
+    ids = check_corrections(corrected, dataset) if corrected else []
     systems, agreements, decided, by_row = [], [], [], []
     for index in range(len(dataset)):
         of_row = {name: given[index] for name, given in cast.items()}
@@ -87,7 +96,17 @@ def label(
     )
     bare = dataset.remove_columns([name for name in LABEL_COLUMNS if name in dataset.column_names])
     labelled = concatenate_datasets([bare, added], axis=1)
-    return labelled.select([index for index, system in enumerate(systems) if system])
+    kept, dropped = ([i for i, system in enumerate(systems) if bool(system) is there] for there in (True, False))
+    return labelled.select(kept), labelled.select(dropped)
+
+
+def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> list[str]:
+    """The rows' ids; InputError for a correction of a row that is not among them."""
+    ids = [str(row_id) for row_id in dataset["id"]]
+    strays = set(corrections).difference(ids)
+    if strays:
+        raise InputError(f"label.corrections: no row has the id {min(strays)!r}; {len(strays)} such in all")
+    return ids
 
 
 def votes_of(teachers: Sequence[Teacher], dataset: "Dataset") -> dict[str, list[int | None]]:

@@ -61,6 +61,7 @@ class Server:
         self.in_flight: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.seen_keys: set[str] = set()
+        self.parameters: list[dict[str, Any]] = []
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self.connection, "127.0.0.1", self.settings.get("port", 0))
@@ -88,7 +89,7 @@ class Server:
 
     def tally(self) -> dict[str, Any]:
         return {"said": self.said, "asked_at": self.asked_at, "most": self.most,
-                "keys": sorted(self.seen_keys), "now": time.time()}  # fmt: skip
+                "keys": sorted(self.seen_keys), "parameters": self.parameters, "now": time.time()}  # fmt: skip
 
     def models(self, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
         if self.settings.get("key") and headers.get("authorization") != f"Bearer {self.settings['key']}":
@@ -105,6 +106,9 @@ class Server:
     async def chat(self, writer: asyncio.StreamWriter, body: dict[str, Any], headers: dict[str, str]) -> bool:
         """One reply; False where the connection is to be cut."""
         model, prompt = body["model"], body["messages"][-1]["content"]
+        others = {key: value for key, value in body.items() if key not in ("model", "messages", "response_format")}
+        if others not in self.parameters:
+            self.parameters.append(others)
         if self.settings.get("no_schema") and "response_format" in body:
             self.send(writer, 400, {"error": {"message": "response_format is not supported here"}})
             return True

@@ -1,6 +1,5 @@
 """`lorapar label` with teachers: killed and started again, shared, dry, reviewed, and silent about keys."""
 
-import collections
 import contextlib
 import csv
 import json
@@ -8,12 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,7 @@ import pytest
 
 from lorapar.artefacts import read_jsonl
 
-from .driver import _child, lorapar, nothing, refused, succeeds, write_recipe
+from .driver import _child, lorapar, nothing, records, refused, succeeds, write_recipe
 from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
 KEY = "sk-test-0123456789abcdef"
@@ -160,6 +155,30 @@ def test_two_processes_share_a_store_and_the_work(tiny_folder: Path, tmp_path: P
     assert one == two
 
 
+def test_two_processes_share_a_budget_of_money(tiny_folder: Path, tmp_path: Path):
+    # As long as the longest reply that is allowed, so that a call costs about what it may cost.
+    teacher = {"price": {"input": 1.0, "output": 1000.0}, "parameters": {"max_tokens": 20}, "timeout": 60.0}
+    with running(latency=0.2) as url:
+        values = recipe_values(tiny_folder, tmp_path, url, 150, ["ada"], teacher=teacher, budget={"cost": 1.1},
+                               store=str(tmp_path / "shared.sqlite"))  # fmt: skip
+        recipe = write_recipe(tmp_path / "r.yaml", values)
+        children = [
+            start(("label", recipe, "--output_dir", tmp_path / name), tmp_path / f"{name}.log") for name in "ab"
+        ]
+        for child in children:
+            child.join(120)
+        logs = [(tmp_path / f"{name}.log").read_text() for name in "ab"]
+        assert [child.exitcode for child in children] == [2, 2], logs
+        assert all("lorapar: error: label.budget.cost: " in log.splitlines()[-1] for log in logs)
+        calls = requests_of(tally(url))
+    with contextlib.closing(sqlite3.connect(tmp_path / "shared.sqlite")) as db:
+        assert db.execute("SELECT sum(calls) FROM spending").fetchone() == (calls,)
+        cost = db.execute("SELECT sum(cost) FROM spending").fetchone()[0]
+        assert cost == pytest.approx(db.execute("SELECT sum(cost) FROM votes").fetchone()[0])
+    assert 1.1 - 2 * 0.0205 < cost <= 1.1
+    assert calls == 54
+
+
 def test_what_remains_is_said_before_it_is_paid(tiny_folder: Path, tmp_path: Path):
     price = {"price": {"input": 3.0, "output": 15.0}}
     with running(latency=0.0) as url:
@@ -192,7 +211,7 @@ def test_a_person_s_correction_wins_and_is_marked(tiny_folder: Path, tmp_path: P
         recipe = write_recipe(tmp_path / "r.yaml", values)
         command = "label", recipe, "--output_dir", folder
         refused(*command, "--review", says=("it holds no recipe.yaml; run label first",))
-        succeeds(*command)
+        log = succeeds(*command)
         first = {number_of(row): row for row in read_jsonl(folder / "labels.jsonl")}
         asked = requests_of(tally(url))
         code, out, err = lorapar(*command, "--review")
@@ -203,6 +222,15 @@ def test_a_person_s_correction_wins_and_is_marked(tiny_folder: Path, tmp_path: P
         assert {int(re.search(r"no\. (\d+)", row["question"])[1]) for row in review} == split  # type: ignore[index]
         dropped = [row for row in review if row["system"] == "dropped"]
         assert len(first) == 60 - len(dropped) < 60
+        assert f"{len(dropped)} rows are left out by label.ties: drop; dropped.jsonl has them" in log
+        left_out = read_jsonl(folder / "dropped.jsonl")
+        assert {row["id"] for row in left_out} == {row["id"] for row in dropped}
+        assert {(row["system"], row["decided_by"], row["agreement"]) for row in left_out} == {(None, "tie", 0.5)}
+        succeeds("report", recipe, "--output_dir", folder)
+        page = (folder / "report.html").read_text()
+        # Those that were left out count among the split ones, and κ is that of the stage's record.
+        assert f"The voters split on {len(split)} of 60 rows" in page
+        assert f"Fleiss' κ is <b>{records(folder)['label']['kappa']:.3f}" in page
         kept = next(row for row in review if row["system"] == "1")
         dropped[0]["corrected"], kept["corrected"] = "System1", "2"
         with (folder / "review.csv").open("w", newline="", encoding="utf-8") as file:
@@ -282,6 +310,7 @@ def test_a_key_is_nowhere(tiny_folder: Path, tmp_path: Path, monkeypatch, capfd)
 
 def test_bad_input_is_one_line_before_anybody_is_asked(tiny_folder: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "template.txt").write_text("{question} {target}")
+    (tmp_path / "c.csv").write_text("id,corrected\nx,1\n")
     with running(latency=0.0) as url:
         recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_folder, tmp_path, url, 5))
         folder = tmp_path / "run"
@@ -291,6 +320,9 @@ def test_bad_input_is_one_line_before_anybody_is_asked(tiny_folder: Path, tmp_pa
             (("--label.template", str(tmp_path / "template.txt")), "lacks the field {answer}"),
             (("--label.template", "gone.txt"), "gone.txt: no such file"),
             (("--label.corrections", "gone.csv"), "gone.csv: no such file"),
+            (("--label.corrections", str(tmp_path / "c.csv")), "label.corrections: no row has the id 'x'; 1 such in"),
+            (("--label.weights", "{adda: 2}"), "label.weights.adda: no voter of that name; there are ada"),
+            (("--dry-run", "--review"), "not allowed with argument"),
             (("--label.teachers", "[{modle: x}]"), "label.teachers[0].modle: unknown key; did you mean 'model'"),
             (("--label.teachers", f"[{{model: x, base_url: '{url}'}}]"), "lists no model 'x', but"),
             (("--label.teachers", f"[{{model: ada, base_url: '{url}', context: 300}}]"), "teachers[0].context: row"),
@@ -302,6 +334,20 @@ def test_bad_input_is_one_line_before_anybody_is_asked(tiny_folder: Path, tmp_pa
         ]:  # fmt: skip
             refused("label", recipe, "--output_dir", folder, "--update", *words, says=(says,))
         assert requests_of(tally(url)) == 0
+
+
+def test_a_machine_that_cannot_train_so_can_label(tiny_folder: Path, tmp_path: Path, monkeypatch):
+    def no_bf16(*_):
+        raise ValueError("Your setup doesn't support bf16/gpu.")
+
+    monkeypatch.setattr("trl.SFTConfig.__post_init__", no_bf16)
+    with running(latency=0.0) as url:
+        recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_folder, tmp_path, url, 30, ["ada"]))
+        command = recipe, "--output_dir", tmp_path / "run"
+        refused("run", *command, says=("sft: Your setup doesn't support bf16",))
+        assert " 0       30 " in lorapar("label", *command, "--dry-run")[1]
+        succeeds("label", *command)
+        assert lorapar("label", *command, "--review")[0] == 0
 
 
 def test_a_local_model_is_a_teacher_too(tiny_folder: Path, tmp_path: Path):
@@ -318,79 +364,3 @@ def test_a_local_model_is_a_teacher_too(tiny_folder: Path, tmp_path: Path):
     for row in read_jsonl(folder / "labels.jsonl"):
         assert row["votes"] == {"operations": 1, "tiny": None}
         assert row["teachers"] == ["operations", "tiny"]
-
-
-# A real server
-
-
-@contextlib.contextmanager
-def transformers_serve(folder: Path, log: Path):
-    """`transformers serve` with a model on loopback; skips, with the reason, where it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", port,
-               "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-    if not command[0].exists():
-        pytest.skip("the `transformers` command is not beside this Python")
-    with log.open("w") as out:
-        server = subprocess.Popen([str(word) for word in command], stdout=out, stderr=out)
-    try:
-        began = time.monotonic()
-        while True:
-            if server.poll() is not None or time.monotonic() - began > 180:
-                said = [line for line in log.read_text().splitlines() if line.strip()]
-                pytest.skip(f"transformers serve did not start here: {said[-1] if said else 'it said nothing'}")
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.mark.slow
-def test_fifty_rows_of_gsm8k_by_a_real_server(gsm8k: Path, tmp_path: Path):
-    from lorapar.models import resolve
-
-    model, folder = resolve("smollm2-135m"), tmp_path / "run"
-    # A short one, for the time a CPU takes to read it.
-    template = tmp_path / "template.txt"
-    template.write_text(
-        "You are {target}.{habits}\n{question}\n{answer}\nOne step is System1, more are System2. Which?"
-    )
-    with transformers_serve(Path(model), tmp_path / "serve.log") as url:
-        teacher = {"model": str(model), "name": "smollm2", "base_url": url, "in_flight": 4, "timeout": 300,
-                   "attempts": 2, "parameters": {"max_tokens": 8, "temperature": 0}}  # fmt: skip
-        values = {
-            "model": "smollm2-135m",
-            "data": {"sources": [{"name": str(gsm8k / "train.jsonl"), "size": 50}], "held_out": 5},
-            "label": {"template": str(template), "habits": "short, often wrong", "teachers": [teacher], "reask": 0,
-                      "voters": [{"name": "operations", "threshold": 3}]},
-            "sft": {"bf16": False, "report_to": "none"},
-            "grpo": {"bf16": False, "report_to": "none"},
-        }  # fmt: skip
-        recipe = write_recipe(tmp_path / "r.yaml", values)
-        log = succeeds("label", recipe, "--output_dir", folder)
-        asked = (tmp_path / "serve.log").read_text().count("[Request received]")
-        rows, votes = read_jsonl(folder / "labels.jsonl"), read_jsonl(folder / "votes.jsonl")
-        (folder / "labels.jsonl").unlink()
-        succeeds("label", recipe, "--output_dir", folder)
-        assert (tmp_path / "serve.log").read_text().count("[Request received]") == asked
-        assert read_jsonl(folder / "labels.jsonl") == rows
-    assert (len(rows), asked) == (50, 50)
-    outcomes = collections.Counter(row["votes"]["smollm2"]["outcome"] for row in votes)
-    print(f"outcomes of 50 rows: {dict(outcomes)}")
-    assert outcomes.total() == 50
-    assert set(outcomes) <= {"answered", "refused", "unparseable", "both"}
-    with contextlib.closing(sqlite3.connect(folder / "votes.sqlite")) as db:
-        stored = {row[0]: row[1:] for row in db.execute("SELECT example, vote, outcome, answer, tokens_in FROM votes")}
-    assert len(stored) == 50
-    for row in rows:
-        vote, outcome, answer, tokens_in = stored[row["id"]]
-        assert row["votes"]["smollm2"] == vote
-        assert (vote is not None) == (outcome == "answered")
-        assert tokens_in > 50
-        assert answer.strip()
-    assert re.search(r"unanswered \d+", log)

@@ -49,6 +49,19 @@ def test_ties_and_rows_without_votes_go_by_the_rule(ties, systems):
     assert labelled["agreement"] == [0.5, 0.0, 1.0][-len(systems) :]
 
 
+def test_the_majority_is_by_weight_and_what_decided_is_said():
+    rows = rows_of("a", "b", "c", "d")
+    teachers = [Fixed("p", [1, 1, None, 1]), Fixed("q", [2, 2, None, 2]), Fixed("r", [2, None, None, None])]
+    plain = label(rows, teachers, ties="ask")
+    assert (plain["system"], plain["decided_by"]) == ([2, 2, 2, 2], ["votes", "tie", "no_votes", "tie"])
+    heavy = label(rows, teachers, weights={"p": 3.0})
+    assert (heavy["system"], heavy["decided_by"]) == ([1, 1, 2, 1], ["votes", "votes", "no_votes", "votes"])
+    assert heavy["agreement"] == [0.6, 0.75, 0.0, 0.75]
+    # 0.1 + 0.2 is not 0.3 to a computer, and a tie all the same.
+    even = label(rows, teachers, ties="system1", weights={"p": 0.3, "q": 0.1, "r": 0.2})
+    assert (even["system"][0], even["decided_by"][0]) == (1, "tie")
+
+
 def test_votes_cast_already_are_not_asked_for_again():
     class Unasked:
         name = "p"

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from lorapar.config import parse
 from lorapar.config_label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 from lorapar.errors import InputError
 from lorapar.labeling import ask, make_panel
 from lorapar.labeling.panel import UNANSWERED
+from lorapar.labeling.stage import panel_of
 
 from .teaching_server import requests_of, running, tally
 from .test_teachers import endpoints, rows_of, stubs
@@ -58,6 +60,17 @@ def test_rules_that_cannot_hold(monkeypatch, label, says):
     with pytest.raises(InputError) as raised:
         stubs(monkeypatch, {"a": 1, "b": 1}, ["rule"], **label)
     assert str(raised.value).startswith(says)
+
+
+def test_rules_of_voters_alone_are_held_to_as_well():
+    def recipe(**label):
+        return parse({"model": "m", "data": {"sources": ["x.jsonl"]}, "label": label})
+
+    with pytest.raises(InputError, match=r"label.weights.stepps: no voter of that name; there are steps"):
+        panel_of(recipe(voters=["steps"], weights={"stepps": 2.0}), ["steps"])
+    with pytest.raises(InputError, match=r"label.ties: got 'ask', expected system1, system2 or drop: there is no"):
+        panel_of(recipe(voters=["steps"], ties="ask"), ["steps"])
+    assert panel_of(recipe(voters=["steps"], weights={"steps": 2.0}), ["steps"]) is None
 
 
 def test_names_and_teachers_come_once():
@@ -138,3 +151,4 @@ def test_a_vote_belongs_to_teacher_parameters_template_and_example(tmp_path: Pat
         assert asked(rows_of(6), target="u") == 6
         assert asked([{**row, "completion": "no"} for row in rows_of(6)]) == 6
         assert asked(rows_of(6)) == 0
+        assert tally(url)["parameters"] == [{}, {"temperature": 0.5}]

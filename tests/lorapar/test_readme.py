@@ -30,8 +30,10 @@ def test_the_two_set_up_commands_are_there_and_name_what_exists():
     assert "-e '.[test]' && make test" in ci
 
 
-def test_the_recipes_of_the_labelling_page_are_recipes():
+def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
+    from lorapar import stages
     from lorapar.config import parse
+    from lorapar.labeling.stage import panel_of
     from lorapar.recipe_file import parse_yaml
 
     page = (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8")
@@ -39,6 +41,14 @@ def test_the_recipes_of_the_labelling_page_are_recipes():
     assert [len(recipe.label.teachers) for recipe in recipes] == [1, 6, 1]
     assert all(teacher.api_key_env for teacher in recipes[1].label.teachers)
     assert recipes[2].label.teachers[0].base_url is None
+    for teacher in recipes[1].label.teachers:
+        monkeypatch.setenv(str(teacher.api_key_env), "k")
+    # All that is known before a teacher is asked holds of them.
+    for recipe, seats, enough in zip(recipes, (1, 6, 1), (1, 3, 2)):
+        stages.check_recipe(recipe, tmp_path, "label")
+        panel = panel_of(recipe, stages._voter_names(recipe))
+        assert panel is not None
+        assert (len(panel.seats), panel.enough) == (seats, enough)
     for target in re.findall(r"\]\(([^)#:]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target
 

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lorapar.labeling.store import VoteStore
 from lorapar.labeling.teachers import CallFailed, Reply, retry_after
 from lorapar.memory import peak_memory_bytes, reset_peak_memory
 
-from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
+from .teaching_server import BROKEN, GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
 
 def rows_of(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -94,6 +95,23 @@ def test_a_server_that_fails_in_every_way_still_labels_every_row(tmp_path: Path)
                 assert vote.calls == len(found["said"][seat.name][i])
                 assert vote.latency > 0.005
                 assert vote.tokens_out is None or vote.tokens_out % 20 == 0
+
+
+def test_progress_of_each_teacher_says_rate_failures_and_time_left(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr("lorapar.progress.LOG_EVERY_SECONDS", 0.1)
+    caplog.set_level("INFO", logger="lorapar")
+    with running(fails=0.3, hang=3.0) as url:
+        ask(make_panel(LabelConfig(teachers=endpoints(url, timeout=1.5)), "t"), rows_of(60), tmp_path / "v.sqlite")
+        said = tally(url)["said"]
+    line = r"label: (\w+): (\d+)/60, ([\d.e+]+) vote/s, (\d+) s left, failed (\d+) of (\d+) calls"
+    found = [match.groups() for record in caplog.records if (match := re.fullmatch(line, record.getMessage()))]
+    for model in MODELS:
+        mine = [tuple(map(float, numbers)) for name, *numbers in found if name == model]
+        kinds = [kind for asked in said[model].values() for kind in asked]
+        done, _, left, failed, calls = mine[-1]
+        assert (done, left, failed, calls) == (60, 0, sum(kind in BROKEN for kind in kinds), len(kinds))
+        assert len(mine) > 2
+        assert all(earlier[0] < later[0] for earlier, later in itertools.pairwise(mine))
 
 
 def test_retry_after_holds_back_all_calls_of_the_teacher(tmp_path: Path):

@@ -66,14 +66,27 @@ def test_another_process_s_claim_holds_while_it_lives_and_no_longer(tmp_path: Pa
 def test_a_budget_is_of_every_process_s_calls(tmp_path: Path):
     with VoteStore(tmp_path / "v.sqlite") as store:
         assert [store.spend_call("ada", 2, None) for _ in range(3)] == [True, True, False]
-        store.spend_money("ada", 0.25)
-        store.spend_money("bob", 0.5)
+        store.settle_call("ada", 0.0, 0.25)
+        store.settle_call("bob", 0.0, 0.5)
         assert store.spent() == (2, 0.75)
         assert store.spend_call("bob", None, 0.74) is False
         assert store.spend_call("bob", None, 0.75) is True
     with VoteStore(tmp_path / "v.sqlite") as store:
         assert store.spend_call("bob", 3, None) is False
         assert store.spent() == (3, 0.75)
+
+
+def test_what_calls_may_cost_is_held_back_until_it_is_known(tmp_path: Path):
+    # A store of each process.
+    with VoteStore(tmp_path / "v.sqlite") as one, VoteStore(tmp_path / "v.sqlite") as two:
+        assert one.spend_call("ada", None, 1.0, 0.75) is True
+        assert two.spend_call("ada", None, 1.0, 0.5) is False
+        one.settle_call("ada", 0.75, 0.25)
+        assert two.spent() == (1, 0.25)
+        assert two.spend_call("ada", None, 1.0, 0.75) is True
+    # It was never settled, as of a process that is killed.
+    with VoteStore(tmp_path / "v.sqlite", read_only=True) as store:
+        assert store.spent() == (2, 1.0)
 
 
 def test_what_is_no_store_is_one_line(tmp_path: Path):

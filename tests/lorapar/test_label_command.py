@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lorapar.artefacts import read_jsonl
+from lorapar.labeling.review import read_rows, write_review
 
 from .driver import _child, lorapar, nothing, records, refused, succeeds, write_recipe
 from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
@@ -259,6 +260,15 @@ def test_a_person_s_correction_wins_and_is_marked(tiny_folder: Path, tmp_path: P
     ]:
         (folder / "review.csv").write_text(text)
         refused(*command, says=(says,))
+
+
+def test_a_review_keeps_what_is_long_and_what_is_odd(tmp_path: Path):
+    row = {"id": "x", "question": "long " * 50_000, "answer": 'a "quote", a comma\nand a line', "system": 1,
+           "agreement": "0.50", "decided_by": "tie", "votes": {"a": 1, "b": None}, "reasons": {"a": "式"}}  # fmt: skip
+    assert write_review(tmp_path / "review.csv", [row], ["a", "b"]) == 1
+    found = read_rows(tmp_path / "review.csv")["x"]
+    assert (found["question"], found["answer"], found["reasons"]) == (row["question"], row["answer"], "a: 式")
+    assert (found["a"], found["b"], found["corrected"]) == ("1", "", "")
 
 
 def everything_written(folder: Path) -> bytes:

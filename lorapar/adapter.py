@@ -221,7 +221,12 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: not an adapter folder (adapter_model.safetensors is missing)")
     facts = read_json(folder / "lorapar.json")
-    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    if not isinstance(facts, dict) or not isinstance(facts.get("rank"), int):
+        raise InputError(f"{folder / 'lorapar.json'}: corrupt: it holds no rank")
+    try:
+        config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / 'adapter_config.json'}: missing, corrupt or truncated ({error})") from error
     _register(config, model)
     try:
         peft_model = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=True)

@@ -34,12 +34,19 @@ class ExportDiffers(RuntimeError):
 
 
 def export(
-    model: PeftModel, tokenizer: Any, folder: Path, merged: bool = False, dtype: torch.dtype | None = None
+    model: PeftModel,
+    tokenizer: Any,
+    folder: Path,
+    merged: bool = False,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Write `folder`/adapter (plain PEFT) and, where `merged`, `folder`/merged (plain transformers).
 
     Args:
         model: the trained model with our layers. dtype: of the merged weights; None: the base's, bf16 where quantised.
+        revision, trust_remote_code: of the base, as it was loaded for training.
 
     Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
     a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
@@ -51,11 +58,12 @@ def export(
     probe = _probe_tokens(model, tokenizer)
     ours = _logits(model, probe)
     differences = {}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with atomic_folder(folder / "adapter") as temporary:
         save_adapter(model, temporary, stage="final")
         tokenizer.save_pretrained(temporary)
         name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
-        plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, base if form else None), str(temporary))
+        plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)
         elif form == "int8":
@@ -64,7 +72,9 @@ def export(
         differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype)
     if merged and form is not None:
         del plain
-        differences |= _merge_original(folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form)
+        differences |= _merge_original(
+            folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source
+        )
     elif merged:
         target = dtype or base_dtype
         with atomic_folder(folder / "merged") as temporary:
@@ -72,7 +82,7 @@ def export(
             whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
-            back = _load_plain(str(temporary), target).to(probe.device)
+            back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             differences["merged"] = _check(
                 "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness)
             )
@@ -80,14 +90,22 @@ def export(
 
 
 def _merge_original(
-    folder: Path, name: str, ours: torch.Tensor, probe: torch.Tensor, tokenizer: Any, dtype: torch.dtype, form: str
+    folder: Path,
+    name: str,
+    ours: torch.Tensor,
+    probe: torch.Tensor,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    form: str,
+    source: dict[str, Any],
 ) -> dict[str, float]:
     """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
     with atomic_folder(folder / "merged") as temporary:
-        size = merge_checkpoint(name, folder / "adapter", temporary, dtype)
+        size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"])
         tokenizer.save_pretrained(temporary)
-        expected = _logits(PeftModel.from_pretrained(_load_plain(name, dtype), str(folder / "adapter")), probe)
-        logits = _logits(_load_plain(str(temporary), dtype), probe)
+        original = _load_plain(name, dtype, source)
+        expected = _logits(PeftModel.from_pretrained(original, str(folder / "adapter")), probe)
+        logits = _logits(_load_plain(str(temporary), dtype, {**source, "revision": None}), probe)
         difference = _check("merged", expected, logits, dtype)
     from_trained = float((logits - ours.cpu()).abs().max() / ours.std())
     log.info(
@@ -98,12 +116,12 @@ def _merge_original(
     return {"merged": difference, "merged_from_trained": from_trained}
 
 
-def _load_plain(name: str, dtype: torch.dtype, quantised_as: Any = None) -> Any:
+def _load_plain(name: str, dtype: torch.dtype, source: dict[str, Any], quantised_as: Any = None) -> Any:
     """The base as plain transformers loads it; `quantised_as`: in the form and on the device of that model."""
-    options: dict[str, Any] = {}
+    options = dict(source)
     if quantised_as is not None:
         device = next(quantised_as.parameters()).device
-        options = {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
+        options |= {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except OSError as error:

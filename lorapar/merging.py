@@ -80,15 +80,16 @@ def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dequantised(module, dtype).clone()
 
 
-def merge_checkpoint(name: str, adapter: Path, out: Path, dtype: torch.dtype) -> int:
-    """Write the model `name` (a folder or hub id) with the adapter in `adapter` merged in, a shard at a time.
+def merge_checkpoint(name: str, adapter: Path, out: Path, dtype: torch.dtype, revision: str | None = None) -> int:
+    """Write the model `name` (a folder, or a hub id at `revision`) with the adapter in `adapter` merged in.
 
-    The model's own weights are read, in whatever form training held them, and written in `dtype`. Returns their bytes.
+    A shard at a time. The model's own weights are read, in whatever form training held them, and written in `dtype`.
+    Returns their bytes.
     Raises InputError where they are no plain safetensors, or lack one that the adapter adds to.
     """
     base = Path(name)
     if not base.is_dir():
-        base = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        base = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise InputError(f"export.merged: {name} has no safetensors, and a quantised base is merged from those")

@@ -67,6 +67,11 @@ class Stage:
         return self.name in ("sft", "grpo")
 
 
+def adapter_files(folder: str) -> tuple[str, ...]:
+    """The files without which an adapter folder loads neither here nor in PEFT, the weights first."""
+    return tuple(f"{folder}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "lorapar.json"))
+
+
 def plan(recipe: Recipe) -> list[Stage]:
     """The recipe's stages in their order; a training stage reads what the one before it wrote."""
     scored = recipe.partition.selection != "all"
@@ -79,7 +84,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         Stage("label", stages.label_stage, ("model", "data", "label"), (),
               ("labels.jsonl", *(["votes.jsonl"] if recipe.label.teachers else []))),
         Stage("score", stages.score_stage, (*adapted, "score", "seed", *stop), ("labels.jsonl",),
-              (start, scores) if scored else (start,)),
+              (*adapter_files("start"), scores) if scored else adapter_files("start")),
         Stage("partition", stages.partition_stage, ("partition", "seed"), (scores if scored else start,),
               ("partition.safetensors",)),
     ]  # fmt: skip
@@ -87,14 +92,14 @@ def plan(recipe: Recipe) -> list[Stage]:
     for name in recipe.stages:
         run = stages.sft_stage if name == "sft" else stages.grpo_stage
         reads = ("labels.jsonl", "partition.safetensors", f"{adapter}/adapter_model.safetensors")
-        made.append(Stage(name, run, (*adapted, name, "seed"), reads, (f"{name}/adapter_model.safetensors",)))
+        made.append(Stage(name, run, (*adapted, name, "seed"), reads, adapter_files(name)))
         adapter = name
     trained = tuple(f"{name}/adapter_model.safetensors" for name in recipe.stages)
     made += [
         Stage("evaluate", stages.evaluate_stage, (*adapted, "evaluate", "stages"),
               ("labels.jsonl", "partition.safetensors", *trained), ("metrics.json", "answers.jsonl")),
         Stage("export", stages.export_stage, (*adapted, "export"), (trained[-1],),
-              ("adapter/adapter_model.safetensors", *(["merged/config.json"] if recipe.export.merged else []))),
+              (*adapter_files("adapter"), *(["merged/config.json"] if recipe.export.merged else []))),
         # Of a folder with labels alone as well: they want looking at before anything is trained on them.
         Stage("report", stages.report_stage, (), ("labels.jsonl",), ("report.html",),
               ("metrics.json", "votes.jsonl", "dropped.jsonl", "scores.safetensors", "partition.safetensors",
@@ -150,11 +155,11 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     # Every process has read the record before the first one writes it.
     stages.wait_for_everyone()
     if done:
-        stages.check_whole(folder, stage.writes)
+        _check_whole(folder, stage.writes)
         log.info("%s: done before, skipped", stage.name)
         return
     # Before anything of this stage's is given up: what it reads may be damaged.
-    stages.check_whole(folder, stage.reads)
+    _check_whole(folder, stage.reads)
     if wanted not in (record.get("started"), record.get("fingerprint")):
         stages.discard_checkpoints(folder, stage.name)
     main = stages.is_main_process()
@@ -185,12 +190,25 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {"fingerprint": wanted, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes(),
                   "finished": finished, **facts}  # fmt: skip
+        # Adapters carry no digest of their own; our other safetensors do.
+        weights = [name for name in stage.writes if name.endswith("/adapter_model.safetensors")]
+        record |= {"sha256": {name: sha256_file(folder / name) for name in weights}} if weights else {}
         write_json(folder / "stages.json", records(folder) | {stage.name: record})
         if stage.name != "report":
             planned = [planned.name for planned in plan(recipe)]
             stages.refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     stages.wait_for_everyone()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
+
+
+def _check_whole(folder: Path, names: tuple[str, ...]) -> None:
+    """InputError for an artefact that is missing, corrupt, or, an adapter, not what its stage wrote."""
+    stages.check_whole(folder, names)
+    for stage, record in records(folder).items():
+        for name, digest in record.get("sha256", {}).items():
+            if name in names and sha256_file(folder / name) != digest:
+                raise InputError(f"{folder / name}: corrupt: not the file that {stage} wrote (another sha256); restore "
+                                 "it, or delete it to have it made again")  # fmt: skip
 
 
 def _times(stage: Stage, folder: Path) -> dict[str, int]:

@@ -126,7 +126,11 @@ def read_source(source: "SourceConfig") -> list[dict[str, Any]]:
     if source.size is not None and source.size < 1:
         raise InputError(f"data.sources: size of {source.name!r} must be at least 1, got {source.size}")
     path = Path(source.name).expanduser()
-    if source.name.startswith("reasoning_gym:"):
+    made = source.name.startswith("reasoning_gym:")
+    for key, value in (("seed", source.seed), ("config", source.config)):
+        if value and not made:
+            raise InputError(f"data.sources: {key} of {source.name!r}: got {value!r}; only reasoning_gym:<task> has it")
+    if made:
         rows = _make_reasoning_gym(source)
     elif path.suffix in FILE_FORMS:
         rows = _read_file(path)

@@ -105,16 +105,15 @@ def _local_votes(recipe: Recipe, rows: Dataset, tokenizer: Any) -> dict[str, lis
 
 
 def score_stage(recipe: Recipe, folder: Path) -> Facts:
-    """Attach, write the start, and score both systems in this one model load (plain LoRA needs no scores)."""
+    """Attach, score both systems in this one model load (plain LoRA needs no scores), and write start and scores.
+
+    Scoring writes nothing into the model, so the start is written last: one that cannot be scored replaces none.
+    """
     set_seed(recipe.seed)
     tokenizer, labelled = load_tokenizer(recipe.model), _labels(folder)
     model = attach(_model(recipe), lora_config(recipe), recipe.start, recipe.seed)
-    with atomic_folder(folder / "start") as temporary:
-        save_adapter(model, temporary, start=recipe.start, stage="start")
-    if recipe.partition.selection == "all":
-        return {"scored": "nothing: partition.selection is all"}
     config, both, facts = recipe.score, [], {}
-    for system in (1, 2):
+    for system in (1, 2) if recipe.partition.selection != "all" else ():
         rows = rows_of(labelled, [system]).shuffle(seed=recipe.seed)
         rows = rows.select(range(min(config.examples or len(rows), len(rows))))
         made = score(
@@ -126,6 +125,10 @@ def score_stage(recipe: Recipe, folder: Path) -> Facts:
         if config.until_stable is not None:
             facts[f"stable_system{system}"] = made.metadata["stable"]
             facts[f"looks_system{system}"] = made.metadata["looks"]
+    with atomic_folder(folder / "start") as temporary:
+        save_adapter(model, temporary, start=recipe.start, stage="start")
+    if not both:
+        return {"scored": "nothing: partition.selection is all"}
     save_scores(folder / "scores.safetensors", *both)
     for system in (1, 2):
         (folder / SCORING.format(system)).unlink()
@@ -226,7 +229,8 @@ def export_stage(recipe: Recipe, folder: Path) -> Facts:
     tokenizer = load_tokenizer(recipe.model)
     model = load_adapter(_model(recipe), folder / recipe.stages[-1])
     dtype = None if recipe.export.dtype == "auto" else getattr(torch, recipe.export.dtype)
-    differences = export(model, tokenizer, folder, recipe.export.merged, dtype)
+    differences = export(model, tokenizer, folder, recipe.export.merged, dtype, recipe.model.revision,
+                         recipe.model.trust_remote_code)  # fmt: skip
     return {f"{what}_logit_difference": value for what, value in differences.items()}
 
 

@@ -37,6 +37,8 @@ RECIPE = {
         "logging_steps": 1,
         "save_strategy": "no",
         "use_cpu": True,
+        # Less than a process's batch, so that it goes through in parts and gradients are exchanged after the last.
+        "micro_batch_tokens": 100,
     },
 }  # fmt: skip
 

@@ -94,6 +94,18 @@ def test_pissa_start_is_the_best_rank_r_approximation():
     torch.testing.assert_close(scaling * (b[:, :4] @ a[:4]).detach(), best, rtol=1e-4, atol=1e-5)
 
 
+def test_olora_start_is_the_first_columns_of_q_and_rows_of_r():
+    model = lorapar.attach(tiny_model(), config(), start="olora")
+    for layer in masked_layers(model).values():
+        a, b, _ = layer.factors("default")
+        a, b = a[:4].detach(), b[:, :4].detach()
+        weight = layer.get_base_layer().weight.detach()
+        torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=1e-4, atol=1e-5)
+        # Q's first r columns are a basis of W's first r, of which R's first r rows are the coordinates.
+        torch.testing.assert_close(b @ a[:, :4], weight[:, :4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b.T @ weight, rtol=1e-4, atol=1e-5)
+
+
 def test_same_seed_same_start():
     one, two, three = (lorapar.attach(tiny_model(), config(), start="twin", seed=s) for s in (0, 0, 1))
     pairs = list(zip(*(lora_parameters(m).values() for m in (one, two, three))))

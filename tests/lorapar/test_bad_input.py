@@ -143,8 +143,10 @@ def test_target_modules_that_match_nothing_of_use(finished: Path, changed_recipe
     ],
 )
 def test_what_cannot_be_scored(changes: dict, says: str, finished: Path, changed_recipe: Change):
+    before, finished_stages = tree(finished, "recipe.yaml", "stages.json"), records(finished)
     refused("run", changed_recipe(**changes), "--output_dir", finished, "--update", says=(says,))
-    assert done(finished)[0] == "label"
+    assert tree(finished, "recipe.yaml", "stages.json") == before
+    assert records(finished) == finished_stages
 
 
 def test_a_model_that_is_none(changed_recipe: Change, tmp_path: Path):
@@ -205,11 +207,16 @@ def flip(path: Path) -> None:
         ("start/adapter_model.safetensors", cut),
         ("partition.safetensors", cut),
         ("partition.safetensors", flip),
+        ("start/adapter_model.safetensors", flip),
         ("sft/adapter_model.safetensors", cut),
+        ("sft/adapter_model.safetensors", flip),
+        ("sft/adapter_config.json", cut),
+        ("grpo/lorapar.json", empty),
         ("grpo/adapter_model.safetensors", empty),
         ("metrics.json", cut),
         ("answers.jsonl", cut),
-        ("adapter/adapter_model.safetensors", cut),
+        ("adapter/adapter_model.safetensors", flip),
+        ("adapter/adapter_config.json", cut),
         ("stages.json", cut),
         ("recipe.yaml", cut),
         ("recipe.yaml", empty),

@@ -89,6 +89,9 @@ def test_a_run_in_a_process_of_its_own_says_only_what_matters(recipe_file: Path,
     for stage in ("sft", "grpo"):
         progress = [line for line in lines if re.match(rf"lorapar: {stage}: 4/4, .* step/s, 0 s left, .*loss ", line)]
         assert len(progress) == 1
+    for step, total, unit in (("score", 8, "example"), ("evaluate base", 12, "row"), ("evaluate grpo", 12, "row")):
+        said = re.compile(rf"lorapar: {step}: {total}/{total}, [\d.e+]+ {unit}/s, 0 s left$")
+        assert sum(bool(said.match(line)) for line in lines) == (2 if step == "score" else 1), step
     log = (tmp_path / "run" / "run.log").read_text()
     assert all(line.removeprefix("lorapar: ") in log for line in lines)
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO sft: started$", log, re.M)

@@ -168,6 +168,23 @@ def test_files_of_every_form_hold_the_same_rows(tmp_path, tokenizer):
         assert loaded["completion"] == ["c", "e"], name
 
 
+def test_a_hub_data_set_is_asked_for_by_name_config_and_split(tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(repository, configuration, split):
+        asked.append((repository, configuration, split))
+        if split == "gone":
+            raise ValueError("Unknown split 'gone'.\nShould be one of ['train']")
+        return Dataset.from_list(QUESTIONS)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    loaded, report = load(tokenizer, "owner/rows", SourceConfig("owner/rows:main", split="test", held_out=True))
+    assert asked == [("owner/rows", None, "train"), ("owner/rows", "main", "test")]
+    assert (len(loaded), report["owner/rows:main"]["held_out"]) == (20, 20)
+    error = load_error(tokenizer, SourceConfig("owner/rows", split="gone"))
+    assert "'owner/rows' (split 'gone') could not be read from the hub: Unknown split" in error
+
+
 def test_unusable_sources_are_named(tmp_path, tokenizer):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 cut off")

@@ -77,6 +77,11 @@ def test_ties_are_broken_the_same_way_every_time():
     first, second = (lorapar.partition(flat, flat, theta=0.5) for _ in range(2))
     assert first.hash == second.hash
     assert count(first.kept(1)) == -(-sum(t.numel() for t in flat.values()) // 2)
+    # Of equals the first by name and place; of coarse scores, many of them equal, too.
+    coarse = Scores({n: (4 * t).round() for n, t in random_scores(1).items()}, {})
+    for scores in (flat, coarse):
+        made, expected = lorapar.partition(scores, scores, theta=0.5).kept(1), naive_keep(scores, 0.5)
+        assert all(torch.equal(made[n], expected[n]) for n in NAMES)
 
 
 def test_theta_one_keeps_everything_that_scores():

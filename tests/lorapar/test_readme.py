@@ -30,6 +30,21 @@ def test_the_two_set_up_commands_are_there_and_name_what_exists():
     assert "-e '.[test]' && make test" in ci
 
 
+def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
+    before, _, rest = README.partition("\n## ")
+    title, what = before.split("\n", 2)[0], before.split("\n\n")[1]
+    assert title == "# LoRA-PAR"
+    assert what.startswith("**Fine-tune a language model")
+    assert "For people who" in what
+    assert re.search(r"^\| System 2.*\d+ % \[\d+, \d+\]", before, re.M)
+    assert rest.startswith("Set up\n")
+    set_up = rest.partition("\n## ")[0]
+    assert re.findall(r"```\n(.*?)\n```", set_up, re.DOTALL) == [
+        "pip install -e '.[quickstart]' && lorapar run examples/quickstart.yaml",
+        "pip install -e '.[test]' && make test",
+    ]
+
+
 def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
     from lorapar import stages
     from lorapar.config import parse

@@ -12,8 +12,9 @@ from trl import GRPOConfig, SFTConfig
 import lorapar
 from lorapar.adapter import load_adapter, lora_parameters, masked_layers, save_adapter
 from lorapar.errors import InputError
+from lorapar.progress import TrainingProgress
 from lorapar.training import last_checkpoint, save_stage
-from tests.lorapar.test_adapter import config, random_partition
+from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = Dataset.from_list(
@@ -128,14 +129,59 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert differences(results[0][1], results[1][1]) < 1e-5
 
 
-def test_clipping_is_by_the_norm_of_active_gradients(tmp_path):
-    model, made = fresh()
-    _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_grad_norm=1e-3))
-    free, made = fresh()
-    _, unclipped = lorapar.sft(free, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_grad_norm=1e9))
-    norms = [next(e["grad_norm"] for e in t.history if "grad_norm" in e) for t in (trained, unclipped)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    assert norms[0] > 1e-3
+def test_clipping_is_by_the_norm_of_active_gradients(tmp_path, monkeypatch):
+    """As the optimizer is handed them: unclipped they have the norm that was logged, clipped the norm asked for."""
+    seen = []
+
+    def before_the_step(self, args, state, control, model=None, **_):
+        seen.append({n: p.grad.clone() for n, p in lora_parameters(model).items()})
+
+    monkeypatch.setattr(TrainingProgress, "on_pre_optimizer_step", before_the_step)
+    logged = []
+    for limit in (1e-3, 1e9):
+        model, made = fresh()
+        _, trained = lorapar.sft(
+            model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_grad_norm=limit, max_steps=1)
+        )
+        logged.append(next(e["grad_norm"] for e in trained.history if "grad_norm" in e))
+    masks = made.active("sft")
+    norms = [torch.cat([grads[n][masks[n]] for n in masks]).norm().item() for grads in seen]
+    assert norms == pytest.approx([1e-3, logged[1]], rel=1e-4)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert logged[1] > 1e-2
+    assert not any(bool(grads[n][~masks[n]].any()) for grads in seen for n in masks)
+    # What an adapter without masks would be clipped by is another norm.
+    plain, _ = fresh()
+    loss = plain(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    whole = torch.cat([p.grad.reshape(-1) for p in lora_parameters(plain).values()]).norm()
+    part = torch.cat([p.grad[masks[n]] for n, p in lora_parameters(plain).items()]).norm()
+    assert part < 0.95 * whole
+
+
+@pytest.mark.parametrize("start", ["paper", "twin"])
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_after_a_trainer_disabling_merging_and_unmerging_are_exact(tmp_path, stage, start):
+    expected = logits(tiny_model())
+    model, made = fresh(start=start)
+    if stage == "sft":
+        trainer, _ = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path))
+    else:
+        trainer, _ = lorapar.grpo(model, tiny_tokenizer(), ROWS, made, grpo_config(tmp_path, beta=0.04), [letters])
+    trained = logits(model)
+    assert (trained - expected).abs().max() > 0.01
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), trained)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(logits(model), trained, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    if any(layer.merged for layer in masked_layers(model).values()):
+        model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

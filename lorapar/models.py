@@ -251,11 +251,18 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
 
 def load_config(config: "ModelConfig") -> Any:
     """The model's own configuration; no weight is read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    place = str(resolve(config.name))
     with _as_input_error(config):
-        made = AutoConfig.from_pretrained(str(resolve(config.name)), **options)
+        made = AutoConfig.from_pretrained(place, **options)
+        own = (getattr(made, "auto_map", None) or {}).get("AutoModelForCausalLM")
+        if config.trust_remote_code and own is not None:
+            # As transformers does when it loads the weights, so that the plan can make the model without them.
+            model_class = get_class_from_dynamic_module(own, place, revision=config.revision)
+            AutoModelForCausalLM.register(type(made), model_class, exist_ok=True)
     if config.attn_implementation is not None:
         made._attn_implementation = config.attn_implementation
     return made

@@ -187,6 +187,8 @@ def scatter_panel(
             place: dict[str, Any] = {
                 "ha": "left" if x < 0.5 else "right",
                 "va": "bottom" if y < 0.5 else "top",
+                # A threshold may run behind the name.
+                "bbox": {"facecolor": PAGE, "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
             }
             axes.text(x, y, label, transform=axes.transAxes, color=colour, fontweight="bold", **place)
 

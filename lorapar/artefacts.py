@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from .errors import InputError
 
+FULL_DISK_WORDS = ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
 TEMPORARY = ".*.tmp"  # what _replacing and atomic_folder call a thing until it is whole
 
 
@@ -95,8 +96,8 @@ def disk_is_full(error: BaseException | None, folder: Path) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors names the cause; torch.save reports only that its file is not as long as what it wrote.
-        if any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container")):
+        # safetensors names the cause; torch.save reports only that its stream failed, or is not as long as what it wrote.
+        if any(words in str(error) for words in FULL_DISK_WORDS):
             return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 24
         error = error.__cause__ or error.__context__
     return False

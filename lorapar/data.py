@@ -255,6 +255,8 @@ def load_rows(
                 seen.add(row["id"])
                 kept[name].append(row)
 
+    if not any(kept.values()):
+        raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
     rows = []
     for name, share in zip(names, shares):
         held_out = _choose_held_out([row["id"] for row in kept[name]], share, config.seed, name)
@@ -263,8 +265,6 @@ def load_rows(
         report[name]["no_answer"] = sum(not row["answer"] for row in kept[name])
         for row in kept[name]:
             rows.append({**row, "split": "held_out" if row["id"] in held_out else "train", "source": name})
-    if not rows:
-        raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
     return to_dataset(rows), report
 
 

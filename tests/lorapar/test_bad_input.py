@@ -75,11 +75,7 @@ DATA = {
     "broken row": ({}, '{"prompt": "a", "completion": "b"}\n{"prompt": ', "line 2 is corrupt or truncated JSON"),
     "no answer": ({}, [*sums(9), {"prompt": "1 + 1 =", "completion": ""}], "row 10: column 'completion' is empty"),
     "no rows": ({}, [], "has no rows"),
-    "all too long": (
-        {"max_prompt_length": 2, "held_out": 0.1},
-        sums(9),
-        "data.max_prompt_length: 2 tokens leave no row",
-    ),
+    "all too long": ({"max_prompt_length": 2}, sums(9), "data.max_prompt_length: 2 tokens leave no row"),
     "template": ({"prompt": "{question}"}, sums(9), "data.prompt: the template names {question}"),
     "held out": ({"held_out": 100}, sums(9), "data.held_out: 100 rows of"),
     "system 2 empty": ({"held_out": 1}, sums(20), "no train row is labelled System 2"),

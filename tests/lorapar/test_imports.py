@@ -69,6 +69,16 @@ def test_the_backend_has_no_cycle_and_knows_nothing_of_the_method():
             assert {root.split(".")[0] for root in roots if root} <= allowed, path
 
 
+def test_importing_the_backend_beside_torch_loads_its_own_modules_alone():
+    """Which is what makes it quick: nothing else installed here is touched, nothing is compiled."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import lorapar_kernels; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['lorapar_kernels']"
+
+
 def test_importing_the_backend_loads_neither_the_method_nor_triton():
     program = (
         "import sys, lorapar_kernels; "

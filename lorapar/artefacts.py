@@ -96,7 +96,7 @@ def disk_is_full(error: BaseException | None, folder: Path) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors names the cause; torch.save reports only that its stream failed, or is not as long as what it wrote.
+        # safetensors names the cause; torch.save says only that its stream failed, or is not as long as was written.
         if any(words in str(error) for words in FULL_DISK_WORDS):
             return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 24
         error = error.__cause__ or error.__context__

@@ -44,7 +44,8 @@ log = logging.getLogger("lorapar")
 # Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
 # stands (it can be moved), how fast and for how much teachers are asked, how much of a batch is held at once.
 ANOTHER_WAY = re.compile(
-    r"output_dir|(sft|grpo)\.(longest_first|rollout_batch_size|logprob_tokens)|label\.(budget|store|set_aside|enough)\b.*"
+    r"output_dir|(sft|grpo)\.(longest_first|micro_batch_tokens|rollout_batch_size|logprob_tokens)"
+    r"|label\.(budget|store|set_aside|enough)\b.*"
     r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
 )
 

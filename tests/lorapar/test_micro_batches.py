@@ -8,7 +8,7 @@ from bench.memory_case import Case, measure
 from lorapar.doctor import doctor
 from lorapar.memory_switches import SWITCHES
 from lorapar.sft import micro_batches
-from tests.lorapar.driver import refused
+from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
 from tests.tiny import tiny_tokenizer
 
@@ -83,6 +83,13 @@ def test_a_switch_that_cannot_be_on_is_refused_with_the_remedy(changed_recipe, t
         "run", changed_recipe(sft={key: True}), "--output_dir", tmp_path / "run", says=(f"sft.{key}", says), alone=True
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_smaller_parts_go_on_with_a_run_that_is_there(finished, changed_recipe):
+    """As docs/memory.md says, and as the advice after running out of memory needs."""
+    log = succeeds("run", changed_recipe(sft={"micro_batch_tokens": 64}), "--output_dir", finished)
+    assert "sft: done before, skipped" in log
+    assert "started" not in log
 
 
 def test_vllm_is_asked_for_by_its_extra(changed_recipe, tmp_path, monkeypatch):

@@ -159,11 +159,13 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
         _check_whole(folder, stage.writes)
         log.info("%s: done before, skipped", stage.name)
         return
-    # Before anything of this stage's is given up: what it reads may be damaged.
+    # Before anything of this stage's is given up: what it reads may be damaged, and what it needs may not be there.
     _check_whole(folder, stage.reads)
+    main = stages.is_main_process()
+    if main or stage.trains:
+        check_memory(stage.name, recipe, folder)
     if wanted not in (record.get("started"), record.get("fingerprint")):
         stages.discard_checkpoints(folder, stage.name)
-    main = stages.is_main_process()
     if main:
         write_json(folder / "stages.json", records(folder) | {stage.name: {"started": wanted}})
     # No process may go on from a checkpoint that the first is about to remove.
@@ -174,8 +176,6 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     began = time.perf_counter()
     made = _times(stage, folder)
     try:
-        if main or stage.trains:
-            check_memory(stage.name, recipe, folder)
         facts = stage.run(recipe, folder) if main or stage.trains else {}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

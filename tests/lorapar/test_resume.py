@@ -153,6 +153,17 @@ def test_checkpoints_of_other_inputs_are_not_gone_on_from(finished: Path, recipe
     assert skipped(log) == ["label", "score", "partition"]
 
 
+def test_a_stage_that_cannot_fit_gives_up_no_checkpoint(finished: Path, recipe_file: Path, monkeypatch):
+    from lorapar import remedies
+
+    before, finished_stages = tree(finished, "recipe.yaml"), records(finished)
+    monkeypatch.setattr(remedies, "available_bytes", lambda device: 1)
+    changed = "run", recipe_file, "--output_dir", finished, "--sft.learning_rate", "2e-3", "--update"
+    refused(*changed, says=("sft needs ",))
+    assert tree(finished, "recipe.yaml") == before
+    assert records(finished) == finished_stages
+
+
 def test_a_second_run_skips_every_stage_and_touches_no_file(finished: Path, recipe_file: Path):
     # The copy stands in another place than the run it is a copy of, which the recipe in it says from now on.
     assert skipped(succeeds("run", recipe_file, "--output_dir", finished)) == ORDER

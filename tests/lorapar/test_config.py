@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
 from lorapar.config import REFUSED_LORA_KEYS, parse
@@ -126,6 +127,15 @@ def test_alpha_and_beta_outside_their_interval(key, share):
 @pytest.mark.parametrize("key", REFUSED_LORA_KEYS)
 def test_a_lora_option_that_our_layers_do_not_have_is_refused_by_name(key):
     assert fault(lora={key: ["something"]}).startswith(f"lora.{key}: not supported by the masked LoRA layers")
+
+
+def test_every_lora_option_of_peft_is_either_known_here_or_refused():
+    """A variant that a later PEFT adds must not be passed over."""
+    known = {"auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+             "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+             "peft_version", "r", "qalora_group_size", "revision", "target_modules", "task_type", "use_rslora"}  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    assert fields - set(REFUSED_LORA_KEYS) <= known
 
 
 def test_a_refused_lora_option_may_be_given_as_its_default():

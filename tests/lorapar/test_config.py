@@ -133,7 +133,8 @@ def test_every_lora_option_of_peft_is_either_known_here_or_refused():
     """A variant that a later PEFT adds must not be passed over."""
     known = {"auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
              "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
-             "peft_version", "r", "qalora_group_size", "revision", "target_modules", "task_type", "use_rslora"}  # fmt: skip
+             "peft_version", "r", "qalora_group_size", "revision", "target_modules", "task_type",
+             "use_rslora"}  # fmt: skip
     fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     assert fields - set(REFUSED_LORA_KEYS) <= known
 

@@ -244,7 +244,8 @@ def report_stage(recipe: Recipe, folder: Path) -> Facts:
 def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
     """Build what the stages will be handed, so that a setting none of them takes is refused before any work is done.
 
-    `only` "label": but for the trainers' settings, which a machine that labels need not be able to follow (bf16).
+    `only` "label" or "report": but for the trainers' settings, which a machine that does no more need not be able to
+    follow (bf16).
     """
     from trl import GRPOConfig, SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
@@ -259,7 +260,7 @@ def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
         quantisation(recipe.lora["base"], torch.float32)
     if recipe.label.column is None:
         make_voters([voter for voter in recipe.label.voters or [] if _voter_name(voter) != "probe"])
-    if only == "label":
+    if only in ("label", "report"):
         return
     if "sft" in recipe.stages:
         _trainer_config(SFTConfig, recipe, "sft", folder)

@@ -358,6 +358,7 @@ def test_a_machine_that_cannot_train_so_can_label(tiny_folder: Path, tmp_path: P
         assert " 0       30 " in lorapar("label", *command, "--dry-run")[1]
         succeeds("label", *command)
         assert lorapar("label", *command, "--review")[0] == 0
+        succeeds("report", *command)
 
 
 def test_a_local_model_is_a_teacher_too(tiny_folder: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import weakref
 from types import SimpleNamespace
 
@@ -14,14 +13,12 @@ from transformers import AutoModelForCausalLM
 import lorapar
 from lorapar import InputError
 from lorapar.adapter import Snapshot, lora_parameters
-from lorapar.answer_head import AnswerLogProbs, score_answers_alone
 from lorapar.grpo import PartitionedGRPOTrainer, check_engine
 from lorapar.merging import merged_parameters
-from lorapar.rehearsal import longest
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_bases import load, needs_bnb
-from tests.lorapar.test_training import ROWS, fresh, grpo_config, letters, losses, sft_config
+from tests.lorapar.test_training import ROWS, fresh, grpo_config, letters
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -257,161 +254,6 @@ def test_rollouts_in_parts_are_the_same_completions_and_the_same_distribution(tm
         share = torch.bincount(torch.tensor([ids[0] for ids in sampled[turn::2]]), minlength=258) / 2000
         # Five standard deviations of a share, for 258 tokens.
         assert float(((share - p).abs() - 5 * (p * (1 - p) / 2000).sqrt()).max()) < 1 / 2000
-
-
-def test_the_longest_are_found():
-    assert longest([3, 9, 1, 9, 4], 3) == [1, 3, 4]
-    assert longest([2], 4) == [0]
-
-
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_the_longest_go_first_and_leave_no_trace(tmp_path, stage, caplog):
-    found = []
-    for first in (False, True):
-        torch.manual_seed(3)
-        model = lorapar.attach(tiny_model(), config(lora_dropout=0.2), start="twin")
-        made = random_partition(model)
-        with caplog.at_level(logging.INFO, "lorapar"):
-            if stage == "sft":
-                _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path), longest_first=first)
-            else:
-                settings = grpo_config(tmp_path, beta=0.04)
-                _, trained = lorapar.grpo(model, tiny_tokenizer(), ROWS, made, settings, [letters], longest_first=first)
-        found.append((losses(trained), trained.history, {n: p for n, p in lora_parameters(model).items()}))
-    assert found[0][0] == found[1][0]
-    for one, other in zip(found[0][1], found[1][1]):
-        assert {k: v for k, v in one.items() if "time" not in k and "per_second" not in k} == {
-            k: v for k, v in other.items() if "time" not in k and "per_second" not in k
-        }
-    assert all(torch.equal(p, found[1][2][n]) for n, p in found[0][2].items())
-    said = [r.getMessage() for r in caplog.records if "went first" in r.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith(
-        "sft: 4 rows of up to 7 tokens went first" if stage == "sft"
-        else "grpo: prompts of up to 4 tokens with completions of 4 went first"
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_what_cannot_fit_fails_before_the_first_step(tmp_path, stage):
-    """Only the very longest batch is too large, here by the number of its positions."""
-    rows = ROWS.select_columns(["prompt", "completion", "answer"]).to_list()
-    rows.append({"prompt": "1+1=" * 6, "completion": "2", "answer": "2"})
-    rows = ROWS.from_list(rows)
-    model, made = fresh()
-    inner = model.get_base_model().model
-    steps = []
-
-    def refuse(module, args, given):
-        width = (given.get("input_ids") if given.get("input_ids") is not None else args[0]).shape[1]
-        if width > 24:
-            raise torch.OutOfMemoryError(f"{width} positions")
-
-    inner.register_forward_pre_hook(refuse, with_kwargs=True)
-
-    def run():
-        if stage == "sft":
-            lorapar.sft(model, tiny_tokenizer(), rows, made, sft_config(tmp_path, seed=1))
-        else:
-            settings = grpo_config(tmp_path, max_completion_length=2, seed=1)
-            lorapar.grpo(model, tiny_tokenizer(), rows, made, settings, [lambda prompts, **_: steps.append(1)])
-
-    before = {n: p.detach().clone() for n, p in lora_parameters(model).items()}
-    with pytest.raises(torch.OutOfMemoryError, match="positions"):
-        run()
-    assert steps == []
-    assert all(torch.equal(p, before[n]) for n, p in lora_parameters(model).items())
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 10_000])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("needs_trl", [False, True])
-def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tokens, temperature, needs_trl):
-    from trl.trainer.utils import add_fused_lm_head
-
-    ids = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :11] = -100
-    labels[1, 15:] = -100
-    weights = torch.randn(3, 19, generator=torch.Generator().manual_seed(2))
-    found = []
-    for ours in (False, True):
-        model = tiny_model()
-        for parameter in model.get_output_embeddings().parameters():
-            parameter.requires_grad_(False)
-        add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
-        if ours:
-            score_answers_alone(model, tokens, temperature, needs_trl)
-        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-        # The entropy has a gradient where TRL's own function serves.
-        (out.log_probs * weights).sum().add(needs_trl * (out.entropy * weights.flip(0)).sum()).backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((out, grads))
-    (theirs, their_grads), (ours, our_grads) = found
-    for name in ("loss", "log_probs", "entropy"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
-    assert torch.equal(ours.is_top1, theirs.is_top1)
-    assert torch.equal(ours.label_mask, theirs.label_mask)
-    assert our_grads.keys() == their_grads.keys()
-    for name, grad in their_grads.items():
-        torch.testing.assert_close(our_grads[name], grad, rtol=1e-4, atol=1e-5)
-    # And the definition of both.
-    logits = tiny_model()(input_ids=ids).logits[:, :-1] / temperature
-    exact = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] == -100, 0)
-    torch.testing.assert_close(ours.log_probs, exact, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_two_products_are_exact(dtype, bound):
-    generator = torch.Generator().manual_seed(3)
-    hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((37, 24), (61, 24)))
-    bias, given = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (61, 37))
-    targets = torch.randint(0, 61, (37,), generator=generator)
-    hidden, weight, bias = (t.to(dtype).double() for t in (hidden, weight, bias))
-    exact = hidden.clone().requires_grad_()
-    wanted = (exact @ weight.T + bias).log_softmax(-1)
-    wanted[torch.arange(37), targets].backward(given)
-    h = hidden.to(dtype).requires_grad_()
-    log_probs, entropy, is_top = AnswerLogProbs.apply(h, weight.to(dtype), bias.to(dtype), targets, 10)
-    log_probs.backward(given.to(log_probs.dtype))
-
-    def off(mine, theirs):
-        return float((mine.double() - theirs).norm() / theirs.norm())
-
-    assert off(log_probs.detach(), wanted[torch.arange(37), targets].detach()) < bound
-    assert off(entropy, -(wanted.exp() * wanted).sum(-1).detach()) < bound
-    assert off(h.grad, exact.grad) < bound
-    assert not entropy.requires_grad
-    if dtype == torch.float64:
-        assert torch.equal(is_top, wanted.argmax(-1) == targets)
-
-
-def test_the_answer_head_scores_no_prompt_and_survives_a_batch_without_answers():
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = tiny_model()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    seen = []
-    fused = model.forward.__func__
-
-    def watched(self, *args, **given):
-        if given.get("shift_labels") is not None:
-            seen.append(given["shift_labels"].numel())
-        return fused(self, *args, **given)
-
-    model.forward = watched.__get__(model)
-    score_answers_alone(model, 4, needs_trl=True)
-    ids = torch.randint(2, 258, (2, 12))
-    labels = ids.clone()
-    labels[:, :7] = -100
-    model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert seen == [4, 4, 2]
-    out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
-    assert not out.log_probs.any()
-    out.log_probs.sum().backward()
-    # Without `fused_lm_head` it is the model's own forward.
-    assert model(input_ids=ids).logits.shape == (2, 12, 258)
-    assert model.generate(ids[:1, :4], max_new_tokens=2, do_sample=False).shape == (1, 6)
 
 
 def test_how_much_is_held_at_once_may_change_between_two_commands(finished, changed_recipe):

@@ -1,0 +1,95 @@
+"""The head on answers alone, a number of tokens at a time: against TRL's, against float64, and what it leaves out."""
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from lorapar.answer_head import AnswerLogProbs, score_answers_alone
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 10_000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("needs_trl", [False, True])
+def test_the_answer_head_gives_trl_s_log_probabilities_entropy_and_gradients(tokens, temperature, needs_trl):
+    ids = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :11] = -100
+    labels[1, 15:] = -100
+    weights = torch.randn(3, 19, generator=torch.Generator().manual_seed(2))
+    found = []
+    for ours in (False, True):
+        model = tiny_model()
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.requires_grad_(False)
+        add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
+        if ours:
+            score_answers_alone(model, tokens, temperature, needs_trl)
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        # The entropy has a gradient where TRL's own function serves.
+        (out.log_probs * weights).sum().add(needs_trl * (out.entropy * weights.flip(0)).sum()).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((out, grads))
+    (theirs, their_grads), (ours, our_grads) = found
+    for name in ("loss", "log_probs", "entropy"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    assert our_grads.keys() == their_grads.keys()
+    for name, grad in their_grads.items():
+        torch.testing.assert_close(our_grads[name], grad, rtol=1e-4, atol=1e-5)
+    # And the definition of both.
+    logits = tiny_model()(input_ids=ids).logits[:, :-1] / temperature
+    exact = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] == -100, 0)
+    torch.testing.assert_close(ours.log_probs, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_two_products_are_exact(dtype, bound):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((37, 24), (61, 24)))
+    bias, given = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (61, 37))
+    targets = torch.randint(0, 61, (37,), generator=generator)
+    hidden, weight, bias = (t.to(dtype).double() for t in (hidden, weight, bias))
+    exact = hidden.clone().requires_grad_()
+    wanted = (exact @ weight.T + bias).log_softmax(-1)
+    wanted[torch.arange(37), targets].backward(given)
+    h = hidden.to(dtype).requires_grad_()
+    log_probs, entropy, is_top = AnswerLogProbs.apply(h, weight.to(dtype), bias.to(dtype), targets, 10)
+    log_probs.backward(given.to(log_probs.dtype))
+
+    def off(mine, theirs):
+        return float((mine.double() - theirs).norm() / theirs.norm())
+
+    assert off(log_probs.detach(), wanted[torch.arange(37), targets].detach()) < bound
+    assert off(entropy, -(wanted.exp() * wanted).sum(-1).detach()) < bound
+    assert off(h.grad, exact.grad) < bound
+    assert not entropy.requires_grad
+    if dtype == torch.float64:
+        assert torch.equal(is_top, wanted.argmax(-1) == targets)
+
+
+def test_the_answer_head_scores_no_prompt_and_survives_a_batch_without_answers():
+    model = tiny_model()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    seen = []
+    fused = model.forward.__func__
+
+    def watched(self, *args, **given):
+        if given.get("shift_labels") is not None:
+            seen.append(given["shift_labels"].numel())
+        return fused(self, *args, **given)
+
+    model.forward = watched.__get__(model)
+    score_answers_alone(model, 4, needs_trl=True)
+    ids = torch.randint(2, 258, (2, 12))
+    labels = ids.clone()
+    labels[:, :7] = -100
+    model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert seen == [4, 4, 2]
+    out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    assert not out.log_probs.any()
+    out.log_probs.sum().backward()
+    # Without `fused_lm_head` it is the model's own forward.
+    assert model(input_ids=ids).logits.shape == (2, 12, 258)
+    assert model.generate(ids[:1, :4], max_new_tokens=2, do_sample=False).shape == (1, 6)

@@ -1,0 +1,104 @@
+"""Running sums of a scoring pass: read after every batch, gone on from after a stop, stopped when stable."""
+
+import pytest
+import torch
+
+import lorapar
+from lorapar import score_sums
+from lorapar.adapter import lora_parameters
+from lorapar.errors import InputError
+from tests.lorapar.test_adapter import config
+from tests.lorapar.test_score import rows
+from tests.tiny import tiny_model
+
+
+def test_the_mean_so_far_can_be_read_after_every_batch():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    seen = []
+    lorapar.score(model, None, rows(), 4, on_batch=lambda r: seen.append((r.examples, r.importance())))
+    order = [n for n, _ in seen]
+    assert order == sorted(order)
+    assert order[-1] == 9
+    whole = lorapar.score(model, None, rows())
+    assert all(torch.allclose(seen[-1][1][name], whole[name], rtol=1e-5) for name in whole)
+    assert any(not torch.equal(seen[0][1][name], whole[name]) for name in whole)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(batches):
+    def on_batch(running):
+        if running.batches == batches:
+            raise Stopped
+
+    return on_batch
+
+
+@pytest.mark.parametrize("until_stable", [None, 1.0])
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, until_stable):
+    monkeypatch.setattr(score_sums, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(score_sums, "SAVE_SHARE", float("inf"))
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    options = {"batch_size": 2, "until_stable": until_stable}
+    whole = lorapar.score(model, None, rows(40), **options)
+    path, counted = tmp_path / "sums.safetensors", []
+    with pytest.raises(Stopped):
+        lorapar.score(model, None, rows(40), checkpoint=path, on_batch=stop_after(13), **options)
+    again = lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert whole.metadata == again.metadata
+    # 12 batches were in the file when the 13th stopped it.
+    total = []
+    lorapar.score(model, None, rows(40), on_batch=lambda r: total.append(1), **options)
+    assert len(counted) == len(total) - 12
+    counted.clear()
+    lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+    assert counted == []
+
+
+def test_sums_of_other_rows_settings_or_factors_are_not_gone_on_from(tmp_path):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    path, counted = tmp_path / "sums.safetensors", []
+
+    def batches(some, **options):
+        counted.clear()
+        lorapar.score(model, None, some, checkpoint=path, on_batch=lambda r: counted.append(1), **options)
+        return len(counted)
+
+    assert batches(rows()) > 0
+    assert batches(rows()) == 0
+    assert batches(rows(seed=1)) > 0
+    assert batches(rows(seed=1), batch_size=1) == 9
+    with torch.no_grad():
+        next(iter(lora_parameters(model).values())).mul_(2)
+    assert batches(rows(seed=1), batch_size=1) == 9
+
+
+def test_a_damaged_file_of_sums_is_refused(tmp_path):
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    path = tmp_path / "sums.safetensors"
+    lorapar.score(model, None, rows(), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="sums.safetensors: corrupt or truncated"):
+        lorapar.score(model, None, rows(), checkpoint=path)
+
+
+def test_until_stable_stops_at_the_first_look_that_reaches_the_level():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    every = lorapar.score(model, None, rows(128), until_stable=1.0).metadata
+    assert [n for n, _ in every["looks"]] == [32, 64, 128]
+    assert (every["stable"], every["examples"]) == (False, 128)
+    jaccards = [j for _, j in every["looks"]]
+    assert all(0 < j < 1 for j in jaccards)
+    at = jaccards.index(max(jaccards))
+    stopped = lorapar.score(model, None, rows(128), until_stable=jaccards[at])
+    n = [32, 64, 128][at]
+    assert stopped.metadata["examples"] == n
+    assert (stopped.metadata["stable"], stopped.metadata["looks"]) == (True, every["looks"][: at + 1])
+    # The rows are taken in their own order, so it is the score of the first n.
+    first = lorapar.score(model, None, rows(128)[:n])
+    assert all(torch.allclose(first[name], stopped[name], rtol=1e-4) for name in first)
+    with pytest.raises(InputError, match="until_stable: got 1.5, expected a Jaccard index"):
+        lorapar.score(model, None, rows(), until_stable=1.5)

@@ -10,7 +10,9 @@ bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, it
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -30,7 +32,8 @@ GB = 10**9
 def run(**settings: Any) -> dict[str, Any]:
     """One case in its own process; what it printed, or {"failed": its last line}."""
     command = [sys.executable, "-m", "bench.memory_case", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    environment = os.environ | {"LORAPAR_BENCH_WAY": settings.get("way", "ours")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     if done.returncode != 0:
         return {**settings, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -112,7 +115,7 @@ def longest_context(way: str, model: str, cap: int) -> int:
     """The longest single row, to a sixteenth, of which a step fits under `cap` bytes of reserved memory; 0 for none."""
 
     def fits(length: int) -> bool:
-        result = run(way=way, model=model, batch=1, length=length, prompt=1, steps=1, cap=cap, **on_gpu(way, "sft"))
+        result = run(way=way, model=model, batch=1, length=length, prompt=1, steps=1, cap=cap, **on_gpu(way))
         return "failed" not in result and not result.get("out_of_memory", False)
 
     low, high = 0, 1024
@@ -124,27 +127,29 @@ def longest_context(way: str, model: str, cap: int) -> int:
     return low
 
 
-def on_gpu(way: str, stage: str) -> dict[str, Any]:
-    """The switches of a memory-short recipe: recomputing, off-loaded in ours where TRL's trainer can."""
-    trainer: dict[str, Any] = {"gradient_checkpointing": True}
-    if way == "ours" and stage == "sft":
-        trainer["activation_offloading"] = True
-    return {"base": "nf4", "dtype": "bfloat16", "device": "cuda", "trainer": trainer}
+def on_gpu(way: str) -> dict[str, Any]:
+    """The switches of a memory-short recipe: recomputing, off-loaded in ours."""
+    settings = {"base": "nf4", "dtype": "bfloat16", "device": "cuda", "offloading": way == "ours"}
+    # Unsloth's own recomputing is asked for where its layers are made.
+    return settings | {"trainer": {} if way == "unsloth" else {"gradient_checkpointing": True}}
 
 
 def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
     results: list[dict[str, Any]] = []
+    installed = importlib.util.find_spec("unsloth") is not None
+    if not installed:
+        print("unsloth is not installed: left out")
     for model in models:
         for length in contexts:
             for stage, batch in (("sft", 1), ("grpo", 4)):
-                for way in ("ours", "trl"):
-                    settings = on_gpu(way, stage) | {"prompt": 1 if stage == "sft" else length // 2}
+                for way in ("ours", "trl", *(["unsloth"] if installed and stage == "sft" else [])):
+                    settings = on_gpu(way) | {"prompt": 1 if stage == "sft" else length // 2}
                     results.append(
                         run(way=way, stage=stage, model=model, batch=batch, length=length, steps=3, **settings)
                     )
                     print(line(results[-1]), flush=True)
         for cap in caps:
-            for way in ("ours", "trl"):
+            for way in ("ours", "trl", *(["unsloth"] if installed else [])):
                 longest = longest_context(way, model, cap * GB)
                 results.append({"way": way, "model": model, "cap_bytes": cap * GB, "longest_context": longest})
                 print(f"{way:<5} {model:<14} longest context under {cap} GB: {longest:,}", flush=True)

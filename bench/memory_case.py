@@ -3,18 +3,23 @@
     python -m bench.memory_case '{"way": "ours", "model": "smollm2-135m", "batch": 8, "length": 512}'
 
 Prints one line of JSON. Rows are random tokens, every one `length` long, of which `prompt` are not trained on, so that
-what is computed does not depend on a corpus. A way is "ours" (this project as a recipe sets it up) or "trl" (TRL's
-trainer on PEFT's layers, with their own defaults but for what the case sets).
+what is computed does not depend on a corpus. A way is "ours" (this project as a recipe sets it up), "trl" (TRL's
+trainer on PEFT's layers, with their own defaults but for what the case sets) or "unsloth" (SFT alone, on a GPU: TRL's
+trainer on Unsloth's model and layers with its own gradient checkpointing, as its notebooks set it up).
 """
 
 import dataclasses
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+if "unsloth" in os.environ.get("LORAPAR_BENCH_WAY", ""):
+    import unsloth  # pyright: ignore[reportMissingImports] # noqa: F401 (it replaces what is imported after it)
 
 import torch
 from datasets import Dataset
@@ -45,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Case:
     """`length` tokens a row, `prompt` of them not trained on; `trainer`: keys of the trainer's configuration."""
 
-    way: Literal["ours", "trl"] = "ours"
+    way: Literal["ours", "trl", "unsloth"] = "ours"
     stage: Literal["sft", "grpo"] = "sft"
     model: str = "smollm2-135m"
     base: str | None = None
@@ -60,6 +65,7 @@ class Case:
     steps: int = 3
     cap: int | None = None
     micro_batch_tokens: int | None = None
+    offloading: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +76,25 @@ def load(case: Case) -> PreTrainedModel:
     config = AutoConfig.for_model(**SHAPES[case.model], max_position_embeddings=1 << 20)
     with torch.device(case.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
+    if case.way == "unsloth":
+        return of_unsloth(model, case)
     return quantised(model, case) if case.base else model
+
+
+def of_unsloth(model: PreTrainedModel, case: Case) -> PreTrainedModel:
+    """Unsloth reads a folder; the weights go through one, and off the GPU in between."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.cpu().save_pretrained(folder)
+        load_tokenizer(ModelConfig("smollm2-135m")).save_pretrained(folder)
+        del model
+        torch.cuda.empty_cache()
+        loaded, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=case.length, dtype=getattr(torch, case.dtype), load_in_4bit=case.base == "nf4",
+            fix_tokenizer=False, use_exact_model_name=True,
+        )  # fmt: skip
+    return loaded
 
 
 def quantised(model: PreTrainedModel, case: Case) -> PreTrainedModel:
@@ -108,8 +132,16 @@ def settings(case: Case, folder: str) -> dict[str, Any]:
 def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
     lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
                       task_type="CAUSAL_LM")  # fmt: skip
-    attach = get_peft_model if case.way == "trl" else functools.partial(lorapar.attach, start="paper")
-    peft_model = attach(model, lora)  # pyright: ignore[reportArgumentType]
+    if case.way == "unsloth":
+        from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+        peft_model = FastLanguageModel.get_peft_model(
+            model, r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
+            use_gradient_checkpointing="unsloth",
+        )  # fmt: skip
+    else:
+        attach = get_peft_model if case.way == "trl" else functools.partial(lorapar.attach, start="paper")
+        peft_model = attach(model, lora)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(0)
     with torch.no_grad():
         for name, tensor in peft_model.named_parameters():
@@ -131,7 +163,7 @@ def sft_trainer(case: Case, peft_model: Any, folder: str) -> Any:
     tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
     data = rows(case, min(peft_model.config.vocab_size, len(tokenizer)))
     made: Any = PartitionedSFTTrainer if case.way == "ours" else SFTTrainer
-    config = SFTConfig(**settings(case, folder), max_length=None)
+    config = SFTConfig(**settings(case, folder), max_length=None, activation_offloading=case.offloading)
     trainer = made(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
     if case.way == "ours":
         trainer.micro_batch_tokens = case.micro_batch_tokens
@@ -148,7 +180,9 @@ def grpo_trainer(case: Case, peft_model: Any, folder: str) -> Any:
     data = Dataset.from_dict({"prompt": [" a" * case.prompt] * case.steps})
     config = GRPOConfig(**settings(case, folder), num_generations=case.batch, max_completion_length=completion,
                         generation_kwargs={"min_new_tokens": completion})  # fmt: skip
-    made: Any = PartitionedGRPOTrainer if case.way == "ours" else GRPOTrainer
+    made: Any = GRPOTrainer
+    if case.way == "ours":
+        made = functools.partial(PartitionedGRPOTrainer, activation_offloading=case.offloading)
     return made(model=peft_model, reward_funcs=[reward], args=config, train_dataset=data, processing_class=tokenizer)
 
 
@@ -172,10 +206,13 @@ class Clock(TrainerCallback):
 
 
 def measure(case: Case) -> dict[str, Any]:
-    if case.cap is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(case.cap / total)
     model = load(case)
+    if case.device == "cuda":
+        # Random weights are made whole and then quantised; a checkpoint is quantised as it is read.
+        torch.cuda.empty_cache()
+        if case.cap is not None:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(case.cap / total)
     for parameter in model.parameters():
         parameter.detach().flatten()[::512].sum()  # weights that lie in a file are only in memory once they are read
     with tempfile.TemporaryDirectory() as folder:

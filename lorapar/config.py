@@ -143,12 +143,14 @@ class GRPOStageConfig(StageConfig):
     """`rewards`: names out of `lorapar.rewards`, or `module:function`.
 
     `rollout_batch_size`: completions generated at once (None: all of a generation batch). `logprob_tokens`: tokens
-    whose log-probabilities are taken at once (None: 256 on a CPU, TRL's 4,096 on a GPU).
+    whose log-probabilities are taken at once (None: 256 on a CPU, TRL's 4,096 on a GPU). `activation_offloading`: what
+    the backward needs waits in the host's memory, as `sft.activation_offloading`, which is TRL's own key.
     """
 
     rewards: list[str] = field(default_factory=lambda: ["accuracy"])
     rollout_batch_size: int | None = None
     logprob_tokens: int | None = None
+    activation_offloading: bool = False
 
 
 @dataclass

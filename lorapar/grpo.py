@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+from trl.models import get_act_offloading_ctx_manager
 
 from .answer_head import score_answers_alone
 from .bases import given_form
@@ -35,6 +36,7 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
 
     rollout_batch_size: completions generated at once; None: all of a generation batch.
     logprob_tokens: tokens whose log-probabilities are taken at once; None: see answer_head.py.
+    activation_offloading: what the backward needs waits in the host's memory, as TRL's own switch does it in SFT.
     """
 
     _tag_names = ["trl", "grpo", "lora-par"]  # noqa: RUF012 (TRL reads it off the class)
@@ -50,9 +52,12 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         *args: Any,
         rollout_batch_size: int | None = None,
         logprob_tokens: int | None = None,
+        activation_offloading: bool = False,
         **kwargs: Any,
     ):
         super().__init__(model, *args, **kwargs)
+        if activation_offloading:
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model)
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
@@ -61,6 +66,11 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
             if self._dist.is_zero3 or self._dist.is_fsdp:
                 raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
             cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.
+        with self.maybe_activation_offload_context:
+            return super().training_step(*args, **kwargs)
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, *rest: Any, **kw: Any
@@ -152,6 +162,7 @@ def grpo(
     longest_first: bool = True,
     rollout_batch_size: int | None = None,
     logprob_tokens: int | None = None,
+    activation_offloading: bool = False,
 ) -> tuple[PartitionedGRPOTrainer, Trained]:
     """Train the partition's "grpo" elements of `model` in place on the prompts of `systems`.
 
@@ -164,6 +175,7 @@ def grpo(
             backward, before the first step (rehearsal.py).
         rollout_batch_size: completions generated at once; None: all that one generation batch holds.
         logprob_tokens: tokens whose log-probabilities are taken at once; None: 256 on a CPU, TRL's 4,096 on a GPU.
+        activation_offloading: what the backward needs waits in pinned host memory (a GPU).
 
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
@@ -178,6 +190,7 @@ def grpo(
         processing_class=tokenizer,
         rollout_batch_size=rollout_batch_size,
         logprob_tokens=logprob_tokens,
+        activation_offloading=activation_offloading,
     )
     trainer.longest_first = longest_first
     reference = "the adapter as this stage received it" if config.beta else "none (beta is 0)"

@@ -8,7 +8,7 @@ from .errors import InputError
 # Key: what it does, the library it needs and the extra that brings it, whether it needs a GPU.
 SWITCHES: dict[str, tuple[str, str | None, str | None, bool]] = {
     "gradient_checkpointing": ("each layer's insides are made again in the backward", None, None, False),
-    "activation_offloading": ("what the backward needs waits in the host's memory (sft)", None, None, True),
+    "activation_offloading": ("what the backward needs waits in the host's memory", None, None, True),
     "use_liger_kernel": ("Liger's RMSNorm, SwiGLU and RoPE", "liger_kernel", "liger", True),
     "packing": ("rows laid end to end, without padding where FlashAttention keeps them apart (sft)", None, None, False),
     "use_vllm": ("rollouts by vLLM (grpo)", "vllm", "vllm", True),
@@ -25,10 +25,10 @@ def obstacle(key: str, device: str) -> str | None:
     return f"needs a GPU, the model is on {device}" if gpu and device != "cuda" else None
 
 
-def check_switches(config: Any, stage: str, device: str) -> None:
-    """InputError for a switch of a trainer's configuration that is on and cannot be here."""
+def check_switches(config: dict[str, Any], stage: str, device: str) -> None:
+    """InputError for a switch of a stage's configuration that is on and cannot be here."""
     for key in SWITCHES:
-        why = obstacle(key, device) if getattr(config, key, False) else None
+        why = obstacle(key, device) if config.get(key) else None
         if why is not None:
             raise InputError(f"{stage}.{key}: got true, but it {why}; or leave it out")
 

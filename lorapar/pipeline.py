@@ -44,8 +44,9 @@ log = logging.getLogger("lorapar")
 # Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
 # stands (it can be moved), how fast and for how much teachers are asked, how much of a batch is held at once.
 ANOTHER_WAY = re.compile(
-    r"output_dir|(sft|grpo)\.(longest_first|micro_batch_tokens|rollout_batch_size|logprob_tokens)"
-    r"|label\.(budget|store|set_aside|enough)\b.*"
+    r"output_dir|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
+    r"|(sft|grpo)\.(longest_first|activation_offloading|gradient_checkpointing)"
+    r"|sft\.micro_batch_tokens|grpo\.(rollout_batch_size|logprob_tokens)"
     r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
 )
 
@@ -222,7 +223,7 @@ def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
     Model weights go by size and time of change, like a Makefile's: hashing them would cost a run many seconds a stage.
     """
     values = recipe.as_dict()
-    for name in ("sft", "grpo"):
+    for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if not ANOTHER_WAY.fullmatch(f"{name}.{key}")}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     shown = [name for name in stage.shows if (folder / name).is_file()]

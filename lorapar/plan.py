@@ -8,6 +8,7 @@ come out of the model's own code run without data (step_memory.py); the rest is 
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,14 +193,14 @@ def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
     budget = recipe.sft.micro_batch_tokens
     budget = default_micro_batch_tokens(device) if budget == "auto" else budget
     rows = rows if budget is None else max(1, min(rows, budget // tokens))
-    return Step(rows, tokens, _checkpointing(trainer, device))
+    return Step(rows, tokens, _checkpointing(trainer, device), trainer.get("activation_offloading", False))
 
 
 def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
     """The longest step of stage 2: the longest prompt with a whole completion."""
     trainer = recipe.grpo.trainer
     rows, completion = trainer.get("per_device_train_batch_size", 8), trainer.get("max_completion_length") or 256
-    return Step(rows, lengths.prompt + completion, _checkpointing(trainer, device))
+    return Step(rows, lengths.prompt + completion, _checkpointing(trainer, device), recipe.grpo.activation_offloading)
 
 
 def _checkpointing(trainer: dict[str, Any], device: str) -> bool:
@@ -239,7 +240,7 @@ def limits(recipe: Recipe, lengths: Lengths, room: int) -> tuple[int, int]:
     rest = one.total - one.activations - one.logits
 
     def at(rows: int, tokens: int) -> int:
-        return rest + held(model, Step(rows, tokens, step.checkpointing)) + _head(model, rows * tokens)
+        return rest + held(model, dataclasses.replace(step, rows=rows, tokens=tokens)) + _head(model, rows * tokens)
 
     rows = [at(n, step.tokens) for n in (1, 2)]
     batch = int(1 + (room - rows[0]) // (rows[1] - rows[0])) if rows[0] <= room else 0

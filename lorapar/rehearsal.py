@@ -31,7 +31,7 @@ def rehearsing(trainer: Any, model: nn.Module, what: str) -> Iterator[None]:
     """Within the block a trainer may compute a loss and its gradients; after it they have not been."""
     logged = {name: copy.deepcopy(trainer.__dict__[name]) for name in LOGGED if name in trainer.__dict__}
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), trainer.maybe_activation_offload_context:
         yield
     model.zero_grad(set_to_none=True)
     trainer.__dict__.update(logged)

@@ -85,6 +85,9 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
     if stage in ("sft", "grpo"):
         yield (f"{stage}.gradient_checkpointing: true (about a third more time)",
                functools.partial(_set, section=stage, key="gradient_checkpointing", value=True))  # fmt: skip
+    if stage in ("sft", "grpo") and describe(recipe).device == "cuda":
+        yield (f"{stage}.activation_offloading: true (same result; the host's memory and its bus bear it)",
+               functools.partial(_set, section=stage, key="activation_offloading", value=True))  # fmt: skip
     for base in ("int8", "nf4"):
         yield f"lora.base: {base} (less precision)", functools.partial(_set, section="lora", key="base", value=base)
     key = {"sft": "max_length", "grpo": "max_completion_length"}.get(stage)
@@ -94,12 +97,13 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
 
 
 def _set(recipe: Recipe, section: str, key: str, value: Any) -> None:
-    if section == "lora":
-        recipe.lora[key] = value
-    elif section in ("sft", "grpo"):
-        getattr(recipe, section).trainer[key] = value
+    part = getattr(recipe, section)
+    if isinstance(part, dict):
+        part[key] = value
+    elif hasattr(part, key):
+        setattr(part, key, value)
     else:
-        setattr(getattr(recipe, section), key, value)
+        part.trainer[key] = value
 
 
 def _set_both(recipe: Recipe, stage: str, rows: int, accumulated: int) -> None:

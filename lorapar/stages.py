@@ -189,7 +189,8 @@ def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
     trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True,
                             longest_first=recipe.grpo.longest_first,
                             rollout_batch_size=recipe.grpo.rollout_batch_size,
-                            logprob_tokens=recipe.grpo.logprob_tokens)  # fmt: skip
+                            logprob_tokens=recipe.grpo.logprob_tokens,
+                            activation_offloading=recipe.grpo.activation_offloading)  # fmt: skip
     return _end_of_stage(recipe, folder, "grpo", trainer, trained)
 
 
@@ -403,7 +404,8 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
         config = config_class(**(ours | getattr(recipe, stage).trainer))
     except (TypeError, ValueError) as error:
         raise InputError(f"{stage}: {error}") from error
-    check_switches(config, stage, choose_device(recipe.model.device).type)
+    offloading = {"activation_offloading": recipe.grpo.activation_offloading} if stage == "grpo" else {}
+    check_switches(vars(config) | offloading, stage, choose_device(recipe.model.device).type)
     available = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in available:

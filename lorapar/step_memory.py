@@ -6,14 +6,16 @@ attention kernels, norms and checkpointing cost what they cost in this version o
 of formulas has to be kept.
 """
 
+import contextlib
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -26,6 +28,7 @@ class Step:
     rows: int
     tokens: int
     checkpointing: bool = False
+    offloading: bool = False
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,6 +57,34 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
+
+
+class Away(NamedTuple):
+    """A saved tensor that waits in the host's memory: what it takes to have it back."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def offloaded(weights: set[int]) -> saved_tensors_hooks:
+    """What autograd saves, but for `weights` (by storage), is given up in the forward and made anew in the backward.
+
+    TRL's off-loading keeps five tensors longer, until their copies are done, which is not counted.
+    """
+
+    def pack(tensor: Tensor) -> Tensor | Away:
+        if tensor.untyped_storage()._cdata in weights:
+            return tensor
+        return Away(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+    def unpack(saved: Tensor | Away) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        return torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device=saved.device)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -107,7 +138,8 @@ def _peak_of(config: PretrainedConfig, layers: int, step: Step, dtype: torch.dty
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
         ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
-        with LiveBytes() as counted:
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        with LiveBytes() as counted, offloaded(weights) if step.offloading else contextlib.nullcontext():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden.backward(torch.empty_like(hidden))
     return counted.peak

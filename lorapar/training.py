@@ -3,6 +3,7 @@
 Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` → a trained adapter, verified bit for bit.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -62,6 +63,8 @@ class PartitionedTrainer(Trainer):
     partition: Partition
     stage: Stage
     longest_first: bool = False
+    # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
+    maybe_activation_offload_context: Any = contextlib.nullcontext()
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).

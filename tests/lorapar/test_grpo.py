@@ -258,10 +258,15 @@ def test_rollouts_in_parts_are_the_same_completions_and_the_same_distribution(tm
 
 def test_how_much_is_held_at_once_may_change_between_two_commands(finished, changed_recipe):
     """A run that ran out of memory goes on with smaller parts; what was made stays made."""
-    recipe = changed_recipe(grpo={"rollout_batch_size": 2, "logprob_tokens": 64}, sft={"longest_first": False})
+    recipe = changed_recipe(
+        grpo={"rollout_batch_size": 2, "logprob_tokens": 64, "gradient_checkpointing": True},
+        sft={"longest_first": False, "micro_batch_tokens": 64},
+        score={"batch_size": 1},
+        evaluate={"batch_size": 1},
+    )
     said = succeeds("run", recipe, "--output_dir", finished)
-    assert "grpo: done before, skipped" in said
-    assert "sft: done before, skipped" in said
+    for stage in ("score", "sft", "grpo", "evaluate"):
+        assert f"{stage}: done before, skipped" in said
     refused("run", changed_recipe(grpo={"rollout_batch_size": 0}), "--output_dir", finished,
             says=("grpo.rollout_batch_size: got 0, expected at least 1",))  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The plan: what it counts and says, what is refused before weights load, and how running out of memory ends."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -82,6 +83,10 @@ def test_a_step_needs_more_with_more_rows_tokens_and_layers_and_less_when_it_rec
     assert size(tokens=128) > 1.9 * size()
     assert size(layers=16) > 1.8 * size()
     assert size(checkpointing=True) < 0.5 * size()
+    # Off-loaded, no layer adds to the peak: what is left is what one layer makes on its way.
+    assert size(offloading=True) < 0.3 * size()
+    assert size(layers=16, offloading=True) == pytest.approx(size(offloading=True), rel=0.02)
+    assert size(checkpointing=True, offloading=True) < size(checkpointing=True)
 
 
 def test_what_a_step_keeps_is_what_autograd_saves(tiny_folder):
@@ -149,6 +154,19 @@ def test_each_remedy_makes_the_stage_fit(tiny_folder, steady, stage):
         changed = copy.deepcopy(recipe)
         offered[line](changed)
         assert need(changed, LENGTHS, stage).total <= room < before.total
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_off_loading_is_offered_where_there_is_somewhere_to_go(tiny_folder, steady, monkeypatch, stage):
+    recipe = recipe_of(tiny_folder)
+    assert not [text for text, _ in changes(recipe, stage) if "activation_offloading" in text]
+    monkeypatch.setattr(remedies, "describe", lambda recipe: dataclasses.replace(describe(recipe), device="cuda"))
+    (change,) = [change for text, change in changes(recipe, stage) if "activation_offloading" in text]
+    before = need(recipe, LENGTHS, stage)
+    change(recipe)
+    assert parse(recipe.as_dict()) == recipe
+    assert recipe.as_dict()[stage]["activation_offloading"] is True
+    assert need(recipe, LENGTHS, stage).activations < before.activations
 
 
 def test_several_changes_together_where_none_is_enough(tiny_folder, steady):

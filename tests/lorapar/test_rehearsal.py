@@ -1,9 +1,12 @@
 """The largest batch first: found, gone through before the first step, and without a trace."""
 
 import logging
+import sys
 
 import pytest
 import torch
+import trl.trainer.sft_trainer
+from torch.autograd.graph import saved_tensors_hooks
 
 import lorapar
 from lorapar.adapter import lora_parameters
@@ -75,3 +78,47 @@ def test_what_cannot_fit_fails_before_the_first_step(tmp_path, stage):
         run()
     assert steps == []
     assert all(torch.equal(p, before[n]) for n, p in lora_parameters(model).items())
+
+
+class Away(saved_tensors_hooks):
+    """Stands in for TRL's off-loading, which needs a GPU's streams: what is saved is copied away and back."""
+
+    def __init__(self, *_):
+        self.entered, self.saved = 0, []
+        super().__init__(self.pack, torch.Tensor.clone)
+
+    def pack(self, tensor):
+        self.saved.append(tensor.numel())
+        return tensor.detach().clone()
+
+    def __enter__(self):
+        self.entered += 1
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_off_loading_covers_every_step_and_the_rehearsal(tmp_path, monkeypatch, stage):
+    found, made_here = [], []
+
+    def stand_in(model):
+        made_here.append(Away())
+        return made_here[-1]
+
+    # By module: `lorapar.grpo` is the function.
+    for module in (sys.modules["lorapar.grpo"], trl.trainer.sft_trainer):
+        monkeypatch.setattr(module, "get_act_offloading_ctx_manager", stand_in)
+    for off in (False, True):
+        model, made = fresh()
+        if stage == "sft":
+            config = sft_config(tmp_path, activation_offloading=off, max_steps=3)
+            _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, config, micro_batch_tokens=None)
+        else:
+            config = grpo_config(tmp_path, max_steps=3)
+            rows = model, tiny_tokenizer(), ROWS, made, config, [letters]
+            _, trained = lorapar.grpo(*rows, activation_offloading=off)
+        found.append((losses(trained), {n: p.detach().clone() for n, p in lora_parameters(model).items()}))
+    (away,) = made_here
+    assert away.entered == 3 + 1
+    assert max(away.saved) > 32
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(p, found[1][1][n]) for n, p in found[0][1].items())

@@ -1,12 +1,15 @@
 """Memory and speed of training, ours beside TRL with PEFT's layers; and the plan against what was measured.
 
-    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way
+    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way, and TRL's
+                                       without recomputing too
     python -m bench.memory --plan      `lorapar plan`'s figure and the measured peak of 14 CPU configurations
+                                       (--drawn N: of N drawn at random)
     python -m bench.memory             one GPU: an SFT and a GRPO step at 2 k, 8 k and 32 k tokens, and the longest
                                        context under 8, 12, 16 and 24 GB, on random weights of 7B to 8B shapes
 
 Each case runs in a process of its own (memory_case.py). Tables go to the terminal, all figures to
-bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, its tiled head) but for the precision.
+bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, its tiled head) but for
+the precision and what a line names.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +31,7 @@ RESULTS = Path(__file__).with_name("results")
 # What a recipe of ours sets on a CPU: no recomputing, parts of 512 tokens.
 OURS_ON_CPU = {"micro_batch_tokens": 512, "trainer": {"gradient_checkpointing": False}}
 GB = 10**9
+KEYS = "tokens_per_second", "tokens_per_cpu_second", "peak_bytes_above_model"
 
 
 def run(**settings: Any) -> dict[str, Any]:
@@ -47,25 +52,32 @@ def write(name: str, results: list[dict[str, Any]]) -> None:
 
 
 def on_cpu(rounds: int) -> None:
-    """Turns, so that what else the machine does falls on both ways."""
-    results = []
+    """Turns, so that what else the machine does falls on every way."""
+    ways = {
+        "trl": {"way": "trl"},
+        "trl, no recomputing": {"way": "trl", "trainer": {"gradient_checkpointing": False}},
+        "ours": {"way": "ours", **OURS_ON_CPU},
+    }
+    results: list[dict[str, Any]] = []
     for _ in range(rounds):
-        for way, settings in (("trl", {}), ("ours", OURS_ON_CPU)):
-            results.append(run(way=way, batch=8, length=512, prompt=256, steps=3, **settings))
+        for name, settings in ways.items():
+            results.append({"name": name, **run(batch=8, length=512, prompt=256, steps=3, **settings)})
             print(line(results[-1]), flush=True)
-    best = {way: [r for r in results if r.get("way") == way] for way in ("trl", "ours")}
-    speed, cpu, peak = (
-        {way: sorted(r[key] for r in rows)[len(rows) // 2] for way, rows in best.items()}
-        for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_bytes_above_model")
-    )
-    faster, in_cpu, share = (figure["ours"] / figure["trl"] for figure in (speed, cpu, peak))
-    print(f"ours: {faster:.2f} times the tokens per second ({in_cpu:.2f} by CPU time), {share:.2f} of the peak above")
+
+    def median(name: str, key: str) -> float:
+        values = sorted(result[key] for result in results if result["name"] == name)
+        return values[len(values) // 2]
+
+    for other in list(ways)[:-1]:
+        faster, in_cpu, share = (median("ours", key) / median(other, key) for key in KEYS)
+        print(f"against {other}: {faster:.2f} times the tokens per second ({in_cpu:.2f} by CPU time), "
+              f"{share:.2f} of the peak above the model")  # fmt: skip
     write("cpu", results)
 
 
 def line(result: dict[str, Any]) -> str:
-    r = {"stage": "sft", "model": "", **result}
-    what = f"{r['way']:<5} {r['stage']:<5} {r['model']:<14} {r['batch']:>3} × {r['length']:<6}"
+    r = {"stage": "sft", "model": "", "name": result["way"], **result}
+    what = f"{r['name']:<20} {r['stage']:<5} {r['model']:<14} {r['batch']:>3} × {r['length']:<6}"
     if "failed" in result or result.get("out_of_memory"):
         return f"{what} {result.get('failed', 'out of memory')}"
     above, model = result["peak_bytes_above_model"] / GB, result["model_bytes"] / GB
@@ -82,14 +94,24 @@ MATRIX = [
 ]  # fmt: skip
 
 
-def against_plan() -> bool:
+def drawn(count: int, seed: int) -> list[tuple[Any, ...]]:
+    """Configurations that no factor of the plan was fitted to."""
+    draw = random.Random(seed)
+    return [
+        (draw.randint(1, 6), draw.randrange(40, 360, 8), draw.random() < 0.5, draw.choice([None, 512]),
+         draw.choice([4, 8, 16, 32]), "float32")
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def against_plan(configurations: list[tuple[Any, ...]], name: str) -> bool:
     """Peak resident set of one SFT step, planned and measured; whether every one is within 15 %."""
     from lorapar.config import parse
     from lorapar.plan import Lengths, need
 
     results, columns = [], "{:<16}{:<11}{:<9}{:<6}{:<10}{:>9}{:>10}{:>8}"
     print(columns.format("batch × length", "recompute", "at once", "rank", "dtype", "planned", "measured", "off"))
-    for batch, length, recompute, at_once, rank, dtype in MATRIX:
+    for batch, length, recompute, at_once, rank, dtype in configurations:
         measured = run(batch=batch, length=length, prompt=1, steps=1, rank=rank, dtype=dtype, active=1.0,
                        micro_batch_tokens=at_once, trainer={"gradient_checkpointing": recompute})  # fmt: skip
         recipe = parse({
@@ -107,7 +129,7 @@ def against_plan() -> bool:
         figures = f"{planned.total / GB:.3f}", f"{peak / GB:.3f}", f"{off:+.1%}"
         case = f"{batch} × {length}", str(recompute), str(at_once), rank, dtype
         print(columns.format(*case, *figures), flush=True)
-    write("plan_cpu", results)
+    write(name, results)
     return all(abs(result["off"]) <= 0.15 for result in results)
 
 
@@ -160,13 +182,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="the CPU comparison")
     parser.add_argument("--plan", action="store_true", help="the plan against measured peaks")
+    parser.add_argument("--drawn", type=int, default=0, help="with --plan: so many configurations drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--rounds", type=int, default=1, help="of the CPU comparison")
     parser.add_argument("--models", nargs="*", default=list(SHAPES), help="of the GPU comparison")
     parser.add_argument("--contexts", nargs="*", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--caps", nargs="*", type=int, default=[8, 12, 16, 24], help="in GB")
     options = parser.parse_args()
     if options.plan:
-        sys.exit(0 if against_plan() else 1)
+        if options.drawn:
+            sys.exit(0 if against_plan(drawn(options.drawn, options.seed), "plan_drawn_cpu") else 1)
+        sys.exit(0 if against_plan(MATRIX, "plan_cpu") else 1)
     if options.cpu:
         on_cpu(options.rounds)
     else:

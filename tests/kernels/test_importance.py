@@ -43,14 +43,16 @@ def draw_examples(lengths, n_in=7, n_out=5, dtype=torch.float64):
 @pytest.mark.parametrize("lengths", [[4], [1], [1, 5, 2, 9], [16, 17, 1, 63]])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_each_sum_equals_one_example_at_a_time(lengths, dtype, bound):
-    w, a, b = layer(dtype=dtype)
-    examples = draw_examples(lengths, dtype=dtype)
+    n_in, n_out = (64, 48) if dtype == torch.bfloat16 else (7, 5)
+    w, a, b = layer(n_in, n_out, 8, dtype)
+    examples = draw_examples(lengths, n_in, n_out, dtype)
     expected = naive(examples, w, a, b, 1.5)
     sums, _ = ours(examples, w, a, b, 1.5)
     for name, got, want in zip(lk.ScoreSums._fields, sums, expected):
         relative = (got.double() - want).norm() / want.norm()
-        # A square has twice the relative error of what is squared.
-        assert relative < (2 * bound if name.endswith("sq") else bound), (name, relative)
+        # Of a lone token in bf16 the one rounding of dS is that of a whole row, and its square has it twice.
+        lone = dtype == torch.bfloat16 and len(lengths) == 1 and name.endswith("sq")
+        assert relative < (2 * bound if lone else bound), (name, relative)
 
 
 def test_input_gradient_is_the_layer_s_own():

@@ -5,8 +5,11 @@ import torch
 
 import lorapar
 from lorapar import score_sums
-from lorapar.adapter import lora_parameters
+from lorapar.adapter import lora_parameters, masked_layers
 from lorapar.errors import InputError
+from lorapar.score import scoring
+from lorapar.score_batches import read_examples, score_batch
+from lorapar.step_memory import LiveBytes
 from tests.lorapar.test_adapter import config
 from tests.lorapar.test_score import rows
 from tests.tiny import tiny_model
@@ -102,3 +105,24 @@ def test_until_stable_stops_at_the_first_look_that_reaches_the_level():
     assert all(torch.allclose(first[name], stopped[name], rtol=1e-4) for name in first)
     with pytest.raises(InputError, match="until_stable: got 1.5, expected a Jaccard index"):
         lorapar.score(model, None, rows(), until_stable=1.5)
+
+
+def test_a_pass_holds_sixteen_bytes_an_element_beyond_what_training_on_its_batch_keeps():
+    """Every storage that lives is counted; the training step's gradients are given up as they come."""
+    model = lorapar.attach(tiny_model(), config(r=8), start="paper")
+    model.eval()
+    parameters = lora_parameters(model)
+    elements = sum(p.numel() for p in parameters.values())
+    largest = max(p.numel() for p in parameters.values())
+    batch = read_examples(rows(8), None, None)
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with LiveBytes() as training:
+        score_batch(model, masked_layers(model), batch, packed=False)
+    with LiveBytes() as with_sums, scoring(model) as layers:
+        score_batch(model, layers, batch, packed=False)
+    sums = 16 * elements
+    assert with_sums.peak > sums
+    # One example's products in float64 are there for one factor at a time.
+    assert with_sums.peak <= training.peak + sums + 5 * 8 * largest
+    assert 5 * 8 * largest < sums / 4

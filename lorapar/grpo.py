@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
-from trl.models import get_act_offloading_ctx_manager
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from .answer_head import score_answers_alone
 from .bases import given_form

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import lorapar
-from bench.memory_case import Case, measure
+from bench.memory_case import SHAPES, Case, measure
 from lorapar.doctor import doctor
 from lorapar.memory_switches import SWITCHES
 from lorapar.sft import micro_batches
 from tests.lorapar.driver import refused, succeeds
+from tests.lorapar.test_bases import needs_bnb
 from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
 from tests.tiny import tiny_tokenizer
 
@@ -104,6 +105,20 @@ def test_doctor_names_each_switch():
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [switch]]
         assert len(line.split()) > 1
     assert "512 tokens at once" in said
+
+
+@needs_bnb
+@pytest.mark.parametrize("way", ["ours", "trl"])
+@pytest.mark.parametrize(("stage", "batch"), [("sft", 1), ("grpo", 4)])
+def test_a_case_of_the_gpu_comparison_runs_at_a_small_shape(monkeypatch, way, stage, batch):
+    small = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32000}  # fmt: skip
+    monkeypatch.setitem(SHAPES, "small", small)
+    given = {"way": way, "stage": stage, "model": "small", "base": "nf4", "batch": batch, "length": 64, "steps": 2}
+    found = measure(Case(**given, prompt=32, trainer={"gradient_checkpointing": True}))
+    assert len(found["losses"]) == 2
+    assert found["tokens_per_second"] > 0
+    assert found["peak_bytes_above_model"] > 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -58,15 +59,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_bytes(device: str) -> int:
-    """Bytes that this process can have: all of a GPU's memory; on a CPU what it holds and what Linux can give it
+    """Bytes that this process can have: all of a GPU's memory; on a CPU what it holds and what the system can give it
     without swapping."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024 + resident_bytes()
+    return psutil.virtual_memory().available + resident_bytes()
 
 
 def resident_bytes() -> int:
-    """Bytes of the process that are in memory now (Linux)."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
+    """Bytes of the process that are in memory now."""
+    return psutil.Process().memory_info().rss

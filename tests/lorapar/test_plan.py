@@ -10,7 +10,7 @@ import torch
 from lorapar import plan, remedies, stages
 from lorapar.config import parse
 from lorapar.errors import InputError
-from lorapar.memory import is_out_of_memory, resident_bytes
+from lorapar.memory import available_bytes, is_out_of_memory, resident_bytes
 from lorapar.models import load_model
 from lorapar.plan import Lengths, describe, need
 from lorapar.remedies import changes, parse_bytes
@@ -214,6 +214,14 @@ def test_running_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(recipe_
 def test_other_failures_are_not_taken_for_it():
     assert not is_out_of_memory(RuntimeError("size mismatch"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_the_process_s_memory_is_what_the_system_says():
+    before = resident_bytes()
+    held = torch.ones(1 << 26)
+    grown = resident_bytes() - before
+    assert 0.9 * held.nbytes < grown < 1.5 * held.nbytes
+    assert available_bytes("cpu") > resident_bytes() > 1 << 26
 
 
 def test_a_recipe_far_from_the_limit_is_not_simulated(finished, recipe_file, monkeypatch):

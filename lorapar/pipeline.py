@@ -163,6 +163,7 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     # Before anything of this stage's is given up: what it reads may be damaged, and what it needs may not be there.
     _check_whole(folder, stage.reads)
     main = stages.is_main_process()
+    release_freed()
     if main or stage.trains:
         check_memory(stage.name, recipe, folder)
     if wanted not in (record.get("started"), record.get("fingerprint")):
@@ -172,7 +173,6 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     # No process may go on from a checkpoint that the first is about to remove.
     stages.wait_for_everyone()
     log.info("%s: started", stage.name)
-    release_freed()
     reset_peak_memory()
     began = time.perf_counter()
     made = _times(stage, folder)

@@ -5,8 +5,8 @@ backward. On a GPU it takes only the tokens that have a label; elsewhere it scor
 with what is made from it takes gigabytes. Here the tokens with a label are picked out first and scored `tokens` at a
 time, by TRL's own function, which knows each architecture's scale and cap. The result is the same, per token.
 
-Where the head is a frozen linear layer and nothing scales its logits, `AnswerLogProbs` takes two products in the place
-of TRL's three. For a token with hidden state h, target t and p = softmax(W h),
+Where the head is a frozen linear layer and its output is the model's logits (held against them once), `AnswerLogProbs`
+takes two products in the place of TRL's three. For a token with hidden state h, target t and p = softmax(W h),
 
     log p_t = z_t − logsumexp(z),    ∂ log p_t / ∂h = W_t − Σ_v p_v W_v
 
@@ -23,12 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from .errors import InputError
+
 # Tokens scored at once where the recipe says nothing; measured in bench/LOG.md. On a GPU TRL's own tiles are left.
 CPU_TOKENS = 256
-
-
-# What a configuration scales or caps its logits with.
-SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class AnswerLogProbs(torch.autograd.Function):
@@ -67,13 +65,6 @@ class AnswerLogProbs(torch.autograd.Function):
         return direction * given[:, None].to(direction.dtype), None, None, None, None
 
 
-def is_plain(model: Any) -> bool:
-    """Whether a causal model's logits are a frozen linear layer's output and nothing else."""
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
-    scaled = any(getattr(text, name, None) not in (None, 1.0) for name in SCALES)
-    return isinstance(head, torch.nn.Linear) and not head.weight.requires_grad and not scaled
-
-
 class _HeadAlone:
     """What TRL's forward asks of a model, for hidden states that are there already."""
 
@@ -85,6 +76,33 @@ class _HeadAlone:
 
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
+
+
+@torch.no_grad()
+def is_plain(model: Any, forward: Any, temperature: float) -> bool:
+    """Whether a causal model's logits are its linear head's output and nothing else, found on two tokens.
+
+    `forward`: the model's, out of TRL's `add_fused_lm_head` at `temperature`. Raises InputError where something is done
+    to the logits that TRL's function does not do either.
+    """
+    head, training = model.get_output_embeddings(), model.training
+    ids = torch.tensor([[2, 3]], device=head.weight.device)
+    model.eval()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = forward(input_ids=ids, use_cache=False).logits
+    fused = forward.__func__(_HeadAlone(model), hidden, shift_labels=ids, fused_lm_head=True)
+    model.train(training)
+    z = logits.float() / temperature
+    exact = z.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    # Well above the rounding of bf16 and TF32, and below what a scale or a cap does to logits of a trained model.
+    if not torch.allclose(fused.log_probs.float(), exact, rtol=0, atol=0.02 * float(1 + z.abs().max())):
+        raise InputError(
+            f"model.name: {model.name_or_path!r} does something to its logits that TRL's trainers leave out, "
+            "so that they would train on other probabilities than the model's"
+        )
+    plain = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
+    # To the bit: the same operation on the same numbers, and a cap shows in the last bits of small logits alone.
+    return plain and torch.equal(logits, torch.nn.functional.linear(hidden, head.weight, head.bias).to(logits.dtype))
 
 
 def score_answers_alone(
@@ -102,6 +120,7 @@ def score_answers_alone(
         return
     at_once = tokens or CPU_TOKENS
     of_trl: Any = model.forward
+    plain: bool | None = None  # found in the first call, when the model is as it will be trained
 
     def forward(
         self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
@@ -109,13 +128,16 @@ def score_answers_alone(
         router = kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False)
         if not fused_lm_head or labels is None or router:
             return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        nonlocal plain
+        if plain is None:
+            plain = is_plain(self, of_trl, temperature)
         num_items = kwargs.pop("num_items_in_batch", None)
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         labels = labels[:, 1:].to(hidden.device)
         mask = labels != -100
         some, targets = hidden[mask], labels[mask]
-        if is_plain(self) and not needs_trl:
-            head: Any = self.get_output_embeddings()
+        head: Any = self.get_output_embeddings()
+        if plain and not head.weight.requires_grad and not needs_trl:
             bias = None if head.bias is None else head.bias / temperature
             found = AnswerLogProbs.apply(some / temperature, head.weight, bias, targets, at_once)
             fields = dict(zip(("log_probs", "entropy", "is_top1"), found))

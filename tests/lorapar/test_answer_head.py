@@ -2,10 +2,66 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import add_fused_lm_head
 
-from lorapar.answer_head import AnswerLogProbs, score_answers_alone
+from lorapar.answer_head import AnswerLogProbs, is_plain, score_answers_alone
+from lorapar.errors import InputError
 from tests.tiny import tiny_model
+
+SMALL = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2)  # fmt: skip
+
+
+def fused(model):
+    add_fused_lm_head(model, 0.9, outputs=("log_probs", "entropy", "is_top1"))
+    return is_plain(model, model.forward, 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "changes", "plain"),
+    [
+        ("llama", {}, True),
+        ("qwen2", {"tie_word_embeddings": True}, True),
+        ("granite", {"logits_scaling": 4.0}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+        ("cohere", {"logit_scale": 0.25}, False),
+        ("gemma2", {"final_logit_softcapping": 5.0}, False),
+        ("gemma2", {"final_logit_softcapping": None}, True),
+    ],
+)
+def test_a_head_is_plain_where_its_output_is_the_logits(kind, changes, plain, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **changes)).to(dtype).train()
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0)  # logits as far apart as a trained model's
+    assert fused(model) == plain
+    assert model.training
+
+
+@pytest.mark.parametrize("where", ["logits", "hidden"])
+def test_a_model_that_does_more_to_its_logits_than_trl_knows_is_refused(where):
+    """As code of the model's own may, under whatever name: MiniCPM divides the hidden state."""
+
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, **given):
+            if where == "logits":
+                out = super().forward(*args, **given)
+                out.logits = out.logits / 3
+                return out
+            hidden = self.model(*args, **given).last_hidden_state
+            return CausalLMOutput(logits=self.lm_head(hidden / 3))
+
+    model = Scaled(tiny_model().config)
+    with pytest.raises(InputError, match="does something to its logits that TRL's trainers leave out"):
+        fused(model)
+    add_fused_lm_head(model)
+    score_answers_alone(model, 4)
+    ids = torch.arange(4, 10)[None]
+    with pytest.raises(InputError, match="does something to its logits"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 10_000])
@@ -86,7 +142,8 @@ def test_the_answer_head_scores_no_prompt_and_survives_a_batch_without_answers()
     labels = ids.clone()
     labels[:, :7] = -100
     model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert seen == [4, 4, 2]
+    # Two tokens to hold TRL's function against the model's own logits, once, and the ten with a label.
+    assert seen == [2, 4, 4, 2]
     out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     assert not out.log_probs.any()
     out.log_probs.sum().backward()

@@ -133,7 +133,8 @@ class StageConfig:
 @dataclass
 class SFTStageConfig(StageConfig):
     """`micro_batch_tokens`: a batch goes through the model in parts of at most so many tokens, for the same losses and
-    gradients in less memory. "auto": 512 on a CPU, the whole batch on a GPU; null: the whole batch."""
+    gradients in less memory. "auto": 512 on a CPU, but the whole batch on a GPU and where a model's loss is no sum over
+    tokens (refused with a number); null: the whole batch."""
 
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
 

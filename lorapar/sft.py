@@ -18,6 +18,11 @@ from .partition import Partition
 from .rehearsal import longest, rehearsing
 from .training import PAPER, PartitionedTrainer, Trained, rows_of, train
 
+# transformers counts a step's tokens beforehand only for a model whose forward takes them (remote code may not, Gemma 4
+# and Qwen2.5-VL say no); without that count each part would be a mean of its own. The experts' balancing loss is one.
+NO_PARTS = ("this model's loss is a mean over the batch, not a sum that its parts make up; leave the key out, or null: "
+            "the whole batch")  # fmt: skip
+
 
 class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
     """TRL's SFTTrainer that trains a partition's "sft" elements; takes what SFTTrainer takes."""
@@ -34,7 +39,9 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """One batch, in parts where `micro_batch_tokens` is set: the same sums of losses and gradients."""
-        parts = micro_batches(inputs, self.micro_batch_tokens) if num_items_in_batch is not None else [inputs]
+        parts = micro_batches(inputs, self.micro_batch_tokens)
+        if num_items_in_batch is None and len(parts) > 1:
+            raise InputError(f"sft.micro_batch_tokens: got {self.micro_batch_tokens}, but {NO_PARTS}")
         losses = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -72,6 +79,15 @@ def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, 
     return parts
 
 
+def rows_that_fit(rows: Dataset, tokenizer: Any, max_length: int | None) -> list[int]:
+    """The places of the rows of at most `max_length` tokens; InputError where there is none."""
+    lengths = [len(encode(rows[i], tokenizer)[0]) for i in range(len(rows))]
+    fits = [i for i, n in enumerate(lengths) if max_length is None or n <= max_length]
+    if not fits:
+        raise InputError(f"sft.max_length: got {max_length}, shorter than every row ({min(lengths)} tokens)")
+    return fits
+
+
 def sft(
     model: PeftModel,
     tokenizer: Any,
@@ -97,16 +113,17 @@ def sft(
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     rows = rows_of(dataset, systems)
-    lengths = [len(encode(rows[i], tokenizer)[0]) for i in range(len(rows))]
-    fits = [i for i, n in enumerate(lengths) if config.max_length is None or n <= config.max_length]
-    if not fits:
-        raise InputError(f"sft.max_length: got {config.max_length}, shorter than every row ({min(lengths)} tokens)")
+    fits = rows_that_fit(rows, tokenizer, config.max_length)
     examples = rows.select(fits).select_columns(["prompt", "completion"])
     trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
     trainer.longest_first = longest_first
-    device = next(model.parameters()).device.type
-    budget = default_micro_batch_tokens(device) if micro_batch_tokens == "auto" else micro_batch_tokens
-    trainer.micro_batch_tokens = budget
+    adds_up = trainer.model_accepts_loss_kwargs and not trainer.aux_loss_enabled
+    if micro_batch_tokens == "auto":
+        device = next(model.parameters()).device.type
+        micro_batch_tokens = default_micro_batch_tokens(device) if adds_up else None
+    elif micro_batch_tokens is not None and not adds_up:
+        raise InputError(f"sft.micro_batch_tokens: got {micro_batch_tokens}, but {NO_PARTS}")
+    trainer.micro_batch_tokens = micro_batch_tokens
     trained = train(trainer, partition, "sft", len(examples), resume)
     trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
     return trainer, trained

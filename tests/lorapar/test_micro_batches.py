@@ -70,6 +70,26 @@ def test_training_in_parts_is_training_on_the_batch(tmp_path, accumulated, check
         assert differences(model, results[0][1]) < 1e-5
 
 
+def test_a_loss_that_is_no_sum_over_tokens_is_not_taken_in_parts(tmp_path):
+    """A model that takes no count of tokens, as Gemma 4 and much code of the hub: each part's loss would be a mean."""
+    results = []
+    for counts in (True, False):
+        model, made = fresh()
+        model.get_base_model().accepts_loss_kwargs = counts
+        config = sft_config(tmp_path, max_steps=3)
+        given = "auto" if not counts else None
+        trainer, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, config, micro_batch_tokens=given)
+        assert trainer.micro_batch_tokens is None
+        results.append((losses(trained), model))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert differences(results[1][1], results[0][1]) < 1e-5
+    with pytest.raises(lorapar.InputError, match="sft.micro_batch_tokens: got 12, but this model's loss is a mean"):
+        lorapar.sft(model, tiny_tokenizer(), ROWS, made, config, micro_batch_tokens=12)
+    trainer.micro_batch_tokens = 1
+    with pytest.raises(lorapar.InputError, match="sft.micro_batch_tokens: got 1, but this model's loss is a mean"):
+        trainer.training_step(trainer.model, padded(3, 5), None)
+
+
 @pytest.mark.parametrize(
     ("key", "says"),
     [

@@ -154,6 +154,9 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
             raise InputError(f"{folder / name}: no such file; run the stage that makes it before {stage.name}")
     wanted, record = fingerprint(stage, recipe, folder), records(folder).get(stage.name, {})
     done = record.get("fingerprint") == wanted and all((folder / name).is_file() for name in stage.writes)
+    if done and (cut := _cut_short(folder, record)):
+        log.warning("%s: %s; made again", stage.name, cut)
+        done = False
     # Every process has read the record before the first one writes it.
     stages.wait_for_everyone()
     if done:
@@ -167,7 +170,7 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     if main or stage.trains:
         check_memory(stage.name, recipe, folder)
     if wanted not in (record.get("started"), record.get("fingerprint")):
-        stages.discard_checkpoints(folder, stage.name)
+        stages.discard_checkpoints(recipe, folder, stage.name)
     if main:
         write_json(folder / "stages.json", records(folder) | {stage.name: {"started": wanted}})
     # No process may go on from a checkpoint that the first is about to remove.
@@ -211,6 +214,18 @@ def _check_whole(folder: Path, names: tuple[str, ...]) -> None:
             if name in names and sha256_file(folder / name) != digest:
                 raise InputError(f"{folder / name}: corrupt: not the file that {stage} wrote (another sha256); restore "
                                  "it, or delete it to have it made again")  # fmt: skip
+
+
+def _cut_short(folder: Path, record: dict[str, Any]) -> str | None:
+    """Which file of those whose `bytes` a stage recorded is missing or shorter now; None where all are there.
+
+    A merged model goes by size alone: to hash it would cost every command many seconds.
+    """
+    for name, written in record.get("bytes", {}).items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if there < written:
+            return f"{folder / name} holds {there} of the {written} bytes that were written"
+    return None
 
 
 def _times(stage: Stage, folder: Path) -> dict[str, int]:

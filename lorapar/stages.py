@@ -163,12 +163,10 @@ def load_adapter_shapes(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def sft_stage(recipe: Recipe, folder: Path) -> Facts:
-    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
-
     from .sft import sft
 
     set_seed(recipe.seed)
-    config = _trainer_config(SFTConfig, recipe, "sft", folder)
+    config = _trainer_config(recipe, "sft", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "sft")
     trainer, trained = sft(
         model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True,
@@ -178,13 +176,11 @@ def sft_stage(recipe: Recipe, folder: Path) -> Facts:
 
 
 def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
-    from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
-
     from .grpo import grpo
 
     set_seed(recipe.seed)
     rewards = resolve_rewards(recipe.grpo.rewards)
-    config = _trainer_config(GRPOConfig, recipe, "grpo", folder)
+    config = _trainer_config(recipe, "grpo", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "grpo")
     trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True,
                             longest_first=recipe.grpo.longest_first,
@@ -232,7 +228,11 @@ def export_stage(recipe: Recipe, folder: Path) -> Facts:
     dtype = None if recipe.export.dtype == "auto" else getattr(torch, recipe.export.dtype)
     differences = export(model, tokenizer, folder, recipe.export.merged, dtype, recipe.model.revision,
                          recipe.model.trust_remote_code)  # fmt: skip
-    return {f"{what}_logit_difference": value for what, value in differences.items()}
+    facts: Facts = {f"{what}_logit_difference": value for what, value in differences.items()}
+    if recipe.export.merged:
+        files = [file for file in sorted((folder / "merged").iterdir()) if file.is_file()]
+        facts["bytes"] = {f"merged/{file.name}": file.stat().st_size for file in files}
+    return facts
 
 
 def report_stage(recipe: Recipe, folder: Path) -> Facts:
@@ -248,8 +248,6 @@ def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
     `only` "label" or "report": but for the trainers' settings, which a machine that does no more need not be able to
     follow (bf16).
     """
-    from trl import GRPOConfig, SFTConfig  # pyright: ignore[reportPrivateImportUsage]
-
     from .grpo import check_engine
 
     try:
@@ -264,9 +262,9 @@ def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
     if only in ("label", "report"):
         return
     if "sft" in recipe.stages:
-        _trainer_config(SFTConfig, recipe, "sft", folder)
+        _trainer_config(recipe, "sft", folder)
     if "grpo" in recipe.stages:
-        check_engine(_trainer_config(GRPOConfig, recipe, "grpo", folder), recipe.lora.get("base"))
+        check_engine(_trainer_config(recipe, "grpo", folder), recipe.lora.get("base"))
         resolve_rewards(recipe.grpo.rewards)
 
 
@@ -310,10 +308,21 @@ def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
     )
 
 
-def discard_checkpoints(folder: Path, stage: str) -> None:
-    """Remove what an unfinished stage has left, which belongs to inputs that are no longer the recipe's."""
+def discard_checkpoints(recipe: Recipe, folder: Path, stage: str) -> None:
+    """Remove what an unfinished stage has left, which belongs to inputs that are no longer the recipe's.
+
+    Raises InputError, and removes nothing, where the recipe's rows would be refused by the stage itself.
+    """
+    checkpoints = list((folder / stage).glob("checkpoint-*"))
+    if checkpoints:
+        rows = rows_of(_labels(folder), getattr(recipe, stage).systems)
+        if stage == "sft":
+            from .sft import rows_that_fit
+
+            max_length = _trainer_config(recipe, stage, folder).max_length
+            rows_that_fit(rows, load_tokenizer(recipe.model), max_length)
     if is_main_process():
-        for checkpoint in (folder / stage).glob("checkpoint-*"):
+        for checkpoint in checkpoints:
             log.info("%s: made from other inputs, removed", checkpoint)
             shutil.rmtree(checkpoint)
         for sums in folder.glob(SCORING.format("*")) if stage == "score" else ():
@@ -391,7 +400,11 @@ def _end_of_stage(recipe: Recipe, folder: Path, stage: str, trainer: Any, traine
     }
 
 
-def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path) -> Any:
+def _trainer_config(recipe: Recipe, stage: str, folder: Path) -> Any:
+    """The stage's section as TRL's SFTConfig or GRPOConfig."""
+    import trl
+
+    config_class = trl.SFTConfig if stage == "sft" else trl.GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
     ours = {
         "output_dir": str(folder / stage),
         "seed": recipe.seed,
@@ -407,7 +420,7 @@ def _trainer_config(config_class: type, recipe: Recipe, stage: str, folder: Path
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if stage == "grpo" else {}
     check_switches(vars(config) | offloading, stage, choose_device(recipe.model.device).type)
     available = get_available_reporting_integrations()
-    for tracker in config.report_to:
+    for tracker in config.report_to or ():
         if tracker not in available:
             allowed = ", ".join(["none", *available])
             raise InputError(f"{stage}.report_to: {tracker!r} is not installed here; allowed: {allowed}")

@@ -96,6 +96,19 @@ def test_update_redoes_what_a_change_touches(finished: Path, recipe_file: Path, 
     assert rerun(finished, recipe_file, *words) == []
 
 
+def test_a_merged_model_with_a_file_missing_or_cut_short_is_made_again(finished: Path, recipe_file: Path, no_pictures):
+    merged = "--export.merged", "true"
+    assert rerun(finished, recipe_file, *merged) == ["export", "report"]
+    for name in ("model.safetensors", "tokenizer.json"):
+        file = finished / "merged" / name
+        whole = file.read_bytes()
+        for size in (len(whole) - 1, None):
+            file.unlink() if size is None else os.truncate(file, size)
+            assert rerun(finished, recipe_file, *merged) == ["export", "report"]
+            assert file.read_bytes() == whole
+    assert rerun(finished, recipe_file, *merged) == []
+
+
 @pytest.mark.slow
 def test_a_changed_data_file_reruns_label_and_what_its_rows_reach(changed_recipe: Change, tmp_path: Path, no_pictures):
     rows = [*sums(30), *sums(30, 3)]

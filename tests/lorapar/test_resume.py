@@ -164,6 +164,17 @@ def test_a_stage_that_cannot_fit_gives_up_no_checkpoint(finished: Path, recipe_f
     assert records(finished) == finished_stages
 
 
+def test_rows_that_cannot_fit_cost_no_checkpoint(finished: Path, recipe_file: Path):
+    before, finished_stages = tree(finished, "recipe.yaml"), records(finished)
+    assert any("checkpoint-" in name for name in before)
+    changed = "run", recipe_file, "--output_dir", finished, "--sft.max_length", "2", "--update"
+    refused(*changed, says=("sft.max_length: got 2, shorter than every row",))
+    assert tree(finished, "recipe.yaml") == before
+    assert records(finished) == finished_stages
+    # And with the old recipe there is nothing to do again.
+    assert skipped(succeeds("run", recipe_file, "--output_dir", finished, "--update")) == ORDER
+
+
 def test_a_second_run_skips_every_stage_and_touches_no_file(finished: Path, recipe_file: Path):
     # The copy stands in another place than the run it is a copy of, which the recipe in it says from now on.
     assert skipped(succeeds("run", recipe_file, "--output_dir", finished)) == ORDER

@@ -4,9 +4,11 @@ TEST = $(PYTHON) -m pytest
 
 .PHONY: test quick style types interpret compile native sanitize bench
 
-## what CI runs: style, types, every test, the kernels under the interpreter and compiled ahead of time
-test: style types compile interpret
-	$(TEST) tests --ignore=tests/kernels/interpret
+## what CI runs: style, types, every test (one compiles every kernel ahead of time), the kernels under the interpreter.
+## A file's tests stay together, in WORKERS processes of one thread each: the models are too small for more threads.
+WORKERS ?= 2
+test: style types interpret
+	OMP_NUM_THREADS=1 $(TEST) tests --ignore=tests/kernels/interpret -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 ## the tests that take seconds
 quick:

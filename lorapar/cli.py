@@ -165,6 +165,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
             # A level may follow, a recipe's path may too.
             if not equals and rest and _is_number(rest[0]):
                 equals, value = "=", rest.pop(0)
+            if equals and not value:
+                raise InputError("--until-stable=: needs a value, a Jaccard index in (0, 1]; or leave out the =")
             overrides.append(("score.until_stable", value if equals else STABLE))
         elif word.startswith("--") and key:
             if not equals:

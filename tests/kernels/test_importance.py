@@ -63,6 +63,19 @@ def test_input_gradient_is_the_layer_s_own():
     torch.testing.assert_close(dx, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_bias_is_added_and_moves_no_sum():
+    w, a, b = layer()
+    ((x, dy),) = draw_examples([4])
+    bias, offsets = torch.randn(5, dtype=torch.float64), torch.tensor([0, 4])
+    sums, without = lk.ScoreSums.zeros_like(a, b), lk.ScoreSums.zeros_like(a, b)
+    y = lk.lora_linear_scored(x.requires_grad_(), w, a, b, 1.5, offsets, sums, bias=bias)
+    plain = lk.lora_linear_scored(x, w, a, b, 1.5, offsets, without)
+    torch.testing.assert_close(y, plain + bias)
+    y.backward(dy)
+    plain.backward(dy)
+    assert all(torch.equal(one, other) for one, other in zip(sums, without))
+
+
 def test_order_of_examples_does_not_matter():
     w, a, b = layer()
     examples = draw_examples([3, 9, 1, 30])

@@ -13,6 +13,7 @@ import torch
 import lorapar
 from lorapar.cli import STAGES, main, split_overrides
 from lorapar.doctor import doctor, operations
+from lorapar.errors import InputError
 
 from .driver import lorapar as command
 from .driver import refused, succeeds
@@ -170,6 +171,12 @@ def test_an_overridden_value_may_look_like_an_option_or_hold_anything():
 )
 def test_until_stable_takes_a_level_or_none(words, level):
     assert split_overrides(words) == (["score", "r.yaml"], [("score.until_stable", level)])
+
+
+def test_until_stable_with_an_empty_level_is_refused():
+    """As `--until-stable=$LEVEL` is where LEVEL is not set; YAML would read it as no level, and score every row."""
+    with pytest.raises(InputError, match="--until-stable=: needs a value, a Jaccard index"):
+        split_overrides(["score", "r.yaml", "--until-stable="])
 
 
 def test_until_stable_stops_scoring_and_says_after_how_many_examples(recipe_file: Path, tmp_path: Path):

@@ -126,7 +126,11 @@ def test_prompt_tokens_carry_no_loss_and_what_they_predict_does_not_matter():
 
 def test_scoring_leaves_the_model_as_it_was():
     model = lorapar.attach(tiny_model(), config(lora_dropout=0.5), start="twin")
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    next(iter(lora_parameters(model).values())).requires_grad_(False)
     model.train()
+    required = [p.requires_grad for p in model.parameters()]
     before = Snapshot.take(model)
     one, two = (lorapar.score(model, None, rows()) for _ in range(2))
     assert model.training
@@ -134,6 +138,7 @@ def test_scoring_leaves_the_model_as_it_was():
     assert after.others == before.others
     assert all(torch.equal(after.lora[n], before.lora[n]) for n in before.lora)
     assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == required
     assert all(layer.scoring is None for layer in masked_layers(model).values())
     assert all(torch.equal(one[n], two[n]) for n in one)  # dropout was off
 
@@ -174,6 +179,10 @@ def test_text_rows_of_every_form():
     name = next(iter(plain))
     assert torch.equal(messages[name], pair[name])
     assert not torch.equal(messages[name], plain[name])
+    # What the model is asked carries no loss.
+    n_prompt, ids = len(tokenizer("1 + 1 =").input_ids), [*tokenizer("1 + 1 = 2").input_ids, tokenizer.eos_token_id]
+    as_ids = lorapar.score(model, None, [{"input_ids": ids, "labels": [IGNORED] * n_prompt + ids[n_prompt:]}])
+    assert torch.equal(as_ids[name], plain[name])
 
 
 def test_a_start_that_makes_all_scores_zero_is_refused_with_the_reason():
@@ -246,6 +255,8 @@ def test_a_model_whose_packed_examples_see_one_another_is_not_packed(monkeypatch
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     monkeypatch.setattr(score_batches, "keeps_apart", lambda model: True)
     assert score_batches.packs(model)
+    monkeypatch.setattr(score_batches, "keeps_apart", lambda model: False)
+    assert not score_batches.packs(model)
     monkeypatch.undo()
     inputs = score_batches._inputs
     # Positions that run on through the row, as a model has them that takes no notice of ours.
@@ -293,10 +304,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 def test_a_gradient_of_nan_is_named_by_row_and_layer():
     model = lorapar.attach(tiny_model(), config(), start="paper")
     # The second block's down_proj is where the backward meets it first; the row is the one that holds token 77.
-    some = [{**row, "id": f"r{i}"} for i, row in enumerate(rows(5))]
-    for row in some:
-        row["input_ids"] = [token if token != 77 else 78 for token in row["input_ids"]]
-    some[3]["input_ids"][0] = 77
+    ids = torch.randint(80, 258, (5, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    ids[3][0] = 77  # of one batch, not its first row
+    some = [{"id": f"r{i}", "input_ids": row, "labels": row} for i, row in enumerate(ids)]
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight[77, 0] = float("nan")
     with pytest.raises(InputError, match=r"row r3: NaN or Inf in the gradient of \S*layers.1.mlp.down_proj.lora_"):
@@ -332,6 +342,19 @@ def test_fp16_is_scaled_so_that_small_gradients_are_not_lost():
     got = lorapar.score(model, None, rows())
     flat = [torch.cat([scores[name].double().reshape(-1) for name in sorted(scores)]) for scores in (got, expected)]
     assert (flat[0] - flat[1]).norm() / flat[1].norm() < 1e-2
+
+
+def test_the_loss_s_gradient_is_computed_in_fp32_whatever_the_logits():
+    from lorapar.score_batches import SOFTMAX_ROWS, cross_entropy_gradient
+
+    n = SOFTMAX_ROWS + 1
+    logits, targets, weights = (4 * torch.randn(n, 97)).bfloat16(), torch.randint(97, (n,)), torch.rand(n)
+    exact = logits.double().requires_grad_()
+    (F.cross_entropy(exact, targets, reduction="none") * weights.double()).sum().backward()
+    got = cross_entropy_gradient(logits, targets, weights)
+    assert got.dtype == torch.bfloat16
+    # One rounding of each entry, the answers' too, where the softmax is near 1.
+    torch.testing.assert_close(got.double(), exact.grad, rtol=2**-8, atol=1e-8)
 
 
 def test_an_fp16_overflow_is_refused_with_the_remedy():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lorapar
+import lorapar_kernels as lk
 from lorapar import score_sums
 from lorapar.adapter import lora_parameters, masked_layers
 from lorapar.errors import InputError
@@ -39,8 +40,9 @@ def stop_after(batches):
     return on_batch
 
 
-@pytest.mark.parametrize("until_stable", [None, 1.0])
-def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, until_stable):
+# After the first look (16 examples) and after the second (32).
+@pytest.mark.parametrize(("until_stable", "stop"), [(None, 13), (1.0, 13), (1.0, 19)])
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, until_stable, stop):
     monkeypatch.setattr(score_sums, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(score_sums, "SAVE_SHARE", float("inf"))
     model = lorapar.attach(tiny_model(), config(), start="paper")
@@ -48,14 +50,14 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch,
     whole = lorapar.score(model, None, rows(40), **options)
     path, counted = tmp_path / "sums.safetensors", []
     with pytest.raises(Stopped):
-        lorapar.score(model, None, rows(40), checkpoint=path, on_batch=stop_after(13), **options)
+        lorapar.score(model, None, rows(40), checkpoint=path, on_batch=stop_after(stop), **options)
     again = lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert whole.metadata == again.metadata
-    # 12 batches were in the file when the 13th stopped it.
+    # All batches but the one that stopped it were in the file.
     total = []
     lorapar.score(model, None, rows(40), on_batch=lambda r: total.append(1), **options)
-    assert len(counted) == len(total) - 12
+    assert len(counted) == len(total) - (stop - 1)
     counted.clear()
     lorapar.score(model, None, rows(40), checkpoint=path, on_batch=lambda r: counted.append(1), **options)
     assert counted == []
@@ -74,9 +76,36 @@ def test_sums_of_other_rows_settings_or_factors_are_not_gone_on_from(tmp_path):
     assert batches(rows()) == 0
     assert batches(rows(seed=1)) > 0
     assert batches(rows(seed=1), batch_size=1) == 9
+    # As long as those, so in the same batches: another token, and another token that counts.
+    other_token, other_label = rows(seed=1), rows(seed=1)
+    other_token[0]["input_ids"][0] ^= 1
+    other_label[0]["labels"] = other_label[0]["input_ids"]
+    for other in (other_token, other_label):
+        assert batches(other, batch_size=1) == 9
+    assert batches(rows(20), until_stable=1.0, theta=0.9) > 0
+    assert batches(rows(20), until_stable=1.0, theta=0.8) > 0
+    assert batches(rows(20), until_stable=1.0, theta=0.8) == 0
+    assert batches(rows(seed=1), batch_size=1) == 9
     with torch.no_grad():
         next(iter(lora_parameters(model).values())).mul_(2)
     assert batches(rows(seed=1), batch_size=1) == 9
+
+
+def test_a_finished_pass_in_fp16_is_read_back_with_its_loss_scale(tmp_path):
+    model = lorapar.attach(tiny_model().half(), config(), start="paper")
+    whole, again = (lorapar.score(model, None, rows(), checkpoint=tmp_path / "sums.safetensors") for _ in range(2))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_fault_of_either_factor_is_seen():
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    for which in ("a_gphi_sq", "b_gphi_sq"):
+        for fault in ("nan", "inf"):
+            with scoring(model) as layers:
+                running = score_sums.RunningSums(layers)
+                assert running.finite()
+                getattr(list(layers.values())[3].scoring, which)[1, 2] = float(fault)
+                assert not running.finite()
 
 
 def test_a_damaged_file_of_sums_is_refused(tmp_path):
@@ -95,14 +124,17 @@ def test_until_stable_stops_at_the_first_look_that_reaches_the_level():
     assert (every["stable"], every["examples"]) == (False, 128)
     jaccards = [j for _, j in every["looks"]]
     assert all(0 < j < 1 for j in jaccards)
-    at = jaccards.index(max(jaccards))
-    stopped = lorapar.score(model, None, rows(128), until_stable=jaccards[at])
-    n = [32, 64, 128][at]
-    assert stopped.metadata["examples"] == n
-    assert (stopped.metadata["stable"], stopped.metadata["looks"]) == (True, every["looks"][: at + 1])
-    # The rows are taken in their own order, so it is the score of the first n.
-    first = lorapar.score(model, None, rows(128)[:n])
-    assert all(torch.allclose(first[name], stopped[name], rtol=1e-4) for name in first)
+    # Each look is compared with the one before it; the rows are taken in their own order.
+    first = {n: lorapar.score(model, None, rows(128)[:n]) for n in (16, 32, 64, 128)}
+    kept = [torch.cat([mask.reshape(-1) for mask in lk.top_mass(list(s.values()), 0.9)]) for s in first.values()]
+    for jaccard, one, other in zip(jaccards, kept, kept[1:]):
+        assert abs(jaccard - float((one & other).sum() / (one | other).sum())) < 1e-3
+    for at in (0, jaccards.index(max(jaccards))):
+        stopped = lorapar.score(model, None, rows(128), until_stable=jaccards[at])
+        n = [32, 64, 128][at]
+        assert stopped.metadata["examples"] == n
+        assert (stopped.metadata["stable"], stopped.metadata["looks"]) == (True, every["looks"][: at + 1])
+        assert all(torch.allclose(first[n][name], stopped[name], rtol=1e-4) for name in stopped)
     with pytest.raises(InputError, match="until_stable: got 1.5, expected a Jaccard index"):
         lorapar.score(model, None, rows(), until_stable=1.5)
 

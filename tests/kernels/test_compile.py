@@ -1,5 +1,6 @@
 """python -m lorapar_kernels.compile: every kernel, every architecture, no GPU, and a bad one is told."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -51,16 +52,36 @@ def test_every_kernel_compiles_for_every_architecture():
     assert lines[-1] == f"{len(rows)} compiled, no spills, all within shared memory"
 
 
+def kernels_of(sources: list[str]) -> set[str]:
+    """The functions under @triton.jit, by whatever name, that none of the others calls: those can only be launched."""
+    jitted = [
+        function
+        for source in sources
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef)
+        and any(re.search(r"\bjit\b", ast.unparse(decorator)) for decorator in function.decorator_list)
+    ]
+    names = [function.name for function in jitted]
+    assert len(set(names)) == len(names), "two of one name could hide each other"
+    calls = [node for function in jitted for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return set(names) - {ast.unparse(call.func).split(".")[-1] for call in calls}
+
+
 def test_no_kernel_is_left_out():
     """Every kernel that is written somewhere in the package is compiled ahead of time."""
     import importlib
 
-    files = [file.read_text() for file in PACKAGE.glob("*.py")]
-    written = {name for text in files for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", text, re.M)}
+    written = kernels_of([file.read_text() for file in PACKAGE.rglob("*.py")])
     modules = [importlib.import_module(f"lorapar_kernels.{module}") for module in MODULES]
     compiled = {variant.kernel.__name__ for module in modules for variant in module.ahead_of_time()}
     assert written
     assert compiled == written
+
+
+def test_a_kernel_is_found_by_whatever_name():
+    made = "@triton.jit\ndef helper(x):\n    return x\n"
+    for decorator in ("@triton.jit", "@jit", "@triton.jit(noinline=True)", "@triton.autotune([], key=[])\n@triton.jit"):
+        assert kernels_of([made, f"{decorator}\ndef spread(x):\n    helper(x)\n"]) == {"spread"}
 
 
 def test_a_kernel_that_does_not_compile_is_told():

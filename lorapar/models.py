@@ -333,11 +333,13 @@ def answer_greedily(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda count: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
     `ids` are the prompts' tokens, a generation prompt included (`data.prompt_ids`). Prompts of like length share a
-    batch, padded on the left; `on_batch` hears how many each batch held. The model's mode is left as it was.
+    batch, padded on the left; `on_batch` hears how many each batch held. `stopped`, asked after every token, ends it
+    with what is there by then. The model's mode is left as it was.
     """
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     answers = [""] * len(ids)
@@ -345,12 +347,15 @@ def answer_greedily(
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
+            if stopped():
+                break
             batch = order[start : start + batch_size]
             padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
             width = padded["input_ids"].shape[1]
             produced = model.generate(
                 **padded.to(model.device),
                 max_new_tokens=max_new_tokens,
+                stopping_criteria=[lambda seen, *_, **__: torch.full((len(seen),), stopped(), device=seen.device)],
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 # A model's own sampling settings mean nothing to a greedy answer, and would warn.

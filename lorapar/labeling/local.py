@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelConfig
@@ -41,6 +42,7 @@ class LocalTeacher:
         self.model: Any = None
         self.waiting: list[tuple[list[int], asyncio.Future[str]]] = []
         self.worker: asyncio.Task[None] | None = None
+        self.closed = threading.Event()
 
     def hide(self, text: str) -> str:
         return text
@@ -55,6 +57,7 @@ class LocalTeacher:
 
     async def check(self) -> None:
         """Load the model, so that one that is not there is refused before another teacher is paid."""
+        self.closed.clear()
         try:
             self.tokens("")
             self.model = await asyncio.to_thread(load_model, ModelConfig(self.config.model))
@@ -82,8 +85,9 @@ class LocalTeacher:
             ids, futures = [ids for ids, _ in batch], [future for _, future in batch]
             try:
                 texts = await asyncio.to_thread(
-                    answer_greedily, self.model, self.tokenizer, ids, self.max_tokens, self.config.in_flight
-                )
+                    answer_greedily, self.model, self.tokenizer, ids, self.max_tokens, self.config.in_flight,
+                    stopped=self.closed.is_set,
+                )  # fmt: skip
             except Exception as error:
                 # Raised where each is awaited, and so not here.
                 for future in futures:
@@ -96,6 +100,8 @@ class LocalTeacher:
             await asyncio.sleep(0)
 
     async def close(self) -> None:
+        # A thread cannot be cancelled, and Ctrl-C would wait for the whole batch.
+        self.closed.set()
         if self.worker is not None:
             self.worker.cancel()
         self.model = None

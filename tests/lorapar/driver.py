@@ -1,6 +1,7 @@
 """Running the command line in tests: in this process, or in a child that kills itself at a given moment."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -8,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,23 @@ def kill_in_checkpoint(stage: str, step: int) -> None:
             kill_self()
 
     torch.save = patched
+
+
+def slow_tokens_after(count: int, seconds: float) -> None:
+    """Every token that a model makes after the first `count` takes so long."""
+    llama = importlib.import_module("transformers.models.llama.modeling_llama").LlamaForCausalLM
+    forward, calls = llama.forward, 0
+
+    # `generate` looks at the signature.
+    @functools.wraps(forward)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            time.sleep(seconds)
+        return forward(self, *args, **kwargs)
+
+    llama.forward = patched
 
 
 def nothing() -> None:

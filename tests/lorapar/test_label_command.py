@@ -17,7 +17,7 @@ import pytest
 from lorapar.artefacts import read_jsonl
 from lorapar.labeling.review import read_rows, write_review
 
-from .driver import _child, lorapar, nothing, records, refused, succeeds, write_recipe
+from .driver import _child, lorapar, nothing, records, refused, slow_tokens_after, succeeds, write_recipe
 from .teaching_server import GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
 KEY = "sk-test-0123456789abcdef"
@@ -38,11 +38,11 @@ def recipe_values(model: Path, tmp_path: Path, url: str, count: int, models=MODE
     }
 
 
-def start(words: tuple[object, ...], log: Path) -> Any:
-    """The command line in a process of its own, which starts at once."""
+def start(words: tuple[object, ...], log: Path, patch: Any = nothing, given: tuple[Any, ...] = ()) -> Any:
+    """The command line in a process of its own, which starts at once; `patch(*given)` is called there first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.lorapar.driver", "lorapar.pipeline", "lorapar.sft", "lorapar.grpo"])
-    child = context.Process(target=_child, args=(nothing, (), [str(word) for word in words], str(log)))
+    child = context.Process(target=_child, args=(patch, given, [str(word) for word in words], str(log)))
     child.start()
     return child
 
@@ -127,6 +127,48 @@ def test_an_interrupt_ends_it_and_the_same_command_goes_on(tiny_folder: Path, tm
         repeated = [len(kinds) - 1 for asked in tally(url)["said"].values() for kinds in asked.values()]
         assert sum(repeated) <= 4
         assert tally(url)["most"] == {"ada": 2, "bob": 2}
+
+
+def test_an_interrupt_ends_a_local_teacher_in_the_middle_of_a_batch(tiny_folder: Path, tmp_path: Path):
+    """Its second batch would take twenty seconds more."""
+    teacher = {"in_flight": 2, "parameters": {"max_tokens": 40}}
+    values = recipe_values(tiny_folder, tmp_path, "", 8, [])
+    (tmp_path / "short.txt").write_text("{target}: {question} {answer}")
+    values["label"] = {"teachers": [{"model": str(tiny_folder), **teacher}], "target": "t", "reask": 0,
+                       "template": str(tmp_path / "short.txt")}  # fmt: skip
+    # It says nothing readable, so every row is System 2.
+    values["partition"], values["sft"]["systems"] = {"selection": "all"}, [2]
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    command, store = ("label", recipe, "--output_dir", tmp_path / "run"), tmp_path / "run" / "votes.sqlite"
+
+    def stored() -> dict[str, tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as db:
+            return {row[0]: row for row in db.execute("SELECT * FROM votes")}
+
+    def first_batch_is_there() -> bool:
+        with contextlib.suppress(sqlite3.OperationalError):  # while the file or its tables are not there
+            return len(stored()) == 2
+        return False
+
+    child = start(command, tmp_path / "stderr", slow_tokens_after, (60, 1.0))
+    while not first_batch_is_there():
+        assert child.is_alive(), (tmp_path / "stderr").read_text()
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGINT)
+    began = time.monotonic()
+    child.join(60)
+    assert time.monotonic() - began < 8
+    assert child.exitcode == 130
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    assert lines[-1] == "lorapar: interrupted; the same command goes on from here"
+    assert all(line.startswith("lorapar: ") for line in lines)
+    first = stored()
+    assert len(first) == 2
+    succeeds(*command)
+    assert len(stored()) == 8
+    assert first.items() <= stored().items()
+    # The batch that was broken off is asked again, and no other row.
+    assert records(tmp_path / "run")["label"]["calls"] == 8 + 2
 
 
 def test_two_processes_share_a_store_and_the_work(tiny_folder: Path, tmp_path: Path):

@@ -7,11 +7,8 @@ starts from another recipe; a command-line `--section.key VALUE` wins over both.
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +17,7 @@ import yaml
 
 from .bases import BASES
 from .config_label import LabelConfig, check_label
+from .config_values import build, check_keys, convert
 from .errors import InputError, require
 from .recipe_file import parse_yaml, read_recipe
 
@@ -219,28 +217,9 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     for stage, config_class, ours in (("sft", "SFTConfig", SFTStageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
         if isinstance(values.get(stage), Mapping):
             values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
-    recipe = _build(Recipe, values, at="")
+    recipe = build(Recipe, values, at="")
     _check_values(recipe)
     return recipe
-
-
-def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
-    """Refuse the first key of `given` that is not in `allowed`, naming the nearest one that is."""
-    allowed = sorted(allowed)
-    for key in given:
-        if key not in allowed:
-            near = max(allowed, key=lambda name: _likeness(str(key), name))
-            # Of a few keys that are all unlike it the reader would rather see them all.
-            hint = f"did you mean {near!r}?"
-            if len(allowed) < 20 and _likeness(str(key), near) < 1.0:
-                hint = f"allowed: {', '.join(allowed)}"
-            raise InputError(f"{at}{key}: unknown key; {hint}")
-
-
-def _likeness(one: str, other: str) -> float:
-    """0 to 2, letters in order and letters in any order: what is mistyped often has them swapped (tetha)."""
-    ordered = difflib.SequenceMatcher(None, one, other).ratio()
-    return ordered + difflib.SequenceMatcher(None, sorted(one), sorted(other)).ratio()
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -269,81 +248,9 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
                              "output_dir and seed are top-level keys")  # fmt: skip
     hints = typing.get_type_hints(getattr(trl, config_class))
-    trainer = {key: _convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
+    trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
     defaults = {"systems": [1] if stage == "sft" else [2]}
     return defaults | {key: values[key] for key in own if key in values} | {"trainer": trainer}
-
-
-def _build(cls: type, values: Any, at: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{at.rstrip('.')}: expected a mapping of keys, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    check_keys(values, fields, at)
-    for name, f in fields.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise InputError(f"{at}{name}: missing; the recipe must give it")
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(hints[name], value, f"{at}{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, at: str) -> Any:
-    """`value` as the annotated type, or InputError. Integers serve as floats, and text such as 1e-4 as a number."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if hint is ModelConfig and isinstance(value, str):
-            value = {"name": value}
-        if hint is SourceConfig and isinstance(value, str):
-            value = {"name": value}
-        return value if isinstance(value, hint) else _build(hint, value, f"{at}.")
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise InputError(f"{at}: got {value!r}, allowed: {', '.join(map(str, arguments))}")
-    if origin in (typing.Union, types.UnionType):
-        # Exact matches first, so that True stays a bool and 1 an int where both are allowed.
-        for argument in arguments:
-            if isinstance(argument, type) and type(value) is argument:
-                return value
-        for argument in arguments:
-            try:
-                return _convert(argument, value, at)
-            except InputError:
-                continue
-    elif origin is list:
-        if isinstance(value, list):
-            return [_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
-    elif origin is dict or hint is dict:
-        if isinstance(value, Mapping):
-            of = arguments[1] if arguments else Any
-            return {key: _convert(of, item, f"{at}.{key}") for key, item in value.items()}
-    elif hint is float and not isinstance(value, bool):
-        with_number = _as_float(value)
-        if with_number is not None:
-            return with_number
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (bool, str, type(None)):
-        if isinstance(value, hint):
-            return value
-    elif hint is Any or hint not in (float, int):
-        return value
-    raise InputError(f"{at}: got {value!r}, expected {_type_name(hint)}")
-
-
-def _as_float(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return None if math.isnan(number) else number
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in typing.get_args(hint))
-    if hint is type(None):
-        return "nothing"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -395,7 +302,7 @@ def check_lora(values: Mapping[str, Any]) -> None:
     require(bias == "none", "lora.bias", bias, "none: only LoRA elements are trained")
     hints = typing.get_type_hints(peft.LoraConfig)
     for key, value in values.items():
-        _convert(hints[key], value, f"lora.{key}")
+        convert(hints[key], value, f"lora.{key}")
     rank, alpha, dropout = values.get("r", 8), values.get("lora_alpha", 8), values.get("lora_dropout", 0.0)
     require(rank >= 1, "lora.r", rank, "an integer of at least 1")
     require(alpha > 0, "lora.lora_alpha", alpha, "more than 0")

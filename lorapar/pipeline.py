@@ -39,6 +39,7 @@ from .logs import calm_libraries, logging_to
 from .memory import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from .recipe_file import dump_yaml, parse_yaml
 from .remedies import check_memory, out_of_memory
+from .run_files import check_whole, refresh_metrics
 
 log = logging.getLogger("lorapar")
 # Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
@@ -201,14 +202,14 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
         write_json(folder / "stages.json", records(folder) | {stage.name: record})
         if stage.name != "report":
             planned = [planned.name for planned in plan(recipe)]
-            stages.refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
+            refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     stages.wait_for_everyone()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
 
 
 def _check_whole(folder: Path, names: tuple[str, ...]) -> None:
     """InputError for an artefact that is missing, corrupt, or, an adapter, not what its stage wrote."""
-    stages.check_whole(folder, names)
+    check_whole(folder, names)
     for stage, record in records(folder).items():
         for name, digest in record.get("sha256", {}).items():
             if name in names and sha256_file(folder / name) != digest:

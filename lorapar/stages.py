@@ -17,11 +17,11 @@ from transformers.integrations import get_available_reporting_integrations  # py
 
 from lorapar_kernels import backend
 
-from .adapter import ADAPTER, attach, check_fits, load_adapter, lora_parameters, save_adapter
-from .artefacts import atomic_folder, read_json, read_jsonl, why_not_whole, write_json, write_jsonl
+from .adapter import attach, load_adapter, lora_parameters, save_adapter
+from .artefacts import atomic_folder, read_json, write_json, write_jsonl
 from .bases import QUANTISED, quantisation
 from .config import Recipe
-from .data import load_rows, to_dataset
+from .data import load_rows
 from .errors import InputError
 from .evaluate import evaluate
 from .export import export
@@ -33,13 +33,13 @@ from .memory_switches import check_switches, default_checkpointing
 from .models import choose_device, load_model, load_tokenizer
 from .partition import Partition, partition
 from .rewards import resolve_rewards
+from .run_files import load_adapter_shapes, load_labels
 from .score import Scores, load_scores, save_scores, score
 from .training import rows_of, save_stage
 
 log = logging.getLogger("lorapar")
 Facts = dict[str, Any]
 SCORING = "scoring-system{}.safetensors"  # a system's running sums, until scores.safetensors is there
-LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
 
 def label_stage(recipe: Recipe, folder: Path) -> Facts:
@@ -110,7 +110,7 @@ def score_stage(recipe: Recipe, folder: Path) -> Facts:
     Scoring writes nothing into the model, so the start is written last: one that cannot be scored replaces none.
     """
     set_seed(recipe.seed)
-    tokenizer, labelled = load_tokenizer(recipe.model), _labels(folder)
+    tokenizer, labelled = load_tokenizer(recipe.model), load_labels(folder)
     model = attach(_model(recipe), lora_config(recipe), recipe.start, recipe.seed)
     config, both, facts = recipe.score, [], {}
     for system in (1, 2) if recipe.partition.selection != "all" else ():
@@ -149,19 +149,6 @@ def partition_stage(recipe: Recipe, folder: Path) -> Facts:
     return {"jaccard": summary["jaccard"], **summary["fraction"]}
 
 
-def load_adapter_shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """Zeros of the saved adapter's shapes under the names the loaded model gives its parameters."""
-    from safetensors.torch import load_file
-
-    ends = ((".lora_A.weight", f".lora_A.{ADAPTER}.weight"), (".lora_B.weight", f".lora_B.{ADAPTER}.weight"))
-    shapes = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        for saved, loaded in ends:
-            if name.endswith(saved):
-                shapes[name.removesuffix(saved) + loaded] = torch.zeros(tensor.shape)
-    return shapes
-
-
 def sft_stage(recipe: Recipe, folder: Path) -> Facts:
     from .sft import sft
 
@@ -169,7 +156,7 @@ def sft_stage(recipe: Recipe, folder: Path) -> Facts:
     config = _trainer_config(recipe, "sft", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "sft")
     trainer, trained = sft(
-        model, tokenizer, _labels(folder), made, config, recipe.sft.systems, resume=True,
+        model, tokenizer, load_labels(folder), made, config, recipe.sft.systems, resume=True,
         longest_first=recipe.sft.longest_first, micro_batch_tokens=recipe.sft.micro_batch_tokens,
     )  # fmt: skip
     return _end_of_stage(recipe, folder, "sft", trainer, trained)
@@ -182,8 +169,8 @@ def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
     rewards = resolve_rewards(recipe.grpo.rewards)
     config = _trainer_config(recipe, "grpo", folder)
     model, tokenizer, made = _start_of_stage(recipe, folder, "grpo")
-    trainer, trained = grpo(model, tokenizer, _labels(folder), made, config, rewards, recipe.grpo.systems, resume=True,
-                            longest_first=recipe.grpo.longest_first,
+    trainer, trained = grpo(model, tokenizer, load_labels(folder), made, config, rewards, recipe.grpo.systems,
+                            resume=True, longest_first=recipe.grpo.longest_first,
                             rollout_batch_size=recipe.grpo.rollout_batch_size,
                             logprob_tokens=recipe.grpo.logprob_tokens,
                             activation_offloading=recipe.grpo.activation_offloading)  # fmt: skip
@@ -193,7 +180,7 @@ def grpo_stage(recipe: Recipe, folder: Path) -> Facts:
 def evaluate_stage(recipe: Recipe, folder: Path) -> Facts:
     """The base (adapter off) and the model after each stage, on the same held-out rows."""
     tokenizer, config = load_tokenizer(recipe.model), recipe.evaluate
-    labelled = _labels(folder)
+    labelled = load_labels(folder)
     rows = [row for row in cast(Sequence[dict[str, Any]], labelled) if row["split"] == "held_out"]
     if config.limit is not None:
         rows = [row for s in (1, 2) for row in [r for r in rows if r["system"] == s][: config.limit]]
@@ -268,46 +255,6 @@ def check_recipe(recipe: Recipe, folder: Path, only: str | None = None) -> None:
         resolve_rewards(recipe.grpo.rewards)
 
 
-def check_whole(folder: Path, names: Sequence[str]) -> None:
-    """Read the artefacts that a stage is about to use or has written, and hold partition and adapters together.
-
-    Raises InputError for one that is missing, corrupt or of another model.
-    """
-    for name in names:
-        fault = why_not_whole(folder / name)
-        if fault:
-            raise InputError(f"{folder / name}: {fault}; restore it, or delete it to have it made again")
-    if "labels.jsonl" in names:
-        _labels(folder)
-    if "scores.safetensors" in names:
-        load_scores(folder / "scores.safetensors")
-    if "partition.safetensors" in names:
-        made = Partition.load(folder / "partition.safetensors")
-        for name in names:
-            if name.endswith("/adapter_model.safetensors"):
-                shapes = load_adapter_shapes((folder / name).parent)
-                check_fits(cast(Any, shapes), made.active("sft"), str(folder / "partition.safetensors"))
-
-
-def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
-    """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists."""
-    path = folder / "metrics.json"
-    if not path.exists():
-        return
-    done = {name: record for name, record in records.items() if "seconds" in record}
-    write_json(
-        path,
-        read_json(path)
-        | {
-            "optimizer_state_bytes": {n: r["optimizer_state_bytes"] for n, r in done.items() if n in ("sft", "grpo")},
-            "seconds": {name: record["seconds"] for name, record in done.items()},
-            # Of the seconds above, those in which completions were generated.
-            "rollout_seconds": {n: r["rollout_seconds"] for n, r in done.items() if "rollout_seconds" in r},
-            "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in done.items()},
-        },
-    )
-
-
 def discard_checkpoints(recipe: Recipe, folder: Path, stage: str) -> None:
     """Remove what an unfinished stage has left, which belongs to inputs that are no longer the recipe's.
 
@@ -315,7 +262,7 @@ def discard_checkpoints(recipe: Recipe, folder: Path, stage: str) -> None:
     """
     checkpoints = list((folder / stage).glob("checkpoint-*"))
     if checkpoints:
-        rows = rows_of(_labels(folder), getattr(recipe, stage).systems)
+        rows = rows_of(load_labels(folder), getattr(recipe, stage).systems)
         if stage == "sft":
             from .sft import rows_that_fit
 
@@ -355,19 +302,6 @@ def _voter_names(recipe: Recipe) -> list[str]:
 
 def _voter_name(voter: str | dict[str, Any]) -> Any:
     return voter if isinstance(voter, str) else voter.get("name")
-
-
-def _labels(folder: Path) -> Dataset:
-    path = folder / "labels.jsonl"
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, start=1):
-        for column in LABELLED_COLUMNS:
-            if row.get(column) is None:
-                raise InputError(f"{path}: line {number} has no {column!r}; label writes {', '.join(LABELLED_COLUMNS)}")
-        if row["system"] not in (1, 2) or row["split"] not in ("train", "held_out"):
-            given = row["system"], row["split"]
-            raise InputError(f"{path}: line {number}: system and split are {given}, allowed: 1 or 2, train or held_out")
-    return to_dataset(rows)
 
 
 def _previous(recipe: Recipe, stage: str) -> str:

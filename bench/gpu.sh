@@ -7,7 +7,8 @@
 #                                   figures mean nothing, so none is required and none kept but where OUT says
 #
 # PYTHON names the interpreter (python3). Results go to $OUT, else to bench/results. With PEFT there, its layer is one of
-# the ways compared. Exit status: 0 all passed, 1 a test or a case failed, 2 it cannot run here.
+# the ways compared; without the packages of bench/test_scoring_7b.py that case is skipped, and the exit status is 1.
+# Exit status: 0 all passed, 1 a test or a case failed or the 7B case was not run, 2 it cannot run here.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -72,6 +73,11 @@ echo "== microbenchmarks ($device), after $SECONDS s"
 # Within ten minutes whatever happens; interrupted, pytest still prints its table and writes what it has.
 [ "$device" = cpu ] && ends=() || ends=(timeout --signal=INT "$((570 - SECONDS))")
 "${ends[@]}" "$python" -m pytest bench -q -p no:cacheprovider -k "$device" --results "$out" \
-  "${options[@]}" || status=1
+  "${options[@]}" 2>&1 | tee "$work/bench" || status=1
+# Where a package it needs is missing pytest skips it, which must not look like having reached what is required.
+if ! grep -qF "scoring, 7B shape [$device]" "$work/bench"; then
+  echo "== bench/test_scoring_7b.py was not run; $python -m pytest bench/test_scoring_7b.py -rs says why"
+  status=1
+fi
 echo "== exit status $status after $SECONDS s"
 exit "$status"

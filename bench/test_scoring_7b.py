@@ -1,7 +1,8 @@
 """Scoring on a Llama-2-7B shape with random weights in bf16, 200 tokens an example, half of them the answer's.
 
-Against the released script's way (one example a step through PEFT's layers) and against a bare forward and backward
-for dX alone over the same batches. On the CPU a small shape stands in, to try the case without a GPU.
+Against the released script's way (one example a step through PEFT's layers) and against a forward and backward for dX
+alone: our layers, batches, answer positions and loss without the sums, so that the ratio is what the sums cost.
+On the CPU a small shape stands in, to try the case without a GPU.
 """
 
 import os
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorapar
 from bench.baselines import released_script
-from bench.baselines.opacus_way import summed_loss
+from lorapar.score_batches import cross_entropy_gradient, head_on
 
 TOKENS, BATCH = 200, 8
 ROWS = int(os.environ.get("LORAPAR_BENCH_ROWS", 32))
@@ -50,9 +51,21 @@ def random_model(device: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 def bare(model, batches) -> None:
     """A forward and a backward that carries dX down to the embedding, and no factor's gradient."""
+    factors = released_script.trainable(model).values()
+    for factor in factors:
+        factor.requires_grad_(False)
     for ids, labels in batches:
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        summed_loss(model(inputs_embeds=embedded, use_cache=False).logits, labels).backward()
+        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+        answers = targets != -100
+        with head_on(model, answers):
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+        weights = (1.0 / answers.sum(1, keepdim=True)).expand(answers.shape)[answers]
+        logits.backward(cross_entropy_gradient(logits.detach(), targets[answers], weights))
+        assert embedded.grad is not None
+    for factor in factors:
+        assert factor.grad is None
+        factor.requires_grad_(True)
 
 
 def test_scoring_7b(benchmark, report, device):
@@ -69,21 +82,14 @@ def test_scoring_7b(benchmark, report, device):
     script.load_state_dict(ours.state_dict())
     peaks: dict[str, int] = {}
 
-    def bare_pass() -> None:
-        for parameter in script.parameters():
-            parameter.requires_grad_(False)
-        bare(script, batches)
-        for parameter in released_script.trainable(script).values():
-            parameter.requires_grad_(True)
-
     ways = {
         "ours": lambda: lorapar.score(ours, None, as_rows(examples), batch_size=BATCH),
         "released script's": lambda: released_script.score(script, examples, device),
-        "forward and dX alone": bare_pass,
+        "forward and dX alone": lambda: bare(ours, batches),
     }
     lorapar.score(ours, None, as_rows(examples[:BATCH]), batch_size=BATCH)
     released_script.score(script, examples[:2], device)
-    bare(script, batches[:1])
+    bare(ours, batches[:1])
     timed = interleave(benchmark, f"scoring, 7B shape [{device}]", with_peaks(ways, peaks, device), device, rounds=3)
     timed.facts = {
         "rows": ROWS,

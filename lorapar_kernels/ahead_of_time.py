@@ -80,19 +80,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
 def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], room: int) -> Variant:
     options = {"num_warps": constants.pop("num_warps", 4), "num_stages": constants.pop("num_stages", 3)}
     names = kernel.arg_names
+    as_they_are = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature: dict[str, Any] = {}
     values: dict[Any, Any] = dict(constants)
     aligned: list[Any] = []
     for i, argument in enumerate(arguments):
         entries = argument if isinstance(argument, tuple) else (argument,)
         paths = [(i, j) for j in range(len(entries))] if isinstance(argument, tuple) else [(i,)]
-        kinds = tuple(_kind(entry) for entry in entries)
+        specialise = names[i] not in as_they_are
+        kinds = tuple(_kind(entry, specialise) for entry in entries)
         signature[names[i]] = kinds if isinstance(argument, tuple) else kinds[0]
         for path, entry, kind in zip(paths, entries, kinds):
             if kind == "constexpr":
                 values[path] = entry
             # Triton's launcher specialises on both: pointers from torch's allocator are aligned.
-            elif isinstance(entry, torch.Tensor) or (isinstance(entry, int) and entry % 16 == 0):
+            elif isinstance(entry, torch.Tensor) or (specialise and isinstance(entry, int) and entry % 16 == 0):
                 aligned.append(path)
     signature |= dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in names}
@@ -104,14 +106,14 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
     )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, specialise: bool = True) -> str:
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
     # Triton's TensorDescriptor, by what it has, so that this file need not import Triton.
     if hasattr(value, "block_shape"):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     # The launcher makes None, and integers equal to 1, constants of the kernel.
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (specialise and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -9,7 +9,9 @@ example's G in fp32 registers over that example's tokens, and at its end adds G�
 out once, as partial sums. `_add_partial_sums_kernel` then adds the ranges' partial sums in their order to the running
 sums. No atomics, and neither G nor a `.grad` is ever written: equal calls give equal bits.
 
-Trade-off: the ranges fill the GPU where a factor has few tiles, and cost 8 bytes an element of one layer a range.
+Trade-off: the ranges fill the GPU where a factor has few tiles, and cost 8 bytes an element of one layer a range, for
+the time of one call. (In a batch with no more examples than ranges, a partial sum is that of one example.) An example
+is never cut, which would write parts of its G; where examples × tiles are fewer than the processors, tiles are narrow.
 """
 
 import itertools
@@ -23,6 +25,8 @@ from .ahead_of_time import Variant, launch, recording
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64
+# The least that the tensor cores multiply: four times the programs, for a batch of one or few examples.
+NARROW_N = 16
 # (tokens a step, warps) by the input's bits. 32 tokens are one K of the tensor cores' instructions twice over (bf16 has
 # 16), and a short example wastes little. fp32 has no such instruction at full precision; with it 32 tokens, or 16 at 4
 # warps, spill on sm_90.
@@ -33,7 +37,8 @@ BLOCK = 512
 PROGRAMS_PER_SM = 4
 
 
-@triton.jit
+# Counts differ from batch to batch: specialised on 1 and on multiples of 16, each would be three kernels.
+@triton.jit(do_not_specialize=["n_examples"])
 def _example_products_kernel(
     thin_ptr, wide_ptr, phi_ptr, offsets_ptr, partial_ptr, scale, n_examples, rank, width,
     stride_thin, stride_wide, stride_phi_r, stride_phi_n,
@@ -83,7 +88,7 @@ def add_compensated(high, low, value):
     return high, lost - (high - total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ranges"])
 def _add_partial_sums_kernel(partial_ptr, sum_ptr, rest_ptr, sum_sq_ptr, rest_sq_ptr, n_ranges, elements,
                              BLOCK: tl.constexpr):  # fmt: skip
     """Add every range's partial sums, in order, to the two running sums and their rests."""
@@ -112,10 +117,15 @@ def block_r(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
-def ranges_of_examples(n_examples: int, tiles: int, device: torch.device) -> int:
-    """How many ranges the examples are cut into, so that ranges × tiles fill the device; at most one an example."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return min(n_examples, -(-PROGRAMS_PER_SM * processors // tiles))
+def grid(n_examples: int, rank: int, width: int, processors: int) -> tuple[int, int, int, int]:
+    """(columns of a tile, tiles across, tiles down, ranges of examples), so that tiles × ranges fill the processors.
+
+    A range holds an example at least, so one short of examples gets narrower tiles.
+    """
+    down = -(-rank // block_r(rank))
+    block_n = BLOCK_N if n_examples * down * -(-width // BLOCK_N) >= processors else NARROW_N
+    across = -(-width // block_n)
+    return block_n, across, down, min(n_examples, -(-PROGRAMS_PER_SM * processors // (across * down)))
 
 
 def add_example_products(
@@ -136,9 +146,9 @@ def add_example_products(
     rank, width = thin.shape[1], wide.shape[1]
     strides = (1, rank) if across else (width, 1)
     n_examples = offsets.numel() - 1
-    rows = block_r(rank)
-    tiles_n, tiles_r = -(-width // BLOCK_N), -(-rank // rows)
-    ranges = ranges_of_examples(n_examples, tiles_n * tiles_r, thin.device)
+    on_gpu = thin.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(thin.device).multi_processor_count if on_gpu else 2
+    block_n, tiles_n, tiles_r, ranges = grid(n_examples, rank, width, processors)
     partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
     tokens, warps = STEP[8 * thin.element_size()]
     # Rows that do not begin at 16 bytes are loaded an element at a time, and their addresses spill at 4 warps.
@@ -146,7 +156,7 @@ def add_example_products(
     launch(
         _example_products_kernel, (tiles_n, tiles_r, ranges),
         thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
-        BLOCK_R=rows, BLOCK_N=BLOCK_N, BLOCK_T=tokens, num_warps=warps,
+        BLOCK_R=block_r(rank), BLOCK_N=block_n, BLOCK_T=tokens, num_warps=warps,
     )  # fmt: skip
     launch(_add_partial_sums_kernel, (-(-phi.numel() // BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)
 
@@ -162,11 +172,13 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
         (torch.float32, torch.float32),
     ]
     with recording() as variants:
-        for (dtype, factor), rank, width in itertools.product(dtypes, (8, 64), (4096, 61)):
+        # One example of a layer that is one tile wide takes the narrow tile.
+        shapes = (65, 4096), (65, 61), (2, 64), (2, 61)
+        for (dtype, factor), rank, (bounds, width) in itertools.product(dtypes, (8, 64), shapes):
             for across in (False, True):
                 phi = torch.empty((width, rank) if across else (rank, width), dtype=factor, device="meta")
                 sums = tuple(torch.empty(phi.shape, device="meta") for _ in range(4))
                 thin, wide = (torch.empty(4096, n, dtype=dtype, device="meta") for n in (rank, width))
-                offsets = torch.empty(65, dtype=torch.int64, device="meta")
+                offsets = torch.empty(bounds, dtype=torch.int64, device="meta")
                 add_example_products(sums, thin, wide, phi, across, 1.0, offsets)  # pyright: ignore[reportArgumentType]
     return variants

@@ -138,6 +138,25 @@ def test_what_is_recorded_is_what_is_launched():
     assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel", "reduce_kernel"]
 
 
+def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
+    """One example would be a constant of the kernel, and 16 a multiple: kernels that nothing had compiled before."""
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.importance_triton import add_example_products, ahead_of_time
+
+    with recording() as variants:
+        for width in (4096, 61):
+            for n_examples in (2, 7, 16, 1000):
+                phi, thin, wide = (torch.empty(*shape, device="meta") for shape in ((64, width), (99, 64), (99, width)))
+                sums = tuple(torch.empty(64, width, device="meta") for _ in range(4))
+                offsets = torch.empty(n_examples + 1, dtype=torch.int64, device="meta")
+                add_example_products(sums, thin, wide, phi, False, 1.0, offsets)
+    # The rows of 61 are not aligned; the second kernel sees elements alone.
+    assert len(variants) == 3
+    assert all(variant in ahead_of_time() for variant in variants)
+
+
 def test_ptxas_figures():
     log = (
         "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"

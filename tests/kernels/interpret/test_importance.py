@@ -144,6 +144,22 @@ def test_many_batches_lose_nothing():
         torch.testing.assert_close(totals[2 * i].double(), exact[i], rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize(("n_examples", "rank", "width"), [(8, 8, 4096), (8, 8, 1024), (1, 8, 4096), (2, 64, 2048),
+                                                           (512, 8, 256), (3000, 8, 64), (1, 8, 11008)])  # fmt: skip
+def test_programs_fill_a_gpu_whatever_the_shape(n_examples, rank, width):
+    from lorapar_kernels.importance_triton import BLOCK_N, NARROW_N, PROGRAMS_PER_SM, grid
+
+    processors = 132  # of an H100
+    block_n, across, down, ranges = grid(n_examples, rank, width, processors)
+    programs = across * down * ranges
+    assert across * block_n >= width
+    assert programs >= processors
+    assert ranges <= n_examples
+    # And no more partial sums than that takes, so that many examples are not written one by one.
+    assert ranges == 1 or (ranges - 1) * across * down < PROGRAMS_PER_SM * processors
+    assert block_n == (NARROW_N if n_examples * down * -(-width // BLOCK_N) < processors else BLOCK_N)
+
+
 def test_what_ran_was_the_kernel(monkeypatch):
     from lorapar_kernels import importance_triton
 

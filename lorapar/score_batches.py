@@ -3,7 +3,7 @@
 The loss of an example is the mean over its own answer tokens, and the batch's loss their sum: a batch of 8 gives what 8
 batches of 1 give, to rounding. Examples never attend to one another. Where the model's attention takes sequences of
 several lengths (FlashAttention, by `position_ids`) a batch is one packed row without padding; elsewhere a row an
-example, padded on the right, at most a twentieth of it.
+example, padded on the right, less than a twentieth of it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .errors import InputError
 from .layers import MaskedLayer
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
-PADDING = 1 / 20  # of a batch's tokens, at most: a padded token costs what a real one does
+PADDING = 20  # a padded token costs what a real one does: fewer than one in so many of a batch's tokens
 # fp16 is 0 below 6e-8, and an answer token's gradient is spread over the whole vocabulary; a power of two comes out of
 # the sums exactly.
 FP16_LOSS_SCALE = 2.0**12
@@ -81,23 +81,23 @@ def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: 
     """Indices in batches of like length, the longest first; none crosses a mark (a count of examples).
 
     Longest first, so that what does not fit in memory fails at once. `padded`: a batch ends early where padding would
-    be more than `PADDING` of it.
+    be a twentieth of it.
     """
     batches: list[list[int]] = []
     for start, end in zip([0, *marks], [*marks, len(lengths)]):
-        room = 0.0
+        room = 0
         first = len(batches)
         for i in sorted(range(start, end), key=lambda i: -lengths[i]):
-            # `room`: tokens that may still be padding; each row adds its share of the width, less what it lacks itself.
+            # `room`: `PADDING` times the tokens that may still be padding; each row adds the width, less what it lacks.
             if len(batches) > first and len(batches[-1]) < batch_size:
                 width = lengths[batches[-1][0]]
-                left = room + width * PADDING - (width - lengths[i])
-                if left >= 0 or not padded:
+                left = room + width - PADDING * (width - lengths[i])
+                if left > 0 or not padded:
                     batches[-1].append(i)
                     room = left
                     continue
             batches.append([i])
-            room = lengths[i] * PADDING
+            room = lengths[i]
     return batches
 
 

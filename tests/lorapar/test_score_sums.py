@@ -79,7 +79,8 @@ def test_sums_of_other_rows_settings_or_factors_are_not_gone_on_from(tmp_path):
     assert batches(rows(seed=1), batch_size=1) == 9
     # As long as those, so in the same batches: another token, and another token that counts.
     other_token, other_label = rows(seed=1), rows(seed=1)
-    other_token[0]["input_ids"][0] ^= 1
+    for some in (other_token, other_label):
+        some[0]["input_ids"][0] ^= 1
     other_label[3]["labels"] = other_label[3]["input_ids"]
     for other in (other_token, other_label):
         assert batches(other, batch_size=1) == 9

@@ -1,0 +1,30 @@
+"""The inside of a step's process: `python -m bench.gpu.run MODULE` calls main() of bench/gpu/MODULE.py.
+
+Exit status: 0 it ran, 1 a case was wrong or it raised, 3 a package that it needs is missing.
+"""
+
+import importlib
+import sys
+import traceback
+
+from bench.gpu import record
+
+MISSING = 3
+
+
+def main(module: str) -> int:
+    try:
+        importlib.import_module(f"bench.gpu.{module}").main()
+        record.strike()
+    except ModuleNotFoundError as error:
+        traceback.print_exc()
+        print(f"{error.name} is not installed", file=sys.stderr)
+        return MISSING
+    if record.wrongs():
+        print(f"{record.wrongs()} cases were wrong", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

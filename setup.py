@@ -4,7 +4,8 @@ The libraries have a C interface and are loaded with ctypes (lorapar_kernels/nat
 Python's headers are needed to build them, and a wheel fits every Python 3 of its platform. Without a
 compiler, or with one that fails, a warning says so, the install goes on, and the PyTorch reference serves.
 
-Environment: CXX and NVCC name the compilers (an empty NVCC leaves the CUDA library out).
+Environment: CXX and NVCC name the compilers (an empty NVCC leaves the CUDA library out); LORAPAR_CUDA_ARCHS names the
+architectures instead of CUDA_ARCHS ("90", or "80 90"), which builds faster for a machine that is known.
 """
 
 import os
@@ -49,17 +50,20 @@ def nvcc_command(sources, target):
     """The command line that cross-compiles the CUDA library (no GPU needed), or why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     named = os.environ.get("NVCC")
-    nvcc = named if named is not None else shutil.which("nvcc") or (home and shutil.which(f"{home}/bin/nvcc"))
+    # Where NVIDIA's packages put it, which many images leave off the path.
+    folder = f"{home or '/usr/local/cuda'}/bin"
+    nvcc = named if named is not None else shutil.which("nvcc") or shutil.which("nvcc", path=folder)
     if not nvcc:
-        return None, "nvcc was not found (NVCC, CUDA_HOME and the path name none)"
+        return None, f"nvcc was not found (NVCC and the path name none, and there is none in {folder})"
     try:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{nvcc} --list-gpu-arch failed: {error}"
     # An older nvcc does not know the newest of them; the PTX of the newest it knows carries it forward.
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.stdout.split()]
+    asked = os.environ.get("LORAPAR_CUDA_ARCHS", "").split() or CUDA_ARCHS
+    archs = [arch for arch in asked if f"compute_{arch}" in listed.stdout.split()]
     if not archs:
-        return None, f"{nvcc} knows none of {CUDA_ARCHS}"
+        return None, f"{nvcc} knows none of {' '.join(map(str, asked))}"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     names = " ".join(f"sm_{arch}" for arch in archs) + f" and PTX {archs[-1]}"

@@ -96,7 +96,8 @@ def write_results(folder: Path, device: str, cases: list[Timed]) -> Path:
     """Put the cases into the device's file; one that was not run keeps its last entry, with its own commit and date."""
     name = device_name(device)
     path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    known = json.loads(path.read_text())["cases"] if path.exists() else {}
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    known = whole.get("cases", {})
     facts = {
         **({"driver": driver()} if device == "cuda" else {}),
         "commit": commit(),
@@ -106,7 +107,8 @@ def write_results(folder: Path, device: str, cases: list[Timed]) -> Path:
         "versions": {package: version for package in VERSIONS if (version := installed(package))},
     }
     known |= {timed.case: {**timed.as_json(), **facts} for timed in cases}
-    text = json.dumps({"device": name, "kind": device, "cases": dict(sorted(known.items()))}, indent=1)
+    # What else is there, bench.gpu.collect has put there.
+    text = json.dumps(whole | {"device": name, "kind": device, "cases": dict(sorted(known.items()))}, indent=1)
     write_whole(path, text + "\n")
     return path
 

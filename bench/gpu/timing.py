@@ -3,9 +3,10 @@
     events   CUDA events around several calls: what the GPU takes, or the host where that is slower
     graph    the call captured as a CUDA graph and replayed: the GPU alone
     host     the clock around several calls that are not waited for: Python, autograd and launches alone
+    clock    the clock around one call that is waited for: what a user sees
 
 Ways of one case are timed in turns (A B A B), so that a machine that drifts drifts for all of them. In a rehearsal on a
-CPU all three are the clock's time of a call.
+CPU all are the clock's time of a call.
 """
 
 import time
@@ -42,7 +43,7 @@ def times(
     for name, way in ways.items():
         for kind in kinds:
             try:
-                readers[name, kind] = {"events": _by_events, "graph": _by_replay, "host": _unwaited}[kind](way, calls)
+                readers[name, kind] = READERS[kind](way, calls)
             # A way that waits for the GPU, or allocates as no graph may, has no time by replay: the others stand.
             except RuntimeError as error:
                 torch.cuda.synchronize()
@@ -124,6 +125,22 @@ def _unwaited(way: Way, calls: int) -> Callable[[], float]:
     return once
 
 
+def _waited(way: Way, calls: int) -> Callable[[], float]:
+    del calls
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        way()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return once
+
+
+READERS = {"events": _by_events, "graph": _by_replay, "host": _unwaited, "clock": _waited}
+
+
 def say(case: str, found: dict[str, dict[str, list[float]]], **facts: Any) -> dict[str, dict[str, float]]:
     """Every way's times as results, "CASE | WAY [KIND]"; returns the medians, way -> kind -> seconds."""
     return {
@@ -140,9 +157,7 @@ def over(medians: dict[str, dict[str, float]], base: str, kind: str) -> dict[str
     if kind not in medians[base]:
         return {}
     return {
-        name: 100 * (of[kind] / medians[base][kind] - 1)
-        for name, of in medians.items()
-        if name != base and kind in of
+        name: 100 * (of[kind] / medians[base][kind] - 1) for name, of in medians.items() if name != base and kind in of
     }
 
 

@@ -1,7 +1,8 @@
 """Keep a program's results: `python -m bench.gpu.collect FOLDER` after `bench/gpu.sh` wrote FOLDER/results.jsonl.
 
-They go into bench/results/<gpu>.json under "programs", beside what pytest keeps there; what was not measured again keeps
-its last line, with its own commit, versions and time. The tables of bench/README.md are made anew from all such files.
+They go into bench/results/<gpu>.json under "programs", beside what pytest keeps there; what was not measured again
+keeps its last line, with its own commit, versions and time. The tables of bench/README.md are made anew from all such
+files.
 
 Exit status: 0 done, 2 there is nothing to keep (no results, or a rehearsal's, which mean nothing).
 """

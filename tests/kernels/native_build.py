@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py build_ext into `folder`, with these environment variables beside the present ones."""
+def build(folder: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Run setup.py build_ext into `folder`, with these environment variables beside the present ones; None: unset."""
     command = [
         sys.executable,
         "setup.py",
@@ -23,7 +23,8 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         folder / "temp",
     ]
     # NVCC="" leaves the CUDA library out unless the test asks for it.
-    variables = {**os.environ, "NVCC": "", **environment}
+    asked = {**os.environ, "NVCC": "", **environment}
+    variables = {name: value for name, value in asked.items() if value is not None}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done

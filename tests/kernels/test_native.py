@@ -244,6 +244,17 @@ def test_no_compiler_at_all_is_no_failure(tmp_path):
     assert not list((tmp_path / "out").rglob("*.so*"))
 
 
+def test_nvcc_is_found_where_cuda_is_though_off_the_path(tmp_path):
+    pytest.importorskip("setuptools")
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "nvcc", 'echo compute_90; echo "asked: $*" >&2; [ "$1" = --list-gpu-arch ]')
+    known = {"CUDA_HOME": str(tmp_path), "LORAPAR_CUDA_ARCHS": "90"}
+    done = build(tmp_path / "out", NVCC=None, PATH="/usr/bin:/bin", CXX="", **known)
+    assert "asked:" in done.stderr
+    assert "arch=compute_90,code=sm_90 " in done.stderr
+    assert "sm_80" not in done.stderr
+
+
 @pytest.mark.slow
 def test_cuda_source_compiles_for_every_architecture(tmp_path):
     pytest.importorskip("setuptools")

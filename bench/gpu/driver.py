@@ -109,7 +109,7 @@ def _start(row: Row, request: Request, facts: Mapping[str, Any], ended: dict[str
                 process = subprocess.Popen(
                     [sys.executable, "-m", "bench.gpu.run", step.name],
                     cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    process_group=0,
                 )  # fmt: skip
             started.append(Running(step, process, log, began, deadline))
     return started
@@ -153,7 +153,7 @@ def _over(one: Running, request: Request, facts: Mapping[str, Any], ended: dict[
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """TERM to the step's whole session, KILL after GRACE; nothing where all of it has ended."""
+    """TERM to the step and all that it started, KILL after GRACE; nothing where all of it has ended."""
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         try:
             os.killpg(process.pid, number)

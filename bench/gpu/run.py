@@ -3,13 +3,16 @@
 Exit status: 0 it ran, 1 a case was wrong or it raised, 3 a package that it needs is missing.
 """
 
+import ctypes
 import importlib
+import signal
 import sys
 import traceback
 
 from bench.gpu import record
 
 MISSING = 3
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(module: str) -> int:
@@ -27,4 +30,7 @@ def main(module: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":
+        # A driver that is killed outright must not leave a step behind on the GPU.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.exit(main(sys.argv[1]))

@@ -77,4 +77,4 @@ class Part:
         self.count()
 
     def count(self) -> None:
-        record.result(f"tests passed, part {self.place}", "", self.counts["passed"], **self.counts, left=self.left)
+        record.result(f"tests passed, part {self.place}", "", self.counts["passed"], counts=self.counts, left=self.left)

@@ -55,11 +55,12 @@ def result(
 ) -> None:
     """One result. unit: "s", "x", "%", "B", "B/s", "FLOP/s", "tokens/s", ...; SI units, no prefixes.
 
-    headline: the words by which the closing table shows this result first. facts: whatever else JSON can hold.
+    p20, p50, p80: percentiles of several readings; null where there was one. headline: the words by which the closing
+    table shows this result first. facts: whatever else JSON can hold.
     """
-    spread = {key: number for key, number in (("p20", p20), ("p50", p50), ("p80", p80)) if number is not None}
+    readings = {"value": float(value), "p20": p20, "p50": p50, "p80": p80}
     said = {} if headline is None else {"headline": headline}
-    _line({"kind": "result", "case": case, "unit": unit, "value": float(value), **spread, **said, **facts})
+    _line({"kind": "result", "case": case, "unit": unit, **readings, **said, **facts})
 
 
 def spread(case: str, unit: str, values: Sequence[float], headline: str | None = None, **facts: Any) -> float:

@@ -88,3 +88,16 @@ def test_importing_the_backend_loads_neither_the_method_nor_triton():
     assert done.stdout.strip() in ("[]", "['triton']")  # torch itself may bring Triton in
     quick = subprocess.run([sys.executable, "-m", "lorapar", "--help"], capture_output=True, text=True, check=True)
     assert "run every stage" in quick.stdout
+
+
+def test_what_a_bare_gpu_machine_imports_needs_peft_and_transformers_alone():
+    """bench/gpu attaches, scores, activates, steps and plans where TRL, datasets and bitsandbytes are not installed."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "['trl', 'datasets', 'bitsandbytes', 'math_verify', 'pandas', 'matplotlib', 'reasoning_gym'])); "
+        "import lorapar; from lorapar import attach, activate, score, partition, Partition, PartitionedAdamW; "
+        "import lorapar.plan, lorapar.answer_head, lorapar.score_batches, lorapar.data, lorapar.models; "
+        "import bench.training_cases, bench.plain_training, bench.scoring, bench.baselines.released_script"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

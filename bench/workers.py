@@ -28,7 +28,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             cwd=Path(__file__).parents[1],
-            preexec_fn=_die_with_the_parent,
+            preexec_fn=die_with_the_parent,
         )
         self.ended = False
 
@@ -76,7 +76,8 @@ class Worker:
         return lines[-1][:300] if lines else f"its process ended with status {status}"
 
 
-def _die_with_the_parent() -> None:
+def die_with_the_parent() -> None:
+    """For `preexec_fn`: the process ends when the one that made it does."""
     # Linux: a worker that hangs in a kernel would hold the GPU's memory after its step was killed.
     PR_SET_PDEATHSIG = 1
     if sys.platform == "linux":

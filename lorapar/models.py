@@ -154,7 +154,7 @@ def _check_alias(gguf: Path, what: str) -> None:
 
 
 def _brought_alias() -> Path | None:
-    """The alias's .gguf file where somebody put it into the cache folder, for a machine that reaches no package index."""
+    """The alias's .gguf file out of the cache folder, where a machine that reaches no package index was given it."""
     gguf = cache_folder() / Path(ALIAS_MEMBER).name
     if not gguf.is_file():
         return None

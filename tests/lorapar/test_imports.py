@@ -1,9 +1,13 @@
 """Imports point one way, and the backend knows nothing of the method."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+
+from lorapar import pipeline
+from lorapar.config import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +105,16 @@ def test_what_a_bare_gpu_machine_imports_needs_peft_and_transformers_alone():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkout_that_was_never_installed_begins_a_run(tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "lorapar":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    pipeline._claim(parse({"model": "smollm2-135m", "data": {"sources": ["none.jsonl"]}}), tmp_path)
+    assert (tmp_path / "recipe.yaml").is_file()

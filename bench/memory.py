@@ -7,12 +7,14 @@
     python -m bench.memory             one GPU: an SFT and a GRPO step at 2 k, 8 k and 32 k tokens, and the longest
                                        context under 8, 12, 16 and 24 GB, on random weights of 7B to 8B shapes
 
-Each case runs in a process of its own (memory_case.py). Tables go to the terminal, all figures to
-bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, its tiled head) but for
-the precision and what a line names.
+On a GPU all of it takes hours, and needs TRL and datasets: it is for a machine of one's own. What a GPU is asked in
+minutes, without either, is bench/gpu/training_*.py. Each case runs in a process of its own (memory_case.py). Tables go
+to the terminal, all figures to bench/results/memory_<device>.json. TRL's own defaults stand (recomputing on, its tiled
+head) but for the precision and what a line names.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.memory_case import SHAPES
+from bench.training_cases import SHAPES, Case, recipe_of
 
 RESULTS = Path(__file__).with_name("results")
 # What a recipe of ours sets on a CPU: no recomputing, parts of 512 tokens.
@@ -106,29 +108,21 @@ def drawn(count: int, seed: int) -> list[tuple[Any, ...]]:
 
 def against_plan(configurations: list[tuple[Any, ...]], name: str) -> bool:
     """Peak resident set of one SFT step, planned and measured; whether every one is within 15 %."""
-    from lorapar.config import parse
     from lorapar.plan import Lengths, need
 
     results, columns = [], "{:<16}{:<11}{:<9}{:<6}{:<10}{:>9}{:>10}{:>8}"
     print(columns.format("batch × length", "recompute", "at once", "rank", "dtype", "planned", "measured", "off"))
     for batch, length, recompute, at_once, rank, dtype in configurations:
-        measured = run(batch=batch, length=length, prompt=1, steps=1, rank=rank, dtype=dtype, active=1.0,
-                       micro_batch_tokens=at_once, trainer={"gradient_checkpointing": recompute})  # fmt: skip
-        recipe = parse({
-            "model": {"name": "smollm2-135m", "dtype": dtype, "device": "cpu"}, "data": {"sources": ["none.jsonl"]},
-            "start": "paper", "partition": {"selection": "all"},
-            "lora": {"r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj",
-                                                                      "gate_proj", "up_proj", "down_proj"]},
-            "sft": {"per_device_train_batch_size": batch, "gradient_checkpointing": recompute,
-                    "micro_batch_tokens": at_once},
-        })  # fmt: skip
+        case = Case(batch=batch, length=length, prompt=1, steps=1, rank=rank, dtype=dtype, active=1.0,
+                    micro_batch_tokens=at_once, trainer={"gradient_checkpointing": recompute})  # fmt: skip
+        measured = run(**dataclasses.asdict(case))
+        recipe = recipe_of(case, case.model)
         planned = need(recipe, Lengths(1, length, "the case"), "sft")
         peak = measured["model_bytes"] + measured["peak_bytes_above_model"]
         off = planned.total / peak - 1
         results.append({**measured, "planned_bytes": planned.total, "measured_bytes": peak, "off": off})
         figures = f"{planned.total / GB:.3f}", f"{peak / GB:.3f}", f"{off:+.1%}"
-        case = f"{batch} × {length}", str(recompute), str(at_once), rank, dtype
-        print(columns.format(*case, *figures), flush=True)
+        print(columns.format(f"{batch} × {length}", str(recompute), str(at_once), rank, dtype, *figures), flush=True)
     write(name, results)
     return all(abs(result["off"]) <= 0.15 for result in results)
 

@@ -15,105 +15,28 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if "unsloth" in os.environ.get("LORAPAR_BENCH_WAY", ""):
     import unsloth  # pyright: ignore[reportMissingImports] # noqa: F401 (it replaces what is imported after it)
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 import lorapar
+from bench.training_cases import TARGETS, Case, draw_factors, load, with_adapter
 from lorapar.adapter import lora_parameters
 from lorapar.config import ModelConfig
-from lorapar.grpo import PartitionedGRPOTrainer
 from lorapar.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
-from lorapar.models import load_model, load_tokenizer
-from lorapar.sft import PartitionedSFTTrainer
+from lorapar.models import load_tokenizer
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Public configurations, given random weights: no hub is needed, and memory and time do not depend on the values.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama-3.1-8b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "qwen2.5-7b": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
-}  # fmt: skip
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-@dataclass
-class Case:
-    """`length` tokens a row, `prompt` of them not trained on; `trainer`: keys of the trainer's configuration."""
+def rows(case: Case, vocabulary: int) -> "Dataset":
+    from datasets import Dataset
 
-    way: Literal["ours", "trl", "unsloth"] = "ours"
-    stage: Literal["sft", "grpo"] = "sft"
-    model: str = "smollm2-135m"
-    base: str | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    batch: int = 8
-    length: int = 512
-    prompt: int = 256
-    rank: int = 8
-    dropout: float = 0.0
-    active: float = 0.4
-    steps: int = 3
-    cap: int | None = None
-    micro_batch_tokens: int | None = None
-    offloading: bool = False
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
-def load(case: Case) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if case.model not in SHAPES:
-        return load_model(ModelConfig(case.model, dtype=case.dtype, device=case.device), case.base)  # type: ignore[arg-type]
-    config = AutoConfig.for_model(**SHAPES[case.model], max_position_embeddings=1 << 20)
-    with torch.device(case.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
-    if case.way == "unsloth":
-        return of_unsloth(model, case)
-    return quantised(model, case) if case.base else model
-
-
-def of_unsloth(model: PreTrainedModel, case: Case) -> PreTrainedModel:
-    """Unsloth reads a folder; the weights go through one, and off the GPU in between."""
-    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.cpu().save_pretrained(folder)
-        load_tokenizer(ModelConfig("smollm2-135m")).save_pretrained(folder)
-        del model
-        torch.cuda.empty_cache()
-        loaded, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=case.length, dtype=getattr(torch, case.dtype), load_in_4bit=case.base == "nf4",
-            fix_tokenizer=False, use_exact_model_name=True,
-        )  # fmt: skip
-    return loaded
-
-
-def quantised(model: PreTrainedModel, case: Case) -> PreTrainedModel:
-    """The linear layers but the head replaced by bitsandbytes' 4-bit ones, a layer at a time."""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            layer = bnb.nn.Linear4bit(  # pyright: ignore[reportPrivateImportUsage]
-                module.in_features, module.out_features, bias=module.bias is not None,
-                                      compute_dtype=getattr(torch, case.dtype), quant_type="nf4")  # fmt: skip
-            layer.load_state_dict({key: value.cpu() for key, value in module.state_dict().items()})
-            model.set_submodule(name, layer.to(case.device))
-            module.weight.data = torch.empty(0)
-    model.is_loaded_in_4bit = True  # type: ignore[attr-defined]
-    return model
-
-
-def rows(case: Case, vocabulary: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     made = torch.randint(8, vocabulary - 8, (case.batch * case.steps, case.length), generator=generator).tolist()
     mask = [[0] * case.prompt + [1] * (case.length - case.prompt)] * len(made)
@@ -130,8 +53,6 @@ def settings(case: Case, folder: str) -> dict[str, Any]:
 
 
 def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
-    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
-                      task_type="CAUSAL_LM")  # fmt: skip
     if case.way == "unsloth":
         from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
@@ -139,14 +60,9 @@ def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
             model, r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS,
             use_gradient_checkpointing="unsloth",
         )  # fmt: skip
+        draw_factors(peft_model)
     else:
-        attach = get_peft_model if case.way == "trl" else functools.partial(lorapar.attach, start="paper")
-        peft_model = attach(model, lora)  # pyright: ignore[reportArgumentType]
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in peft_model.named_parameters():
-            if "lora_" in name:
-                tensor.normal_(0.0, 0.01)
+        peft_model = with_adapter(case, model)
     trainer = sft_trainer(case, peft_model, folder) if case.stage == "sft" else grpo_trainer(case, peft_model, folder)
     if case.way == "ours":
         scores = {name: torch.rand(tensor.shape) for name, tensor in lora_parameters(peft_model).items()}
@@ -160,6 +76,8 @@ def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
 def sft_trainer(case: Case, peft_model: Any, folder: str) -> Any:
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+    from lorapar.sft import PartitionedSFTTrainer
+
     tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
     data = rows(case, min(peft_model.config.vocab_size, len(tokenizer)))
     made: Any = PartitionedSFTTrainer if case.way == "ours" else SFTTrainer
@@ -171,7 +89,10 @@ def sft_trainer(case: Case, peft_model: Any, folder: str) -> Any:
 
 
 def grpo_trainer(case: Case, peft_model: Any, folder: str) -> Any:
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    from lorapar.grpo import PartitionedGRPOTrainer
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(place % 3) for place in range(len(completions))]

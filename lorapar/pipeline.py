@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from . import stages
+from . import __version__, stages
 from .artefacts import (
     TEMPORARY,
     disk_is_full,
@@ -305,7 +305,8 @@ def _claim(recipe: Recipe, folder: Path) -> None:
         if not path.exists() or path.read_bytes() != text.encode():
             write_text(path, text)
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
-        log.info("version %s, %s", importlib.metadata.version("lorapar"), ", ".join(versions))
+        # Out of a checkout that was never installed there is no metadata of our own.
+        log.info("version %s, %s", __version__, ", ".join(versions))
     stages.wait_for_everyone()
 
 

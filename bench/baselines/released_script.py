@@ -6,10 +6,13 @@ walked with `iterrows` until θ of the total is reached. Only what the timing ne
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Example = tuple[list[int], list[int]]  # token ids, labels (-100 on the prompt)
 
@@ -44,8 +47,10 @@ def score(model: nn.Module, examples: Sequence[Example], device: str = "cpu") ->
     return importance
 
 
-def frame_of(importance: dict[str, Tensor]) -> pd.DataFrame:
+def frame_of(importance: dict[str, Tensor]) -> "pd.DataFrame":
     """A row an element: parameter, row, column, importance."""
+    import pandas as pd
+
     rows = []
     for name, values in importance.items():
         for i, line in enumerate(values.tolist()):
@@ -54,7 +59,7 @@ def frame_of(importance: dict[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def select(frame: pd.DataFrame, theta: float) -> set[tuple[str, int, int]]:
+def select(frame: "pd.DataFrame", theta: float) -> set[tuple[str, int, int]]:
     """The elements of the shortest descending prefix that holds θ of the total importance."""
     ordered = frame.sort_values("importance", ascending=False, kind="stable")
     threshold = theta * frame["importance"].sum()

@@ -1,9 +1,13 @@
 """Imports point one way, and the backend knows nothing of the method."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+
+from lorapar import pipeline
+from lorapar.config import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,3 +92,29 @@ def test_importing_the_backend_loads_neither_the_method_nor_triton():
     assert done.stdout.strip() in ("[]", "['triton']")  # torch itself may bring Triton in
     quick = subprocess.run([sys.executable, "-m", "lorapar", "--help"], capture_output=True, text=True, check=True)
     assert "run every stage" in quick.stdout
+
+
+def test_what_a_bare_gpu_machine_imports_needs_peft_and_transformers_alone():
+    """bench/gpu attaches, scores, activates, steps and plans where TRL, datasets and bitsandbytes are not installed."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "['trl', 'datasets', 'bitsandbytes', 'math_verify', 'pandas', 'matplotlib', 'reasoning_gym'])); "
+        "import lorapar; from lorapar import attach, activate, score, partition, Partition, PartitionedAdamW; "
+        "import lorapar.plan, lorapar.answer_head, lorapar.score_batches, lorapar.data, lorapar.models; "
+        "import bench.training_cases, bench.plain_training, bench.scoring, bench.baselines.released_script"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_checkout_that_was_never_installed_begins_a_run(tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "lorapar":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    pipeline._claim(parse({"model": "smollm2-135m", "data": {"sources": ["none.jsonl"]}}), tmp_path)
+    assert (tmp_path / "recipe.yaml").is_file()

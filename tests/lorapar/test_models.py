@@ -109,6 +109,19 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_model, cache, monkeypatch):
     assert resolve(str(gguf_model)).is_dir()
 
 
+def test_the_aliass_file_in_the_cache_folder_is_taken_in_place_of_a_download(gguf_model, cache, monkeypatch):
+    cache.mkdir()
+    brought = cache / Path(models.ALIAS_MEMBER).name
+    brought.write_bytes(gguf_model.read_bytes())
+    monkeypatch.setattr(models, "_download_alias", None)
+    with pytest.raises(InputError, match=f"model.name: smollm2-135m: {brought} has sha256"):
+        resolve("smollm2-135m")
+    monkeypatch.setattr(models, "ALIAS_SHA256", models.sha256_file(gguf_model))
+    folder = resolve("smollm2-135m")
+    assert folder == cache / "models" / "smollm2-135m"
+    assert (folder / "config.json").is_file()
+
+
 def test_greedy_answers_do_not_depend_on_the_batch(gguf_model):
     config = ModelConfig(str(gguf_model), dtype="float32", device="cpu")
     model, tokenizer = load_model(config), load_tokenizer(config)

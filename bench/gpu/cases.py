@@ -30,6 +30,8 @@ SMALL_SHAPES = ((32, 32), (32, 48))
 TOKENS, SMALL_TOKENS = 8192, 32
 # The tiles of the Contract.
 TILE_A, TILE_B = (16, 64), (64, 16)
+# Multiprocessors of an H100 or H200.
+PROCESSORS = 132
 # Steps whose launches `variants` gathers: each has `launches(device)`.
 LAUNCHING = ("correctness", "layer", "short", "decoder", "sanitizer_case")
 # Largest difference over the largest value that rounding may make between ways: bf16 has 8 bits, and PEFT rounds at
@@ -147,27 +149,31 @@ def compared(case: str, made: Made, ways: dict[str, Way], results: Mapping[str, 
             mask = active[place - 2] if place >= 2 else None
             if mask is not None:
                 one, other = one.masked_fill(~mask, 0.0), other.masked_fill(~mask, 0.0)
-            worst = max(worst, _difference(one, other))
+            worst = max(worst, difference(one, other))
         if not worst < BOUND[made.layer.dtype]:
             record.wrong(f"{case} | {name}", f"differs from {mine[0]} by {worst:.3g} of the largest value")
             del ways[name]
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     """Of the largest value; NaN, which is not below any bound, counts as infinite."""
     off = float((one.float() - other.float()).abs().max() / other.float().abs().max())
     return off if off == off else float("inf")
 
 
 def say_over(case: str, medians: dict[str, dict[str, float]], base: str, told: Sequence[str] = ()) -> None:
-    """Per cent over `base`, by replay where both have it, else by events; `told`: the ways that are headlines."""
-    for kind in ("graph", "events"):
-        said = timing.over(medians, base, kind) if base in medians else {}
-        for name, percent in said.items():
-            if kind == "events" and "graph" in medians[name] and "graph" in medians[base]:
-                continue
-            headline = f"{case}: {name} over the frozen layer" if name in told else None
-            record.result(f"{case} | {name} over {base}", "%", percent, headline=headline, timed_by=kind, way=name)
+    """Per cent over `base`: of the GPU's time, by replay where both have it and else by events, and of the host's.
+
+    told: the ways that are headlines, of the GPU's time."""
+    if base not in medians:
+        return
+    by_replay, by_events = (timing.over(medians, base, kind) for kind in ("graph", "events"))
+    for name in by_events:
+        kind, percent = ("graph", by_replay[name]) if name in by_replay else ("events", by_events[name])
+        headline = f"{case}: {name} over {base}" if name in told else None
+        record.result(f"{case} | {name} over {base}", "%", percent, headline=headline, timed_by=kind, way=name)
+    for name, percent in timing.over(medians, base, "host").items():
+        record.result(f"{case} | {name} over {base} [host]", "%", percent, timed_by="host", way=name)
 
 
 def enough_time(case: str, seconds: float) -> bool:
@@ -216,7 +222,7 @@ def poisoned(large: int = 4 << 30, small: int = 64) -> Iterator[None]:
 @contextmanager
 def recorded() -> Iterator[list[Variant]]:
     """Launches are recorded and not made, for tensors on any device, so on the meta device too."""
-    from lorapar_kernels import lora_passes_triton
+    from lorapar_kernels import importance_triton, lora_passes_triton
 
     # By name, since the package holds a function of the same name.
     linear = importlib.import_module("lorapar_kernels.lora_linear")
@@ -224,6 +230,8 @@ def recorded() -> Iterator[list[Variant]]:
     put: list[tuple[Any, str, Any]] = [
         (linear, "passes_for", lambda *_: lora_passes_triton),
         (scoring, "_backend", lambda *_: "triton"),
+        # The tiles of the scoring pass depend on how many processors there are.
+        (importance_triton, "grid", lambda *of, grid=importance_triton.grid: grid(*of[:3], PROCESSORS)),
         # torch has no autocast for the meta device, and raises when asked.
         (torch, "is_autocast_enabled", lambda *_: False),
         (torch, "autocast", lambda *_, **__: nullcontext()),

@@ -21,6 +21,7 @@ from torch import Tensor
 import lorapar_kernels as lk
 from bench.gpu import cases, record
 from bench.lora_layers import SCALING, forced_product
+from lorapar_kernels.dropout import threshold_of
 
 # ‖ours − exact‖ / ‖exact‖; rounding the factors is no part of it, as they hold values of x's dtype.
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -63,7 +64,7 @@ def every_case() -> Iterator[Case]:
     small = record.rehearsal()
     shapes, tokens = cases.shapes(), cases.tokens()
     (n_in, n_out), wide = shapes[0], shapes[1][1]
-    of_layer = [(a, (b,), p) for p in (cases.P, 0.0) for a, b in shapes]
+    of_layer = [(a, (b,), p) for p in (cases.P, 0.0) for a, b in (shapes[:1] if small and p == 0.0 else shapes)]
     every = [Case("linear", tokens, a, b, p=p, masks=m) for a, b, p in of_layer for m in ("elements", "none")]
     every += [Case("linear", tokens, n_in, (n_out,), masks="tiles")]
     every += [Case("linear", tokens, wide, (n_in,))]
@@ -182,18 +183,14 @@ class Problem:
 
 
 def four_bit(weight: Tensor) -> Any:
-    """A bitsandbytes NF4 layer of this weight, with the product that lorapar gives it."""
+    """A bitsandbytes NF4 layer of this weight."""
     import bitsandbytes as bnb
-
-    from lorapar.layers_bnb import take_over
 
     made: Any = bnb.nn.Linear4bit(  # pyright: ignore[reportPrivateImportUsage]
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
     )
     made.load_state_dict({"weight": weight.cpu()})
-    made = made.to(weight.device).requires_grad_(False)
-    take_over(made)
-    return made
+    return made.to(weight.device).requires_grad_(False)
 
 
 def masks_of(problem: Problem) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -210,10 +207,16 @@ def missing(case: Case) -> str | None:
 
 
 def launches(device: str) -> None:
+    from lorapar_kernels import dropout_triton
+
     for case in every_case():
         # On the meta device nothing can be quantised; what a 4-bit base leaves to us is what any opaque one does.
         problem = Problem(dataclasses.replace(case, form="add") if case.form == "4-bit" else case, device)
         problem.ours(masks_of(problem))
+        if case.p > 0.0:
+            # Of the reference.
+            dropout_triton.dropout_mask(torch.empty(1, dtype=torch.int64, device=device), problem.x.shape,
+                                        threshold_of(case.p))  # fmt: skip
 
 
 def main() -> None:

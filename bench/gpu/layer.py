@@ -7,9 +7,9 @@ shape at dropout 0.05, then their kernels one by one, then dropout 0, where `add
 import torch
 
 from bench.gpu import cases, record, timing
-from bench.lora_layers import ADDMM, FROZEN, PEFT, PEFT_NARROW, Layer, Made, Way
+from bench.lora_layers import ADDMM, FROZEN, OURS, PEFT, PEFT_NARROW, Layer, Made, Way
 
-TOLD = ("ours plain", "ours fused", PEFT, PEFT_NARROW, ADDMM)
+TOLD = (OURS["plain"], OURS["fused"], PEFT, PEFT_NARROW)
 # A GPU's seconds for one shape at most, of which graph capture and warming are the most.
 SECONDS = 8.0
 
@@ -54,7 +54,7 @@ def measure(layer: Layer) -> None:
     facts = {"tokens": layer.tokens, "n_in": layer.n_in, "n_out": layer.n_out, "rank": layer.rank, "p": layer.p,
              "active": layer.active}  # fmt: skip
     medians = timing.say(case, timing.times(ways), **facts)
-    cases.say_over(case, medians, FROZEN, TOLD)
+    cases.say_over(case, medians, FROZEN, TOLD if layer.p > 0.0 else (OURS["plain"], ADDMM))
     for name, way in ways.items():
         record.result(f"{case} | {name} [peak memory]", "B", timing.peak_bytes(way), way=name)
 

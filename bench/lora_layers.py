@@ -11,7 +11,7 @@ addmm_, no dropout      baselines/addmm.py (where p is 0)
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +63,8 @@ class Layer:
         """name -> a call that gives y, dX and, but for the frozen layer, dA and dB; ours first, of each product."""
         made = Made(self)
         ways = {OURS[product]: made.ours(product) for product in products} | {FROZEN: made.frozen()}
-        try:
+        with suppress(ImportError):
             ways |= made.peft_ways()
-        except ImportError:
-            pass
         if self.p == 0.0:
             ways[ADDMM] = made.addmm()
         return ways

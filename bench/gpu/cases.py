@@ -32,6 +32,8 @@ TOKENS, SMALL_TOKENS = 8192, 32
 TILE_A, TILE_B = (16, 64), (64, 16)
 # Multiprocessors of an H100 or H200.
 PROCESSORS = 132
+# Bytes of NaN for the outputs of one case: y and dY in float32 would be 1.2 GB at the largest.
+POISONED = 4 << 30
 # Steps whose launches `variants` gathers: each has `launches(device)`.
 LAUNCHING = ("correctness", "layer", "short", "decoder", "sanitizer_case")
 # Largest difference over the largest value that rounding may make between ways: bf16 has 8 bits, and PEFT rounds at
@@ -198,11 +200,12 @@ class _NanOutputs(TorchFunctionMode):
 
 
 @contextmanager
-def poisoned(large: int = 4 << 30, small: int = 64) -> Iterator[None]:
+def poisoned(large: int | None = None, small: int = 64) -> Iterator[None]:
     """Within the block what is allocated holds NaN at first.
 
-    On a GPU the allocator's free memory is returned, and one block of `large` bytes and `small` blocks of 1 MB, which
-    the allocator keeps apart from larger ones, are filled with bits that are NaN in every floating-point type.
+    On a GPU the allocator's free memory is returned, and one block of `large` bytes (POISONED) and `small` blocks of
+    1 MB, which the allocator keeps apart from larger ones, are filled with bits that are NaN in every floating-point
+    type.
     """
     if record.rehearsal():
         with _NanOutputs():
@@ -210,8 +213,8 @@ def poisoned(large: int = 4 << 30, small: int = 64) -> Iterator[None]:
         return
     wait()
     torch.cuda.empty_cache()
-    filled = [torch.full((large,), 255, dtype=torch.uint8, device="cuda")]
-    filled += [torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda") for _ in range(small)]
+    sizes = (POISONED if large is None else large, *[1 << 20] * small)
+    filled = [torch.full((size,), 255, dtype=torch.uint8, device=record.device()) for size in sizes]
     del filled
     yield
 

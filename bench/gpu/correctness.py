@@ -32,7 +32,7 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """form: "linear", one layer; "grouped", several of one x; "add", a base that is opaque; "4-bit", bitsandbytes' base;
+    """form: "linear", one layer; "grouped", several of one x; "add", an opaque base; "4-bit", bitsandbytes' base;
     "scored", the scoring pass; "forward", no gradient. n_outs: of each layer; masks: see cases.masks."""
 
     form: str
@@ -313,7 +313,7 @@ def elsewhere() -> None:
     tokens, (n_in, n_out) = 300, cases.shapes()[0]
     for product in cases.products():
         case = Case("linear", tokens, n_in, (n_out,), product=product)
-        problem = Problem(case, "cuda")
+        problem = Problem(case, record.device())
         masks = masks_of(problem)
         here = problem.ours(masks)
         if torch.cuda.device_count() > 1:

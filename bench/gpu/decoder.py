@@ -39,9 +39,10 @@ def groups() -> dict[str, tuple[int, ...]]:
 def launches(device: str) -> None:
     hidden, mlp, _, batch, length = sizes()
     for n_in, n_out in ((hidden, hidden), (hidden, mlp), (mlp, hidden)):
-        cases.launch_layer(Layer(batch * length, n_in, n_out, cases.RANK, cases.P, torch.bfloat16, device, cases.ACTIVE))
+        tokens, dtype = batch * length, torch.bfloat16
+        cases.launch_layer(Layer(tokens, n_in, n_out, cases.RANK, cases.P, dtype, device, cases.ACTIVE))
         # A 4-bit base is opaque.
-        problem = Problem(Case("add", batch * length, n_in, (n_out,)), device)
+        problem = Problem(Case("add", tokens, n_in, (n_out,)), device)
         problem.ours(masks_of(problem))
     for n_outs in groups().values():
         for product in lora_product.WAYS:

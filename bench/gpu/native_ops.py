@@ -1,8 +1,8 @@
 """csrc's ops on the device, against the reference on the CPU, to the bit: masks, selection, AdamW, dropout.
 
 Each op on awkward sizes first (none, one, around a word of 32 and a tile of 512, more than a grid), then on random ones
-until the time is used up. Outputs come out of memory that is filled with NaN or all ones. One line an op: how many sizes
-it was right on, or the first it was wrong on.
+until the time is used up. Outputs come out of memory that is filled with NaN or all ones. One line an op: on how many
+sizes it was right, or the first on which it was wrong.
 """
 
 import random
@@ -77,7 +77,8 @@ def tile_sums(n: int, generator: torch.Generator) -> tuple[Callable[[str], Found
 
     def run(device: str) -> Found:
         on_device = scores.to(device)
-        return {f"tile {tile}": lk.tile_sums(on_device, tile) for tile in (cases.TILE_A, cases.TILE_B, (1, columns), (3, 5))}  # fmt: skip
+        tiles = (cases.TILE_A, cases.TILE_B, (1, columns), (3, 5))
+        return {f"tile {tile}": lk.tile_sums(on_device, tile) for tile in tiles}
 
     return run, f"{rows}×{columns}"
 
@@ -97,20 +98,19 @@ def adamw(n: int, generator: torch.Generator) -> tuple[Callable[[str], Found], s
         mine, where = [param.clone().to(device) for param in params], [mask.to(device) for mask in active]
         counts = [int(mask.sum()) for mask in active]
         kinds = (torch.int8, torch.uint8) if "codes" in form else (torch.float32, torch.float32)
-        moments = [[torch.zeros(count, dtype=kind, device=device) for count in counts] for kind in kinds]
+        first, second = ([torch.zeros(count, dtype=kind, device=device) for count in counts] for kind in kinds)
         optional: dict[str, Any] = {}
         if "codes" in form:
             optional["scales"] = [torch.zeros(2, -(-param.numel() // TILE), device=device) for param in mine]
         if form == "compensated":
             optional["compensations"] = [torch.zeros(count, dtype=dtype, device=device) for count in counts]
-        scale = torch.tensor(0.37, device=device)
+        optional |= {"grad_scale": torch.tensor(0.37, device=device), "skip_nonfinite": True}
+        optional |= {"maximize": form == "maximize", "stochastic": "stochastic" in form}
         for step, grads in enumerate(steps, start=1):
-            lk.masked_adamw(
-                mine, [grad.to(device) for grad in grads], where, *moments, step, lr=1e-2, weight_decay=0.1, seed=11,
-                grad_scale=scale, skip_nonfinite=True, maximize=form == "maximize", stochastic="stochastic" in form,
-                **optional,
-            )  # fmt: skip
-        written = {"param": mine, "exp_avg": moments[0], "exp_avg_sq": moments[1], **optional}
+            grads = [grad.to(device) for grad in grads]
+            lk.masked_adamw(mine, grads, where, first, second, step, lr=1e-2, weight_decay=0.1, seed=11, **optional)
+        written = {"param": mine, "exp_avg": first, "exp_avg_sq": second}
+        written |= {name: optional[name] for name in ("scales", "compensations") if name in optional}
         return {f"{name}[{i}]": tensor for name, column in written.items() for i, tensor in enumerate(column)}
 
     return run, f"{form}, {n} elements"
@@ -145,9 +145,7 @@ def main() -> None:
 
 def sizes() -> Iterator[int]:
     small = record.rehearsal()
-    awkward, seconds, largest = (
-        (SMALL_AWKWARD, SMALL_SECONDS, SMALL_LARGEST) if small else (AWKWARD, SECONDS, LARGEST)
-    )
+    awkward, seconds, largest = (SMALL_AWKWARD, SMALL_SECONDS, SMALL_LARGEST) if small else (AWKWARD, SECONDS, LARGEST)
     yield from awkward
     drawn, began = random.Random(), time.perf_counter()
     while time.perf_counter() - began < seconds:

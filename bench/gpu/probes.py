@@ -76,8 +76,6 @@ def ask(case: str, tokens: int, n_in: int, n_out: int) -> None:
                       headline=None if name == "copy of y" else f"{case}: {name}, bytes a second")  # fmt: skip
 
 
-def percent(
-    case: str, name: str, base: str, taken: dict[str, float], kinds: dict[str, str], **facts: Any
-) -> None:
+def percent(case: str, name: str, base: str, taken: dict[str, float], kinds: dict[str, str], **facts: Any) -> None:
     record.result(f"{case} | {name} over {base}", "%", 100 * (taken[name] / taken[base] - 1),
                   headline=f"{case}: {name} over {base}", timed_by=kinds[name], **facts)  # fmt: skip

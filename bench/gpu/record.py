@@ -29,7 +29,7 @@ FAULTS = ("crash", "hang", "raise")
 
 
 def device() -> str:
-    """"cuda", or "cpu" in a rehearsal."""
+    """ "cuda", or "cpu" in a rehearsal."""
     return os.environ.get("LORAPAR_GPU_DEVICE", "cuda")
 
 
@@ -70,7 +70,7 @@ def spread(case: str, unit: str, values: Sequence[float], headline: str | None =
 
 
 def skipped(case: str, why: str) -> None:
-    """A case that could not be run here, and why: it stands in the table, so that its absence cannot look like success."""
+    """A case that could not be run here, and why: it stands in the table, so that its absence is no success."""
     _line({"kind": "skipped", "case": case, "why": why})
 
 

@@ -25,7 +25,8 @@ FOUND = 9
 # Seconds for the cases alone, and under a tool.
 ALONE, UNDER = 60.0, 70.0
 # How an error begins, whatever its case; a summary does not.
-ERROR = re.compile(r"=========\s+(invalid|misaligned|illegal|error:|warning:|race|program hit|barrier|out-of-range)", re.I)
+BEGINNINGS = "invalid|misaligned|illegal|error:|warning:|race |program hit|barrier|out-of-range"
+ERROR = re.compile(rf"=========\s+({BEGINNINGS})", re.IGNORECASE)
 
 
 @dataclass
@@ -66,7 +67,7 @@ def start(tool: str, group: str, path: str | None) -> Run:
         options += ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [str(path), *options, *command]
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (Run.output reads it)
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
     seconds = min(UNDER if tool else ALONE, record.remaining() - 5.0)
     return Run(tool, group, process, log, time.time() + seconds)

@@ -1,7 +1,7 @@
 """One small case of each kernel, for sanitizer.py: `python -m bench.gpu.sanitizer_case GROUP` runs a group's.
 
-The results are held to nothing here: correctness.py and native_ops.py do that. Sizes are uneven, so that tiles stick out
-of the matrices on every side.
+The results are held to nothing here: correctness.py and native_ops.py do that. Sizes are uneven, so that tiles stick
+out of the matrices on every side.
 """
 
 import sys

@@ -129,7 +129,7 @@ def decode(layer: Layer) -> None:
     # What cannot run, or differs, is left out by the first layer; the others are built alike.
     ways = ways_of_step(case, each[0])
     cases.compared(case, each[0], ways, cases.tried(case, ways))
-    apart = [ways, *({name: made for name, made in ways_of_step(case, one).items() if name in ways} for one in each[1:])]
+    apart = [ways, *(ways_of_step(case, one) for one in each[1:])]
 
     def all_of(name: str) -> Way:
         return lambda: [of_layer[name]() for of_layer in apart]  # type: ignore[return-value]

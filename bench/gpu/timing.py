@@ -36,7 +36,8 @@ def times(
     """
     if record.rehearsal():
         # An interpreted kernel takes long, and what it takes means nothing: one call serves all kinds.
-        return {name: dict.fromkeys(kinds, [_by_the_clock(way)()]) for name, way in ways.items()}
+        read = {name: _by_the_clock(way)() for name, way in ways.items()}
+        return {name: {kind: [seconds] for kind in kinds} for name, seconds in read.items()}
     for way in ways.values():
         way()
         way()
@@ -158,9 +159,7 @@ def over(medians: dict[str, dict[str, float]], base: str, kind: str) -> dict[str
     if kind not in medians.get(base, {}):
         return {}
     return {
-        name: 100 * (of[kind] / medians[base][kind] - 1)
-        for name, of in medians.items()
-        if name != base and kind in of
+        name: 100 * (of[kind] / medians[base][kind] - 1) for name, of in medians.items() if name != base and kind in of
     }
 
 

@@ -279,7 +279,10 @@ def show_poison() -> None:
             float(torch.empty(n, device=record.device()).isnan().float().mean())
             for n in ((64,) if record.rehearsal() else (64, 1 << 24))
         ]
-    record.result("memory filled with NaN", "share", min(shares))
+    if min(shares) < 1.0:
+        record.wrong("memory filled with NaN", "an output that nothing wrote need not show", share=min(shares))
+    else:
+        record.result("memory filled with NaN", "share", 1.0)
 
 
 def repeated() -> None:

@@ -4,6 +4,8 @@ Rank 16, dropout 0.05, element masks that keep 40 %, bf16 with fp32 factors. In 
 shape at dropout 0.05, then their kernels one by one, then dropout 0, where `addmm_` can take part.
 """
 
+from dataclasses import asdict
+
 import torch
 
 from bench.gpu import cases, record, timing
@@ -51,8 +53,8 @@ def measure(layer: Layer) -> None:
     results = cases.tried(case, ways)
     cases.compared(case, made, ways, results)
     del results
-    facts = {"tokens": layer.tokens, "n_in": layer.n_in, "n_out": layer.n_out, "rank": layer.rank, "p": layer.p,
-             "active": layer.active}  # fmt: skip
+    facts = {**asdict(layer), "frozen_flops": layer.frozen_flops(), "least_bytes": layer.least_bytes()}
+    facts["dtype"] = str(layer.dtype)
     medians = timing.say(case, timing.times(ways), **facts)
     cases.say_over(case, medians, FROZEN, TOLD if layer.p > 0.0 else (OURS["plain"], ADDMM))
     for name, way in ways.items():

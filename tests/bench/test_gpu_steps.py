@@ -142,9 +142,15 @@ def test_sanitizer(lines, monkeypatch, tmp_path):
     assert sum(line["case"].endswith("without a tool") for line in lines) == 4
     assert sum("not ours" in line["case"] for line in lines) == 6
     lines.clear()
-    python.write_text("#!/bin/sh\necho RuntimeError: broken\nexit 1\n")
+    python.write_text("#!/bin/sh\necho 'failed: linear 3→4: RuntimeError: PassManager'\nexit 7\n")
     sanitizer.main()
-    assert [line["kind"] for line in lines] == ["wrong", "wrong", "wrong", "skipped"]
+    assert [line["why"] for line in lines[:4]] == ["linear 3→4: RuntimeError: PassManager"] * 4
+    assert any("under racecheck" in line["case"] for line in lines)
+    for status, kind in ((3, "skipped"), (1, "wrong")):
+        lines.clear()
+        python.write_text(f"#!/bin/sh\necho it is not there\nexit {status}\n")
+        sanitizer.main()
+        assert [line["kind"] for line in lines] == [kind] * 4
 
 
 def test_a_kind_that_fails_costs_itself_alone(lines, monkeypatch):

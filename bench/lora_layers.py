@@ -1,8 +1,8 @@
 """The ways of one LoRA layer that the benchmarks compare: forward, and backward with dX, dA and dB; B ≠ 0.
 
 ours                    lora_linear, fp32 factors beside a bf16 base as PEFT keeps them
-ours, plain product     on a GPU: with torch's product and the expand added to it (LORAPAR_PRODUCT=plain), and
-ours, fused product     with one that carries the expand (LORAPAR_PRODUCT=fused); ours takes the faster as timed
+ours plain              the same with torch's product and the expand added to it (LORAPAR_PRODUCT=plain), and
+ours fused              with one that carries the expand (LORAPAR_PRODUCT=fused); ours takes the faster as timed
 frozen nn.Linear        the base alone, forward and dX: what any LoRA layer costs at least
 PEFT's layer            as PEFT makes it: fp32 factors
 PEFT's layer, bf16      its factors in the base's dtype (where that is not fp32)
@@ -10,8 +10,8 @@ addmm_, no dropout      baselines/addmm.py (where p is 0)
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,17 @@ from bench.baselines.addmm import addmm_lora
 from lorapar_kernels import lora_product
 
 SCALING = 2.0
+OURS = {"": "ours", "plain": "ours plain", "fused": "ours fused"}
+FROZEN, PEFT, PEFT_NARROW, ADDMM = "frozen nn.Linear", "PEFT's layer", "PEFT's layer, bf16", "addmm_, no dropout"
+
+Results = tuple[Tensor, ...]
+Way = Callable[[], Results]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One case. tokens, n_in, n_out, rank: sizes; p: dropout; dtype: of x and the base."""
+    """One case. tokens, n_in, n_out, rank: sizes; p: dropout; dtype: of x and the base; active: share of the elements
+    of A and B that the masks keep, 1: no masks."""
 
     tokens: int
     n_in: int
@@ -37,6 +43,7 @@ class Layer:
     p: float
     dtype: torch.dtype
     device: str
+    active: float = 1.0
 
     @property
     def case(self) -> str:
@@ -52,59 +59,95 @@ class Layer:
         size = torch.finfo(self.dtype).bits // 8
         return 2 * size * (self.tokens * (self.n_in + self.n_out) + self.n_in * self.n_out)
 
-    def ways(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-        """name -> a call that gives y, dX and, but for the frozen layer, dA and dB; ours first."""
-        torch.manual_seed(0)
-        on: dict[str, Any] = {"device": self.device}
-        base = nn.Linear(self.n_in, self.n_out, bias=False, dtype=self.dtype, **on).requires_grad_(False)
-        a = torch.randn(self.rank, self.n_in, **on).div_(self.n_in**0.5).requires_grad_()
-        b = torch.randn(self.n_out, self.rank, **on).mul_(0.1).requires_grad_()
-        x = torch.randn(self.tokens, self.n_in, dtype=self.dtype, **on).requires_grad_()
-        dy = torch.randn(self.tokens, self.n_out, dtype=self.dtype, **on)
-        seed = torch.randint(2**62, (1,), **on) if self.p else None
-        weight = base.weight
-
-        def gradients(y: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
-            return y.detach(), *torch.autograd.grad(y, (x, *leaves), dy)
-
-        def ours(product: str) -> tuple[Tensor, ...]:
-            with forced_product(product):
-                return gradients(lk.lora_linear(x, weight, a, b, SCALING, dropout_p=self.p, seed=seed), a, b)
-
-        ways = {"ours": lambda: ours(""), "frozen nn.Linear": lambda: gradients(base(x))}
-        if self.device == "cuda":
-            ways |= {f"ours, {product} product": lambda product=product: ours(product) for product in lora_product.WAYS}
-        for name, dtype in {"PEFT's layer": torch.float32, "PEFT's layer, bf16": self.dtype}.items():
-            layer = peft_layer(base, a, b, self.p, dtype)
-            if layer is not None and not (name.endswith("bf16") and self.dtype == torch.float32):
-                factors = [parameter for key, parameter in layer.named_parameters() if ".default." in key]
-                ways[name] = lambda layer=layer, factors=factors: gradients(layer(x), *factors)
+    def ways(self, products: Sequence[str] = ("",)) -> dict[str, Way]:
+        """name -> a call that gives y, dX and, but for the frozen layer, dA and dB; ours first, of each product."""
+        made = Made(self)
+        ways = {OURS[product]: made.ours(product) for product in products} | {FROZEN: made.frozen()}
+        with suppress(ImportError):
+            ways |= made.peft_ways()
         if self.p == 0.0:
-            narrow = [t.detach().to(self.dtype).requires_grad_() for t in (a, b)]
-            ways["addmm_, no dropout"] = lambda: gradients(
-                addmm_lora(x, weight, narrow[0], narrow[1], SCALING), *narrow
-            )
+            ways[ADDMM] = made.addmm()
         return ways
 
 
+class Made:
+    """A layer's tensors, and the ways over them."""
+
+    def __init__(self, layer: Layer):
+        torch.manual_seed(0)
+        on: dict[str, Any] = {"device": layer.device}
+        self.layer = layer
+        base = nn.Linear(layer.n_in, layer.n_out, bias=False, dtype=layer.dtype, **on)
+        self.base = base.requires_grad_(False)
+        self.a = torch.randn(layer.rank, layer.n_in, **on).div_(layer.n_in**0.5).requires_grad_()
+        self.b = torch.randn(layer.n_out, layer.rank, **on).mul_(0.1).requires_grad_()
+        self.x = torch.randn(layer.tokens, layer.n_in, dtype=layer.dtype, **on).requires_grad_()
+        self.dy = torch.randn(layer.tokens, layer.n_out, dtype=layer.dtype, **on)
+        self.seed = torch.randint(2**62, (1,), **on) if layer.p else None
+        self.masks: tuple[Tensor | None, ...] = None, None
+        if layer.active < 1.0:
+            self.masks = tuple(torch.rand(factor.shape, **on) < layer.active for factor in (self.a, self.b))
+
+    def _gradients(self, y: Tensor, *leaves: Any) -> Results:
+        return y.detach(), *torch.autograd.grad(y, (self.x, *leaves), self.dy)
+
+    def frozen(self) -> Way:
+        return lambda: self._gradients(self.base(self.x))
+
+    def ours(self, product: str = "", masked: bool = True) -> Way:
+        mask_a, mask_b = self.masks if masked else (None, None)
+        options: dict[str, Any] = {"mask_a": mask_a, "mask_b": mask_b, "dropout_p": self.layer.p, "seed": self.seed}
+
+        def way() -> Results:
+            with forced_product(product):
+                y = lk.lora_linear(self.x, self.base.weight, self.a, self.b, SCALING, **options)
+                return self._gradients(y, self.a, self.b)
+
+        return way
+
+    def peft_ways(self) -> dict[str, Way]:
+        """With factors of each dtype; raises what PEFT raises, ImportError where it is not installed."""
+        return {
+            name: self._peft(dtype)
+            for name, dtype in ((PEFT, torch.float32), (PEFT_NARROW, self.layer.dtype))
+            if name == PEFT or dtype != torch.float32
+        }
+
+    def _peft(self, dtype: torch.dtype) -> Way:
+        layer = peft_layer(self.base, self.a, self.b, self.layer.p, dtype)
+        factors = [parameter for key, parameter in layer.named_parameters() if ".default." in key]
+        return lambda: self._gradients(layer(self.x), *factors)
+
+    def addmm(self) -> Way:
+        """Factors of x's dtype, no dropout whatever the layer's p, no masks."""
+        a, b = (factor.detach().to(self.layer.dtype).requires_grad_() for factor in (self.a, self.b))
+        return lambda: self._gradients(addmm_lora(self.x, self.base.weight, a, b, SCALING), a, b)
+
+
 @contextmanager
-def forced_product(way: str) -> Iterator[None]:
-    """LORAPAR_PRODUCT=way within the block, unset where it is empty."""
-    before = os.environ.get(lora_product.VARIABLE, "")
-    os.environ[lora_product.VARIABLE] = way
+def environment(name: str, value: str) -> Iterator[None]:
+    """The variable at this value within the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ[lora_product.VARIABLE] = before
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
-def peft_layer(base: nn.Linear, a: Tensor, b: Tensor, p: float, dtype: torch.dtype) -> nn.Module | None:
-    """PEFT's own layer of the same base and factors, None where PEFT is not installed."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-    except ImportError:
-        return None
+def forced_product(way: str) -> Any:
+    """LORAPAR_PRODUCT=way within the block; "" forces none."""
+    return environment(lora_product.VARIABLE, way)
+
+
+def peft_layer(base: nn.Linear, a: Tensor, b: Tensor, p: float, dtype: torch.dtype) -> nn.Module:
+    """PEFT's own layer of the same base and factors."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
     rank, alpha = a.shape[0], int(SCALING * a.shape[0])
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=p)
     layer = Linear(deepcopy(base), "default", config=config, r=rank, lora_alpha=alpha).to(base.weight.device)

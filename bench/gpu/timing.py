@@ -22,6 +22,8 @@ Way = Callable[[], object]
 KINDS = ("events", "graph", "host")
 # A queue holds about a thousand launches before a launch waits for the GPU; a layer takes about thirty.
 CALLS_UNWAITED = 8
+# Seconds before the step's end at which no further round begins.
+SPARE = 5.0
 # Cycles of the GPU's clock that a spin takes while the host queues its calls: about 5 ms.
 SPIN = 10_000_000
 
@@ -33,26 +35,41 @@ def times(
 
     Each way is called twice beforehand, so that nothing is compiled in a reading.
     """
+    if record.rehearsal():
+        # An interpreted kernel takes long, and what it takes means nothing: one call serves all kinds.
+        read = {name: _by_the_clock(way)() for name, way in ways.items()}
+        return {name: {kind: [seconds] for kind in kinds} for name, seconds in read.items()}
     for way in ways.values():
         way()
         way()
-    if record.rehearsal():
-        read = {name: dict.fromkeys(kinds, _by_the_clock(way)) for name, way in ways.items()}
-        return {name: {kind: [once() for _ in range(2)] for kind, once in of.items()} for name, of in read.items()}
-    readers: dict[tuple[str, str], Callable[[], float]] = {}
-    for name, way in ways.items():
-        for kind in kinds:
-            try:
-                readers[name, kind] = READERS[kind](way, calls)
-            # A way that waits for the GPU, or allocates as no graph may, has no time by replay: the others stand.
-            except RuntimeError as error:
-                torch.cuda.synchronize()
-                record.skipped(f"{name} [{kind}]", " ".join(str(error).split())[:200])
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
-    for _ in range(rounds):
-        for (name, kind), once in readers.items():
-            found[name].setdefault(kind, []).append(once())
-    return found
+    # Replays last: a capture that failed can leave torch's generator and allocator as they are within one.
+    for kind in sorted(kinds, key=lambda kind: kind == "graph"):
+        readers: dict[str, Callable[[], float]] = {}
+        for name, way in ways.items():
+            # A way that waits for the GPU, or allocates as no graph may, has no time by replay: the others stand.
+            with _told(f"{name} [{kind}]"):
+                readers[name] = READERS[kind](way, calls)
+        for _ in range(rounds):
+            for name in list(readers):
+                once = readers.pop(name)
+                with _told(f"{name} [{kind}]"):
+                    found[name].setdefault(kind, []).append(once())
+                    readers[name] = once
+            # Fewer readings are better than a step that was ended before it said anything.
+            if record.remaining() < SPARE:
+                break
+    return {name: {kind: seconds for kind, seconds in of.items() if seconds} for name, of in found.items()}
+
+
+@contextmanager
+def _told(case: str) -> Iterator[None]:
+    """What fails within the block is skipped, with a line; but what a GPU that no longer answers raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        record.skipped(case, " ".join(str(error).split())[:200])
+        torch.cuda.synchronize()
 
 
 def _by_the_clock(way: Way) -> Callable[[], float]:
@@ -105,7 +122,8 @@ def captured(way: Way) -> torch.cuda.CUDAGraph:
         way()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer block puts the stream back where a capture fails, which torch's own does not.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         way()
     return graph
 
@@ -154,7 +172,7 @@ def say(case: str, found: dict[str, dict[str, list[float]]], **facts: Any) -> di
 
 def over(medians: dict[str, dict[str, float]], base: str, kind: str) -> dict[str, float]:
     """Per cent that each other way takes over `base`, by one kind of time."""
-    if kind not in medians[base]:
+    if kind not in medians.get(base, {}):
         return {}
     return {
         name: 100 * (of[kind] / medians[base][kind] - 1) for name, of in medians.items() if name != base and kind in of
@@ -177,17 +195,19 @@ def kernels(way: Way) -> dict[str, tuple[int, float]]:
         return {}
     from torch.profiler import ProfilerActivity, profile
 
-    way()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    # The first profile of a process can miss kernels while the profiler starts.
+    for _ in range(2):
         way()
         torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            way()
+            torch.cuda.synchronize()
     found: dict[str, tuple[int, float]] = {}
     events: Any = profiled.events()
     for event in events:
         if "CUDA" in str(event.device_type):
             count, seconds = found.get(event.name, (0, 0.0))
-            found[event.name] = count + 1, seconds + event.device_time / 1e6
+            found[event.name] = count + 1, seconds + event.time_range.elapsed_us() / 1e6
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 

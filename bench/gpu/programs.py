@@ -41,8 +41,15 @@ KERNELS: tuple[Row, ...] = (
     (Step("scoring", 90, least=25, needs=("peft", "transformers")),),
     (Step("matrix", 500, least=20, needs=("pytest", "hypothesis")),),
 )
-TRAINING: tuple[Row, ...] = ()
-METHOD: tuple[Row, ...] = ()
+TRAINING: tuple[Row, ...] = (
+    (Step("training_step", 330, least=40, needs=("peft", "transformers")),),
+    (Step("training_context", 150, least=40, needs=("peft", "transformers")),),
+    (Step("training_plan", 120, least=40, needs=("peft", "transformers")),),
+)
+METHOD: tuple[Row, ...] = (
+    (Step("method_quickstart", 300, least=60, needs=("trl", "datasets", "peft")),),
+    (Step("method_study", 500, least=60, needs=("trl", "datasets", "peft")),),
+)
 
 PROGRAMS: dict[str, tuple[Row, ...]] = {"kernels": KERNELS, "training": TRAINING, "method": METHOD}
 

@@ -92,13 +92,14 @@ def _of_step(program: str, step: str, lines: list[dict[str, Any]]) -> list[str]:
     timed: dict[str, dict[str, str]] = {}
     for line in rows:
         if "timed_by" in line:
-            timed.setdefault(line["case"].rpartition(" [")[0], {})[line["timed_by"]] = _figure(line)
+            case = line["case"].removesuffix(f" [{line['timed_by']}]")
+            timed.setdefault(case, {})[line["timed_by"]] = _figure(line)
     if timed:
         kinds = [kind for kind in KINDS if any(kind in of for of in timed.values())]
         text += [f"| case | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
         text += [f"| {_cell(case)} | {' | '.join(of.get(kind, '') for kind in kinds)} |" for case, of in timed.items()]
         text.append("")
-    rest = [line for line in rows if "timed_by" not in line]
+    rest = [line for line in rows if "timed_by" not in line and not line.get("detail")]
     if rest:
         text += ["| case | value |", "|---|---|"]
         text += [f"| {_cell(line['case'])} | {_figure(line)} |" for line in rest[:ROWS]]

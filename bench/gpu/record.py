@@ -56,7 +56,7 @@ def result(
     """One result. unit: "s", "x", "%", "B", "B/s", "FLOP/s", "tokens/s", ...; SI units, no prefixes.
 
     p20, p50, p80: percentiles of several readings; null where there was one. headline: the words by which the closing
-    table shows this result first. facts: whatever else JSON can hold.
+    table shows this result first. facts: whatever else JSON can hold; detail=True: the tables may leave it out.
     """
     readings = {"value": float(value), "p20": p20, "p50": p50, "p80": p80}
     said = {} if headline is None else {"headline": headline}

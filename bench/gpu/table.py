@@ -54,7 +54,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     rest += [
         f"{readable(line['value'], line['unit']):>14}  {line['step']}: {line['case']}"
         for line in results
-        if "headline" not in line
+        if "headline" not in line and not line.get("detail")
     ]
     room = LINES - 2 - len(rows) - 1
     if rest and room > 1:

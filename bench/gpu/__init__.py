@@ -5,6 +5,7 @@
     run.py        the inside of that process: it calls `main()` of the step's file
     record.py     what a step calls: one JSON line a result, on disk the moment it exists
     timing.py     GPU time by events and by graph replay, and host time without waiting
+    cases.py      what steps share: sizes, masks, ways tried before they are timed, and the kernels that they launch
     table.py      the closing table, made from those lines alone
     collect.py    from those lines to bench/results/<gpu>.json and the tables of bench/README.md
 

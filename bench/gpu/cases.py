@@ -120,10 +120,8 @@ def tried(case: str, ways: dict[str, Way]) -> dict[str, Results]:
             wait()
         except Exception as error:
             del ways[name]
-            words = f"{type(error).__name__}: {one_line(error)}"
-            record.wrong(f"{case} | {name}", words) if name.startswith("ours") else record.skipped(
-                f"{case} | {name}", words
-            )
+            told = record.wrong if name.startswith("ours") else record.skipped
+            told(f"{case} | {name}", f"{type(error).__name__}: {one_line(error)}")
             wait()
     return results
 

@@ -100,7 +100,9 @@ def test_step(lines, step):
     skipped = {line["case"]: line["why"] for line in lines if line["kind"] == "skipped"}
     assert results
     assert not {case for case in skipped if "4-bit" not in case and "csrc" not in case}, skipped
-    if step != "correctness":
+    if step == "correctness":
+        assert record.wrongs() > 20
+    else:
         assert not record.wrongs(), [line for line in lines if line["kind"] == "wrong"]
     # What was not computed is wrong, but nothing raised.
     assert not [line for line in lines if line["kind"] == "wrong" and "Error" in line["why"]]

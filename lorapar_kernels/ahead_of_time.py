@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,14 @@ TYPES = {
 COMMON_ROOM = 99 << 10
 
 
+class Call(NamedTuple):
+    """A launch that was recorded and not made: `kernel[grid](*arguments, **constants)`, tensors without memory."""
+
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Variant:
     """One specialisation of one Triton kernel.
@@ -37,6 +45,7 @@ class Variant:
         aligned: arguments, by name or by position, that are multiples of 16, as the launcher would find them.
         warps, stages: launch options.
         room: bytes of shared memory that a device has wherever the launcher takes this variant.
+        call: the first launch that recorded it, for `warm`; None where the variant was written by hand.
     """
 
     kernel: Any
@@ -47,6 +56,7 @@ class Variant:
     warps: int = 4
     stages: int = 3
     room: int = COMMON_ROOM
+    call: Call | None = field(default=None, compare=False, repr=False)
 
 
 _recorded: ContextVar[list[Variant] | None] = ContextVar("recorded", default=None)
@@ -72,12 +82,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
     if variants is None:
         kernel[grid](*arguments, **constants)
         return
-    variant = _variant(kernel, arguments, constants, room)
+    variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
         variants.append(variant)
 
 
-def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], room: int) -> Variant:
+def warm(variant: Variant) -> None:
+    """Compile a recorded variant for the current GPU, launching nothing.
+
+    It goes through Triton's launcher with the arguments of the launch that was recorded, so the compiled kernel has the
+    key, in memory and in Triton's cache on disk, under which a launch like it will look. (Triton 3.6 to 3.9 read of a
+    tensor its dtype and whether its address is a multiple of 16; one on the meta device has address 0.)
+    """
+    if variant.call is None:
+        raise ValueError(f"{variant.kernel.__name__} {variant.name} was not recorded from a launch, so has no call")
+    grid, arguments, constants = variant.call
+    variant.kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _variant(kernel: Any, call: Call, room: int) -> Variant:
+    arguments, constants = call.arguments, dict(call.constants)
     options = {"num_warps": constants.pop("num_warps", 4), "num_stages": constants.pop("num_stages", 3)}
     names = kernel.arg_names
     as_they_are = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
@@ -101,9 +125,8 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
     pointers = [kind[1:] for entry in ordered.values() for kind in _flat(entry) if kind.startswith("*")]
     dtypes = "/".join(dict.fromkeys(pointers))
     said = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
-    return Variant(
-        kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), options["num_warps"], options["num_stages"], room
-    )
+    warps, stages = options["num_warps"], options["num_stages"]
+    return Variant(kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), warps, stages, room, call)
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

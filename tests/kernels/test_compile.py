@@ -138,6 +138,54 @@ def test_what_is_recorded_is_what_is_launched():
     assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel", "reduce_kernel"]
 
 
+def test_warming_hands_over_what_a_launch_would(monkeypatch):
+    """Of the launch, the first of a variant: the same arguments, constants and options, and so the same key."""
+    import torch
+
+    from lorapar_kernels.ahead_of_time import Variant, recording, warm
+    from lorapar_kernels.lora_product_triton import WIDE_ROOM, _launch_case
+
+    with recording() as variants:
+        _launch_case(torch.bfloat16, torch.float32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM)
+        _launch_case(torch.bfloat16, torch.float32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM)
+    warmed = []
+    for variant in variants:
+        monkeypatch.setattr(variant.kernel, "warmup", lambda *arguments, **named: warmed.append((arguments, named)))
+        warm(variant)
+        assert variant.call is not None
+        arguments, named = warmed[-1]
+        assert arguments is not variant.call.arguments
+        assert all(one is other for one, other in zip(arguments, variant.call.arguments, strict=True))
+        assert named == {"grid": variant.call.grid, **variant.call.constants}
+        assert {"num_warps", "num_stages"} <= named.keys()
+        assert variant.call.grid == (64 * 16,)
+    assert len(warmed) == 2
+    with pytest.raises(ValueError, match="was not recorded from a launch"):
+        warm(Variant(variants[0].kernel, "by hand", {}))
+
+
+def test_a_launcher_takes_tensors_without_memory_for_real_ones():
+    """What Triton's launcher makes its key of, by its own function: dtypes, and which addresses are aligned."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import native_specialize_impl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    backend = type(make_backend(GPUTarget("cuda", 90, 32)))
+
+    def key(value):
+        return native_specialize_impl(backend, value, False, True, True)
+
+    for dtype in (torch.bfloat16, torch.float32, torch.uint8, torch.int64):
+        meta, real = (torch.zeros(64, 64, dtype=dtype, device=device) for device in ("meta", "cpu"))
+        assert key(meta) == key(real)
+        assert key((meta, meta)) == key((real, real))
+        assert key(meta[:, 1:]) == key(real[:, 1:])
+        described = [TensorDescriptor.from_tensor(matrix, [16, 16]) for matrix in (meta, real)]
+        assert key(described[0]) == key(described[1])
+
+
 def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
     """One example would be a constant of the kernel, and 16 a multiple: kernels that nothing had compiled before."""
     import torch

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .backend import old_gpu
+
 ABI_VERSION = 4  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
@@ -129,7 +131,8 @@ def obstacle(device: torch.device) -> str | None:
     """Why no native function can work on this device's tensors; None when one can."""
     if device.type not in KINDS:
         return f"there is no native library for {device.type} tensors"
-    return load(device.type)[1]
+    reason = load(device.type)[1]
+    return old_gpu(device) if reason is None and device.type == "cuda" else reason
 
 
 def status_of(function: str, device: torch.device, *arguments: object) -> int:

@@ -83,13 +83,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
     variants = _recorded.get()
     if variants is None:
         device = _cuda_device(arguments)
-        # Triton launches on the current device, wherever the tensors are. Asking which that is costs 0.2 µs, entering
-        # another several.
-        if device is None or device == torch.cuda.current_device():
-            kernel[grid](*arguments, **constants)
-        else:
+        # Triton launches on the current device, wherever the tensors are. Asking which that is costs less than a
+        # microsecond, entering another several.
+        if device is not None and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                kernel[grid](*arguments, **constants)
+                launch(kernel, grid, *arguments, room=room, **constants)
+            return
+        kernel[grid](*arguments, **constants)
         return
     variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
@@ -140,8 +140,10 @@ def _variant(kernel: Any, call: Call, room: int) -> Variant:
         for path, entry, kind in zip(paths, entries, kinds):
             if kind == "constexpr":
                 values[path] = entry
-            # Triton's launcher specialises on both: pointers from torch's allocator are aligned.
-            elif isinstance(entry, torch.Tensor) or (specialise and isinstance(entry, int) and entry % 16 == 0):
+            # Triton's launcher specialises on both; the addresses of meta tensors are aligned as an allocator's are.
+            elif isinstance(entry, torch.Tensor):
+                aligned += [path] if entry.data_ptr() % 16 == 0 else []
+            elif specialise and isinstance(entry, int) and entry % 16 == 0:
                 aligned.append(path)
     signature |= dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in names}

@@ -159,7 +159,7 @@ def add_example_products(
     warps = warps if width % 16 == 0 else 8
     launch(
         _example_products_kernel, (tiles_n, tiles_r, ranges),
-        thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
+        thin, wide, phi, offsets, partial, float(scale), n_examples, rank, width, rank, width, *strides,
         BLOCK_R=block_r(rank), BLOCK_N=block_n, BLOCK_T=tokens, num_warps=warps,
     )  # fmt: skip
     launch(_add_partial_sums_kernel, (-(-phi.numel() // BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)

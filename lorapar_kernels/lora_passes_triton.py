@@ -105,7 +105,7 @@ def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, sca
     n, block = out.numel(), 1024
     launch(
         reduce_kernel, (cdiv(n, block),),
-        partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
+        partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), float(scale),
         BLOCK=block, MASKED=mask is not None,
     )  # fmt: skip
     return out
@@ -251,14 +251,15 @@ def _every_case():
                     yield x, a, rank, group, p, columns, masked, wanted
 
 
-def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> None:
+def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted, tokens=None) -> None:
+    """One layer's passes, of so many tokens; None: so many that they are cut into partial sums, and so few that not."""
+
     def meta(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     needs_x, needs_factors = wanted
-    # Long enough to be cut into partial sums, and short enough not to be.
-    for tokens in (512, 65536):
-        x = meta(tokens, columns, dtype=x_dtype)
+    for T in (512, 65536) if tokens is None else (tokens,):
+        x = meta(T, columns, dtype=x_dtype)
         factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
         seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
         masks = [meta(rank, columns, dtype=torch.bool) if masked else None for _ in range(group)]
@@ -268,5 +269,5 @@ def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> No
         input_gradients(x, x if needs_x else None, factors, [ds] * group, p, seeds, masks, [needs_factors] * group)
         # As beside a product that carries its expand.
         if needs_factors and p > 0.0 and columns % 8 == 0 and x.element_size() == 2:
-            bits = [meta(tokens, columns // 8, dtype=torch.uint8)] * group
+            bits = [meta(T, columns // 8, dtype=torch.uint8)] * group
             input_gradients(x, None, factors, [ds] * group, p, seeds, masks, [True] * group, bits)

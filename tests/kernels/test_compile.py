@@ -205,6 +205,76 @@ def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
     assert all(variant in ahead_of_time() for variant in variants)
 
 
+# One, odd, even, a multiple of 16, as they come: batches of text are ragged.
+RAGGED = (1, 2, 15, 16, 17, 100, 512, 513, 527, 1024, 8191, 8192, 8200, 20000)
+
+
+def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
+    """What few and what many tokens launch, which is compiled ahead of time, is all that any number launches."""
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_passes_triton import REPRESENTATIVE, _launch_all
+
+    for case in REPRESENTATIVE:
+        with recording() as ahead:
+            _launch_all(*case)
+        of_tokens = {}
+        for tokens in RAGGED:
+            with recording() as of_tokens[tokens]:
+                _launch_all(*case, tokens=tokens)
+            assert all(variant in ahead for variant in of_tokens[tokens]), (case, tokens)
+        # Of few tokens S and dS come in parts of fp32, which are added up; of many (8,191 here) at once, in x's dtype.
+        assert all(of_tokens[tokens] == of_tokens[1] for tokens in RAGGED if tokens < 8191), case
+
+
+def test_nor_does_it_for_the_product():
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_product_triton import REPRESENTATIVE, _launch_case
+
+    for x, a, rank, _, *rest in REPRESENTATIVE:
+        # Narrow tiles, and the wide ones where many tokens are enough of them for the GPU.
+        with recording() as few_and_many:
+            _launch_case(x, a, rank, 1, *rest)
+            _launch_case(x, a, rank, 1 << 16, *rest)
+        with recording() as variants:
+            for tokens in RAGGED:
+                _launch_case(x, a, rank, tokens, *rest)
+        assert all(variant in few_and_many for variant in variants)
+        assert len(few_and_many) <= 2 * (1 + (rest[2] > 0.0))
+
+
+def test_nor_do_the_size_and_the_share_of_a_dropout_mask():
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.dropout_triton import ahead_of_time, dropout_mask
+
+    with recording() as variants:
+        for elements in (1, 8, 128, 513, 4096 * 527, 4097 * 61):
+            for threshold in (1, 16, 3277, 32768):
+                dropout_mask(torch.empty(1, dtype=torch.int64, device="meta"), (elements,), threshold)
+    assert variants == ahead_of_time()[:1]
+
+
+def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_passes_triton import input_gradients, output_gradients, shrink
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, b, seed = meta(513, 4096), meta(8, 4096), meta(4096, 8), meta(1, dtype=torch.int64)
+    sets = []
+    for p, scaling in ((0.05, 0.5), (0.25, 1), (1 / 65536, 16)):
+        with recording() as variants:
+            (s,) = shrink(x, [a], p, [seed])
+            ds, _ = output_gradients(x, b, s, scaling, p, None, True)
+            input_gradients(x, x, [a], [ds], p, [seed], [None], [True])
+        sets.append(variants)
+    assert sets[0] == sets[1] == sets[2]
+
+
 def test_ptxas_figures():
     log = (
         "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"

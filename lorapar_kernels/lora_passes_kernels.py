@@ -120,6 +120,8 @@ def input_kernel(
         wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
     any_wanted = wanted0 + wanted1 + wanted2
     any_work = any_wanted + 1 if NEEDS_X or BITS else any_wanted
+    # As a bound: a scalar condition combined with a mask is no bool in the interpreter, which Triton 3.9 refuses.
+    m_wanted = i_k < tl.where(any_wanted > 0, K, 0)
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -137,7 +139,8 @@ def input_kernel(
             i_t = t + tl.arange(0, BT).to(tl.int64)
             m_t = i_t < end
             m_x = m_t[:, None] & m_k[None, :]
-            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x & (any_wanted > 0), other=0.0)
+            m_read = m_t[:, None] & m_wanted[None, :]
+            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_read, other=0.0)
             b_dx = tl.zeros((BT, BK), tl.float32)
             for g in tl.static_range(G):
                 b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t[:, None], other=0.0)

@@ -1,6 +1,7 @@
 """python -m lorapar_kernels.compile: every kernel, every architecture, no GPU, and a bad one is told."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -97,6 +98,40 @@ def test_a_kernel_that_does_not_compile_is_told():
     assert "power of 2" in table([row])
 
 
+def test_whether_a_product_and_its_sum_are_one_instruction_is_said_not_left_to_triton():
+    """Triton 3.9 warns of a default that 3.10 changes, and TRITON_DEFAULT_FP_FUSION would change what fp32 costs."""
+    program = (
+        "from lorapar_kernels.compile import compile_variant\n"
+        "from lorapar_kernels.importance_triton import ahead_of_time\n"
+        "variant = next(v for v in ahead_of_time() if v.name.startswith('fp32/i64'))\n"
+        "row = compile_variant(variant, 90)\n"
+        "print(row.failure, row.registers)\n"
+    )
+    found = []
+    for fusion in (None, "0", "1"):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_DEFAULT_FP_FUSION"}
+        environment |= {} if fusion is None else {"TRITON_DEFAULT_FP_FUSION": fusion}
+        command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.stderr == ""
+        found.append(done.stdout)
+    assert found[0].startswith("None ")
+    assert len(set(found)) == 1
+
+
+def test_a_launch_says_it_too():
+    from lorapar_kernels.ahead_of_time import launch
+
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: given.update(options)
+
+    launch(Kernel(), (1,), 3, BLOCK=16)
+    assert given == {"BLOCK": 16, "enable_fp_fusion": True}
+
+
 def test_a_spill_makes_the_exit_status_1(monkeypatch, capsys):
     import importlib
 
@@ -142,7 +177,7 @@ def test_warming_hands_over_what_a_launch_would(monkeypatch):
     """Of the launch, the first of a variant: the same arguments, constants and options, and so the same key."""
     import torch
 
-    from lorapar_kernels.ahead_of_time import Variant, recording, warm
+    from lorapar_kernels.ahead_of_time import FP_FUSION, Variant, recording, warm
     from lorapar_kernels.lora_product_triton import WIDE_ROOM, _launch_case
 
     with recording() as variants:
@@ -156,7 +191,7 @@ def test_warming_hands_over_what_a_launch_would(monkeypatch):
         arguments, named = warmed[-1]
         assert arguments is not variant.call.arguments
         assert all(one is other for one, other in zip(arguments, variant.call.arguments, strict=True))
-        assert named == {"grid": variant.call.grid, **variant.call.constants}
+        assert named == {"grid": variant.call.grid, "enable_fp_fusion": FP_FUSION, **variant.call.constants}
         assert {"num_warps", "num_stages"} <= named.keys()
         assert variant.call.grid == (64 * 16,)
     assert len(warmed) == 2

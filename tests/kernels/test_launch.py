@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lorapar_kernels.ahead_of_time import launch
+from lorapar_kernels.ahead_of_time import FP_FUSION, launch
 from lorapar_kernels.lora_passes_triton import precision
 
 
@@ -62,7 +62,7 @@ def test_a_launch_goes_to_its_tensors_device(launched, place):
             "descriptor": (SimpleNamespace(base=tensor, block_shape=[16, 16]), 1),
         }[place]
         launch(launched.kernel, (4,), *arguments, BLOCK=8)
-        assert launched.noted[-1] == (number, (4,), arguments, {"BLOCK": 8})
+        assert launched.noted[-1] == (number, (4,), arguments, {"BLOCK": 8, "enable_fp_fusion": FP_FUSION})
         assert launched.devices == [0]
     # Not for the device that is current already.
     assert launched.entered == [1, 2]

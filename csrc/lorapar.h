@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a meaning below changes; native.py refuses a library of another version. */
-#define LORAPAR_ABI_VERSION 4
+#define LORAPAR_ABI_VERSION 5
 
 #define LORAPAR_OK 0
 #define LORAPAR_ERROR_NULL_POINTER 1 /* a null pointer although n > 0 (or, for a result, at all) */
@@ -33,6 +33,7 @@
 #define LORAPAR_ERROR_MASK 9         /* a spare bit that is set, or counts that are not the mask's */
 #define LORAPAR_ERROR_SETTING 10     /* a setting of the optimizer that is out of its range */
 #define LORAPAR_ERROR_ELEMENT 11     /* an element size that is not 2, 4 or 8 bytes */
+#define LORAPAR_ERROR_WORKSPACE 12   /* a workspace that is smaller than lorapar_selection_workspace says */
 #define LORAPAR_ERROR_CUDA 1000      /* 1000 + cudaError_t */
 
 /* Elements that share a count in a mask's index, and a scale among 8-bit moments. */
@@ -108,18 +109,25 @@ typedef struct {
     int64_t ties, equals;
 } lorapar_cut;
 
+/* Bytes of working memory that lorapar_top_mass, lorapar_top_count and lorapar_keep need for these tensors, of which only
+ * the sizes matter. The CPU library needs none. 0 too where the list is wrong, which those functions then say. The
+ * memory is the caller's, where the tensors are and aligned to 8 bytes; it holds nothing between two calls, and must
+ * stay until the queue's work has ended. */
+LORAPAR_API int64_t lorapar_selection_workspace(const lorapar_scores *tensors, int64_t count);
+
 /* cuts[k]: of the smallest prefix of the descending order that sums to thetas[k] of the total or more. Sums are those of
  * the real numbers, rounded once to double. At most 2^29 elements together. thetas and cuts are in host memory; the CUDA
  * library waits for the result. */
 LORAPAR_API int lorapar_top_mass(const lorapar_scores *tensors, int64_t count, const double *thetas, int64_t n_thetas,
-                                 lorapar_cut *cuts, intptr_t queue);
+                                 lorapar_cut *cuts, void *workspace, int64_t workspace_bytes, intptr_t queue);
 
 /* cut [1]: of the `kept` highest scores, at least one. Otherwise as lorapar_top_mass; all-zero scores are as good as any. */
 LORAPAR_API int lorapar_top_count(const lorapar_scores *tensors, int64_t count, int64_t kept, lorapar_cut *cut,
-                                  intptr_t queue);
+                                  void *workspace, int64_t workspace_bytes, intptr_t queue);
 
 /* Every tensor's `keep` by a cut; ties go by index, then by tensor. */
-LORAPAR_API int lorapar_keep(const lorapar_scores *tensors, int64_t count, const lorapar_cut *cut, intptr_t queue);
+LORAPAR_API int lorapar_keep(const lorapar_scores *tensors, int64_t count, const lorapar_cut *cut, void *workspace,
+                             int64_t workspace_bytes, intptr_t queue);
 
 /* scores [rows, columns] -> sums [ceil(rows / tile_rows), ceil(columns / tile_columns)], the tiles at the edges smaller.
  * In double: down each column of the tile, then across the columns. A rank slice is a tile of one row of A, or of one

@@ -1,7 +1,9 @@
 // The selection's part of lorapar.h in terms of a `Selection` over a list of tensors, which each library defines before it
 // includes this:
 //
-//   Selection(const lorapar_scores *tensors, int64_t count, intptr_t queue)   may throw std::bad_alloc, as all of them
+//   int64_t workspace_of(const lorapar_scores *tensors, int64_t count)        a function; the bytes that it works in
+//   Selection(const lorapar_scores *tensors, int64_t count, void *workspace, intptr_t queue)
+//                                                                 may throw std::bad_alloc, as all of the following
 //   int weigh(bool by_mass, std::vector<double> &sums)            sums [kUpperBins]; LORAPAR_ERROR_SCORE
 //   int count(uint32_t upper, std::vector<uint32_t> &counts)      counts [kLowerBins]
 //   int keep(const lorapar_cut &cut)
@@ -24,6 +26,11 @@ int guarded(const Work &work) {
     }
 }
 
+inline int check_workspace(const lorapar_scores *tensors, int64_t count, const void *workspace, int64_t bytes) {
+    const int64_t needed = workspace_of(tensors, count);
+    return bytes < needed ? LORAPAR_ERROR_WORKSPACE : check_pointer(static_cast<const double *>(workspace), needed);
+}
+
 inline int find_cut(Selection &selection, const std::vector<double> &sums, const Target &target, lorapar_cut &cut) {
     ExactSum before;
     const uint32_t upper = upper_bin(sums.data(), target, before);
@@ -35,14 +42,21 @@ inline int find_cut(Selection &selection, const std::vector<double> &sums, const
 
 }  // namespace lorapar
 
+int64_t lorapar_selection_workspace(const lorapar_scores *tensors, int64_t count) {
+    int64_t total;
+    const int status = lorapar::check_scores(tensors, count, false, total);
+    return status == LORAPAR_OK ? lorapar::workspace_of(tensors, count) : 0;
+}
+
 int lorapar_top_mass(const lorapar_scores *tensors, int64_t count, const double *thetas, int64_t n_thetas,
-                     lorapar_cut *cuts, intptr_t queue) {
+                     lorapar_cut *cuts, void *workspace, int64_t workspace_bytes, intptr_t queue) {
     using namespace lorapar;
     int64_t total;
     if (int status = check_scores(tensors, count, false, total)) return status;
     if (int status = check_thetas(thetas, n_thetas, cuts)) return status;
+    if (int status = check_workspace(tensors, count, workspace, workspace_bytes)) return status;
     return guarded([&]() -> int {
-        Selection selection(tensors, count, queue);
+        Selection selection(tensors, count, workspace, queue);
         std::vector<double> sums;
         std::vector<lorapar_cut> found(n_thetas);
         if (int status = selection.weigh(true, sums)) return status;
@@ -56,14 +70,16 @@ int lorapar_top_mass(const lorapar_scores *tensors, int64_t count, const double 
     });
 }
 
-int lorapar_top_count(const lorapar_scores *tensors, int64_t count, int64_t kept, lorapar_cut *cut, intptr_t queue) {
+int lorapar_top_count(const lorapar_scores *tensors, int64_t count, int64_t kept, lorapar_cut *cut, void *workspace,
+                      int64_t workspace_bytes, intptr_t queue) {
     using namespace lorapar;
     int64_t total;
     if (int status = check_scores(tensors, count, false, total)) return status;
     if (int status = check_pointer(cut, 1)) return status;
     if (kept < 1 || kept > total) return LORAPAR_ERROR_COUNT;
+    if (int status = check_workspace(tensors, count, workspace, workspace_bytes)) return status;
     return guarded([&]() -> int {
-        Selection selection(tensors, count, queue);
+        Selection selection(tensors, count, workspace, queue);
         std::vector<double> sums;
         if (int status = selection.weigh(false, sums)) return status;
         const Target target = target_of(sums.data(), false, static_cast<double>(kept));
@@ -75,13 +91,15 @@ int lorapar_top_count(const lorapar_scores *tensors, int64_t count, int64_t kept
     });
 }
 
-int lorapar_keep(const lorapar_scores *tensors, int64_t count, const lorapar_cut *cut, intptr_t queue) {
+int lorapar_keep(const lorapar_scores *tensors, int64_t count, const lorapar_cut *cut, void *workspace,
+                 int64_t workspace_bytes, intptr_t queue) {
     using namespace lorapar;
     int64_t total;
     if (int status = check_scores(tensors, count, true, total)) return status;
     if (int status = check_pointer(cut, 1)) return status;
     if (cut->bits >= 0x80000000u) return LORAPAR_ERROR_SCORE;
-    return guarded([&] { return Selection(tensors, count, queue).keep(*cut); });
+    if (int status = check_workspace(tensors, count, workspace, workspace_bytes)) return status;
+    return guarded([&] { return Selection(tensors, count, workspace, queue).keep(*cut); });
 }
 
 int lorapar_tile_sums(const float *scores, int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,

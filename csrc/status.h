@@ -45,6 +45,7 @@ inline const char *status_text(int status) {
         case LORAPAR_ERROR_MASK: return "a mask with a spare bit set, or counts that are not the mask's";
         case LORAPAR_ERROR_SETTING: return "a setting of the optimizer that is out of its range";
         case LORAPAR_ERROR_ELEMENT: return "an element size that is not 2, 4 or 8 bytes";
+        case LORAPAR_ERROR_WORKSPACE: return "a workspace that is too small";
         default: return nullptr;
     }
 }

@@ -22,16 +22,33 @@ from torch import Tensor, nn
 
 from .layers import MaskedLayer
 
-# One flat buffer a device and dtype, as large as the largest weight so far. A stream runs in order, so a product has
-# read the buffer before the next weight is written there.
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+# One flat buffer a device, dtype and CUDA stream, as large as the largest weight so far. A stream runs in order, so a
+# product has read the buffer before the next weight is written there; products on two streams have one each.
+_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current stream's handle, 0 on a CPU; None while it is captured into a CUDA graph."""
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def _buffer(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    there = _buffers.get((device, dtype))
+    stream = _stream(device)
+    if stream is None:
+        # A graph writes where it wrote when it was captured. A buffer of ours may have been freed by then; the graph's
+        # own memory stays, and is the next product's again as soon as this one has read it.
+        return torch.empty(shape, dtype=dtype, device=device)
+    there = _buffers.get((device, dtype, stream))
     if there is None or there.numel() < shape.numel():
-        there = _buffers[device, dtype] = torch.empty(shape.numel(), dtype=dtype, device=device)
+        there = _buffers[device, dtype, stream] = torch.empty(shape.numel(), dtype=dtype, device=device)
     return there[: shape.numel()].view(shape)
+
+
+def free_buffers() -> None:
+    """Let go of every buffer: torch's allocator takes each back in the order of its stream, so none is still read."""
+    _buffers.clear()
 
 
 def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,15 @@
 """How a kernel file says with which signatures it is compiled ahead of time (compile.py does it).
 
-A launcher calls `launch`. Inside `recording`, the same launcher, called with tensors on the meta device, launches
-nothing and leaves the signatures that it would have launched: what is compiled ahead of time is what runs.
+A launcher calls `launch`, which goes to the GPU of its tensors. Inside `recording`, the same launcher, called with
+tensors on the meta device, launches nothing and leaves the signatures that it would have launched: what is compiled
+ahead of time is what runs.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,17 @@ TYPES = {
 # Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
 # (CUDA C++ Programming Guide, technical specifications).
 COMMON_ROOM = 99 << 10
+# A product and the sum it goes into may be one instruction, which rounds once. Said here, because Triton 3.9 warns
+# where nothing is said, and 3.10 changes what that means: fp32 products would take twice the instructions.
+FP_FUSION = True
+
+
+class Call(NamedTuple):
+    """A launch that was recorded and not made: `kernel[grid](*arguments, **constants)`, tensors without memory."""
+
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Variant:
         aligned: arguments, by name or by position, that are multiples of 16, as the launcher would find them.
         warps, stages: launch options.
         room: bytes of shared memory that a device has wherever the launcher takes this variant.
+        call: the first launch that recorded it, for `warm`; None where the variant was written by hand.
     """
 
     kernel: Any
@@ -47,6 +60,7 @@ class Variant:
     warps: int = 4
     stages: int = 3
     room: int = COMMON_ROOM
+    call: Call | None = field(default=None, compare=False, repr=False)
 
 
 _recorded: ContextVar[list[Variant] | None] = ContextVar("recorded", default=None)
@@ -66,18 +80,54 @@ def recording() -> Iterator[list[Variant]]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name.
 
-    room: of the `Variant`; a launcher that gives another than COMMON_ROOM has asked the device.
+    It goes to the device of the first CUDA tensor. room: of the `Variant`; a launcher that gives another than
+    COMMON_ROOM has asked the device.
     """
     variants = _recorded.get()
     if variants is None:
-        kernel[grid](*arguments, **constants)
+        device = _cuda_device(arguments)
+        # Triton launches on the current device, wherever the tensors are. Asking which that is costs less than a
+        # microsecond, entering another several.
+        if device is not None and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                launch(kernel, grid, *arguments, room=room, **constants)
+            return
+        kernel[grid](*arguments, enable_fp_fusion=FP_FUSION, **constants)
         return
-    variant = _variant(kernel, arguments, constants, room)
+    variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
         variants.append(variant)
 
 
-def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], room: int) -> Variant:
+def _cuda_device(arguments: tuple[Any, ...]) -> int | None:
+    """The number of the first CUDA tensor's device, in tuples and descriptors too; None where there is none."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            device = _cuda_device(argument)
+            if device is not None:
+                return device
+            continue
+        tensor = argument if isinstance(argument, torch.Tensor) else getattr(argument, "base", None)
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            return tensor.get_device()
+    return None
+
+
+def warm(variant: Variant) -> None:
+    """Compile a recorded variant for the current GPU, launching nothing.
+
+    It goes through Triton's launcher with the arguments of the launch that was recorded, so the compiled kernel has the
+    key, in memory and in Triton's cache on disk, under which a launch like it will look. (Triton 3.6 to 3.9 read of a
+    tensor its dtype and whether its address is a multiple of 16; one on the meta device has address 0.)
+    """
+    if variant.call is None:
+        raise ValueError(f"{variant.kernel.__name__} {variant.name} was not recorded from a launch, so has no call")
+    grid, arguments, constants = variant.call
+    variant.kernel.warmup(*arguments, grid=grid, enable_fp_fusion=FP_FUSION, **constants)
+
+
+def _variant(kernel: Any, call: Call, room: int) -> Variant:
+    arguments, constants = call.arguments, dict(call.constants)
     options = {"num_warps": constants.pop("num_warps", 4), "num_stages": constants.pop("num_stages", 3)}
     names = kernel.arg_names
     as_they_are = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
@@ -93,17 +143,18 @@ def _variant(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
         for path, entry, kind in zip(paths, entries, kinds):
             if kind == "constexpr":
                 values[path] = entry
-            # Triton's launcher specialises on both: pointers from torch's allocator are aligned.
-            elif isinstance(entry, torch.Tensor) or (specialise and isinstance(entry, int) and entry % 16 == 0):
+            # Triton's launcher specialises on both; the addresses of meta tensors are aligned as an allocator's are.
+            elif isinstance(entry, torch.Tensor):
+                aligned += [path] if entry.data_ptr() % 16 == 0 else []
+            elif specialise and isinstance(entry, int) and entry % 16 == 0:
                 aligned.append(path)
     signature |= dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in names}
     pointers = [kind[1:] for entry in ordered.values() for kind in _flat(entry) if kind.startswith("*")]
     dtypes = "/".join(dict.fromkeys(pointers))
     said = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
-    return Variant(
-        kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), options["num_warps"], options["num_stages"], room
-    )
+    warps, stages = options["num_warps"], options["num_stages"]
+    return Variant(kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), warps, stages, room, call)
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

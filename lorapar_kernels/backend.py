@@ -9,9 +9,16 @@ every call or the call fails: a forced backend never falls back, so a benchmark 
 another one by accident.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
+# bf16 on the matrix cores, and the first GPUs that Triton still supports. csrc/cuda is built from sm_80 on, too: a GPU
+# runs the code of its major version up to its minor one (8.6 and 8.9 that of sm_80), and the PTX serves the newer
+# majors, 12.0 among them (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+OLDEST = (8, 0)
 BACKENDS = ("reference", "native", "triton")
 
 
@@ -30,6 +37,15 @@ def forced() -> str | None:
 
 def always() -> None:
     """The obstacle of a backend that has none."""
+
+
+@functools.cache
+def old_gpu(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this CUDA device, which is too old for them; None for one that is not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= OLDEST:
+        return None
+    return f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this GPU has {major}.{minor}"
 
 
 def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:

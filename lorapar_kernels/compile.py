@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ahead_of_time import COMMON_ROOM, Variant
+from .ahead_of_time import COMMON_ROOM, FP_FUSION, Variant
 
 # The files that hold Triton kernels; each has `ahead_of_time(every)`, its variants. A test finds one left out.
 MODULES = ("dropout_triton", "importance_triton", "lora_passes_triton", "lora_product_triton")
@@ -84,7 +84,7 @@ def compile_variant(variant: Variant, arch: int) -> Row:
         positions = [a if isinstance(a, tuple) else (list(variant.signature).index(a),) for a in variant.aligned]
         attributes: dict[Any, Any] = {position: [["tt.divisibility", 16]] for position in positions}
         source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
-        options = {"num_warps": variant.warps, "num_stages": variant.stages}
+        options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": FP_FUSION}
         compiled: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         registers, spilled = ptxas_figures(assemble(compiled.asm["ptx"], arch))
     # Whatever the compiler raises, the other rows are still wanted, and the row makes the exit status 1.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backend import always, choose
+from .backend import always, choose, old_gpu
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -79,7 +79,7 @@ def triton_obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        return None
+        return old_gpu(device)
     from . import dropout_triton
 
     if device.type == "cpu" and dropout_triton.INTERPRETED:

@@ -5,6 +5,7 @@ The same bits as `dropout_mask_reference`, which is the specification: a program
 they need it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,12 +80,14 @@ def kept_bits(bits_ptr, i_row, first_column, rows, columns, WIDTH: tl.constexpr)
     return tl.reshape(lanes, (height, WIDTH)) != 0
 
 
-@triton.jit
-def _dropout_mask_kernel(seed_ptr, kept_ptr, n, threshold, BLOCK: tl.constexpr):
+# A batch's size makes no kernel of its own, and neither does p: neither is specialised on 1 or on multiples of 16.
+@triton.jit(do_not_specialize=["blocks", "threshold"])
+def _dropout_mask_kernel(seed_ptr, kept_ptr, blocks, threshold, BLOCK: tl.constexpr):
+    """kept_ptr [blocks, 8] bytes; whole blocks, so that their 8 bytes are stored together whatever their number."""
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = keep_lanes(tl.load(seed_ptr), block, threshold.to(tl.uint32))
     i_element = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(kept_ptr + i_element, kept.to(tl.uint8), mask=i_element < n)
+    tl.store(kept_ptr + i_element, kept.to(tl.uint8), mask=(block < blocks)[:, None])
 
 
 # Under TRITON_INTERPRET=1 triton.jit makes an interpreted function, which is the only kind that takes CPU
@@ -94,12 +97,14 @@ INTERPRETED = not isinstance(_dropout_mask_kernel, triton.runtime.JITFunction)
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The bool mask of `shape` on the seed's device; a draw below `threshold` is dropped."""
-    kept = torch.empty(shape, dtype=torch.bool, device=seed.device)
-    n = kept.numel()
+    n = math.prod(shape)
+    blocks = -(-n // 8)
+    # Up to 7 bytes more than the mask has.
+    kept = torch.empty(8 * blocks, dtype=torch.uint8, device=seed.device)
     if n > 0:
-        grid = (-(-n // (8 * BLOCK)),)
-        launch(_dropout_mask_kernel, grid, seed, kept.view(torch.uint8), n, threshold, BLOCK=BLOCK, num_warps=WARPS)
-    return kept
+        grid = (-(-blocks // BLOCK),)
+        launch(_dropout_mask_kernel, grid, seed, kept, blocks, threshold, BLOCK=BLOCK, num_warps=WARPS)
+    return kept[:n].view(torch.bool).view(list(shape))
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
@@ -107,6 +112,7 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
     del every
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     with recording() as variants:
-        for shape in ((2048,), (2**31,)):
+        # Numbers of blocks of 32 and of 64 bits.
+        for shape in ((2048,), (2**34,)):
             dropout_mask(seed, shape, 3277)
     return variants

@@ -20,7 +20,6 @@ Trade-off: each example's G is made once, [r, in] and [out, r], instead of a bat
 GEMMs and keeps the extra memory at one example's gradient whatever the batch.
 """
 
-import importlib.util
 import itertools
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import always, choose
+from .dropout import triton_obstacle
 from .lora_linear import as_autocast, check_arguments, check_weight
 from .lora_passes import expand, input_gradients, shrink, thin
 
@@ -115,17 +115,9 @@ def add_example_products_reference(
 
 def _triton_obstacle(x: Tensor) -> str | None:
     """Why the Triton kernels cannot serve tensors like x; None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
     if x.dtype == torch.float64:
         return "the kernels add in fp32, and x is float64"
-    if x.device.type == "cuda":
-        return None
-    from . import importance_triton
-
-    if x.device.type == "cpu" and importance_triton.INTERPRETED:
-        return None
-    return f"no Triton kernel runs on {x.device.type} tensors; set TRITON_INTERPRET=1 to interpret it on the CPU"
+    return triton_obstacle(x.device)
 
 
 def _backend(x: Tensor, op: str) -> str:

@@ -14,6 +14,7 @@ the time of one call. (In a batch with no more examples than ranges, a partial s
 is never cut, which would write parts of its G; where examples × tiles are fewer than the processors, tiles are narrow.
 """
 
+import functools
 import itertools
 
 import torch
@@ -128,6 +129,11 @@ def grid(n_examples: int, rank: int, width: int, processors: int) -> tuple[int, 
     return block_n, across, down, min(n_examples, -(-PROGRAMS_PER_SM * processors // (across * down)))
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def add_example_products(
     sums: tuple[Tensor, Tensor, Tensor, Tensor],
     thin: Tensor,
@@ -146,16 +152,14 @@ def add_example_products(
     rank, width = thin.shape[1], wide.shape[1]
     strides = (1, rank) if across else (width, 1)
     n_examples = offsets.numel() - 1
-    on_gpu = thin.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(thin.device).multi_processor_count if on_gpu else 2
-    block_n, tiles_n, tiles_r, ranges = grid(n_examples, rank, width, processors)
+    block_n, tiles_n, tiles_r, ranges = grid(n_examples, rank, width, _processors(thin.device))
     partial = torch.empty(ranges, 2, *phi.shape, dtype=torch.float32, device=thin.device)
     tokens, warps = STEP[8 * thin.element_size()]
     # Rows that do not begin at 16 bytes are loaded an element at a time, and their addresses spill at 4 warps.
     warps = warps if width % 16 == 0 else 8
     launch(
         _example_products_kernel, (tiles_n, tiles_r, ranges),
-        thin, wide, phi, offsets, partial, scale, n_examples, rank, width, rank, width, *strides,
+        thin, wide, phi, offsets, partial, float(scale), n_examples, rank, width, rank, width, *strides,
         BLOCK_R=block_r(rank), BLOCK_N=block_n, BLOCK_T=tokens, num_warps=warps,
     )  # fmt: skip
     launch(_add_partial_sums_kernel, (-(-phi.numel() // BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)

@@ -1,4 +1,10 @@
-"""The kernels that lora_passes_triton.py launches, which says what they do and with what layouts."""
+"""The kernels that lora_passes_triton.py launches, which says what they do and with what layouts.
+
+Triton compiles a kernel anew where an integer argument becomes 1 or a multiple of 16, unless told not to. Batches
+differ in tokens, so that is switched off for numbers of tokens and of parts (and for the dropout's threshold), lest a
+batch in the middle of training wait for the compiler. What is the same in every batch (columns, ranks, strides) is
+specialised, since loads of 16 bytes depend on it; the lengths of splits are always multiples of a tile.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +12,7 @@ import triton.language as tl
 from .dropout_triton import keep_tile, store_bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "threshold"])
 def shrink_kernel(
     x_ptr, a_ptrs, seed_ptrs, s_ptrs, T, K, x_stride, ranks, a_strides, k_split, threshold, scale,
     G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -48,7 +54,7 @@ def shrink_kernel(
         tl.store(s_ptrs[g] + i_s, (acc * scale).to(s_ptrs[g].dtype.element_ty), mask=m_t[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def output_kernel(
     dy_ptr, b_ptr, s_ptr, mask_ptr, ds_ptr, db_ptr, T, N, rank, dy_stride, b_stride, n_split, scale,
     R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -85,7 +91,7 @@ def output_kernel(
     tl.store(ds_ptr + i_ds, (acc * scale).to(ds_ptr.dtype.element_ty), mask=m_t[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "threshold"])
 def input_kernel(
     x_ptr, dx_ptr, a_ptrs, ds_ptrs, seed_ptrs, mask_ptrs, da_ptrs, bits_ptrs, T, K, x_stride, dx_stride, ds_stride,
     ranks, a_strides, t_split, threshold,
@@ -114,6 +120,8 @@ def input_kernel(
         wanted2 = _wanted(mask_ptrs[2], i_r, i_k, ranks[2], K, MASKED[2], NEEDS_A[2])
     any_wanted = wanted0 + wanted1 + wanted2
     any_work = any_wanted + 1 if NEEDS_X or BITS else any_wanted
+    # As a bound: a scalar condition combined with a mask is no bool in the interpreter, which Triton 3.9 refuses.
+    m_wanted = i_k < tl.where(any_wanted > 0, K, 0)
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -131,7 +139,8 @@ def input_kernel(
             i_t = t + tl.arange(0, BT).to(tl.int64)
             m_t = i_t < end
             m_x = m_t[:, None] & m_k[None, :]
-            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x & (any_wanted > 0), other=0.0)
+            m_read = m_t[:, None] & m_wanted[None, :]
+            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_read, other=0.0)
             b_dx = tl.zeros((BT, BK), tl.float32)
             for g in tl.static_range(G):
                 b_ds = tl.load(ds_ptrs[g] + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t[:, None], other=0.0)
@@ -196,7 +205,8 @@ def _wanted(mask_ptr, i_r, i_k, rank, K, MASKED: tl.constexpr, NEEDS: tl.constex
     return wanted
 
 
-@triton.jit
+# n and part_stride are tokens times a padded rank where tokens are in them: multiples of 16 always.
+@triton.jit(do_not_specialize=["parts"])
 def reduce_kernel(
     partial_ptr, mask_ptr, out_ptr, columns, n, parts, part_stride, row_stride, scale,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,

@@ -49,9 +49,15 @@ def _bits(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def precision() -> str:
-    """How fp32 products are made: IEEE, or TF32 where the caller has allowed it for torch's own."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(x: Tensor) -> str:
+    """How products of tensors like x are made: IEEE, or TF32 for fp32 where the caller allows it for torch's own.
+
+    torch's older switches (`allow_tf32`, `set_float32_matmul_precision`) set this one too; asking the older one raises
+    once this one has been set.
+    """
+    if x.element_size() != 4:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _shrink_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
@@ -99,7 +105,7 @@ def _reduce(partial: Tensor, out: Tensor, mask: Tensor | None, columns: int, sca
     n, block = out.numel(), 1024
     launch(
         reduce_kernel, (cdiv(n, block),),
-        partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), scale,
+        partial, mask, out, columns, n, partial.shape[0], partial.stride(0), partial.stride(1), float(scale),
         BLOCK=block, MASKED=mask is not None,
     )  # fmt: skip
     return out
@@ -124,7 +130,7 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
         shrink_kernel, (rows, splits),
             x, tuple(members), tuple(drawn), tuple(partial), T, K, x.stride(0), tuple(a.shape[0] for a in members),
             tuple(a.stride(0) for a in members), k_split, threshold, scale,
-            G=len(members), R=R, PRECISION=precision(), **switches, **tiles,
+            G=len(members), R=R, PRECISION=precision(x), **switches, **tiles,
         )  # fmt: skip
         for part in partial:
             whole = part[0] if splits == 1 else _reduce(part, part.new_empty((T, R), dtype=x.dtype), None, R, 1.0)
@@ -147,7 +153,7 @@ def output_gradients(
     launch(
         output_kernel, (rows, splits),
         dy, factor, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), factor.stride(0), n_split,
-        scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=precision(), **tiles,
+        scaling / (1.0 - p), R=R, MASKED=mask is not None, NEEDS_B=needs_b, PRECISION=precision(dy), **tiles,
     )  # fmt: skip
     ds = ds_part[0] if splits == 1 else _reduce(ds_part, torch.empty_like(s), None, R, 1.0)
     db = _reduce(db_part, b.new_empty(b.shape), bits, b.shape[1], scaling) if needs_b else None
@@ -196,7 +202,7 @@ def input_gradients(
             tuple(None if bits is None else bits[g] for g, _ in here),
             T, K, x.stride(0), K if dx is None else dx.stride(0), R,
             tuple(a.shape[0] for a in members), tuple(a.stride(0) for a in members), t_split, threshold,
-            G=len(here), R=width, NEEDS_X=dx is not None, BITS=bits is not None, PRECISION=precision(),
+            G=len(here), R=width, NEEDS_X=dx is not None, BITS=bits is not None, PRECISION=precision(x),
             MASKED=tuple(mask is not None for mask in actives), NEEDS_A=wanted, **switches, **tiles,
         )  # fmt: skip
         for (g, rows), part, mask in zip(here, sums, actives):
@@ -245,14 +251,15 @@ def _every_case():
                     yield x, a, rank, group, p, columns, masked, wanted
 
 
-def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> None:
+def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted, tokens=None) -> None:
+    """One layer's passes, of so many tokens; None: so many that they are cut into partial sums, and so few that not."""
+
     def meta(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     needs_x, needs_factors = wanted
-    # Long enough to be cut into partial sums, and short enough not to be.
-    for tokens in (512, 65536):
-        x = meta(tokens, columns, dtype=x_dtype)
+    for T in (512, 65536) if tokens is None else (tokens,):
+        x = meta(T, columns, dtype=x_dtype)
         factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
         seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
         masks = [meta(rank, columns, dtype=torch.bool) if masked else None for _ in range(group)]
@@ -262,5 +269,5 @@ def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted) -> No
         input_gradients(x, x if needs_x else None, factors, [ds] * group, p, seeds, masks, [needs_factors] * group)
         # As beside a product that carries its expand.
         if needs_factors and p > 0.0 and columns % 8 == 0 and x.element_size() == 2:
-            bits = [meta(tokens, columns // 8, dtype=torch.uint8)] * group
+            bits = [meta(T, columns // 8, dtype=torch.uint8)] * group
             input_gradients(x, None, factors, [ds] * group, p, seeds, masks, [True] * group, bits)

@@ -6,7 +6,8 @@ import triton.language as tl
 from .dropout_triton import keep_tile, kept_bits
 
 
-@triton.jit
+# M counts tokens, as in lora_passes_kernels.py.
+@triton.jit(do_not_specialize=["M", "threshold"])
 def product_kernel(
     left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,
     left_stride, right_stride, thin_stride, factor_stride, out_stride, threshold, scale,

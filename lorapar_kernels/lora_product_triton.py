@@ -12,6 +12,7 @@ bf16 and fp16 of rows that lie at multiples of 16 bytes go by tile descriptors, 
 of 128 × 128 by pointers; anything else, fp32 among it, in small ones. Untuned: no GPU was at hand.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -32,6 +33,7 @@ BAND = 8
 PROGRAMS = 132
 
 
+@functools.cache
 def _room(device: torch.device) -> int:
     """Bytes of shared memory that a block can have; off CUDA devices, interpreted, as much as the kernel takes."""
     if device.type != "cuda":
@@ -87,10 +89,11 @@ def _product(
         TensorDescriptor.from_tensor(left, [BM, BK]) if described else left,
         TensorDescriptor.from_tensor(right, [BN, BK] if right_t else [BK, BN]) if described else right,
         bias, thin, factor, None if bits is not None else seed, bits, out, M, N, K, rank,
-        left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0), round(p * 65536), scale,
+        left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0),
+        round(p * 65536), float(scale),
         room=WIDE_ROOM if described else COMMON_ROOM, BAND=BAND, RIGHT_T=right_t, FACTOR_T=factor_t,
         BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, BITS=bits is not None, ALIGNED=N % 8 == 0,
-        DESCRIBED=described, PRECISION=precision(), **tiles,
+        DESCRIBED=described, PRECISION=precision(left), **tiles,
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+from .backend import old_gpu
+
+ABI_VERSION = 5  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.
@@ -51,9 +53,10 @@ class Cut(ctypes.Structure):
 
 
 SELECTION = {
-    "lorapar_top_mass": ([POINTER, SIZE, POINTER, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_top_count": ([POINTER, SIZE, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_keep": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
+    "lorapar_selection_workspace": ([POINTER, SIZE], SIZE),
+    "lorapar_top_mass": ([POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE, QUEUE], STATUS),
+    "lorapar_top_count": ([POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, QUEUE], STATUS),
+    "lorapar_keep": ([POINTER, SIZE, POINTER, POINTER, SIZE, QUEUE], STATUS),
     "lorapar_tile_sums": ([POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, QUEUE], STATUS),
 }
 
@@ -129,7 +132,21 @@ def obstacle(device: torch.device) -> str | None:
     """Why no native function can work on this device's tensors; None when one can."""
     if device.type not in KINDS:
         return f"there is no native library for {device.type} tensors"
-    return load(device.type)[1]
+    reason = load(device.type)[1]
+    return old_gpu(device) if reason is None and device.type == "cuda" else reason
+
+
+def selection_workspace(device: torch.device, table: ctypes.Array) -> torch.Tensor:
+    """The bytes that csrc's selection works in for this table, which torch's allocator gives.
+
+    It hands them on in the order of the current stream, which is the one that csrc queues its work on: the tensor may
+    be dropped when the call has returned.
+    """
+    library, reason = load(device.type)
+    if library is None:
+        raise RuntimeError(reason)
+    size = library.lorapar_selection_workspace(table, len(table))
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def status_of(function: str, device: torch.device, *arguments: object) -> int:

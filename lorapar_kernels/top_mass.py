@@ -229,10 +229,12 @@ def _native_table(scores: list[Tensor], among: list[Tensor] | None, kept: list[T
     return (native.Scores * len(rows))(*rows)
 
 
-def _native_keep(scores: list[Tensor], among: list[Tensor] | None, cut: native.Cut) -> list[Tensor]:
+def _native_keep(
+    scores: list[Tensor], among: list[Tensor] | None, cut: native.Cut, room: tuple[int, int]
+) -> list[Tensor]:
     kept = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
     table = _native_table(scores, among, kept)
-    native.call("keep", scores[0].device, table, len(scores), ctypes.byref(cut))
+    native.call("keep", scores[0].device, table, len(scores), ctypes.byref(cut), *room)
     return kept
 
 
@@ -240,27 +242,32 @@ def _top_mass_native(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[
     """`_top_mass_radix` by csrc, for all thetas from one pass over the scores and one more each."""
     contiguous = [score.contiguous() for score in scores]
     cuts, shares = (native.Cut * len(thetas))(), (ctypes.c_double * len(thetas))(*thetas)
-    arguments = _native_table(contiguous, None, None), len(contiguous), shares, len(thetas), cuts
+    table = _native_table(contiguous, None, None)
+    workspace = native.selection_workspace(contiguous[0].device, table)
+    room = workspace.data_ptr(), workspace.numel()
+    arguments = table, len(contiguous), shares, len(thetas), cuts, *room
     status = native.status_of("top_mass", contiguous[0].device, *arguments)
     if status in (native.ERROR_SCORE, native.ERROR_ZERO):
         # For its words, which name the element.
         _flat_with_mass(scores)
     native.check_status("top_mass", contiguous[0].device, status)
-    return [mask for cut in cuts for mask in _native_keep(contiguous, None, cut)]
+    return [mask for cut in cuts for mask in _native_keep(contiguous, None, cut, room)]
 
 
 def _top_count_native(scores: Sequence[Tensor], count: int, among: Sequence[Tensor] | None) -> list[Tensor]:
     """`_top_count_radix` by csrc."""
     contiguous = [score.contiguous() for score in scores]
     masks = None if among is None else [mask.contiguous() for mask in among]
-    cut = native.Cut()
-    arguments = _native_table(contiguous, masks, None), len(contiguous), count, ctypes.byref(cut)
+    cut, table = native.Cut(), _native_table(contiguous, masks, None)
+    workspace = native.selection_workspace(contiguous[0].device, table)
+    room = workspace.data_ptr(), workspace.numel()
+    arguments = table, len(contiguous), count, ctypes.byref(cut), *room
     status = native.status_of("top_count", contiguous[0].device, *arguments)
     if status in (native.ERROR_SCORE, native.ERROR_COUNT):
         # For its words, and because csrc takes a count of 1 or more.
         return _top_count_radix(scores, count, among)
     native.check_status("top_count", contiguous[0].device, status)
-    return _native_keep(contiguous, masks, cut)
+    return _native_keep(contiguous, masks, cut, room)
 
 
 def _flat_with_mass(scores: Sequence[Tensor]) -> tuple[Tensor, _Float]:

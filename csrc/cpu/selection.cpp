@@ -94,9 +94,12 @@ LORAPAR_FOR_EACH_MACHINE(add_row, (const float *row, int64_t columns, double *su
 
 namespace lorapar {
 
+// Its bins are on the host's heap: one set a thread.
+inline int64_t workspace_of(const lorapar_scores *, int64_t) { return 0; }
+
 class Selection {
 public:
-    Selection(const lorapar_scores *tensors, int64_t count, intptr_t queue) {
+    Selection(const lorapar_scores *tensors, int64_t count, void *, intptr_t queue) {
         for (int64_t t = 0; t < count; ++t) {
             for (int64_t begin = 0; begin < tensors[t].n; begin += kChunk) {
                 chunks_.push_back({&tensors[t], begin, std::min(begin + kChunk, tensors[t].n)});

@@ -153,21 +153,14 @@ __global__ void tile_sums_kernel(const float *scores, Tiles tiles, int64_t acros
     }
 }
 
-// Memory of the device for one call, handed back in the order of the stream.
+// A part of the caller's workspace.
 template <typename T>
 class Scratch {
 public:
-    Scratch(int64_t n, intptr_t queue) : bytes_(n * sizeof(T)), queue_(queue) {
-        error_ = cudaMallocAsync(reinterpret_cast<void **>(&data_), bytes_, stream_of(queue));
-        if (error_ == cudaSuccess) error_ = cudaMemsetAsync(data_, 0, bytes_, stream_of(queue));
-    }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    ~Scratch() {
-        if (data_ != nullptr) cudaFreeAsync(data_, stream_of(queue_));
-    }
-    int status() const { return status_of(error_); }
+    Scratch(void *workspace, int64_t offset, int64_t n, intptr_t queue)
+        : data_(reinterpret_cast<T *>(static_cast<char *>(workspace) + offset)), bytes_(n * sizeof(T)), queue_(queue) {}
     T *data() const { return data_; }
+    int clear() const { return status_of(cudaMemsetAsync(data_, 0, bytes_, stream_of(queue_))); }
     // Waits for the stream.
     int read(T *host) const {
         const cudaError_t error = cudaMemcpyAsync(host, data_, bytes_, cudaMemcpyDeviceToHost, stream_of(queue_));
@@ -180,10 +173,9 @@ public:
     }
 
 private:
-    T *data_ = nullptr;
+    T *data_;
     size_t bytes_;
     intptr_t queue_;
-    cudaError_t error_;
 };
 
 int64_t chunks_of(const Table &table) { return table.first_chunk[table.count]; }
@@ -193,10 +185,19 @@ int chunk_blocks(const Table &table) { return static_cast<int>(std::min(chunks_o
 
 namespace lorapar {
 
+// The bins of `weigh` with its flag, those of `count`, or a number a chunk for `keep`: one after another, in the same place.
+inline int64_t workspace_of(const lorapar_scores *tensors, int64_t count) {
+    int64_t chunks = 0;
+    for (int64_t t = 0; t < count; ++t) chunks += (tensors[t].n + kChunk - 1) / kChunk;
+    const int64_t bins = std::max<int64_t>((kUpperBins + 1) * sizeof(double), kLowerBins * sizeof(uint32_t));
+    return std::max<int64_t>(bins, chunks * sizeof(unsigned long long));
+}
+
 class Selection {
 public:
     // The list as tables, tensors without elements left out.
-    Selection(const lorapar_scores *tensors, int64_t count, intptr_t queue) : queue_(queue) {
+    Selection(const lorapar_scores *tensors, int64_t count, void *workspace, intptr_t queue)
+        : workspace_(workspace), queue_(queue) {
         for (int64_t t = 0; t < count; ++t) {
             if (tensors[t].n == 0) continue;
             if (tables_.empty() || tables_.back().count == kTableSize) tables_.push_back({});
@@ -209,9 +210,10 @@ public:
 
     int weigh(bool by_mass, std::vector<double> &sums) {
         sums.resize(kUpperBins);
-        const Scratch<double> bins(kUpperBins, queue_);
-        const Scratch<int> wrong(1, queue_);
-        int status = bins.status() != LORAPAR_OK ? bins.status() : wrong.status();
+        const Scratch<double> bins(workspace_, 0, kUpperBins, queue_);
+        const Scratch<int> wrong(workspace_, kUpperBins * sizeof(double), 1, queue_);
+        int status = bins.clear();
+        if (status == LORAPAR_OK) status = wrong.clear();
         for (const Table &table : tables_) {
             if (status != LORAPAR_OK) return status;
             status = launch(weigh_kernel, chunk_blocks(table), queue_, table, by_mass, bins.data(), wrong.data());
@@ -224,8 +226,8 @@ public:
 
     int count(uint32_t upper, std::vector<uint32_t> &counts) {
         counts.resize(kLowerBins);
-        const Scratch<uint32_t> bins(kLowerBins, queue_);
-        int status = bins.status();
+        const Scratch<uint32_t> bins(workspace_, 0, kLowerBins, queue_);
+        int status = bins.clear();
         for (const Table &table : tables_) {
             if (status != LORAPAR_OK) return status;
             status = launch(count_kernel, chunk_blocks(table), queue_, table, upper, bins.data());
@@ -251,8 +253,8 @@ private:
     // Where only some of the equals are kept; `seen` of them come before this table.
     int keep_some(const Table &table, const lorapar_cut &cut, int64_t &seen) {
         std::vector<unsigned long long> equals(chunks_of(table));
-        const Scratch<unsigned long long> device(chunks_of(table), queue_);
-        if (int status = device.status()) return status;
+        const Scratch<unsigned long long> device(workspace_, 0, chunks_of(table), queue_);
+        if (int status = device.clear()) return status;
         const int blocks = chunk_blocks(table);
         if (int status = launch(equals_kernel, blocks, queue_, table, cut.bits, device.data())) return status;
         if (int status = device.read(equals.data())) return status;
@@ -266,6 +268,7 @@ private:
     }
 
     std::vector<Table> tables_;
+    void *workspace_;
     intptr_t queue_;
 };
 

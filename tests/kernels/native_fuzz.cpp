@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -116,6 +117,22 @@ struct Scored {
     std::vector<Array<float>> scores;
     std::vector<Array<uint8_t>> among, keep;
     std::vector<lorapar_scores> table;
+    int64_t count() const { return static_cast<int64_t>(table.size()); }
+};
+
+// Working memory of exactly the size that is asked for, with anything in it, before a word that nobody may write.
+struct Workspace {
+    std::vector<Array<uint64_t>> memory;
+    void *data;
+    int64_t bytes;
+    static constexpr uint64_t kBeyond = 0x5a5a5a5a5a5a5a5a;
+    explicit Workspace(const Scored &all) : bytes(lorapar_selection_workspace(all.table.data(), all.count())) {
+        EXPECT(bytes >= 0 && bytes % 8 == 0 && (QUEUES ? bytes == 0 : bytes > 0));
+        memory.emplace_back(bytes / 8 + 1, kBeyond);
+        std::generate_n(memory[0].get(), bytes / 8, std::ref(random_engine));
+        data = bytes > 0 ? memory[0].get() : nullptr;
+    }
+    ~Workspace() { EXPECT(memory[0][bytes / 8] == kBeyond); }
 };
 
 static Scored some_scores() {
@@ -154,7 +171,8 @@ static std::vector<std::pair<int64_t, int64_t>> ranked(const Scored &all) {
 
 static void expect_kept(Scored &all, const lorapar_cut &cut, const std::vector<std::pair<int64_t, int64_t>> &order,
                         size_t first) {
-    EXPECT(lorapar_keep(all.table.data(), all.table.size(), &cut, some_queue()) == LORAPAR_OK);
+    Workspace room(all);
+    EXPECT(lorapar_keep(all.table.data(), all.count(), &cut, room.data, room.bytes, some_queue()) == LORAPAR_OK);
     std::vector<Array<uint8_t>> expected;
     for (const Array<float> &scores : all.scores) expected.emplace_back(scores.size);
     for (size_t rank = 0; rank < first; ++rank) expected[order[rank].first][order[rank].second] = 1;
@@ -163,14 +181,21 @@ static void expect_kept(Scored &all, const lorapar_cut &cut, const std::vector<s
 
 static void selection() {
     Scored all = some_scores();
-    const int64_t count = static_cast<int64_t>(all.table.size());
+    const int64_t count = all.count();
+    Workspace room(all);
+    auto top_mass = [&](const double *thetas, int64_t n_thetas, lorapar_cut *cuts, intptr_t queue) {
+        return lorapar_top_mass(all.table.data(), count, thetas, n_thetas, cuts, room.data, room.bytes, queue);
+    };
+    auto top_count = [&](int64_t kept, lorapar_cut *cuts, intptr_t queue) {
+        return lorapar_top_count(all.table.data(), count, kept, cuts, room.data, room.bytes, queue);
+    };
     const auto order = ranked(all);
     // Scores are small integers times a power of two, so these sums are exact.
     double total = 0.0;
     for (auto [t, i] : order) total += all.table[t].scores[i];
     const double thetas[] = {1.0, static_cast<double>(1 + below(1000)) / 1000.0, 1e-12};
     lorapar_cut cuts[3];
-    const int status = lorapar_top_mass(all.table.data(), count, thetas, 3, cuts, some_queue());
+    const int status = top_mass(thetas, 3, cuts, some_queue());
     EXPECT(status == (total > 0.0 ? LORAPAR_OK : LORAPAR_ERROR_ZERO));
     for (int k = 0; k < 3 && status == LORAPAR_OK; ++k) {
         double sum = 0.0;
@@ -183,35 +208,50 @@ static void selection() {
     }
     if (!order.empty()) {
         const int64_t kept = 1 + below(static_cast<int64_t>(order.size()));
-        EXPECT(lorapar_top_count(all.table.data(), count, kept, cuts, some_queue()) == LORAPAR_OK);
+        EXPECT(top_count(kept, cuts, some_queue()) == LORAPAR_OK);
         expect_kept(all, cuts[0], order, static_cast<size_t>(kept));
     }
     // Wrong arguments, and nothing written.
     const lorapar_cut untouched = cuts[0];
     const int64_t most = static_cast<int64_t>(order.size());
     for (int64_t kept : {int64_t{0}, int64_t{-1}, most + 1, INT64_MAX}) {
-        EXPECT(lorapar_top_count(all.table.data(), count, kept, cuts, 1) == LORAPAR_ERROR_COUNT);
+        EXPECT(top_count(kept, cuts, 1) == LORAPAR_ERROR_COUNT);
     }
     for (const double theta : {0.0, -0.5, 1.0000001, std::nan(""), HUGE_VAL}) {
-        EXPECT(lorapar_top_mass(all.table.data(), count, &theta, 1, cuts, 1) == LORAPAR_ERROR_THETA);
+        EXPECT(top_mass(&theta, 1, cuts, 1) == LORAPAR_ERROR_THETA);
     }
-    EXPECT(lorapar_top_mass(nullptr, count, thetas, 1, cuts, 1) == LORAPAR_ERROR_NULL_POINTER);
-    EXPECT(lorapar_top_mass(all.table.data(), -1, thetas, 1, cuts, 1) == LORAPAR_ERROR_SIZE);
-    EXPECT(lorapar_top_mass(all.table.data(), count, thetas, 1, nullptr, 1) == LORAPAR_ERROR_NULL_POINTER);
+    EXPECT(lorapar_top_mass(nullptr, count, thetas, 1, cuts, room.data, room.bytes, 1) == LORAPAR_ERROR_NULL_POINTER);
+    EXPECT(lorapar_top_mass(all.table.data(), -1, thetas, 1, cuts, room.data, room.bytes, 1) == LORAPAR_ERROR_SIZE);
+    EXPECT(top_mass(thetas, 1, nullptr, 1) == LORAPAR_ERROR_NULL_POINTER);
+    EXPECT(lorapar_selection_workspace(nullptr, count) == 0 && lorapar_selection_workspace(all.table.data(), -1) == 0);
+    if (room.bytes > 0) {
+        const std::vector<uint8_t> kept_keep = all.keep[0].bytes();
+        auto refused = [&](void *data, int64_t bytes, int status) {
+            EXPECT(lorapar_top_mass(all.table.data(), count, thetas, 1, cuts, data, bytes, 0) == status);
+            EXPECT(order.empty() || lorapar_top_count(all.table.data(), count, 1, cuts, data, bytes, 0) == status);
+            const lorapar_cut cut{1, 0, 0};
+            EXPECT(lorapar_keep(all.table.data(), count, &cut, data, bytes, 0) == status);
+        };
+        refused(room.data, room.bytes - 1, LORAPAR_ERROR_WORKSPACE);
+        refused(room.data, -1, LORAPAR_ERROR_WORKSPACE);
+        refused(nullptr, room.bytes, LORAPAR_ERROR_NULL_POINTER);
+        refused(misaligned(static_cast<uint8_t *>(room.data)), room.bytes, LORAPAR_ERROR_ALIGNMENT);
+        EXPECT(all.keep[0].bytes() == kept_keep);
+    }
     const int64_t t = below(count), n = all.table[t].n;
     for (int64_t wrong : {int64_t{-1}, (int64_t{1} << 29) + 1, INT64_MAX}) {
         all.table[t].n = wrong;
-        EXPECT(lorapar_top_mass(all.table.data(), count, thetas, 1, cuts, 1) == LORAPAR_ERROR_SIZE);
+        EXPECT(top_mass(thetas, 1, cuts, 1) == LORAPAR_ERROR_SIZE);
     }
     all.table[t].n = n;
     if (n > 0) {
         const float hostile[] = {-1e-45f, -1.0f, INFINITY, -INFINITY, NAN, -NAN};
         all.scores[t][below(n)] = hostile[below(6)];
-        EXPECT(lorapar_top_mass(all.table.data(), count, thetas, 1, cuts, some_queue()) == LORAPAR_ERROR_SCORE);
-        const int found = lorapar_top_count(all.table.data(), count, 1, cuts, some_queue());
+        EXPECT(top_mass(thetas, 1, cuts, some_queue()) == LORAPAR_ERROR_SCORE);
+        const int found = top_count(1, cuts, some_queue());
         EXPECT(found == LORAPAR_ERROR_SCORE);
         all.table[t].scores = misaligned(all.scores[t].get());
-        EXPECT(lorapar_top_mass(all.table.data(), count, thetas, 1, cuts, 1) == LORAPAR_ERROR_ALIGNMENT);
+        EXPECT(top_mass(thetas, 1, cuts, 1) == LORAPAR_ERROR_ALIGNMENT);
     }
     EXPECT(std::memcmp(&untouched.bits, &cuts[0].bits, 4) == 0 && untouched.ties == cuts[0].ties);
 }

@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from lorapar_kernels.backend import always, choose
+from lorapar_kernels import dropout, lora_passes, native
+from lorapar_kernels.backend import always, choose, old_gpu
+from lorapar_kernels.importance import _backend as scoring_backend
 
 
 def no() -> str:
@@ -42,6 +45,55 @@ def test_unknown_word_is_refused(monkeypatch):
     monkeypatch.setenv("LORAPAR_BACKEND", "cuda")
     with pytest.raises(ValueError, match="must be one of reference, native, triton, got 'cuda'"):
         choose("op", {"reference": always})
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """Have the CUDA device be of a compute capability."""
+
+    def patched(capability):
+        old_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    yield patched
+    old_gpu.cache_clear()
+
+
+def test_a_gpu_that_is_too_old_is_told_and_the_reference_serves(gpu_of, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native, "load", lambda kind: (object(), None))
+    device = torch.device("cuda", 0)
+    # A tensor without memory that says it is on the GPU.
+    x = torch.zeros(3, 8, device="meta").as_subclass(type("X", (torch.Tensor,), {"device": device}))
+    gpu_of((7, 5))
+    said = "the kernels need compute capability 8.0 or newer, this GPU has 7.5"
+    assert dropout.triton_obstacle(device) == said
+    assert native.obstacle(device) == said
+    assert native.obstacle(torch.device("cpu")) is None
+    assert lora_passes.passes_for("lora_linear", x, [x]) is lora_passes
+    assert scoring_backend(x, "lora_linear_scored") == "reference"
+    assert dropout._backend("dropout_mask", device) == "reference"
+    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    with pytest.raises(ValueError, match=f"LORAPAR_BACKEND=triton cannot serve lora_linear: {said}"):
+        lora_passes.passes_for("lora_linear", x, [x])
+    with pytest.raises(ValueError, match=f"LORAPAR_BACKEND=triton cannot serve lora_linear_scored: {said}"):
+        scoring_backend(x, "lora_linear_scored")
+    monkeypatch.setenv("LORAPAR_BACKEND", "native")
+    with pytest.raises(ValueError, match=f"LORAPAR_BACKEND=native cannot serve dropout_mask: {said}"):
+        dropout._backend("dropout_mask", device)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_a_gpu_of_today_is_not_too_old(gpu_of, capability):
+    gpu_of(capability)
+    assert old_gpu(torch.device("cuda", 0)) is None
+
+
+def test_the_device_is_asked_once(gpu_of, monkeypatch):
+    gpu_of((9, 0))
+    assert old_gpu(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", None)
+    assert old_gpu(torch.device("cuda", 0)) is None
 
 
 def test_import_takes_torch_alone_and_is_quick():

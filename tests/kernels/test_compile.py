@@ -1,6 +1,7 @@
 """python -m lorapar_kernels.compile: every kernel, every architecture, no GPU, and a bad one is told."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -97,6 +98,40 @@ def test_a_kernel_that_does_not_compile_is_told():
     assert "power of 2" in table([row])
 
 
+def test_whether_a_product_and_its_sum_are_one_instruction_is_said_not_left_to_triton():
+    """Triton 3.9 warns of a default that 3.10 changes, and TRITON_DEFAULT_FP_FUSION would change what fp32 costs."""
+    program = (
+        "from lorapar_kernels.compile import compile_variant\n"
+        "from lorapar_kernels.importance_triton import ahead_of_time\n"
+        "variant = next(v for v in ahead_of_time() if v.name.startswith('fp32/i64'))\n"
+        "row = compile_variant(variant, 90)\n"
+        "print(row.failure, row.registers)\n"
+    )
+    found = []
+    for fusion in (None, "0", "1"):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_DEFAULT_FP_FUSION"}
+        environment |= {} if fusion is None else {"TRITON_DEFAULT_FP_FUSION": fusion}
+        command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.stderr == ""
+        found.append(done.stdout)
+    assert found[0].startswith("None ")
+    assert len(set(found)) == 1
+
+
+def test_a_launch_says_it_too():
+    from lorapar_kernels.ahead_of_time import launch
+
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: given.update(options)
+
+    launch(Kernel(), (1,), 3, BLOCK=16)
+    assert given == {"BLOCK": 16, "enable_fp_fusion": True}
+
+
 def test_a_spill_makes_the_exit_status_1(monkeypatch, capsys):
     import importlib
 
@@ -138,6 +173,54 @@ def test_what_is_recorded_is_what_is_launched():
     assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel", "reduce_kernel"]
 
 
+def test_warming_hands_over_what_a_launch_would(monkeypatch):
+    """Of the launch, the first of a variant: the same arguments, constants and options, and so the same key."""
+    import torch
+
+    from lorapar_kernels.ahead_of_time import FP_FUSION, Variant, recording, warm
+    from lorapar_kernels.lora_product_triton import WIDE_ROOM, _launch_case
+
+    with recording() as variants:
+        _launch_case(torch.bfloat16, torch.float32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM)
+        _launch_case(torch.bfloat16, torch.float32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM)
+    warmed = []
+    for variant in variants:
+        monkeypatch.setattr(variant.kernel, "warmup", lambda *arguments, **named: warmed.append((arguments, named)))
+        warm(variant)
+        assert variant.call is not None
+        arguments, named = warmed[-1]
+        assert arguments is not variant.call.arguments
+        assert all(one is other for one, other in zip(arguments, variant.call.arguments, strict=True))
+        assert named == {"grid": variant.call.grid, "enable_fp_fusion": FP_FUSION, **variant.call.constants}
+        assert {"num_warps", "num_stages"} <= named.keys()
+        assert variant.call.grid == (64 * 16,)
+    assert len(warmed) == 2
+    with pytest.raises(ValueError, match="was not recorded from a launch"):
+        warm(Variant(variants[0].kernel, "by hand", {}))
+
+
+def test_a_launcher_takes_tensors_without_memory_for_real_ones():
+    """What Triton's launcher makes its key of, by its own function: dtypes, and which addresses are aligned."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import native_specialize_impl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    backend = type(make_backend(GPUTarget("cuda", 90, 32)))
+
+    def key(value):
+        return native_specialize_impl(backend, value, False, True, True)
+
+    for dtype in (torch.bfloat16, torch.float32, torch.uint8, torch.int64):
+        meta, real = (torch.zeros(64, 64, dtype=dtype, device=device) for device in ("meta", "cpu"))
+        assert key(meta) == key(real)
+        assert key((meta, meta)) == key((real, real))
+        assert key(meta[:, 1:]) == key(real[:, 1:])
+        described = [TensorDescriptor.from_tensor(matrix, [16, 16]) for matrix in (meta, real)]
+        assert key(described[0]) == key(described[1])
+
+
 def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
     """One example would be a constant of the kernel, and 16 a multiple: kernels that nothing had compiled before."""
     import torch
@@ -155,6 +238,76 @@ def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
     # The rows of 61 are not aligned; the second kernel sees elements alone.
     assert len(variants) == 3
     assert all(variant in ahead_of_time() for variant in variants)
+
+
+# One, odd, even, a multiple of 16, as they come: batches of text are ragged.
+RAGGED = (1, 2, 15, 16, 17, 100, 512, 513, 527, 1024, 8191, 8192, 8200, 20000)
+
+
+def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
+    """What few and what many tokens launch, which is compiled ahead of time, is all that any number launches."""
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_passes_triton import REPRESENTATIVE, _launch_all
+
+    for case in REPRESENTATIVE:
+        with recording() as ahead:
+            _launch_all(*case)
+        of_tokens = {}
+        for tokens in RAGGED:
+            with recording() as of_tokens[tokens]:
+                _launch_all(*case, tokens=tokens)
+            assert all(variant in ahead for variant in of_tokens[tokens]), (case, tokens)
+        # Of few tokens S and dS come in parts of fp32, which are added up; of many (8,191 here) at once, in x's dtype.
+        assert all(of_tokens[tokens] == of_tokens[1] for tokens in RAGGED if tokens < 8191), case
+
+
+def test_nor_does_it_for_the_product():
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_product_triton import REPRESENTATIVE, _launch_case
+
+    for x, a, rank, _, *rest in REPRESENTATIVE:
+        # Narrow tiles, and the wide ones where many tokens are enough of them for the GPU.
+        with recording() as few_and_many:
+            _launch_case(x, a, rank, 1, *rest)
+            _launch_case(x, a, rank, 1 << 16, *rest)
+        with recording() as variants:
+            for tokens in RAGGED:
+                _launch_case(x, a, rank, tokens, *rest)
+        assert all(variant in few_and_many for variant in variants)
+        assert len(few_and_many) <= 2 * (1 + (rest[2] > 0.0))
+
+
+def test_nor_do_the_size_and_the_share_of_a_dropout_mask():
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.dropout_triton import ahead_of_time, dropout_mask
+
+    with recording() as variants:
+        for elements in (1, 8, 128, 513, 4096 * 527, 4097 * 61):
+            for threshold in (1, 16, 3277, 32768):
+                dropout_mask(torch.empty(1, dtype=torch.int64, device="meta"), (elements,), threshold)
+    assert variants == ahead_of_time()[:1]
+
+
+def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
+    import torch
+
+    from lorapar_kernels.ahead_of_time import recording
+    from lorapar_kernels.lora_passes_triton import input_gradients, output_gradients, shrink
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, a, b, seed = meta(513, 4096), meta(8, 4096), meta(4096, 8), meta(1, dtype=torch.int64)
+    sets = []
+    for p, scaling in ((0.05, 0.5), (0.25, 1), (1 / 65536, 16)):
+        with recording() as variants:
+            (s,) = shrink(x, [a], p, [seed])
+            ds, _ = output_gradients(x, b, s, scaling, p, None, True)
+            input_gradients(x, x, [a], [ds], p, [seed], [None], [True])
+        sets.append(variants)
+    assert sets[0] == sets[1] == sets[2]
 
 
 def test_ptxas_figures():

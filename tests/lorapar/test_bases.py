@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lorapar.adapter import Snapshot, load_adapter, lora_parameters, verify
 from lorapar.bases import quantisation, works_here
 from lorapar.config import ModelConfig, parse
 from lorapar.doctor import doctor
+from lorapar.memory import release_freed
 from lorapar.merging import merge_checkpoint, merged_parameters, merged_weight
 from lorapar.models import load_model
 from tests.lorapar.driver import recipe_values, refused, succeeds, write_recipe
@@ -84,6 +86,46 @@ def test_weights_of_several_shapes_share_one_buffer():
     kept = first.clone()
     assert dequantised(small, torch.float32).data_ptr() == first.data_ptr()
     assert torch.equal(dequantised(large, torch.float32), kept)
+
+
+@needs_bnb
+def test_each_stream_has_a_buffer_of_its_own_and_a_graph_its_own_memory(monkeypatch):
+    from lorapar import layers_bnb
+
+    current = 7
+    monkeypatch.setattr(layers_bnb, "_buffers", {})
+    monkeypatch.setattr(layers_bnb, "_stream", lambda device: current)
+    layer, other = random_layer("int8", 64, 48), random_layer("int8", 64, 48)
+    one = layers_bnb.dequantised(layer, torch.float32)
+    kept = one.clone()
+    current = 8
+    two = layers_bnb.dequantised(other, torch.float32)
+    assert two.data_ptr() != one.data_ptr()
+    assert torch.equal(one, kept)
+    current = 7
+    assert layers_bnb.dequantised(layer, torch.float32).data_ptr() == one.data_ptr()
+    assert len(layers_bnb._buffers) == 2
+    # Captured: none of the buffers, and none for a later call.
+    current = None
+    three = layers_bnb.dequantised(other, torch.float32)
+    assert three.data_ptr() not in (one.data_ptr(), two.data_ptr())
+    assert torch.equal(one, kept)
+    assert len(layers_bnb._buffers) == 2
+    release_freed()
+    assert not layers_bnb._buffers
+
+
+@needs_bnb
+def test_the_stream_is_the_current_one_of_the_device(monkeypatch):
+    from lorapar.layers_bnb import _stream
+
+    capturing, device = False, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: SimpleNamespace(cuda_stream=40 + of.index))
+    assert _stream(device) == 41
+    assert _stream(torch.device("cpu")) == 0
+    capturing = True
+    assert _stream(device) is None
 
 
 @needs_bnb

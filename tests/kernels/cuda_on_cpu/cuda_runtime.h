@@ -218,14 +218,6 @@ using cudaStream_t = void *;
 inline const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of cuda_on_cpu";
 }
-inline cudaError_t cudaMallocAsync(void **memory, size_t bytes, cudaStream_t) {
-    *memory = std::malloc(bytes);
-    return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
-}
-inline cudaError_t cudaFreeAsync(void *memory, cudaStream_t) {
-    std::free(memory);
-    return cudaSuccess;
-}
 inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) {
     std::memset(memory, value, bytes);
     return cudaSuccess;

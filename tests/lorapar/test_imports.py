@@ -1,9 +1,14 @@
 """Imports point one way, and the backend knows nothing of the method."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import lorapar
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,3 +93,22 @@ def test_importing_the_backend_loads_neither_the_method_nor_triton():
     assert done.stdout.strip() in ("[]", "['triton']")  # torch itself may bring Triton in
     quick = subprocess.run([sys.executable, "-m", "lorapar", "--help"], capture_output=True, text=True, check=True)
     assert "run every stage" in quick.stdout
+
+
+def test_importing_the_method_prints_nothing():
+    """PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warned of a missing kernel that is never called."""
+    pytest.importorskip("bitsandbytes")
+    program = "import sys, lorapar; print('bitsandbytes' in sys.modules); lorapar.attach; print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    assert done.stderr == ""
+
+
+def test_of_bitsandbytes_warnings_that_one_alone_is_dropped(caplog):
+    """On any processor: the record that bitsandbytes makes on one with AVX512-BF16, and another of the same logger."""
+    assert lorapar.__version__
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with caplog.at_level(logging.WARNING):
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")
+        logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

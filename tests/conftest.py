@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: 2 layers, hidden 32, byte-level tokens."""
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: 2 layers, hidden 64, byte-level tokens."""
     from tests.tiny import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny-llama")

@@ -1,4 +1,4 @@
-"""A test passes or fails by the code, not by what was drawn: conftest.py seeds each, and none seeds itself by chance."""
+"""A test passes or fails by the code, not by what was drawn: conftest.py seeds each; none seeds itself by chance."""
 
 import random
 import re

@@ -127,7 +127,7 @@ def held_to_their_weights() -> Iterator[None]:
     faults: list[str] = []
 
     def held_4bit(A: Tensor, *arguments: Any, **options: Any) -> Any:
-        made, state = quantize_4bit(A, *arguments, **options)
+        made, state = cast(Any, quantize_4bit(A, *arguments, **options))
         fault = unexplained(A, bnb_functional.dequantize_4bit(made, state), state.quant_type, state.blocksize)
         faults.extend([] if fault is None else [fault])
         return made, state

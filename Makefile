@@ -2,7 +2,7 @@
 PYTHON ?= python
 TEST = $(PYTHON) -m pytest
 
-.PHONY: test quick style types interpret compile native sanitize bench
+.PHONY: test quick style types interpret pinned compile native sanitize bench
 
 ## what CI runs: style, types, every test (one compiles every kernel ahead of time), the kernels under the interpreter.
 ## A file's tests stay together, in WORKERS processes of one thread each: the models are too small for more threads.
@@ -24,6 +24,12 @@ types:
 ## every Triton kernel under the interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is defined
 interpret:
 	TRITON_INTERPRET=1 $(TEST) tests/kernels/interpret
+
+## what is run at the versions of .ci/constraints.txt too, for it reaches into Triton, PEFT and TRL
+pinned: interpret
+	$(PYTHON) -m lorapar_kernels.compile --arch 90
+	OMP_NUM_THREADS=1 $(TEST) tests/lorapar/test_layers.py tests/lorapar/test_adapter.py tests/lorapar/test_bases.py \
+	  tests/lorapar/test_training.py tests/lorapar/test_grpo.py
 
 ## every Triton kernel for every architecture, without a GPU
 compile:

@@ -5,6 +5,7 @@ Label → score → partition → SFT → GRPO → evaluate → export: each a f
 """
 
 import importlib
+import logging
 import sys
 import types
 from typing import TYPE_CHECKING
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from .sft import sft
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes, which (0.50) warns on a CPU with AVX512-BF16 that a kernel of the package `kernels` is
+# missing. Our layers never call that kernel (layers_bnb.py), so nobody need install it. Said here, before any import of
+# PEFT by this package.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
+)
 
 _WHERE = {
     "InputError": "errors",

@@ -66,8 +66,9 @@ def export(
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)
-        elif form == "int8":
-            # LLM.int8() rounds what a layer is given too, which is no property of the adapter (layers_bnb.py).
+        else:
+            # LLM.int8() rounds what a layer is given too, and a CPU with AVX512-BF16 computes 4-bit products in bf16
+            # whatever the dtype: no properties of the adapter (layers_bnb.py).
             take_over_products(plain)
         differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype)
     if merged and form is not None:

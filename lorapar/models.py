@@ -6,6 +6,7 @@ transformers trains and saves those, and PEFT's `base_model_name_or_path` can na
 """
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -299,17 +300,26 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     form = given_form(load_config(config))
     if base is not None and form is not None and form != base:
         raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
+    held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if base in QUANTISED and form is None:
         options["quantization_config"] = quantisation(base, dtype)
+        from .layers_bnb import held_to_their_weights
+
+        held = held_to_their_weights()
     if base in QUANTISED or form is not None:
         # Quantised where it will stay: such a model is not moved afterwards.
         options["device_map"] = {"": str(device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    with _as_input_error(config):
+    with held, _as_input_error(config):
         model: Any = AutoModelForCausalLM.from_pretrained(
             place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, **options
         )
+    if (base in QUANTISED or form is not None) and importlib.util.find_spec("bitsandbytes"):
+        from .layers_bnb import take_over
+
+        # Before anything is evaluated, which would repack its weights on some CPUs.
+        take_over(model)
     _make_greedy(model)
     head = model.get_output_embeddings()
     if head is not None and device.type == "cpu":

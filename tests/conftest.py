@@ -1,6 +1,7 @@
 """What many tests share: a two-layer Llama of random weights, a byte tokenizer, and a recipe for them."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers whatever ran before it: alone, in another order, in another process."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: 2 layers, hidden 32, byte-level tokens."""
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load: 2 layers, hidden 64, byte-level tokens."""
     from tests.tiny import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny-llama")

@@ -10,8 +10,7 @@ SHAPES = [((5,), 7, 3, 2), ((2, 3), 8, 16, 1), ((1, 63), 60, 33, 5), ((0,), 4, 4
 
 
 def tensors(leading, n_in, n_out, r, dtype=torch.float64, seed=None):
-    generator = torch.Generator()
-    generator.manual_seed(generator.seed() if seed is None else seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)

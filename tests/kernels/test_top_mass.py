@@ -59,7 +59,9 @@ def test_equals_naive_sort(dtype, theta):
     theta=st.sampled_from(THETAS),
     double=st.booleans(),
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_equals_definition_on_hostile_values(scores, theta, double):
     tensor = torch.tensor(scores, dtype=torch.float64 if double else torch.float32)
     if not tensor.any():
@@ -68,7 +70,9 @@ def test_equals_definition_on_hostile_values(scores, theta, double):
 
 
 @given(data=st.data(), theta=st.floats(1e-6, 1.0))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_equals_reference_over_lists(data, theta):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     width = 32 if dtype == torch.float32 else 64

@@ -235,7 +235,7 @@ def test_a_negative_zero_is_a_change():
 def test_a_partition_that_does_not_fit_is_named():
     model = lorapar.attach(tiny_model(), config(), start="paper")
     made = random_partition(lorapar.attach(tiny_model(), config(r=5), start="paper"))
-    with pytest.raises(InputError, match=r"q_proj.lora_A.default.weight is \[5, 32\] there, \[4, 32\] in the model"):
+    with pytest.raises(InputError, match=r"q_proj.lora_A.default.weight is \[5, 64\] there, \[4, 64\] in the model"):
         lorapar.activate(model, made, "sft")
 
 

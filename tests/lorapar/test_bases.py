@@ -1,5 +1,6 @@
 """`lora.base`: a base in 4 or 8 bits through every stage; what it saves; what is refused."""
 
+import copy
 import importlib.util
 import json
 from types import SimpleNamespace
@@ -51,9 +52,9 @@ def random_layer(kind, out, inner, bias=False):
 def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, bias):
     from lorapar.layers_bnb import FrozenProduct, dequantised
 
-    layer = random_layer(kind, 96, 66, bias)
+    layer = random_layer(kind, 96, 192, bias)
     weight = dequantised(layer, torch.float32).double().clone()
-    x, dy = torch.randn(3, 5, 66, requires_grad=True), torch.randn(3, 5, 96)
+    x, dy = torch.randn(3, 5, 192, requires_grad=True), torch.randn(3, 5, 96)
     y = FrozenProduct.apply(x, layer)
     y.backward(dy)
     expected = x.detach().double() @ weight.t() + (layer.bias.double() if bias else 0)
@@ -81,7 +82,7 @@ def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
 def test_weights_of_several_shapes_share_one_buffer():
     from lorapar.layers_bnb import dequantised
 
-    large, small = random_layer("int8", 64, 48), random_layer("int8", 32, 16)
+    large, small = random_layer("int8", 128, 128), random_layer("int8", 64, 64)
     first = dequantised(large, torch.float32)
     kept = first.clone()
     assert dequantised(small, torch.float32).data_ptr() == first.data_ptr()
@@ -165,9 +166,114 @@ def test_the_loaded_base_is_in_the_form_asked_for(tiny_folder, kind, dtype):
     from lorapar.layers_bnb import dequantised
 
     weight = plain.model.layers[0].self_attn.q_proj.weight.float()
-    error = float((dequantised(layer, torch.float32) - weight).norm() / weight.norm())
+    error = relative_error(dequantised(layer, torch.float32), weight)
     # Of normal weights NF4 in blocks of 64 loses about 0.09, eight bits about 0.01.
     assert 0 < error < (0.12 if kind == "nf4" else 0.02)
+
+
+def relative_error(made, weight):
+    return float((made.float() - weight.float()).norm() / weight.float().norm())
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """bitsandbytes as 0.50.2 is on a CPU with AVX-512 where rows are not whole blocks, but at every width and anywhere:
+    a block has its neighbour's scale, and a row of 8 bits too large a one."""
+    from lorapar import layers_bnb
+
+    functional = layers_bnb.bnb_functional
+    dequantize_4bit, int8_vectorwise_quant = functional.dequantize_4bit, functional.int8_vectorwise_quant
+
+    def of_neighbour(A, state, *rest):
+        state = copy.copy(state)
+        state.absmax = state.absmax.roll(1)
+        return dequantize_4bit(A, state, *rest)
+
+    def too_large(A, *rest):
+        codes, scales, outliers = int8_vectorwise_quant(A, *rest)
+        return codes, 1.02 * scales, outliers
+
+    def start():
+        monkeypatch.setattr(functional, "dequantize_4bit", of_neighbour)
+        monkeypatch.setattr(functional, "int8_vectorwise_quant", too_large)
+        layers_bnb._probe.cache_clear()
+
+    yield start
+    layers_bnb._probe.cache_clear()
+
+
+@needs_bnb
+@KINDS
+def test_a_layer_that_is_not_its_weight_quantised_is_refused_on_load(tiny_folder, faulty, kind):
+    from lorapar.layers_bnb import bnb_functional
+
+    faulty()
+    before = bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant
+    says = (
+        rf"^lora.base: bitsandbytes [\d.]+ dequantises {kind} weights of \d+ columns wrongly on cpu: off by [\d.]+ of"
+    )
+    with pytest.raises(InputError, match=says):
+        load(tiny_folder, kind)
+    assert (bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant) == before
+
+
+@needs_bnb
+def test_a_checkpoint_quantised_already_is_refused_by_a_probe_of_its_widths(tiny_folder, tmp_path, faulty):
+    load(tiny_folder, "nf4").save_pretrained(tmp_path)
+    model = load(tmp_path, None)
+    faulty()
+    with pytest.raises(InputError, match="dequantises nf4 weights of 64 columns wrongly"):
+        lorapar.attach(model, config(), start="paper")
+    with pytest.raises(InputError, match="dequantises nf4 weights of 64 columns wrongly"):
+        load(tmp_path, None)
+
+
+@needs_bnb
+def test_a_weight_that_an_evaluation_repacked_is_refused(tiny_folder, tmp_path):
+    """As an evaluation by bitsandbytes itself does on a CPU with AVX512-BF16; ours then read other bytes."""
+    from lorapar.layers_bnb import bnb
+
+    load(tiny_folder, "nf4").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(9)[None])
+    for module in model.modules():
+        if isinstance(module, bnb.Linear4bit):
+            module.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(InputError, match="q_proj: bitsandbytes repacked its 4-bit weight in an evaluation on this CPU"):
+        lorapar.attach(model, config(), start="paper")
+
+
+@needs_bnb
+@pytest.mark.parametrize("columns", [16, 32, 48, 64, 66, 80, 96, 128, 400, 576])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_width_is_refused_exactly_where_it_is_dequantised_wrongly(kind, columns):
+    """Which widths those are depends on the processor (with AVX-512: 16, 32, 48, 80, 96 and 400), this does not."""
+    from lorapar.layers_bnb import _probe, bnb_functional
+
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(1))
+    codes, state = bnb_functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    error = relative_error(bnb_functional.dequantize_4bit(codes, state), weight)
+    refused = _probe(kind, columns, 64, True, torch.float32, torch.device("cpu")) is not None
+    # Of normal weights NF4 loses about 0.09, FP4 0.13.
+    assert refused == (error > 0.15)
+
+
+@needs_bnb
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_explains_is_not_refused(dtype):
+    from lorapar.layers_bnb import bnb_functional, unexplained
+
+    normal = torch.randn(96, 576, generator=torch.Generator().manual_seed(2))
+    sizes = 10 ** torch.randn(96, 1, generator=torch.Generator().manual_seed(3))
+    for weight in (normal, normal**5, normal.sigmoid(), normal * sizes, torch.eye(128), torch.zeros(64, 64)):
+        weight = weight.to(dtype)
+        for kind in ("nf4", "fp4"):
+            for nested in (False, True):
+                codes, state = bnb_functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+                assert unexplained(weight, bnb_functional.dequantize_4bit(codes, state), kind, 64) is None
+        codes, scales, _ = bnb_functional.int8_vectorwise_quant(weight.half())
+        assert unexplained(weight, codes * (scales.unsqueeze(1) / 127.0), "int8", weight.shape[1]) is None
 
 
 def test_bf16_and_unset(tiny_folder):

@@ -2,10 +2,14 @@
 
 import ast
 import importlib.metadata
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import lorapar
 from lorapar import pipeline
 from lorapar.config import parse
 
@@ -118,3 +122,22 @@ def test_a_checkout_that_was_never_installed_begins_a_run(tmp_path, monkeypatch)
     monkeypatch.setattr(importlib.metadata, "version", version)
     pipeline._claim(parse({"model": "smollm2-135m", "data": {"sources": ["none.jsonl"]}}), tmp_path)
     assert (tmp_path / "recipe.yaml").is_file()
+
+
+def test_importing_the_method_prints_nothing():
+    """PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warned of a missing kernel that is never called."""
+    pytest.importorskip("bitsandbytes")
+    program = "import sys, lorapar; print('bitsandbytes' in sys.modules); lorapar.attach; print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    assert done.stderr == ""
+
+
+def test_of_bitsandbytes_warnings_that_one_alone_is_dropped(caplog):
+    """On any processor: the record that bitsandbytes makes on one with AVX512-BF16, and another of the same logger."""
+    assert lorapar.__version__
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with caplog.at_level(logging.WARNING):
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")
+        logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = "pip install -e '.[quickstart]' && lorapar run examples/quickstart.yaml"
+TEST = "pip install -e '.[test]' && make test"
 
 
 def test_the_backend_example_runs_and_masks_as_it_says():
@@ -22,12 +25,37 @@ def test_the_backend_example_runs_and_masks_as_it_says():
 
 
 def test_the_two_set_up_commands_are_there_and_name_what_exists():
-    assert "pip install -e '.[quickstart]' && lorapar run examples/quickstart.yaml" in README
-    assert "pip install -e '.[test]' && make test" in README
+    assert QUICKSTART in README
+    assert TEST in README
     assert (ROOT / "examples" / "quickstart.yaml").is_file()
-    ci = (ROOT / ".ci" / "run").read_text()
-    assert "pip install" in ci
-    assert "-e '.[test]' && make test" in ci
+
+
+def test_ci_runs_the_second_command_as_written_and_holds_nothing_else_than_torch():
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
+    (line,) = [line for line in lines if TEST in line]
+    assert line.startswith(f"({TEST})")
+    # The versions of constraints.txt have an environment, a copy of the tree and a verb of their own.
+    (pinned,) = [line for line in lines if "--constraint" in line]
+    assert pinned.endswith("make pinned")
+    assert lines.index("enter pinned") < lines.index(pinned) < lines.index("enter today") < lines.index(line)
+    assert re.search(r"^pinned:.*\binterpret\b", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+def test_every_week_the_two_commands_run_as_written_on_the_oldest_and_the_newest_torch():
+    """And on nothing else that is pinned."""
+    file = ROOT / ".github" / "workflows" / "weekly.yml"
+    workflow = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+    assert set(workflow["on"]) == {"schedule", "workflow_dispatch"}
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", workflow["on"]["schedule"][0]["cron"])
+    job = workflow["jobs"]["readme"]
+    assert [command["run"] for command in job["strategy"]["matrix"]["command"]] == [QUICKSTART, TEST]
+    least = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert least is not None
+    wanted = [torch["requirement"] for torch in job["strategy"]["matrix"]["torch"]]
+    assert wanted == [f"torch=={least.group(1)}.*", "torch"]
+    for step in job["steps"]:
+        assert "uses" not in step or re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
+    assert not any("constraint" in step.get("run", "") for step in job["steps"])
 
 
 def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
@@ -39,10 +67,7 @@ def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
     assert re.search(r"^\| System 2.*\d+ % \[\d+, \d+\]", before, re.M)
     assert rest.startswith("Set up\n")
     set_up = rest.partition("\n## ")[0]
-    assert re.findall(r"```\n(.*?)\n```", set_up, re.DOTALL) == [
-        "pip install -e '.[quickstart]' && lorapar run examples/quickstart.yaml",
-        "pip install -e '.[test]' && make test",
-    ]
+    assert re.findall(r"```\n(.*?)\n```", set_up, re.DOTALL) == [QUICKSTART, TEST]
 
 
 def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):

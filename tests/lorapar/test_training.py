@@ -314,7 +314,7 @@ def test_a_learning_rate_of_zero_is_found_out(tmp_path):
 def test_dropout_is_in_the_layers_and_off_in_evaluation(tmp_path):
     model = lorapar.attach(tiny_model(), config(lora_dropout=0.4), start="paper")
     layer = next(iter(masked_layers(model).values()))
-    x = torch.randn(4, 32)
+    x = torch.randn(4, 64)
     model.train()
     assert not torch.equal(layer(x), layer(x))
     model.eval()

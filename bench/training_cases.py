@@ -94,21 +94,22 @@ def of_unsloth(model: PreTrainedModel, case: Case) -> PreTrainedModel:
 
 def quantised(model: PreTrainedModel, case: Case) -> PreTrainedModel:
     """The linear layers but the head replaced by bitsandbytes' 4-bit ones, one at a time and where they are."""
-    import bitsandbytes as bnb
+    import bitsandbytes
 
+    bnb: Any = bitsandbytes.nn
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            layer = bnb.nn.Linear4bit(  # pyright: ignore[reportPrivateImportUsage]
+            layer = bnb.Linear4bit(
                 module.in_features, module.out_features, bias=module.bias is not None,
-                compute_dtype=getattr(torch, case.dtype), quant_type="nf4", device="meta")  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(  # pyright: ignore[reportPrivateImportUsage]
-                module.weight.data, requires_grad=False, quant_type="nf4", module=layer
-            ).to(case.device)
+                compute_dtype=getattr(torch, case.dtype), quant_type="nf4", device="meta",
+            )  # fmt: skip
+            weight = bnb.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+            layer.weight = weight.to(case.device)
             if module.bias is not None:
                 layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
             model.set_submodule(name, layer)
             # named_modules() above keeps the plain layers; their weights go one by one.
-            module.weight.data = torch.empty(0)
+            module.weight.data = module.weight.data.new_empty(0)
     model.is_loaded_in_4bit = True  # type: ignore[attr-defined]
     return model
 

@@ -7,7 +7,6 @@ it is ready when the one before has ended and given back its memory.
 import ctypes
 import json
 import math
-import os
 import selectors
 import signal
 import subprocess
@@ -15,6 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+PR_SET_PDEATHSIG = 1
+# Loaded beforehand: between fork and exec nothing should be.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Worker:
@@ -77,11 +80,9 @@ class Worker:
 
 
 def die_with_the_parent() -> None:
-    """For `preexec_fn`: the process ends when the one that made it does."""
-    # Linux: a worker that hangs in a kernel would hold the GPU's memory after its step was killed.
-    PR_SET_PDEATHSIG = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The process that made it may have died in between.
-        if os.getppid() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    """For `preexec_fn`, on Linux: the process ends when the one that made it does.
+
+    One that hangs in a kernel would hold the GPU's memory after its step was killed.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,6 +5,7 @@ out of the run's own metrics.json; the whole time is the command's, with Python'
 cache as a .gguf file (pieces.py), its conversion. In a rehearsal a few rows and steps of a tiny random model.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,16 +21,15 @@ from bench.workers import die_with_the_parent
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "examples/quickstart.yaml"
+NEEDED = "trl", "datasets", "reasoning_gym", "math_verify", "gguf", "matplotlib"
 STAGES = "base", "sft", "grpo"
 
 
 def main() -> None:
-    # Whatever the run needs and does not find would end it in a line of its own; this says which package it was.
-    import datasets  # noqa: F401
-    import math_verify  # noqa: F401
-    import reasoning_gym  # noqa: F401
-    import trl  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
+    # Asked for here, where it can be said which package it is; found, not imported, as the run imports them itself.
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "run", Path(folder) / "log"
         command = [sys.executable, "-m", "lorapar", "run", RECIPE, "--output_dir", str(out)]

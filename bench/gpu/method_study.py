@@ -4,6 +4,7 @@ Each process appends JSON lines to a file of its own and ends by itself within t
 line says is the study's business, and goes into the results as it is.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def main() -> None:
     if not STUDY.is_file():
         record.skipped("study", "bench/study.py is not there yet")
         return
-    import trl  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
+    if importlib.util.find_spec("trl") is None:
+        raise ModuleNotFoundError("No module named 'trl'", name="trl")
     rehearsal = record.rehearsal()
     left = min(record.remaining() - RESERVE, 30 if rehearsal else 3600)
     if left <= 0:

@@ -15,7 +15,8 @@ CAP = 24 * 10**9
 MODEL = "llama-2-7b"
 ASKED = [("nf4", "ours"), ("nf4", "peft"), ("bf16", "ours"), ("bf16", "peft")]
 NAMES = {"ours": "ours", "peft": "PEFT's layers"}
-SHORT = 2048, 4096
+SHORT = 4096, 8192
+REHEARSED = 20_000  # tokens that fit where nothing is measured
 STEP = 256  # tokens a length is a multiple of
 LEAST_TO_LOAD, LEAST_TO_ASK = 25, 8
 
@@ -54,11 +55,13 @@ def main() -> None:
 def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[str, str], int]) -> None:
     """Find the bounds, and record what is known where the time ends before they are near each other."""
     rehearsal = record.rehearsal()
-    low, high, peaks = 0, 0, {}
+    low, high, peaks, took = 0, 0, {}, 0.0
 
     def peak_at(length: int) -> int | None:
         """Bytes reserved, None where it does not fit."""
-        if record.remaining() < LEAST_TO_ASK:
+        nonlocal took
+        # Attention takes more than the length's share; as much again is left for that.
+        if record.remaining() < max(LEAST_TO_ASK, 2 * took * length):
             raise NoTime
         said = worker.ask(
             {"way": way, "base": "nf4" if base == "nf4" else None, "model": "tiny" if rehearsal else MODEL, "batch": 1,
@@ -67,12 +70,14 @@ def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[s
         )  # fmt: skip
         if "failed" in said or "missing" in said:
             raise RuntimeError(said.get("failed") or f"{said['missing']} is not installed")
+        if "seconds" in said:
+            took = said["seconds"][-1] / length
         return None if said.get("out_of_memory") else said["reserved_bytes"]
 
     def fits(length: int) -> bool:
         nonlocal low, high
         # In a rehearsal nothing is capped: a made-up bound drives the same search.
-        peak = peak_at(length) if not rehearsal else peak_at(64) and (1 if length < 8000 else None)
+        peak = peak_at(length) if not rehearsal else peak_at(64) and (1 if length < REHEARSED else None)
         low, high = (low, length) if peak is None else (length, high)
         if peak is not None:
             peaks[length] = peak
@@ -80,15 +85,18 @@ def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[s
 
     try:
         if all(fits(length) for length in SHORT):
-            narrow(fits, where_it_meets(peaks), lambda: (low, high))
+            bracket(fits, where_it_meets(peaks), lambda: (low, high))
+        if low:
+            halve(fits, lambda: (low, high))
     except NoTime:
         record.skipped(
             f"{case} [nearer bounds]", f"no time was left; {low} tokens fit, {high or 'nothing known'} do not"
         )
     except RuntimeError as error:
         record.wrong(case, str(error))
-        return
     longest[base, way] = low
+    if not low and not high:
+        return
     record.result(case, "tokens", low, way=NAMES[way], too_long=high or None, reserved_bytes=peaks.get(low),
                   cap_bytes=CAP, peaks={str(length): peak for length, peak in peaks.items()})  # fmt: skip
 
@@ -96,23 +104,25 @@ def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[s
 def where_it_meets(peaks: dict[int, int]) -> int:
     """Tokens at which a line through the two short rows' peaks reaches the cap."""
     if record.rehearsal():
-        return 8192
+        return REHEARSED + 100
     (x0, y0), (x1, y1) = sorted(peaks.items())[:2]
     slope = max(y1 - y0, 1) / (x1 - x0)
     return int(x1 + (CAP - y1) / slope)
 
 
-def narrow(fits: Callable[[int], bool], guess: int, bounds: Callable[[], tuple[int, int]]) -> None:
-    """Try a little below the guess and a little above it, widen as long as need be, then halve to a sixteenth."""
+def bracket(fits: Callable[[int], bool], guess: int, bounds: Callable[[], tuple[int, int]]) -> None:
+    """Try a little below the guess and a little above it, wider each time, until one fits and one does not."""
     step = max(guess // 32, STEP)
-    tried = rounded(guess - step)
-    while not fits(tried) and tried > SHORT[-1]:
+    while guess - step > bounds()[0] and not fits(rounded(guess - step)):
         step *= 2
-        tried = rounded(max(guess - step, SHORT[-1]))
     step = max(guess // 32, STEP)
     while not bounds()[1]:
-        if fits(rounded(max(guess, bounds()[0]) + step)):
-            step *= 2
+        fits(rounded(max(guess, bounds()[0]) + step))
+        step *= 2
+
+
+def halve(fits: Callable[[int], bool], bounds: Callable[[], tuple[int, int]]) -> None:
+    """Halve what is between the bounds, to a sixteenth of the lower."""
     low, high = bounds()
     while high - low > max(low // 16, STEP):
         fits(rounded((low + high) // 2))

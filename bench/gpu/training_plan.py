@@ -15,7 +15,7 @@ from bench.workers import Worker
 
 ASKED = [("nf4", "llama-2-7b"), ("bf16", "llama-2-7b"), ("nf4", "llama-3.1-8b"), ("bf16", "llama-3.1-8b")]
 LENGTHS = 8192, 2048
-LEAST_TO_LOAD, LEAST_TO_ASK = 25, 8
+LEAST_TO_LOAD, LEAST_TO_ASK = 20, 8
 
 
 def case_of(base: str, model: str, length: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ LENGTHS = 8192, 2048, 32768
 NAMES = {"ours": "ours", "peft": "PEFT's layers", "whole": "ours, whole head"}
 # Seconds under which no model is loaded, and no case begun.
 LEAST_TO_LOAD, LEAST_TO_ASK = 25, 8
+# Seconds after which a case is given up, so that one that hangs does not take the others' time too.
+MOST_FOR_A_CASE = 120
 
 
 def case_of(way: str, base: str, model: str, length: int) -> dict[str, Any]:
@@ -53,13 +55,19 @@ def main() -> None:
             with with_next as worker:
                 if number + 1 < len(units):
                     with_next = Worker("bench.plain_training")
+                a_token = 0.0
                 for length in lengths[:1] if way == "whole" else lengths:
                     what = f"{base} {model}, {length} tokens"
-                    if record.remaining() < (LEAST_TO_LOAD if length == lengths[0] else LEAST_TO_ASK):
+                    # As much again as the length's share: attention takes more than that.
+                    steps = sum(case_of(way, base, model, length)[key] for key in ("untimed", "steps"))
+                    needed = max(LEAST_TO_ASK, 2 * a_token * length * steps)
+                    if record.remaining() < (LEAST_TO_LOAD if length == lengths[0] else needed):
                         record.skipped(f"{NAMES[way]} | {what}", "no time was left")
                         continue
-                    said = worker.ask(case_of(way, base, model, length), record.remaining() - 3)
+                    said = worker.ask(case_of(way, base, model, length), min(record.remaining() - 3, MOST_FOR_A_CASE))
                     found[base, model, way, length] = said
+                    if "seconds" in said:
+                        a_token = max(said["seconds"]) / length
                     tell(way, what, said)
                     compare(found, base, model, way, length, what, (base, model, way, length) == headline)
                     if "failed" in said:

@@ -77,10 +77,10 @@ def test_a_worker_answers_and_one_that_dies_or_hangs_is_told():
         assert "no_such_module" in worker.ask({}, 60)["failed"]
 
 
-@pytest.mark.parametrize("bound", [4096, 5000, 20_000, 33_333, 150_000])
+@pytest.mark.parametrize("bound", [8192, 9000, 20_000, 33_333, 150_000])
 @pytest.mark.parametrize("wrong", [0.5, 0.9, 1.0, 1.03, 1.6])
 def test_the_search_ends_between_what_fits_and_what_does_not(bound, wrong):
-    low, high, asked = 4096, 0, []
+    low, high, asked = training_context.SHORT[-1], 0, []
 
     def fits(length):
         nonlocal low, high
@@ -89,7 +89,8 @@ def test_the_search_ends_between_what_fits_and_what_does_not(bound, wrong):
         low, high = (max(low, length), high) if length <= bound else (low, length)
         return length <= bound
 
-    training_context.narrow(fits, int(bound * wrong), lambda: (low, high))
+    training_context.bracket(fits, int(bound * wrong), lambda: (low, high))
+    training_context.halve(fits, lambda: (low, high))
     assert low <= bound < high
     assert high - low <= max(low // 16, training_context.STEP)
     assert len(asked) <= (3 if wrong == 1.0 else 14)
@@ -97,8 +98,8 @@ def test_the_search_ends_between_what_fits_and_what_does_not(bound, wrong):
 
 def test_the_line_meets_the_cap(monkeypatch):
     monkeypatch.delenv("LORAPAR_GPU_DEVICE", raising=False)
-    peaks = {2048: 5 * 10**9, 4096: 6 * 10**9}
-    assert training_context.where_it_meets(peaks) == 4096 + 18 * 2048
+    peaks = {4096: 5 * 10**9, 8192: 6 * 10**9}
+    assert training_context.where_it_meets(peaks) == 8192 + 18 * 4096
 
 
 def test_a_shape_is_planned_without_weights(monkeypatch):

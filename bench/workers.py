@@ -15,6 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import record
+
+# Seconds: a case is given what remains less a few, for its line to be written.
+NEAR_THE_END = 10
 PR_SET_PDEATHSIG = 1
 # Loaded beforehand: between fork and exec nothing should be.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -36,7 +40,7 @@ class Worker:
         self.ended = False
 
     def ask(self, case: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer; {"failed": why} where there is none within `seconds`, after which the worker has ended."""
+        """The answer; {"failed": why} where there is none ("late": not within `seconds`): it has ended then."""
         if self.ended:
             return {"failed": "its process had ended before"}
         assert self.process.stdin
@@ -50,7 +54,7 @@ class Worker:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(max(seconds, 0) if math.isfinite(seconds) else None):
                 self._end()
-                return {"failed": f"no answer within {seconds:.0f} s"}
+                return {"failed": f"no answer within {seconds:.0f} s", "late": True}
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else {"failed": self._end()}
 
@@ -77,6 +81,16 @@ class Worker:
         lines = [line for line in self.errors.read().splitlines() if line.strip()]
         self.errors.close()
         return lines[-1][:300] if lines else f"its process ended with status {status}"
+
+
+def tell_failure(case: str, said: dict[str, Any]) -> None:
+    """An answer without figures as a line: the step's time was over, a package is missing, or it went wrong."""
+    if said.get("late") and record.remaining() < NEAR_THE_END:
+        record.skipped(case, "the time ended while it ran")
+    elif "missing" in said:
+        record.skipped(case, f"{said['missing']} is not installed")
+    else:
+        record.wrong(case, said["failed"])
 
 
 def die_with_the_parent() -> None:

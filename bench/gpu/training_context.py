@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable
 
 from bench.gpu import record
-from bench.workers import Worker
+from bench.workers import Worker, tell_failure
 
 CAP = 24 * 10**9
 MODEL = "llama-2-7b"
@@ -18,15 +18,20 @@ NAMES = {"ours": "ours", "peft": "PEFT's layers"}
 SHORT = 4096, 8192
 REHEARSED = 20_000  # tokens that fit where nothing is measured
 STEP = 256  # tokens a length is a multiple of
-LEAST_TO_LOAD, LEAST_TO_ASK = 25, 8
+LEAST_TO_LOAD, LEAST_TO_ASK = (1, 1) if record.rehearsal() else (25, 8)
 
 
 class NoTime(Exception):
-    pass
+    """The next length would not end in time."""
+
+
+class NoAnswer(Exception):
+    """The worker has ended; what it said is the argument."""
 
 
 def main() -> None:
     asked, longest = ASKED, {}
+    model = "tiny" if record.rehearsal() else MODEL
     if importlib.util.find_spec("bitsandbytes") is None:
         record.skipped("nf4", "bitsandbytes is not installed")
         asked = [one for one in asked if one[0] != "nf4"]
@@ -38,21 +43,21 @@ def main() -> None:
             with upcoming as worker:
                 if number + 1 < len(asked):
                     upcoming = Worker("bench.plain_training")
-                case = f"{NAMES[way]} | {base} {MODEL} under {CAP / 1e9:.0f} GB"
+                case = f"{NAMES[way]} | {base} {model} under {CAP / 1e9:.0f} GB"
                 if record.remaining() < LEAST_TO_LOAD:
                     record.skipped(case, "no time was left")
                     continue
-                search(worker, base, way, case, longest)
+                search(worker, base, model, way, case, longest)
             if way == "peft" and longest.get((base, "ours")) and longest.get((base, "peft")):
-                words = f"longest row over PEFT's layers under {CAP / 1e9:.0f} GB, {base} {MODEL}"
+                words = f"longest row over PEFT's layers under {CAP / 1e9:.0f} GB, {base} {model}"
                 ratio = longest[base, "ours"] / longest[base, "peft"]
-                record.result(f"ours over PEFT's layers | {base} {MODEL}", "x", ratio,
+                record.result(f"ours over PEFT's layers | {base} {model}", "x", ratio,
                               headline=words if base == asked[0][0] else None)  # fmt: skip
     finally:
         upcoming.close()
 
 
-def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[str, str], int]) -> None:
+def search(worker: Worker, base: str, model: str, way: str, case: str, longest: dict[tuple[str, str], int]) -> None:
     """Find the bounds, and record what is known where the time ends before they are near each other."""
     rehearsal = record.rehearsal()
     low, high, peaks, took = 0, 0, {}, 0.0
@@ -64,12 +69,12 @@ def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[s
         if record.remaining() < max(LEAST_TO_ASK, 2 * took * length):
             raise NoTime
         said = worker.ask(
-            {"way": way, "base": "nf4" if base == "nf4" else None, "model": "tiny" if rehearsal else MODEL, "batch": 1,
+            {"way": way, "base": "nf4" if base == "nf4" else None, "model": model, "batch": 1,
              "dtype": "bfloat16", "device": record.device(), "length": length, "untimed": 0, "steps": 1, "cap": CAP},
             record.remaining() - 3,
         )  # fmt: skip
         if "failed" in said or "missing" in said:
-            raise RuntimeError(said.get("failed") or f"{said['missing']} is not installed")
+            raise NoAnswer(said)
         if "seconds" in said:
             took = said["seconds"][-1] / length
         return None if said.get("out_of_memory") else said["reserved_bytes"]
@@ -92,13 +97,16 @@ def search(worker: Worker, base: str, way: str, case: str, longest: dict[tuple[s
         record.skipped(
             f"{case} [nearer bounds]", f"no time was left; {low} tokens fit, {high or 'nothing known'} do not"
         )
-    except RuntimeError as error:
-        record.wrong(case, str(error))
-    longest[base, way] = low
+    except NoAnswer as error:
+        tell_failure(f"{case} [nearer bounds]", error.args[0])
     if not low and not high:
         return
-    record.result(case, "tokens", low, way=NAMES[way], too_long=high or None, reserved_bytes=peaks.get(low),
-                  cap_bytes=CAP, peaks={str(length): peak for length, peak in peaks.items()})  # fmt: skip
+    near = 0 < high <= low + max(low // 16, STEP)
+    if near:
+        longest[base, way] = low
+    record.result(case if near else f"{case} [at least]", "tokens", low, way=NAMES[way], too_long=high or None,
+                  reserved_bytes=peaks.get(low), cap_bytes=CAP,
+                  peaks={str(length): peak for length, peak in peaks.items()})  # fmt: skip
 
 
 def where_it_meets(peaks: dict[int, int]) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import record
-from bench.workers import Worker
+from bench.workers import Worker, tell_failure
 
 ASKED = [("nf4", "llama-2-7b"), ("bf16", "llama-2-7b"), ("nf4", "llama-3.1-8b"), ("bf16", "llama-3.1-8b")]
 LENGTHS = 8192, 2048
-LEAST_TO_LOAD, LEAST_TO_ASK = 20, 8
+LEAST_TO_LOAD, LEAST_TO_ASK = (1, 1) if record.rehearsal() else (20, 8)
 
 
 def case_of(base: str, model: str, length: int) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def main() -> None:
                     # Where the plan itself fails on a GPU, what the step needed is still worth a line.
                     planned = plan(what, case_of(base, model, length))
                     said = worker.ask(case_of(base, model, length), record.remaining() - 3)
-                    if "failed" in said:
-                        record.wrong(what, said["failed"])
+                    if "failed" in said or "missing" in said:
+                        tell_failure(what, said)
                         break
-                    if "seconds" not in said:
-                        record.skipped(what, "out of memory" if said.get("out_of_memory") else f"no {said['missing']}")
+                    if said.get("out_of_memory"):
+                        record.skipped(what, "out of memory")
                         continue
                     off += tell(what, planned, said)
     finally:

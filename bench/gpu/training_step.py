@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 from bench.gpu import record
-from bench.workers import Worker
+from bench.workers import Worker, tell_failure
 
 # The most telling first. "whole" is ours with transformers' head, at the first length alone.
 ASKED = [
@@ -23,7 +23,7 @@ ASKED = [
 LENGTHS = 8192, 2048, 32768
 NAMES = {"ours": "ours", "peft": "PEFT's layers", "whole": "ours, whole head"}
 # Seconds under which no model is loaded, and no case begun.
-LEAST_TO_LOAD, LEAST_TO_ASK = 25, 8
+LEAST_TO_LOAD, LEAST_TO_ASK = (1, 1) if record.rehearsal() else (25, 8)
 # Seconds after which a case is given up, so that one that hangs does not take the others' time too.
 MOST_FOR_A_CASE = 120
 
@@ -78,10 +78,8 @@ def main() -> None:
 
 def tell(way: str, what: str, said: dict[str, Any]) -> None:
     case = f"{NAMES[way]} | {what}"
-    if "failed" in said:
-        record.wrong(case, said["failed"])
-    elif "missing" in said:
-        record.skipped(case, f"{said['missing']} is not installed")
+    if "failed" in said or "missing" in said:
+        tell_failure(case, said)
     elif said.get("out_of_memory"):
         record.result(f"{case} [fits]", "", 0, way=NAMES[way], out_of_memory=True)
     else:

@@ -80,7 +80,7 @@ def _product(
     room = _room(left.device) if room is None else room
     right, right_t = _lying(right)
     factor, factor_t = _lying(factor)
-    # Triton tells multiples of 16 from other numbers: rows of 8·odd elements would spill up to 1.5 kB in the large tiles.
+    # Triton tells multiples of 16 from other numbers: rows of 8·odd elements spill up to 1.5 kB in the large tiles.
     even = all(size % 16 == 0 for size in (N, left.stride(0), right.stride(0), out.stride(0)))
     aligned = even and _describable(left) and _describable(right)
     tiles = _tiles(M, N, rank, left.element_size(), aligned, room, adds)

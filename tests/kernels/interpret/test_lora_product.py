@@ -54,13 +54,16 @@ def error(ours, exact):
 
 # tokens, in, out, rank, shared memory, what tiles that takes for bf16 and fp16
 CASES = [
-    (1, 8, 5, 1, WIDE_ROOM, (128, 128, True)),
-    (150, 136, 264, 16, WIDE_ROOM, (128, 128, True)),
-    (150, 136, 264, 33, COMMON_ROOM, (128, 128, False)),
+    (1, 16, 16, 1, WIDE_ROOM, (128, 128, True)),
+    (150, 144, 272, 16, WIDE_ROOM, (128, 128, True)),
+    (150, 144, 272, 33, COMMON_ROOM, (128, 128, False)),
+    # Rows of 16 bytes, but no multiples of 16 elements.
+    (150, 136, 264, 16, WIDE_ROOM, (64, 64, False)),
+    (1, 8, 5, 1, WIDE_ROOM, (64, 64, False)),
     (70, 61, 67, 5, WIDE_ROOM, (64, 64, False)),
     # Rows of tiles beyond one band, the last band shorter.
     (64 * 9 + 3, 19, 130, 3, WIDE_ROOM, (64, 64, False)),
-    (130, 72, 40, 256, WIDE_ROOM, (128, 128, True)),
+    (130, 80, 48, 256, WIDE_ROOM, (128, 128, True)),
 ]
 
 
@@ -98,12 +101,12 @@ def test_both_directions_against_float64(monkeypatch, tiles, case, name):
 def test_wide_tiles(monkeypatch, tiles):
     """128 × 256, which a matrix of at least a tile for each multiprocessor takes."""
     monkeypatch.setattr(lora_product_triton, "PROGRAMS", 2)
-    x, w, s, b = (torch.randn(*shape).bfloat16() for shape in ((200, 72), (264, 72), (200, 16), (264, 4)))
+    x, w, s, b = (torch.randn(*shape).bfloat16() for shape in ((200, 80), (272, 80), (200, 16), (272, 4)))
     exact = x.double() @ w.double().t() + 0.5 * s[:, :4].double() @ b.double().t()
     assert error(output(x, w, None, s, b, 0.5), exact) < KINDS["bf16"][1]
-    dy, ds, a = torch.randn(200, 72).bfloat16(), torch.randn(200, 16).bfloat16(), torch.randn(4, 264).bfloat16()
-    w, seed = torch.randn(72, 264).bfloat16(), torch.tensor([-7])
-    kept = lk.dropout_mask(seed, (200, 264), 0.1)
+    dy, ds, a = torch.randn(200, 80).bfloat16(), torch.randn(200, 16).bfloat16(), torch.randn(4, 272).bfloat16()
+    w, seed = torch.randn(80, 272).bfloat16(), torch.tensor([-7])
+    kept = lk.dropout_mask(seed, (200, 272), 0.1)
     exact = dy.double() @ w.double() + kept * (ds[:, :4].double() @ a.double())
     assert error(input_gradient(None, dy, w, ds, a, seed, 0.1), exact) < KINDS["bf16"][1]
     assert set(tiles) == {(128, 256, True)}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import lorapar
-from bench.memory_case import SHAPES, Case, measure
+from bench.memory_case import measure
+from bench.training_cases import SHAPES, Case
 from lorapar.doctor import doctor
 from lorapar.memory_switches import SWITCHES
 from lorapar.sft import micro_batches

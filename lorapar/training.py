@@ -19,6 +19,8 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+import lorapar_kernels as lk
+
 from .adapter import Snapshot, activate, save_adapter, verify
 from .artefacts import read_json, why_not_whole, write_json
 from .errors import InputError
@@ -29,6 +31,8 @@ from .progress import TrainingProgress
 
 log = logging.getLogger("lorapar")
 Stage = Literal["sft", "grpo"]
+# Beside a stage's checkpoints, where there was a GPU to choose for: which product each kind of layer takes.
+CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
 PAPER = {
@@ -110,6 +114,8 @@ class PartitionedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        # Before the checkpoint is whole, so that no step goes on from it with other products.
+        note_choices(Path(cast(str, self.args.output_dir)))
         folder = Path(output_dir or cast(str, self.args.output_dir))
         self.partition.save(folder / "lorapar_partition.safetensors")
         write_json(folder / "lorapar.json", {"stage": self.stage, "partition": self.partition.hash})
@@ -127,8 +133,13 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TrainingProgress(stage))
-    checkpoint = last_checkpoint(Path(cast(str, trainer.args.output_dir)), partition) if resume else None
+    output_dir = Path(cast(str, trainer.args.output_dir))
+    checkpoint = last_checkpoint(output_dir, partition) if resume else None
+    if resume:
+        take_choices(output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        note_choices(output_dir)
     optimizer = cast(Any, trainer.optimizer)
     optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
     return Trained(
@@ -138,6 +149,27 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows:
         rows=rows,
         resumed_from=checkpoint.name if checkpoint else None,
     )
+
+
+def note_choices(output_dir: Path) -> None:
+    """Write which products this process has chosen so far, where it has chosen any."""
+    choices = lk.product_choices()
+    if choices:
+        write_json(output_dir / CHOICES, choices)
+
+
+def take_choices(output_dir: Path) -> None:
+    """Take the products that the stage took before it was stopped, so that it goes on with the same sums.
+
+    A file that is not what `note_choices` wrote costs a line in the log: products are then timed again.
+    """
+    path = output_dir / CHOICES
+    if not path.is_file():
+        return
+    try:
+        lk.set_product_choices(read_json(path))
+    except (InputError, ValueError) as error:
+        log.warning("%s: passed over, products are timed again (%s)", path, error)
 
 
 def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:

@@ -8,6 +8,7 @@ from .bitmask import MaskIndex, combine_masks, count_mask, index_mask, pack_mask
 from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
+from .lora_product import product_choices, set_product_choices
 from .masked_adamw import PreparedAdamW, masked_adamw
 from .tiles import spread_tiles, tile_sums
 from .top_mass import top_count, top_mass
@@ -29,6 +30,8 @@ __all__ = [
     "lora_linear_scored",
     "masked_adamw",
     "pack_mask",
+    "product_choices",
+    "set_product_choices",
     "spread_tiles",
     "tile_sums",
     "top_count",

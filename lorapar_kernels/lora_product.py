@@ -6,15 +6,20 @@
 The same sums, rounded once less by fused. plain is the specification, the only way without Triton's passes, and the
 safe default: whether a product of our own stays near enough to cuBLAS's depends on the GPU and on the shape. So on a
 CUDA device the first call of each kind of call (`_kind`) times both on its own tensors, some milliseconds, and the
-process keeps to the faster. Nothing is timed while a CUDA graph is captured, nor under
-torch.use_deterministic_algorithms, since two processes may choose differently: plain then serves.
+process keeps to the faster. What is timed is the GPU's work, not Python's: a captured graph of each way is replayed.
+Nothing is timed while a CUDA graph is captured, nor under torch.use_deterministic_algorithms, since two processes may
+choose differently: plain then serves.
 
     LORAPAR_PRODUCT=plain|fused     every lora_linear and lora_linear_grouped of some tokens takes this way, or fails
+    choices = product_choices()     what was chosen so far, for a file beside a run's results
+    set_product_choices(choices)    in another process: taken as they are, nothing of them is timed again
 
 The scoring forms and opaque bases have no such product to choose.
 """
 
+import functools
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -29,9 +34,14 @@ from .backend import named
 from .lora_passes import expand
 
 VARIABLE, WAYS = "LORAPAR_PRODUCT", ("plain", "fused")
-# Rounds of timing; and the share of plain's time below which fused is taken: less than that is noise.
-ROUNDS, MARGIN = 5, 0.98
+# Rounds of timing, and calls a round; the share of plain's time below which fused is taken: less than that is noise.
+ROUNDS, CALLS, MARGIN = 5, 4, 0.98
+# Clock cycles a second that no GPU exceeds, for waits of at least so long.
+CYCLES = 3e9
+Choices = dict[str, dict[str, str]]
+# Of this process, by kind of call; and those it was given, by the GPU's name and the kind in words.
 _chosen: dict[tuple[Any, ...], str] = {}
+_given: Choices = {}
 
 
 def outputs(
@@ -121,15 +131,76 @@ def _take(ways: Mapping[str, Callable[[], Any]], passes: ModuleType, x: Tensor, 
             )
         way = "plain"
     way = way or _chosen.get(kind)
-    if way is None and _may_time(x.device):
-        way = _chosen[kind] = _faster(ways)
+    if way is None:
+        way = _given_way(x.device, kind)
+        if way is None and _may_time(x.device):
+            with torch.cuda.device(x.device):
+                way = _faster(ways)
+        if way is not None:
+            _chosen[kind] = way
     return ways[way or "plain"]()
+
+
+def _given_way(device: torch.device, kind: tuple[Any, ...]) -> str | None:
+    return _given.get(_gpu(device), {}).get(_in_words(kind)) if _given and device.type == "cuda" else None
+
+
+@functools.cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _in_words(kind: tuple[Any, ...]) -> str:
+    """The kind but for its device, as a key that a person can read.
+
+    "forward bfloat16 512+ tokens 11008x4096+11008x16:float32": for each layer W's shape, B's (A's in a backward) and
+    its dtype.
+    """
+    direction, _, dtype, tokens, drops, layers, *wanted = kind
+    words = [direction, _name(dtype), f"{1 << (tokens - 1)}+ tokens", *(["dropout"] if drops else [])]
+    for weight, factor, factor_dtype in layers:
+        words.append(f"{'x'.join(map(str, weight))}+{'x'.join(map(str, factor))}:{_name(factor_dtype)}")
+    return " ".join([*words, *(["dA"] if any(wanted) else [])])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def product_choices() -> Choices:
+    """Which product each kind of call takes, as far as it was chosen: {GPU's name: {kind of call: "plain" | "fused"}}.
+
+    It goes into a JSON file as it is. What `set_product_choices` was given is in it, whether it was used or not. Empty
+    where nothing was timed: off CUDA devices, under LORAPAR_PRODUCT, and under torch.use_deterministic_algorithms.
+    """
+    choices = {gpu: dict(ways) for gpu, ways in _given.items()}
+    for kind, way in _chosen.items():
+        choices.setdefault(_gpu(kind[1]), {})[_in_words(kind)] = way
+    return choices
+
+
+def set_product_choices(choices: Mapping[str, Mapping[str, str]]) -> None:
+    """Take these choices (of `product_choices`) for the calls that they name; they replace the process's own.
+
+    A call of another kind, or on a GPU of another name, is timed as ever. In a distributed run every process takes the
+    same ones. Raises ValueError, and changes nothing, where `choices` is anything else.
+    """
+    if not isinstance(choices, Mapping) or not all(isinstance(ways, Mapping) for ways in choices.values()):
+        raise ValueError(f"choices must be a dict a GPU's name of kinds of calls, got {type(choices).__name__}")
+    wrong = [way for ways in choices.values() for way in ways.values() if way not in WAYS]
+    if wrong:
+        raise ValueError(f"a choice must be one of {', '.join(WAYS)}, got {wrong[0]!r}")
+    so_far = product_choices()
+    for gpu in (*so_far, *choices):
+        _given[gpu] = so_far.get(gpu, {}) | dict(choices.get(gpu, {}))
+    _chosen.clear()
 
 
 def _may_time(device: torch.device) -> bool:
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def _faster(ways: Mapping[str, Callable[[], Any]]) -> str:
@@ -144,22 +215,68 @@ def _faster(ways: Mapping[str, Callable[[], Any]]) -> str:
 
 
 def seconds(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each way on the current CUDA stream: called in turns, after one call that compiles."""
+    """Median seconds that a call of each way takes the current GPU, on its current stream; in turns.
+
+    Replays of a captured graph; or, where a way cannot be captured, calls that the GPU finds queued, since it waits
+    first for as long as Python takes to queue them. Either way it is not Python that is timed, which takes longer than
+    the GPU below some thousand tokens.
+    """
+    # Compiles, and takes what memory each needs.
     for call in ways.values():
         call()
+    wait, calls = 0.0, _captured(ways)
+    if calls is None:
+        calls, wait = ways, 2.0 * max(_seconds_to_queue(call) for call in ways.values())
     events: dict[str, list[tuple[Any, Any]]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
-        for way, call in ways.items():
+        for way, call in calls.items():
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if wait > 0.0:
+                torch.cuda._sleep(int(wait * CYCLES))
             began.record()
-            call()
+            for _ in range(CALLS):
+                call()
             ended.record()
             events[way].append((began, ended))
+    # The graphs' memory is read and written until here.
     torch.cuda.synchronize()
     return {
-        way: statistics.median(began.elapsed_time(ended) for began, ended in pairs) / 1e3
+        way: statistics.median(began.elapsed_time(ended) for began, ended in pairs) / 1e3 / CALLS
         for way, pairs in events.items()
     }
+
+
+def _captured(ways: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]] | None:
+    """A replay of each way's captured graph; None where one cannot be captured (or its memory is not there).
+
+    The graphs have one memory, from which each takes what its call allocates; torch's allocator takes it back when they
+    are gone. Other threads (a loader's, NCCL's) may do what they like meanwhile: "thread_local".
+    """
+    graphs: dict[str, Any] = {}
+    stream, pool = torch.cuda.Stream(), None
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for way, call in ways.items():
+                graphs[way] = torch.cuda.CUDAGraph()
+                graphs[way].capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    call()
+                finally:
+                    graphs[way].capture_end()
+                pool = graphs[way].pool()
+    except RuntimeError:
+        return None
+    return {way: graph.replay for way, graph in graphs.items()}
+
+
+def _seconds_to_queue(call: Callable[[], object]) -> float:
+    """Python's time for a round of calls, with the GPU at rest before it."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return time.perf_counter() - began
 
 
 def in_force(device: torch.device) -> str:
@@ -178,4 +295,6 @@ def in_force(device: torch.device) -> str:
         return "plain  (fused: only where forced, off CUDA devices)"
     taken = [way for kind, way in _chosen.items() if kind[1].type == device.type]
     counts = ", ".join(f"{way} {taken.count(way)}" for way in WAYS)
-    return f"the faster, timed at the first call of each kind  (so far: {counts})"
+    given = sum(map(len, _given.values()))
+    noted = f"; {given} taken over from a run's record" if given else ""
+    return f"the faster, timed at the first call of each kind  (so far: {counts}{noted})"

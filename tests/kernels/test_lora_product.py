@@ -1,5 +1,9 @@
 """Which way a layer's product goes: forced, timed once for each kind of call, plain wherever in doubt."""
 
+import contextlib
+import json
+import statistics
+
 import pytest
 import torch
 
@@ -15,6 +19,7 @@ CUDA = torch.device("cuda")
 def fresh(monkeypatch):
     monkeypatch.delenv("LORAPAR_PRODUCT", raising=False)
     monkeypatch.setattr(lora_product, "_chosen", {})
+    monkeypatch.setattr(lora_product, "_given", {})
 
 
 @pytest.fixture
@@ -28,7 +33,23 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(lora_product, "seconds", seconds)
     monkeypatch.setattr(lora_product, "_may_time", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return told
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Calls that are made on a GPU, as far as the choice can see; gives them, of one kind each."""
+    names = {0: "H100", 1: "L4"}
+    monkeypatch.setattr(lora_product, "_gpu", lambda device: names[device.index])
+
+    def call(tokens, device=0):
+        x = torch.ones(4, 8).as_subclass(type("X", (torch.Tensor,), {"device": torch.device("cuda", device)}))
+        layer = (torch.Size([6, 8]), torch.Size([6, 2]), torch.float32)
+        kind = "forward", x.device, torch.bfloat16, tokens.bit_length(), False, (layer,)
+        return _take({"plain": lambda: "plain", "fused": lambda: "fused"}, TRITON, x, kind)  # type: ignore[arg-type]
+
+    return call
 
 
 def take(passes=TRITON, tokens=4, kind=("kind",)):
@@ -99,6 +120,7 @@ def test_a_product_that_does_not_run_is_told_and_plain_serves(monkeypatch, timed
 def test_nothing_is_timed_on_a_cpu_in_a_capture_or_where_runs_must_repeat(monkeypatch):
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert lora_product._may_time(CUDA)
     assert not lora_product._may_time(torch.device("cpu"))
     assert take() == "plain"
@@ -135,6 +157,184 @@ def test_what_is_said_to_be_in_force(monkeypatch):
     monkeypatch.setattr(lora_passes, "passes_for", lambda *_: TRITON)
     monkeypatch.setenv("LORAPAR_PRODUCT", "plain")
     assert lora_product.in_force(cpu) == "plain  (LORAPAR_PRODUCT)"
+
+
+FIRST = "forward bfloat16 4+ tokens 6x8+6x2:float32"
+
+
+def test_another_process_takes_what_was_chosen_and_times_nothing(timed, on_gpu):
+    assert [on_gpu(4), on_gpu(512)] == ["fused", "fused"]
+    timed["fused"] = 2.0
+    assert [on_gpu(1024), on_gpu(4, device=1)] == ["plain", "plain"]
+    choices = lk.product_choices()
+    assert choices == {
+        "H100": {
+            FIRST: "fused",
+            "forward bfloat16 512+ tokens 6x8+6x2:float32": "fused",
+            "forward bfloat16 1024+ tokens 6x8+6x2:float32": "plain",
+        },
+        "L4": {FIRST: "plain"},
+    }
+    written = json.loads(json.dumps(choices))
+    # Another process, with a clock that says otherwise.
+    lora_product._chosen.clear()
+    timed["calls"] = 0
+    lk.set_product_choices(written)
+    assert lk.product_choices() == choices
+    assert [on_gpu(5), on_gpu(600), on_gpu(1025), on_gpu(7, device=1)] == ["fused", "fused", "plain", "plain"]
+    assert timed["calls"] == 0
+    # What was not chosen yet is timed, and written down beside the rest.
+    timed["fused"] = 0.1
+    assert on_gpu(512, device=1) == "fused"
+    assert timed["calls"] == 1
+    assert lk.product_choices() == choices | {
+        "L4": {FIRST: "plain", "forward bfloat16 512+ tokens 6x8+6x2:float32": "fused"}
+    }
+
+
+def test_choices_of_another_gpu_and_of_none_are_no_choices_here(timed, on_gpu):
+    assert lk.product_choices() == {}
+    lk.set_product_choices({"A100": {FIRST: "plain"}})
+    assert on_gpu(4) == "fused"
+    assert timed["calls"] == 1
+    assert lk.product_choices() == {"A100": {FIRST: "plain"}, "H100": {FIRST: "fused"}}
+    lk.set_product_choices({})
+    assert lk.product_choices() == {"A100": {FIRST: "plain"}, "H100": {FIRST: "fused"}}
+    assert on_gpu(4) == "fused"
+    assert timed["calls"] == 1
+
+
+def test_given_choices_replace_those_of_the_process(timed, on_gpu):
+    assert on_gpu(4) == "fused"
+    lk.set_product_choices({"H100": {FIRST: "plain"}})
+    assert on_gpu(4) == "plain"
+
+
+@pytest.mark.parametrize("wrong", [[], {"H100": "plain"}, {"H100": {"kind": "cublas"}}, {"H100": {"kind": ["plain"]}}])
+def test_what_is_no_choices_is_refused_and_changes_nothing(wrong, timed, on_gpu):
+    assert on_gpu(4) == "fused"
+    with pytest.raises(ValueError, match="choice"):
+        lk.set_product_choices(wrong)
+    assert lk.product_choices() == {"H100": {FIRST: "fused"}}
+
+
+def test_a_kind_in_words_tells_each_kind_from_each_other():
+    _, w, _, b = layer()
+
+    def words(*rest, tokens=600, p=0.0, dtype=torch.float32, weight=w, factor=b, direction="forward"):
+        return lora_product._in_words(
+            (*_kind(direction, torch.ones(tokens, 8, dtype=dtype), [weight], [factor], p), *rest)
+        )
+
+    assert words() == words(tokens=512) == words(tokens=1023)
+    others = [words(tokens=1024), words(p=0.1), words(dtype=torch.bfloat16), words(weight=w[:3]),
+              words(factor=b[:, :1]), words(factor=b.bfloat16()), words(direction="backward"),
+              words(True, direction="backward")]  # fmt: skip
+    assert len({words(), *others}) == 9
+    assert words(False, direction="backward") == words(direction="backward")
+
+
+class Clock:
+    """A GPU and a host, each with its own time: what is queued runs when the GPU has come to it."""
+
+    def __init__(self, monkeypatch, captures=True):
+        self.host = self.gpu = 0.0
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 2e9), raising=False)
+        monkeypatch.setattr(lora_product.time, "perf_counter", lambda: self.host)
+        if captures:
+            monkeypatch.setattr(lora_product, "_captured", self.captured)
+        else:
+            monkeypatch.setattr(lora_product, "_captured", lambda ways: None)
+
+    def captured(self, ways):
+        return {way: lambda call=call: self.work(call.gpu, 1e-6) for way, call in ways.items()}
+
+    def synchronize(self):
+        self.host = self.gpu = max(self.host, self.gpu)
+
+    def work(self, seconds, host=0.0):
+        self.host += host
+        self.gpu = max(self.gpu, self.host) + seconds
+
+
+class Event:
+    def __init__(self, clock):
+        self.clock = clock
+
+    def record(self):
+        self.at = max(self.clock.gpu, self.clock.host)
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+class Way:
+    def __init__(self, clock, gpu, host):
+        self.clock, self.gpu, self.host = clock, gpu, host
+
+    def __call__(self):
+        self.clock.work(self.gpu, self.host)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_it_is_the_gpus_time_that_decides(monkeypatch, captures):
+    """Python takes longer than the GPU, and longer for the way that is faster on the GPU: a decode or a small batch."""
+    clock = Clock(monkeypatch, captures)
+    ways = {"plain": Way(clock, gpu=80e-6, host=200e-6), "fused": Way(clock, gpu=60e-6, host=300e-6)}
+    times = lora_product.seconds(ways)
+    assert times == pytest.approx({"plain": 80e-6, "fused": 60e-6}, rel=0.02)
+    assert lora_product._faster(ways) == "fused"
+
+
+def test_events_around_a_call_would_have_timed_python(monkeypatch):
+    """Of what the test above says: that its clock shows the difference."""
+    clock = Clock(monkeypatch)
+    call, took = Way(clock, gpu=60e-6, host=300e-6), []
+    for _ in range(5):
+        began, ended = Event(clock), Event(clock)
+        began.record()
+        call()
+        ended.record()
+        took.append(began.elapsed_time(ended) / 1e3)
+    assert statistics.median(took) > 290e-6
+
+
+def test_what_cannot_be_captured_is_timed_queued(monkeypatch):
+    """A capture that fails is ended, and nothing of it is kept."""
+    ended = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def capture_end(self):
+            ended.append(self)
+
+        def pool(self):
+            return 1
+
+        def replay(self):
+            return "replayed"
+
+    class Stream:
+        def wait_stream(self, other): ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert lora_product._captured({"plain": lambda: None, "fused": fails}) is None
+    assert len(ended) == 2
+    replays = lora_product._captured({"plain": lambda: None, "fused": lambda: None})
+    assert replays is not None
+    assert {way: replay() for way, replay in replays.items()} == {"plain": "replayed", "fused": "replayed"}
 
 
 @pytest.mark.gpu

@@ -10,10 +10,12 @@ from datasets import Dataset
 from trl import GRPOConfig, SFTConfig
 
 import lorapar
+import lorapar_kernels as lk
 from lorapar.adapter import load_adapter, lora_parameters, masked_layers, save_adapter
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
-from lorapar.training import last_checkpoint, save_stage
+from lorapar.training import CHOICES, last_checkpoint, save_stage, take_choices
+from lorapar_kernels import lora_product
 from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -217,6 +219,68 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
     assert trained.verified["moved"] > 0
     assert differences(whole, again) < 1e-6
     assert differences(whole, cut) > 1e-4
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """What a GPU has had chosen for it; and what is chosen in another process, which has chosen nothing yet."""
+    monkeypatch.setattr(lora_product, "_chosen", {})
+    monkeypatch.setattr(lora_product, "_given", {})
+    choices = {"H100": {"forward bfloat16 512+ tokens 64x64+64x8:float32": "fused"}}
+
+    def another_process():
+        lora_product._given.clear()
+        assert lk.product_choices() == {}
+
+    lk.set_product_choices(choices)
+    return choices, another_process
+
+
+def test_the_products_chosen_go_with_the_checkpoints_and_are_taken_on_resuming(tmp_path, chosen, monkeypatch):
+    choices, another_process = chosen
+    model, made = fresh()
+    keys = dict(save_strategy="steps", save_steps=2)
+    lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=2, **keys))
+    assert json.loads((tmp_path / CHOICES).read_text()) == choices
+    another_process()
+    again, _ = fresh()
+    _, trained = lorapar.sft(again, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys), resume=True)
+    assert trained.resumed_from == "checkpoint-2"
+    assert lk.product_choices() == choices
+    # A new start takes none; nor is a run that ends within a checkpoint without its record.
+    another_process()
+    lorapar.sft(fresh()[0], tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=1))
+    assert lk.product_choices() == {}
+    lk.set_product_choices(choices)
+    (tmp_path / CHOICES).unlink()
+
+    def ends(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingProgress, "on_save", ends)
+    with pytest.raises(KeyboardInterrupt):
+        lorapar.sft(fresh()[0], tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=2, **keys))
+    assert json.loads((tmp_path / CHOICES).read_text()) == choices
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"H100": {"kind": "cublas"}}', '{"H100": 1}', "\\ud800"])
+def test_a_file_that_is_no_record_of_choices_costs_a_line_of_the_log(tmp_path, chosen, text, caplog):
+    another_process = chosen[1]
+    another_process()
+    (tmp_path / CHOICES).write_text(text)
+    with caplog.at_level("WARNING", "lorapar"):
+        take_choices(tmp_path)
+    assert lk.product_choices() == {}
+    assert len(caplog.records) == 1
+    assert f"{CHOICES}: passed over, products are timed again" in caplog.text
+
+
+def test_where_nothing_was_chosen_nothing_is_written(tmp_path):
+    assert lk.product_choices() == {}
+    model, made = fresh()
+    settings = sft_config(tmp_path, save_strategy="steps", save_steps=2)
+    lorapar.sft(model, tiny_tokenizer(), ROWS, made, settings, resume=True)
+    assert not list(tmp_path.rglob(CHOICES))
 
 
 def test_checkpoints_carry_the_partition_and_load_with_plain_peft(tmp_path):

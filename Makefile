@@ -25,10 +25,11 @@ types:
 interpret:
 	TRITON_INTERPRET=1 $(TEST) tests/kernels/interpret
 
-## what CI runs at the versions of .ci/constraints.txt too: the interpreter, one architecture, the tests that take seconds
+## what CI runs at the versions of .ci/constraints.txt too: what reaches into Triton, and into PEFT, TRL and bitsandbytes
+REACHING = adapter answer_head bases grpo layers micro_batches models score training
 pinned: interpret
 	$(PYTHON) -m lorapar_kernels.compile --arch 90
-	OMP_NUM_THREADS=1 $(TEST) tests --ignore=tests/kernels/interpret -m "not slow"
+	OMP_NUM_THREADS=1 $(TEST) -m "not slow" $(REACHING:%=tests/lorapar/test_%.py)
 
 ## every Triton kernel for every architecture, without a GPU
 compile:

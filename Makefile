@@ -25,11 +25,11 @@ types:
 interpret:
 	TRITON_INTERPRET=1 $(TEST) tests/kernels/interpret
 
-## what is run at the versions of .ci/constraints.txt too, for it reaches into Triton, PEFT and TRL
+## what CI runs at the versions of .ci/constraints.txt too: what reaches into Triton, and into PEFT, TRL and bitsandbytes
+REACHING = adapter answer_head bases grpo layers micro_batches models score training
 pinned: interpret
 	$(PYTHON) -m lorapar_kernels.compile --arch 90
-	OMP_NUM_THREADS=1 $(TEST) tests/lorapar/test_layers.py tests/lorapar/test_adapter.py tests/lorapar/test_bases.py \
-	  tests/lorapar/test_training.py tests/lorapar/test_grpo.py
+	OMP_NUM_THREADS=1 $(TEST) -m "not slow" $(REACHING:%=tests/lorapar/test_%.py)
 
 ## every Triton kernel for every architecture, without a GPU
 compile:

@@ -34,13 +34,25 @@ def newest(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
     return {(line["step"], line["case"], line["unit"]): line for line in lines if line["kind"] == "result"}
 
 
+def _fair(headlines: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """At most `room` of them: each step's first ones, as many of one step as of another."""
+    counts: dict[str, int] = {}
+    place = []
+    for line in headlines:
+        place.append(counts.get(line["step"], 0))
+        counts[line["step"]] = place[-1] + 1
+    each = max(counts.values(), default=0)
+    while each > 1 and sum(min(count, each) for count in counts.values()) > room:
+        each -= 1
+    return [line for line, of_step in zip(headlines, place) if of_step < each][:room]
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """At most LINES - 1 lines: the driver adds the exit status."""
     results = list(newest(lines).values())
     ended = {line["step"]: line for line in lines if line["kind"] == "step"}
-    headlines = [line for line in results if "headline" in line]
+    headlines = _fair([line for line in results if "headline" in line], LINES - len(ended) - 8)
     rows = ["== headline", *(f"{readable(line['value'], line['unit']):>14}  {line['headline']}" for line in headlines)]
-    rows = rows[: LINES // 2]
     rows.append("== steps")
     for step, line in ended.items():
         count = sum(one["step"] == step for one in results)

@@ -25,7 +25,7 @@ def readable(value: float | None, unit: str) -> str:
         size, name = scales[-1]
         return f"{value / size:.3g} {name}"
     if unit == "%":
-        return f"{value:+.1f} %"
+        return f"{value:.1f} %"
     return f"{value:.4g} {unit}".strip()
 
 

@@ -74,41 +74,45 @@ def test_without_a_gpu_it_exits_2_and_names_the_rehearsal(tmp_path):
     assert "--cpu rehearses the program without one" in done.stderr
 
 
-# Three cheap steps of each program are struck, and cheap ones stand before, between and after them.
+# The steps of a run, and which of them are struck how. Of each program some step that is not struck stands after them.
 STRUCK = {
-    "kernels": ("ceilings,build,probes,adamw,selection", "ceilings", "probes", "adamw"),
+    "kernels": ("ceilings,build,probes,adamw,selection", {"ceilings": "crash", "probes": "hang", "adamw": "raise"}),
+    "training": (
+        "training_step,training_context,training_plan",
+        {"training_step": "crash", "training_context": "raise"},
+    ),
+    "method": ("method_quickstart,method_study", {"method_quickstart": "hang"}),
 }
+ENDED = {"crash": "crashed", "hang": "timeout", "raise": "failed"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", STRUCK)
 def test_a_fault_costs_its_own_step_alone(tmp_path, program):
-    only, crash, hang, fault = STRUCK[program]
-    out = tmp_path / "out"
-    done = gpu(
-        out, "--cpu", "--program", program, "--only", only, "--limit", "30",
-        LORAPAR_GPU_INJECT=f"crash:{crash},hang:{hang},raise:{fault}",
-    )  # fmt: skip
+    only, faults = STRUCK[program]
+    out, asked = tmp_path / "out", ",".join(f"{fault}:{step}" for step, fault in faults.items())
+    done = gpu(out, "--cpu", "--program", program, "--only", only, "--limit", "60", LORAPAR_GPU_INJECT=asked)
     ended = {line["step"]: line for line in lines_of(out, "step")}
-    expected = dict.fromkeys(only.split(","), "ok") | {crash: "crashed", hang: "timeout", fault: "failed"}
+    expected = dict.fromkeys(only.split(","), "ok") | {step: ENDED[fault] for step, fault in faults.items()}
     assert {step: line["status"] for step, line in ended.items()} == expected, done.stdout + done.stderr
-    assert ended[crash]["why"] == "SIGSEGV"
-    assert ended[fault]["why"] == f"RuntimeError: LORAPAR_GPU_INJECT asked {fault} to raise"
-    # Each one's results up to the fault are there, and all of the others'.
-    told = {line["step"] for line in lines_of(out, "result")}
-    assert told == set(only.split(","))
+    for step, fault in faults.items():
+        assert fault != "crash" or ended[step]["why"] == "SIGSEGV"
+        assert fault != "raise" or ended[step]["why"] == f"RuntimeError: LORAPAR_GPU_INJECT asked {step} to raise"
+    # Each one's line up to the fault is there, and all of the others'.
+    told = [line for kind in ("result", "skipped") for line in lines_of(out, kind)]
+    assert {line["step"] for line in told} == set(only.split(","))
     # The exit status names the first that failed by its place in the list.
     names = [step.name for step in steps(program)]
-    first = min((crash, hang, fault), key=names.index)
+    first = min(faults, key=names.index)
     assert done.returncode == driver.FIRST + 1 + names.index(first)
-    assert all(name in done.stdout.splitlines()[-1] for name in (crash, hang, fault))
+    assert all(step in done.stdout.splitlines()[-1] for step in faults)
     assert len(list(out.iterdir())) <= 8
     assert (out / f"{first}.log").exists()
     assert len((out / "table.txt").read_text().splitlines()) <= 60
     for line in lines_of(out, "result"):
         assert line["program"] == program
         assert line["versions"]["torch"]
-        assert {"gpu", "driver", "commit", "time", "unit", "value"} <= line.keys()
+        assert {"gpu", "driver", "commit", "time", "unit", "value", "p20", "p50", "p80"} <= line.keys()
 
 
 @pytest.mark.slow
@@ -198,7 +202,7 @@ def test_the_table_has_headlines_first_and_at_most_60_lines():
 
 @pytest.mark.parametrize(
     ("value", "unit", "said"),
-    [(1.5, "s", "1.5 s"), (2e-5, "s", "20 µs"), (4.3e12, "B/s", "4.3 TB/s"), (5.0, "%", "+5.0 %"),
+    [(1.5, "s", "1.5 s"), (2e-5, "s", "20 µs"), (4.3e12, "B/s", "4.3 TB/s"), (5.0, "%", "5.0 %"),
      (1.234567, "x", "1.235 x"), (0.0, "s", "0 µs"), (None, "s", "not finite"), (-2e-3, "s", "-2 ms")],
 )  # fmt: skip
 def test_values_are_readable(value, unit, said):
@@ -242,7 +246,7 @@ def test_collect_keeps_results_by_gpu_and_fills_the_readme(tmp_path):
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
     assert "old" not in page
-    assert "| layer over the frozen one | +5.0 % | aaaaaaaaa | 2026-11-26 |" in page
+    assert "| layer over the frozen one | 5.0 % | aaaaaaaaa | 2026-11-26 |" in page
     assert "| 4096 · ours | 1 ms [900 µs, 1.1 ms] | 200 µs |" in page
     assert "crashed, SIGSEGV" in page
     # A later run of one case replaces that case and keeps the others.

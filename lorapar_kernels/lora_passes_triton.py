@@ -68,7 +68,7 @@ def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
         return {"BT": 16 if small else 32, "BN": 16 if R > 128 else 32, "num_warps": 8 if small else 4, "num_stages": 2}
     wide, aligned = R > 64, dy.shape[1] % 8 == 0
     warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 128 else 64 if wide else 128
-    # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double the partial sums of dB.
+    # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double the sums of dB.
     return {"BT": rows, "BN": 32 if R > 128 or R == 64 else 64, "num_warps": warps, "num_stages": 2}
 
 

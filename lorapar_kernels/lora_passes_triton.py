@@ -78,7 +78,8 @@ def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
     # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers.
     aligned = dy.shape[1] % 16 == 0
     warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 128 else 64 if R > 64 or not aligned else 128
-    return {"BT": rows, "BN": 32 if R > 128 else 64, "num_warps": warps, "num_stages": 2}
+    # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double the sums of dB.
+    return {"BT": rows, "BN": 32 if R > 128 or R == 64 else 64, "num_warps": warps, "num_stages": 2}
 
 
 def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
@@ -87,7 +88,9 @@ def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
         BK = 16 if x.element_size() == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
     warps = 8 if R * G > 16 or x.shape[1] % 16 != 0 else 4
-    return {"BT": 32 if R * G > 64 else 64, "BK": 64, "num_warps": warps, "num_stages": 2}
+    # 64 rows of one layer of 64 ranks spill 16 bytes on sm_100 with Triton 3.9.
+    rows = 32 if R * G > 64 or R == 64 else 64
+    return {"BT": rows, "BK": 64, "num_warps": warps, "num_stages": 2}
 
 
 def _slow(x: Tensor, p: float) -> bool:
@@ -245,7 +248,6 @@ REPRESENTATIVE = [
     (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True)),
     (BF16, FP32, 256, 1, 0.05, 4096, True, (True, True)),
     (FP16, FP32, 8, 2, 0.05, 61, True, (True, True)),
-    (BF16, FP32, 32, 1, 0.05, 61, True, (True, True)),
     (BF16, FP32, 16, 1, 0.05, 4104, True, (True, True)),
     (FP16, FP16, 16, 1, 0.0, 4096, False, (True, False)),
     (FP32, FP32, 16, 3, 0.05, 4096, True, (True, True)),

@@ -41,7 +41,9 @@ def always() -> None:
 
 @functools.cache
 def old_gpu(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this CUDA device, which is too old for them; None for one that is not."""
+    """Why the kernels cannot run on this CUDA device, which is too old for them, or not there; else None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= OLDEST:
         return None

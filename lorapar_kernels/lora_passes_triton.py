@@ -74,10 +74,12 @@ def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
     if dy.element_size() == 4:
         # 32 × 32 of 256 ranks spills 1,268 bytes on sm_90 with Triton 3.9, and 3.6 spills up to 360 at odd widths.
         small = R > 32
-        return {"BT": 16 if small else 32, "BN": 16 if R > 128 else 32, "num_warps": 8 if small else 4, "num_stages": 2}
-    # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers.
+        columns = 16 if small and R != 128 else 32
+        return {"BT": 16 if small else 32, "BN": columns, "num_warps": 8 if small else 4, "num_stages": 2}
+    # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers. 64 rows of
+    # 128 ranks spill 128 bytes on sm_100.
     aligned = dy.shape[1] % 16 == 0
-    warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 128 else 64 if R > 64 or not aligned else 128
+    warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 64 else 128 if aligned else 64
     # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double the sums of dB.
     return {"BT": rows, "BN": 32 if R > 128 or R == 64 else 64, "num_warps": warps, "num_stages": 2}
 
@@ -88,9 +90,9 @@ def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
         BK = 16 if x.element_size() == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
     warps = 8 if R * G > 16 or x.shape[1] % 16 != 0 else 4
-    # 64 rows of one layer of 64 ranks spill 16 bytes on sm_100 with Triton 3.9.
+    # 64 rows of one layer of 64 ranks spill 16 bytes on sm_100 with Triton 3.9, 64 columns of 128 ranks 60 on sm_80.
     rows = 32 if R * G > 64 or R == 64 else 64
-    return {"BT": rows, "BK": 64, "num_warps": warps, "num_stages": 2}
+    return {"BT": rows, "BK": 32 if R > 64 else 64, "num_warps": warps, "num_stages": 2}
 
 
 def _slow(x: Tensor, p: float) -> bool:
@@ -244,6 +246,8 @@ REPRESENTATIVE = [
     (BF16, BF16, 32, 2, 0.0, 4096, True, (True, True)),
     (BF16, FP32, 32, 3, 0.05, 4096, False, (True, True)),
     (BF16, FP32, 32, 1, 0.05, 61, False, (True, True)),
+    (BF16, FP32, 128, 1, 0.05, 61, False, (True, True)),
+    (BF16, FP32, 128, 1, 0.05, 4096, False, (True, True)),
     (BF16, FP32, 64, 3, 0.05, 4096, True, (True, True)),
     (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True)),
     (BF16, FP32, 256, 1, 0.05, 4096, True, (True, True)),

@@ -217,22 +217,20 @@ def _faster(ways: Mapping[str, Callable[[], Any]]) -> str:
 def seconds(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds that a call of each way takes the current GPU, on its current stream; in turns.
 
-    Replays of a captured graph; or, where a way cannot be captured, calls that the GPU finds queued, since it waits
-    first for as long as Python takes to queue them. Either way it is not Python that is timed, which takes longer than
-    the GPU below some thousand tokens.
+    Replays of a captured graph; or, where a way cannot be captured, calls. The GPU finds a round of them queued, since
+    it waits before each for longer than Python takes to queue it: Python, which takes longer than the GPU below some
+    thousand tokens, is not timed.
     """
     # Compiles, and takes what memory each needs.
     for call in ways.values():
         call()
-    wait, calls = 0.0, _captured(ways)
-    if calls is None:
-        calls, wait = ways, 2.0 * max(_seconds_to_queue(call) for call in ways.values())
+    calls = _captured(ways) or ways
+    wait = 2.0 * max(_seconds_to_queue(call) for call in calls.values())
     events: dict[str, list[tuple[Any, Any]]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, call in calls.items():
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if wait > 0.0:
-                torch.cuda._sleep(int(wait * CYCLES))
+            torch.cuda._sleep(int(wait * CYCLES))
             began.record()
             for _ in range(CALLS):
                 call()
@@ -253,7 +251,7 @@ def _captured(ways: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[]
     are gone. Other threads (a loader's, NCCL's) may do what they like meanwhile: "thread_local".
     """
     graphs: dict[str, Any] = {}
-    stream, pool = torch.cuda.Stream(), None
+    stream, pool = _side_stream(torch.cuda.current_device()), None
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -268,6 +266,12 @@ def _captured(ways: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[]
     except RuntimeError:
         return None
     return {way: graph.replay for way, graph in graphs.items()}
+
+
+@functools.cache
+def _side_stream(device: int) -> Any:
+    """Where graphs are captured: one a device, since cuBLAS keeps up to 32 MB for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 def _seconds_to_queue(call: Callable[[], object]) -> float:

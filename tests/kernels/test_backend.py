@@ -53,6 +53,7 @@ def gpu_of(monkeypatch):
 
     def patched(capability):
         old_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     yield patched
@@ -87,6 +88,13 @@ def test_a_gpu_that_is_too_old_is_told_and_the_reference_serves(gpu_of, monkeypa
 def test_a_gpu_of_today_is_not_too_old(gpu_of, capability):
     gpu_of(capability)
     assert old_gpu(torch.device("cuda", 0)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_where_no_gpu_is_that_is_the_reason():
+    old_gpu.cache_clear()
+    assert old_gpu(torch.device("cuda")) == "there is no CUDA device"
+    old_gpu.cache_clear()
 
 
 def test_the_device_is_asked_once(gpu_of, monkeypatch):

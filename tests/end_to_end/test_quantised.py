@@ -15,6 +15,8 @@ from lorapar.config import load_recipe
 pytest.importorskip("bitsandbytes")
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SHORT = {
+    # Not the processor's best: in bf16 rounding alone moves the logits by 0.23 standard deviations.
+    "model.dtype": "float32",
     "score.examples": "8",
     "sft.max_steps": "2",
     "grpo.max_steps": "2",

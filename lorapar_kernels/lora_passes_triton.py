@@ -67,7 +67,10 @@ def _shrink_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
         return {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    return {"BT": 32 if wide else 64, "BK": 64, "num_warps": 8 if R * G > 32 else 4, "num_stages": 2 if wide else 3}
+    # Rows that are not of 16·n elements spill 252 bytes at 4 warps on sm_80, 64 columns of 256 ranks 224 anywhere.
+    warps = 8 if R * G > 32 or (R > 16 and x.shape[1] % 16 != 0) else 4
+    columns = 32 if R > 128 else 64
+    return {"BT": 32 if wide else 64, "BK": columns, "num_warps": warps, "num_stages": 2 if wide else 3}
 
 
 def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
@@ -76,11 +79,13 @@ def _output_tiles(dy: Tensor, R: int) -> dict[str, int]:
         small = R > 32
         columns = 16 if small and R != 128 else 32
         return {"BT": 16 if small else 32, "BN": columns, "num_warps": 8 if small else 4, "num_stages": 2}
-    # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers. 64 rows of
-    # 128 ranks spill 128 bytes on sm_100.
+    # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers: 32 of them
+    # spill 24 bytes at 128 ranks. Aligned, 64 rows of 128 ranks spill 128 bytes on sm_100.
     aligned = dy.shape[1] % 16 == 0
     warps, rows = 4 if aligned and R <= 32 else 8, 32 if R > 64 else 128 if aligned else 64
-    # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double the sums of dB.
+    if R == 128 and not aligned:
+        rows = 16
+    # 64 ranks beside 64 columns spill 16 bytes on sm_100 with Triton 3.9; fewer rows would double dB's partial sums.
     return {"BT": rows, "BN": 32 if R > 128 or R == 64 else 64, "num_warps": warps, "num_stages": 2}
 
 
@@ -90,8 +95,9 @@ def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
         BK = 16 if x.element_size() == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
     warps = 8 if R * G > 16 or x.shape[1] % 16 != 0 else 4
-    # 64 rows of one layer of 64 ranks spill 16 bytes on sm_100 with Triton 3.9, 64 columns of 128 ranks 60 on sm_80.
-    rows = 32 if R * G > 64 or R == 64 else 64
+    # On sm_100 64 rows of one layer of 64 ranks spill 16 bytes with Triton 3.9, of two layers of 16 ranks 24 with 3.6;
+    # 64 columns of 128 ranks spill 60 on sm_80.
+    rows = 32 if R * G > 64 or R == 64 or (R, G) == (16, 2) else 64
     return {"BT": rows, "BK": 32 if R > 64 else 64, "num_warps": warps, "num_stages": 2}
 
 
@@ -251,6 +257,10 @@ REPRESENTATIVE = [
     (BF16, FP32, 64, 3, 0.05, 4096, True, (True, True)),
     (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True)),
     (BF16, FP32, 256, 1, 0.05, 4096, True, (True, True)),
+    (BF16, FP32, 256, 1, 0.0, 4104, False, (True, True)),
+    (BF16, FP32, 32, 1, 0.05, 4104, True, (True, True)),
+    (BF16, FP32, 16, 2, 0.05, 4096, False, (True, True)),
+    (BF16, FP32, 128, 1, 0.05, 4096, True, (True, True)),
     (FP16, FP32, 8, 2, 0.05, 61, True, (True, True)),
     (BF16, FP32, 16, 1, 0.05, 4104, True, (True, True)),
     (FP16, FP16, 16, 1, 0.0, 4096, False, (True, False)),

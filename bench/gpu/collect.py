@@ -44,8 +44,13 @@ def keep(lines: Sequence[dict[str, Any]], results: Path) -> list[Path]:
         path = results / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
         known = json.loads(path.read_text()) if path.exists() else {"device": gpu, "kind": "cuda", "cases": {}}
         programs = known.setdefault("programs", {})
-        for line in (line for line in lines if line["gpu"] == gpu):
-            of_step = programs.setdefault(line["program"], {}).setdefault(line["step"], {})
+        mine = [line for line in lines if line["gpu"] == gpu]
+        # What a step could not do before is no longer news once it has run again; figures stay until measured again.
+        for program, step in {(line["program"], line["step"]) for line in mine}:
+            before = programs.setdefault(program, {}).get(step, {})
+            programs[program][step] = {key: line for key, line in before.items() if line["kind"] == "result"}
+        for line in mine:
+            of_step = programs[line["program"]][line["step"]]
             key = f"{line['case']} [{line['unit']}]" if line["kind"] == "result" else line.get("case", line["kind"])
             of_step[key] = {name: value for name, value in line.items() if name not in ("program", "step", "gpu")}
         path.parent.mkdir(parents=True, exist_ok=True)

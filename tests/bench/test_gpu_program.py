@@ -255,6 +255,7 @@ def test_collect_keeps_results_by_gpu_and_fills_the_readme(tmp_path):
     kept = json.loads((results / "nvidia-h200.json").read_text())["programs"]["kernels"]["layer"]
     assert kept["over [%]"]["value"] == 4.0
     assert kept["4096 | ours [graph] [s]"]["value"] == 1e-3
+    assert "crashed" not in readme.read_text()
 
 
 def test_collect_refuses_a_rehearsal(tmp_path, capsys):

@@ -8,7 +8,8 @@ TEST = $(PYTHON) -m pytest
 ## A file's tests stay together, in WORKERS processes of one thread each: the models are too small for more threads.
 WORKERS ?= 2
 test: style types interpret
-	OMP_NUM_THREADS=1 $(TEST) tests --ignore=tests/kernels/interpret -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(TEST) tests --ignore=tests/kernels/interpret -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  --durations 25
 
 ## the tests that take seconds
 quick:

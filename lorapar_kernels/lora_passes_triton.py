@@ -67,8 +67,8 @@ def _shrink_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
         return {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    # Rows that are not of 16·n elements spill 252 bytes at 4 warps on sm_80, 64 columns of 256 ranks 224 anywhere.
-    warps = 8 if R * G > 32 or (R > 16 and x.shape[1] % 16 != 0) else 4
+    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80; 64 columns of 256 ranks 224.
+    warps = 8 if R * G > 32 or x.shape[1] % 16 != 0 else 4
     columns = 32 if R > 128 else 64
     return {"BT": 32 if wide else 64, "BK": columns, "num_warps": warps, "num_stages": 2 if wide else 3}
 
@@ -94,11 +94,13 @@ def _input_tiles(x: Tensor, R: int, G: int, p: float) -> dict[str, int]:
         # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
         BK = 16 if x.element_size() == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
-    warps = 8 if R * G > 16 or x.shape[1] % 16 != 0 else 4
+    aligned = x.shape[1] % 16 == 0
+    warps = 8 if R * G > 16 or not aligned else 4
     # On sm_100 64 rows of one layer of 64 ranks spill 16 bytes with Triton 3.9, of two layers of 16 ranks 24 with 3.6;
     # 64 columns of 128 ranks spill 60 on sm_80.
     rows = 32 if R * G > 64 or R == 64 or (R, G) == (16, 2) else 64
-    return {"BT": rows, "BK": 32 if R > 64 else 64, "num_warps": warps, "num_stages": 2}
+    columns = 32 if R > 64 or (R == 64 and not aligned) else 64
+    return {"BT": rows, "BK": columns, "num_warps": warps, "num_stages": 2}
 
 
 def _slow(x: Tensor, p: float) -> bool:

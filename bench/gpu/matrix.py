@@ -14,7 +14,9 @@ from bench.gpu import record
 
 ROOT = Path(__file__).parents[2]
 # Seconds before the limit at which no further test is begun: most of a test's time goes into compiling.
-MARGIN = 5.0 if record.rehearsal() else 15.0
+MARGIN, SLOW_MARGIN = 15.0, 60.0
+# What a rehearsal runs.
+QUICK = ("tests/kernels/test_tiles.py", "tests/kernels/test_bitmask.py")
 POISON = "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert"
 # Tests between two lines that count them.
 EVERY = 20
@@ -36,10 +38,15 @@ def part(place: str, parts: str) -> int:
     import pytest
 
     return int(pytest.main(
-        ["tests/kernels", "--ignore=tests/kernels/interpret", "-q", "-p", "no:cacheprovider", "--tb=short",
+        [*(QUICK if record.rehearsal() else ("tests/kernels", "--ignore=tests/kernels/interpret")),
+         "-q", "-p", "no:cacheprovider", "--tb=short",
          "-k", "not cuda and not gpu" if record.rehearsal() else "cuda or gpu"],
         plugins=[Part(int(place), int(parts))],
     ))  # fmt: skip
+
+
+def _slow(item: Any) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 class Part:
@@ -52,12 +59,12 @@ class Part:
         self.poisoned = False
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        ordered = sorted(items, key=lambda item: item.get_closest_marker("slow") is not None)
+        ordered = sorted(items, key=_slow)
         items[:] = ordered[self.place :: self.parts]
         self.left = len(items)
 
     def pytest_runtest_protocol(self, item: Any) -> None:
-        if self.poisoned or record.remaining() < MARGIN:
+        if self.poisoned or record.remaining() < (SLOW_MARGIN if _slow(item) else MARGIN):
             item.session.shouldstop = "a test poisoned the CUDA context" if self.poisoned else "the time is up"
 
     def pytest_runtest_logreport(self, report: Any) -> None:

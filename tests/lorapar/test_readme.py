@@ -30,14 +30,16 @@ def test_the_two_set_up_commands_are_there_and_name_what_exists():
     assert (ROOT / "examples" / "quickstart.yaml").is_file()
 
 
-def test_ci_runs_the_second_command_as_written_and_holds_nothing_else_than_torch():
+def test_ci_runs_both_commands_as_written_and_holds_nothing_else_than_torch():
     lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
     (line,) = [line for line in lines if TEST in line]
     assert line.startswith(f"({TEST})")
+    assert lines[lines.index(line) - 1] == "enter today"
+    assert lines[lines.index(QUICKSTART) - 1].startswith("enter first && ")
     # The versions of constraints.txt have an environment, a copy of the tree and a verb of their own.
     (pinned,) = [line for line in lines if "--constraint" in line]
     assert pinned.endswith("make pinned")
-    assert lines.index("enter pinned") < lines.index(pinned) < lines.index("enter today") < lines.index(line)
+    assert lines[lines.index(pinned) - 1].startswith("enter pinned && ")
     assert re.search(r"^pinned:.*\binterpret\b", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 

@@ -27,7 +27,7 @@ import lorapar
 from bench.training_cases import TARGETS, Case, draw_factors, load, with_adapter
 from lorapar.adapter import lora_parameters
 from lorapar.config import ModelConfig
-from lorapar.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
+from lorapar.memory import peak_memory_bytes, release_freed, reset_peak_memory, resident_bytes
 from lorapar.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ def measure(case: Case) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.detach().flatten()[::512].sum()  # weights that lie in a file are only in memory once they are read
     with tempfile.TemporaryDirectory() as folder:
+        # Else what was freed before and not given back would serve, and hide what the steps need.
+        release_freed()
         before = torch.cuda.memory_allocated() if case.device == "cuda" else resident_bytes()
         reset_peak_memory()
         trainer = make_trainer(case, model, folder)

@@ -27,6 +27,10 @@ log = logging.getLogger("lorapar")
 
 # Largest tolerated logit difference, in units of the logits' own standard deviation, by the precision that rounds them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+# The largest of millions of logits can pass that by rounding alone: bf16, 2 × 24 tokens of SmolLM2-135M after stage 2,
+# 0.56. Then the root mean square decides, as a share of what the adapter does to the base's logits: 0.16 there after
+# stage 1, and 1 where the adapter is lost.
+SHARE = 0.4
 
 
 class ExportDiffers(RuntimeError):
@@ -50,7 +54,7 @@ def export(
 
     Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
     a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
-    Raises ExportDiffers where one passes `TOLERANCE`.
+    Raises ExportDiffers where one passes `TOLERANCE`, in half precision where it passes `SHARE` as well.
     """
     base = model.get_base_model()
     base_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
@@ -70,7 +74,9 @@ def export(
             # LLM.int8() rounds what a layer is given too, and a CPU with AVX512-BF16 computes 4-bit products in bf16
             # whatever the dtype: no properties of the adapter (layers_bnb.py).
             take_over_products(plain)
-        differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype)
+        with plain.disable_adapter():
+            without = _logits(plain, probe)
+        differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype, without)
     if merged and form is not None:
         del plain
         differences |= _merge_original(
@@ -85,7 +91,7 @@ def export(
             tokenizer.save_pretrained(temporary)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             differences["merged"] = _check(
-                "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness)
+                "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without
             )
     return differences
 
@@ -149,11 +155,25 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _check(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> float:
+def _check(
+    what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, without: torch.Tensor | None = None
+) -> float:
+    """The largest difference in standard deviations; ExportDiffers where rounding to `dtype` does not explain it.
+
+    without: the base's logits, for `SHARE`.
+    """
     difference = float((ours - theirs).abs().max() / ours.std())
-    if not difference <= TOLERANCE[dtype]:
-        raise ExportDiffers(
-            f"{what}: its logits differ from the trained model's by {difference:.3g} standard deviations, "
-            f"more than the {TOLERANCE[dtype]} that {dtype} explains"
-        )
-    return difference
+    if difference <= TOLERANCE[dtype]:
+        return difference
+    if without is not None and dtype in (torch.float16, torch.bfloat16):
+        share = float((ours - theirs).norm() / (ours - without).norm())
+        if share <= SHARE:
+            log.info(
+                "export: %s: a logit is %.2g standard deviations off by rounding to %s; in the root mean square it is "
+                "%.2g of what the adapter does", what, difference, str(dtype).removeprefix("torch."), share,
+            )  # fmt: skip
+            return difference
+    raise ExportDiffers(
+        f"{what}: its logits differ from the trained model's by {difference:.3g} standard deviations, "
+        f"more than the {TOLERANCE[dtype]} that {dtype} explains"
+    )

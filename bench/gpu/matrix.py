@@ -7,6 +7,7 @@ is ended with the first test after it, so that the others' results stand.
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from bench.gpu import record
 ROOT = Path(__file__).parents[2]
 # Seconds before the limit at which no further test is begun: most of a test's time goes into compiling.
 MARGIN, SLOW_MARGIN = 15.0, 60.0
-# What a rehearsal runs.
-QUICK = ("tests/kernels/test_tiles.py", "tests/kernels/test_bitmask.py")
+# What a rehearsal runs, and for how many seconds it begins another test.
+QUICK, REHEARSED = ("tests/kernels/test_tiles.py", "tests/kernels/test_bitmask.py"), 6.0
 POISON = "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert"
 # Tests between two lines that count them.
 EVERY = 20
@@ -57,6 +58,7 @@ class Part:
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.left = 0
         self.poisoned = False
+        self.began = time.time()
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         ordered = sorted(items, key=_slow)
@@ -64,7 +66,8 @@ class Part:
         self.left = len(items)
 
     def pytest_runtest_protocol(self, item: Any) -> None:
-        if self.poisoned or record.remaining() < (SLOW_MARGIN if _slow(item) else MARGIN):
+        rehearsed = record.rehearsal() and time.time() - self.began > REHEARSED
+        if self.poisoned or rehearsed or record.remaining() < (SLOW_MARGIN if _slow(item) else MARGIN):
             item.session.shouldstop = "a test poisoned the CUDA context" if self.poisoned else "the time is up"
 
     def pytest_runtest_logreport(self, report: Any) -> None:

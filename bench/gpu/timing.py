@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench import lora_layers
 from bench.gpu import record
 
 Way = Callable[[], object]
@@ -213,11 +214,4 @@ def kernels(way: Way) -> dict[str, tuple[int, float]]:
 
 def peak_bytes(way: Way) -> int:
     """Device memory that one call takes at its peak beyond what was there; 0 in a rehearsal."""
-    if record.rehearsal():
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    way()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return 0 if record.rehearsal() else lora_layers.peak_bytes(way)

@@ -114,7 +114,7 @@ class PartitionedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        # Before the checkpoint is whole, so that no step goes on from it with other products.
+        # Before the checkpoint is complete, so that a resumed run never uses other products.
         note_choices(Path(cast(str, self.args.output_dir)))
         folder = Path(output_dir or cast(str, self.args.output_dir))
         self.partition.save(folder / "lorapar_partition.safetensors")
@@ -159,7 +159,7 @@ def note_choices(output_dir: Path) -> None:
 
 
 def take_choices(output_dir: Path) -> None:
-    """Take the products that the stage took before it was stopped, so that it goes on with the same sums.
+    """Use the products that the stage used before it was stopped, so that it resumes with the same sums.
 
     A file that is not what `note_choices` wrote costs a line in the log: products are then timed again.
     """

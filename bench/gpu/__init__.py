@@ -9,6 +9,6 @@
     table.py      the closing table, made from those lines alone
     collect.py    from those lines to bench/results/<gpu>.json and the tables of bench/README.md
 
-Every other file is a step, named after what it measures. A step knows nothing of the other steps, so that one which
-crashes, hangs or is killed costs itself alone.
+Every other file is a step, named after what it measures, or serves one (pieces.py, sanitizer_case.py). Steps
+know nothing of each other: one that crashes, hangs or is killed does not affect the rest.
 """

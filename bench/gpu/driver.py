@@ -4,7 +4,7 @@
 
 What a step finds, it writes itself (record.py). The driver adds one line a step: how it ended, after how many seconds.
 A step that is over its limit gets TERM, and five seconds later KILL, with all that it started; a step that crashes,
-hangs, raises or lacks a package costs itself alone. In $OUT there are never more than eight files: results.jsonl,
+hangs, raises or lacks a package does not affect the others. $OUT never holds more than eight files: results.jsonl,
 table.txt, a log for each step that is running and for the first two that failed, and steps.log with all other logs.
 
 Exit status: 0 every step that was started ended well; 10 + N step N of `--list` was the first that did not (the

@@ -76,7 +76,7 @@ def skipped(case: str, why: str) -> None:
 
 
 def wrong(case: str, why: str, **facts: Any) -> None:
-    """A case that ran and gave a wrong result. The step goes on; run.py makes its exit status 1 in the end."""
+    """A case that ran and gave a wrong result. The step continues; run.py exits with 1 at its end."""
     global _wrong
     _wrong += 1
     _line({"kind": "wrong", "case": case, "why": why, **facts})

@@ -108,7 +108,7 @@ def drawn(count: int, seed: int) -> list[tuple[Any, ...]]:
 
 def against_plan(configurations: list[tuple[Any, ...]], name: str) -> bool:
     """Peak resident set of one SFT step, planned and measured; whether every one is within 15 %."""
-    from lorapar.plan import Lengths, need
+    from lorapar.memory.needs import Lengths, need
 
     results, columns = [], "{:<16}{:<11}{:<9}{:<6}{:<10}{:>9}{:>10}{:>8}"
     print(columns.format("batch × length", "recompute", "at once", "rank", "dtype", "planned", "measured", "off"))

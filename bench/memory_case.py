@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import lorapar
 from bench.training_cases import TARGETS, Case, draw_factors, load, with_adapter
-from lorapar.adapter import lora_parameters
-from lorapar.config import ModelConfig
-from lorapar.memory import peak_memory_bytes, release_freed, reset_peak_memory, resident_bytes
-from lorapar.models import load_tokenizer
+from lorapar.adapter.attach import lora_parameters
+from lorapar.memory.process import peak_memory_bytes, release_freed, reset_peak_memory, resident_bytes
+from lorapar.model.load import load_tokenizer
+from lorapar.recipe.sections import ModelConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def make_trainer(case: Case, model: PreTrainedModel, folder: str) -> Any:
 def sft_trainer(case: Case, peft_model: Any, folder: str) -> Any:
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-    from lorapar.sft import PartitionedSFTTrainer
+    from lorapar.training.sft import PartitionedSFTTrainer
 
     tokenizer = load_tokenizer(ModelConfig("smollm2-135m"))
     data = rows(case, min(peft_model.config.vocab_size, len(tokenizer)))
@@ -92,7 +92,7 @@ def grpo_trainer(case: Case, peft_model: Any, folder: str) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-    from lorapar.grpo import PartitionedGRPOTrainer
+    from lorapar.training.grpo import PartitionedGRPOTrainer
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(place % 3) for place in range(len(completions))]

@@ -6,8 +6,8 @@ No TRL and no datasets: forward over one row of random tokens with gradient chec
 model is in bf16 (as `bf16: true` runs a trainer); the mean loss over all positions; backward; optimizer. Two things
 differ between the ways beside the layers:
 
-    ours    the head and loss in pieces of HEAD_TOKENS positions (`lorapar.answer_head.AnswerLogProbs`), unless the case
-            asks for transformers' own, and `PartitionedAdamW` over 40 % of the elements, chosen at random
+    ours    the head and loss in pieces of HEAD_TOKENS positions (`lorapar.training.answer_head.AnswerLogProbs`), unless
+            the case asks for transformers' own, and `PartitionedAdamW` over 40 % of the elements, chosen at random
     peft    transformers' own head and loss, and torch's fused AdamW over all of them
 
 A process keeps the model that its first case loads, so each model and way takes a process of its own (workers.py), and
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 import lorapar
 from bench.training_cases import Case, load, with_adapter
-from lorapar.adapter import lora_parameters
-from lorapar.answer_head import AnswerLogProbs
-from lorapar.memory import is_out_of_memory, peak_memory_bytes, reset_peak_memory
-from lorapar.partition import SETS, Partition
+from lorapar.adapter.attach import lora_parameters
+from lorapar.memory.process import is_out_of_memory, peak_memory_bytes, reset_peak_memory
+from lorapar.partitioning.partition import SETS, Partition
+from lorapar.training.answer_head import AnswerLogProbs
 
 # Positions whose logits are there at a time: 0.26 GB in fp32 for 128,256 words, and products still of full speed.
 HEAD_TOKENS = 512

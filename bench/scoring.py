@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import lorapar_kernels as lk
-from lorapar.config import ModelConfig
-from lorapar.data import encode
-from lorapar.memory import peak_memory_bytes, reset_peak_memory
-from lorapar.models import load_tokenizer
+from lorapar.data.rows import encode
+from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
+from lorapar.model.load import load_tokenizer
+from lorapar.recipe.sections import ModelConfig
 
 THETA = 0.9
 Example = tuple[list[int], list[int]]  # token ids, labels (-100 on the prompt)
@@ -55,7 +55,7 @@ def as_rows(examples: Rows) -> list[dict[str, list[int]]]:
 
 def padded_batches(examples: Rows, batch_size: int) -> list[Batch]:
     """Batches of like length, as ours are, for ways that take [N, T]."""
-    from lorapar.score_batches import plan_batches
+    from lorapar.scoring.batches import plan_batches
 
     made = []
     for batch in plan_batches([len(ids) for ids, _ in examples], batch_size, [], padded=True):

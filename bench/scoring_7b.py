@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorapar
 from bench.baselines import released_script
 from bench.scoring import Batch, Rows, as_rows, padded_batches
-from lorapar.score_batches import cross_entropy_gradient, head_on
+from lorapar.scoring.batches import cross_entropy_gradient, head_on
 
 TOKENS, BATCH = 200, 8
 OURS, SCRIPT, BARE = "ours", "released script's", "forward and dX alone"

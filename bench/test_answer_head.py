@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="trl is not installed: the other way is its he
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from lorapar.answer_head import score_answers_alone
+from lorapar.training.answer_head import score_answers_alone
 
 ROWS, PROMPT, COMPLETION = 8, 256, 64
 CONFIG = LlamaConfig(

@@ -18,7 +18,7 @@ from peft import LoraConfig
 
 import lorapar
 from bench.baselines import released_script
-from lorapar.models import load_model
+from lorapar.model.load import load_model
 
 LORA = LoraConfig(
     r=8, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 
 import lorapar
 from bench.baselines import backpack_way, opacus_way, released_script
-from lorapar.models import load_model
+from lorapar.model.load import load_model
 
 ROWS = int(os.environ.get("LORAPAR_BENCH_ROWS", 64))
 FIRST = int(os.environ.get("LORAPAR_BENCH_FIRST", 0))

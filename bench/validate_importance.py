@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorapar
 import lorapar_kernels as lk
 from bench.conftest import commit, write_whole
-from lorapar.adapter import ADAPTER, lora_parameters
-from lorapar.score_sums import RunningSums
+from lorapar.adapter.attach import ADAPTER, lora_parameters
+from lorapar.scoring.sums import RunningSums
 
 HERE = Path(__file__).parent
 SYMBOLS = "0123456789+= "

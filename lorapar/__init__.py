@@ -11,19 +11,19 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adapter import activate, attach, load_adapter
-    from .config import load_recipe
+    from .adapter.attach import activate, attach, load_adapter
     from .errors import InputError
-    from .evaluate import evaluate
-    from .export import export
-    from .grpo import grpo
+    from .evaluating.evaluate import evaluate
+    from .exporting.export import export
     from .labeling import label
-    from .optim import PartitionedAdamW
-    from .partition import Partition, partition
-    from .pipeline import run
-    from .report import report
-    from .score import Scores, load_scores, save_scores, score
-    from .sft import sft
+    from .partitioning.partition import Partition, partition
+    from .pipeline.running import run
+    from .recipe.sections import load_recipe
+    from .reporting.report import report
+    from .scoring.score import Scores, load_scores, save_scores, score
+    from .training.grpo import grpo
+    from .training.optimizer import PartitionedAdamW
+    from .training.sft import sft
 
 __version__ = "0.1.0"
 
@@ -36,24 +36,24 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 _WHERE = {
     "InputError": "errors",
-    "Partition": "partition",
-    "PartitionedAdamW": "optim",
-    "Scores": "score",
-    "activate": "adapter",
-    "attach": "adapter",
-    "evaluate": "evaluate",
-    "export": "export",
-    "grpo": "grpo",
+    "Partition": "partitioning.partition",
+    "PartitionedAdamW": "training.optimizer",
+    "Scores": "scoring.score",
+    "activate": "adapter.attach",
+    "attach": "adapter.attach",
+    "evaluate": "evaluating.evaluate",
+    "export": "exporting.export",
+    "grpo": "training.grpo",
     "label": "labeling",
-    "load_adapter": "adapter",
-    "load_recipe": "config",
-    "load_scores": "score",
-    "partition": "partition",
-    "report": "report",
-    "run": "pipeline",
-    "save_scores": "score",
-    "score": "score",
-    "sft": "sft",
+    "load_adapter": "adapter.attach",
+    "load_recipe": "recipe.sections",
+    "load_scores": "scoring.score",
+    "partition": "partitioning.partition",
+    "report": "reporting.report",
+    "run": "pipeline.running",
+    "save_scores": "scoring.score",
+    "score": "scoring.score",
+    "sft": "training.sft",
 }
 __all__ = [
     "InputError",

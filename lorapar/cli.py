@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .errors import InputError, OutOfMemory
 
 if TYPE_CHECKING:
-    from .config import Recipe
+    from .recipe.sections import Recipe
 
 STAGES = {
     "label": "label every row System 1 or System 2, and split off the held-out rows",
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from .remedies import parse_bytes, table
+    from .memory.advice import parse_bytes, table
 
     room = None if options.vram is None else parse_bytes(options.vram)
     text, fits = table(_recipe(options, overrides), room)
@@ -124,7 +124,7 @@ def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "R
     if not recipe_path.is_file():
         raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
     try:
-        from .config import load_recipe
+        from .recipe.sections import load_recipe
 
         return load_recipe(recipe_path, overrides)
     except ModuleNotFoundError as error:
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     if options.output_dir is not None:
         recipe.output_dir = options.output_dir
     try:
-        from .pipeline import label_only, run
+        from .pipeline.running import label_only, run
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
     if options.verb == "label" and (options.dry_run or options.review):

@@ -13,8 +13,8 @@ import lorapar_kernels as lk
 import lorapar_kernels.native as native
 from lorapar_kernels import backend, lora_product
 
-from .bases import QUANTISED, works_here
-from .memory_switches import switches
+from .memory.switches import switches
+from .model.quantised import QUANTISED, works_here
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip

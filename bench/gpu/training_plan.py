@@ -77,7 +77,7 @@ def plan(what: str, case: dict[str, Any]) -> dict[str, int] | None:
     """The plan's columns in bytes; None, and a line, where it raised."""
     from bench.plain_training import Asked
     from bench.training_cases import folder_without_weights, recipe_of
-    from lorapar.plan import COLUMNS, Lengths, need
+    from lorapar.memory.needs import COLUMNS, Lengths, need
 
     try:
         with tempfile.TemporaryDirectory() as folder:

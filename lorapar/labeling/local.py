@@ -5,13 +5,13 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelConfig
 from ..errors import InputError
-from ..models import answer_greedily, load_model, load_tokenizer
+from ..model.load import answer_greedily, load_model, load_tokenizer
+from ..recipe.sections import ModelConfig
 from .teachers import CallFailed, Reply
 
 if TYPE_CHECKING:
-    from ..config_label import TeacherConfig
+    from ..recipe.label import TeacherConfig
 
 # How long a batch that is not full waits for more, in seconds; while one batch runs the next fills up anyway.
 GATHER_SECONDS = 0.02

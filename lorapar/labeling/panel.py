@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..artefacts import sha256_json
-from ..config_label import LabelConfig, PriceConfig, TeacherConfig, check_label
 from ..errors import InputError
+from ..files import sha256_json
+from ..recipe.label import LabelConfig, PriceConfig, TeacherConfig, check_label
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
 from .teachers import Asked, make_teacher

@@ -1,7 +1,7 @@
 """The prompt that a teacher gets: a template file with {question} and {answer}, and {target}, {habits} for role-play.
 
 The teacher plays the target model (paper section 3.1); without role-play it judges the question as such. The wording is
-ours, in `templates/teacher.txt` and `templates/teacher_plain.txt`; a recipe may name a file of its own.
+ours, in `teacher.txt` and `teacher_plain.txt` beside this file; a recipe may name a file of its own.
 """
 
 import string
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artefacts import read_text, sha256_json
 from ..errors import InputError
+from ..files import read_text, sha256_json
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent
 NEEDED = ("question", "answer")
 ROLE = ("target", "habits")
 

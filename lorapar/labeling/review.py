@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artefacts import read_text, write_text
 from ..errors import InputError
+from ..files import read_text, write_text
 from .parsing import LABEL
 
 FIRST = ("id", "question", "answer", "system", "agreement", "decided_by")

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artefacts import write_jsonl
 from ..errors import InputError, require
+from ..files import write_jsonl
 from .agreement import fleiss_kappa
 from .asking import ask
 from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_panel, remaining, store_path, table_of
@@ -19,7 +19,7 @@ from .voting import decide
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..config import Recipe
+    from ..recipe.sections import Recipe
 
 log = logging.getLogger("lorapar")
 KEPT = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls", "cost")

@@ -20,7 +20,7 @@ from ..errors import InputError
 from .parsing import SCHEMA
 
 if TYPE_CHECKING:
-    from ..config_label import TeacherConfig
+    from ..recipe.label import TeacherConfig
 
 log = logging.getLogger("lorapar")
 

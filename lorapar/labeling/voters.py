@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import prompt_ids
+from ..data.rows import prompt_ids
 from ..errors import InputError
-from ..models import answer_greedily
+from ..model.load import answer_greedily
 from ..progress import Progress
 from ..rewards import is_correct
 from .rules import Operations, ReasoningSteps

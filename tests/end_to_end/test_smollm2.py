@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter import ADAPTER, load_adapter
-from lorapar.config import ModelConfig, load_recipe, parse
-from lorapar.data import encode
-from lorapar.models import load_model, load_tokenizer
+from lorapar.adapter.attach import ADAPTER, load_adapter
+from lorapar.data.rows import encode
+from lorapar.model.load import load_model, load_tokenizer
+from lorapar.recipe.sections import ModelConfig, load_recipe, parse
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SHORT = {

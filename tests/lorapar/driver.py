@@ -111,7 +111,9 @@ def in_child(patch: Callable[..., None], arguments: tuple[Any, ...], *words: obj
     Processes are forked off a server that has imported the libraries and run nothing, so each starts at once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lorapar.driver", "lorapar.pipeline", "lorapar.sft", "lorapar.grpo"])
+    context.set_forkserver_preload(
+        ["tests.lorapar.driver", "lorapar.pipeline.running", "lorapar.training.sft", "lorapar.training.grpo"]
+    )
     with contextlib.ExitStack() as stack:
         import tempfile
 
@@ -139,7 +141,7 @@ def kill_self() -> None:
 
 def kill_before_rename(name: str) -> None:
     """Die when the file `name` is written to its temporary file and not yet in its place."""
-    artefacts = importlib.import_module("lorapar.artefacts")
+    artefacts = importlib.import_module("lorapar.files")
     flush = artefacts._flush_to_disk
 
     def patched(path: Path) -> None:
@@ -165,7 +167,7 @@ def kill_at_step(stage: str, step: int, send: int = signal.SIGKILL) -> None:
 
 def kill_while_scoring(saves: int) -> None:
     """Save the running sums after every batch, and die right after the save of that number."""
-    sums = importlib.import_module("lorapar.score_sums")
+    sums = importlib.import_module("lorapar.scoring.sums")
     sums.SAVE_SECONDS, sums.SAVE_SHARE = 0.0, float("inf")
     save, count = sums.RunningSums.save, 0
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter import (
+from lorapar.adapter.attach import (
     FrozenElementsChanged,
     MaskedLinear,
     Snapshot,
@@ -20,7 +20,7 @@ from lorapar.adapter import (
     verify,
 )
 from lorapar.errors import InputError
-from lorapar.partition import Partition
+from lorapar.partitioning.partition import Partition
 from tests.tiny import TARGETS, tiny_model
 
 TOKENS = torch.randint(2, 258, (2, 12), generator=torch.Generator().manual_seed(0))

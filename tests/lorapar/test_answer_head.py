@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import add_fused_lm_head
 
-from lorapar.answer_head import AnswerLogProbs, is_plain, score_answers_alone
 from lorapar.errors import InputError
+from lorapar.training.answer_head import AnswerLogProbs, is_plain, score_answers_alone
 from tests.tiny import tiny_model
 
 SMALL = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorapar import InputError, artefacts
-from lorapar.artefacts import (
+from lorapar import InputError
+from lorapar import files as artefacts
+from lorapar.files import (
     atomic_folder,
     disk_is_full,
     load_tensors,

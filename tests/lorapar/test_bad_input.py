@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorapar import Partition, artefacts
+from lorapar import Partition
+from lorapar import files as artefacts
 
 from .driver import SOURCES, done, records, refused, skipped, succeeds, tree
 

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import InputError
-from lorapar.adapter import Snapshot, load_adapter, lora_parameters, verify
-from lorapar.bases import quantisation, works_here
-from lorapar.config import ModelConfig, parse
+from lorapar.adapter.attach import Snapshot, load_adapter, lora_parameters, verify
+from lorapar.adapter.merging import merge_checkpoint, merged_parameters, merged_weight
 from lorapar.doctor import doctor
-from lorapar.memory import release_freed
-from lorapar.merging import merge_checkpoint, merged_parameters, merged_weight
-from lorapar.models import load_model
+from lorapar.memory.process import release_freed
+from lorapar.model.load import load_model
+from lorapar.model.quantised import quantisation, works_here
+from lorapar.recipe.sections import ModelConfig, parse
 from tests.lorapar.driver import recipe_values, refused, succeeds, write_recipe
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import ROWS, grpo_config, letters, sft_config
@@ -50,7 +50,7 @@ def random_layer(kind, out, inner, bias=False):
 @KINDS
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, bias):
-    from lorapar.layers_bnb import FrozenProduct, dequantised
+    from lorapar.adapter.layers_bnb import FrozenProduct, dequantised
 
     layer = random_layer(kind, 96, 192, bias)
     weight = dequantised(layer, torch.float32).double().clone()
@@ -67,7 +67,7 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, 
 @needs_bnb
 @KINDS
 def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
-    from lorapar.layers_bnb import FrozenProduct
+    from lorapar.adapter.layers_bnb import FrozenProduct
 
     layer, saved = random_layer(kind, 64, 64), []
     x = torch.randn(16, 64, requires_grad=True)
@@ -80,7 +80,7 @@ def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
 
 @needs_bnb
 def test_weights_of_several_shapes_share_one_buffer():
-    from lorapar.layers_bnb import dequantised
+    from lorapar.adapter.layers_bnb import dequantised
 
     large, small = random_layer("int8", 128, 128), random_layer("int8", 64, 64)
     first = dequantised(large, torch.float32)
@@ -91,7 +91,7 @@ def test_weights_of_several_shapes_share_one_buffer():
 
 @needs_bnb
 def test_each_stream_has_a_buffer_of_its_own_and_a_graph_its_own_memory(monkeypatch):
-    from lorapar import layers_bnb
+    from lorapar.adapter import layers_bnb
 
     current = 7
     monkeypatch.setattr(layers_bnb, "_buffers", {})
@@ -118,7 +118,7 @@ def test_each_stream_has_a_buffer_of_its_own_and_a_graph_its_own_memory(monkeypa
 
 @needs_bnb
 def test_the_stream_is_the_current_one_of_the_device(monkeypatch):
-    from lorapar.layers_bnb import _stream
+    from lorapar.adapter.layers_bnb import _stream
 
     capturing, device = False, torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -163,7 +163,7 @@ def test_the_loaded_base_is_in_the_form_asked_for(tiny_folder, kind, dtype):
         assert layer.compute_dtype == getattr(torch, dtype)
     assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
     assert model.training
-    from lorapar.layers_bnb import dequantised
+    from lorapar.adapter.layers_bnb import dequantised
 
     weight = plain.model.layers[0].self_attn.q_proj.weight.float()
     error = relative_error(dequantised(layer, torch.float32), weight)
@@ -179,7 +179,7 @@ def relative_error(made, weight):
 def faulty(monkeypatch):
     """bitsandbytes as 0.50.2 is on a CPU with AVX-512 where rows are not whole blocks, but at every width and anywhere:
     a block has its neighbour's scale, and a row of 8 bits too large a one."""
-    from lorapar import layers_bnb
+    from lorapar.adapter import layers_bnb
 
     functional = layers_bnb.bnb_functional
     dequantize_4bit, int8_vectorwise_quant = functional.dequantize_4bit, functional.int8_vectorwise_quant
@@ -205,7 +205,7 @@ def faulty(monkeypatch):
 @needs_bnb
 @KINDS
 def test_a_layer_that_is_not_its_weight_quantised_is_refused_on_load(tiny_folder, faulty, kind):
-    from lorapar.layers_bnb import bnb_functional
+    from lorapar.adapter.layers_bnb import bnb_functional
 
     faulty()
     before = bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant
@@ -231,7 +231,7 @@ def test_a_checkpoint_quantised_already_is_refused_by_a_probe_of_its_widths(tiny
 @needs_bnb
 def test_a_weight_that_an_evaluation_repacked_is_refused(tiny_folder, tmp_path):
     """As an evaluation by bitsandbytes itself does on a CPU with AVX512-BF16; ours then read other bytes."""
-    from lorapar.layers_bnb import bnb
+    from lorapar.adapter.layers_bnb import bnb
 
     load(tiny_folder, "nf4").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
@@ -249,7 +249,7 @@ def test_a_weight_that_an_evaluation_repacked_is_refused(tiny_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_width_is_refused_exactly_where_it_is_dequantised_wrongly(kind, columns):
     """Which widths those are depends on the processor (with AVX-512: 16, 32, 48, 80, 96 and 400), this does not."""
-    from lorapar.layers_bnb import _probe, bnb_functional
+    from lorapar.adapter.layers_bnb import _probe, bnb_functional
 
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(1))
     codes, state = bnb_functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
@@ -262,7 +262,7 @@ def test_a_width_is_refused_exactly_where_it_is_dequantised_wrongly(kind, column
 @needs_bnb
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_rounding_explains_is_not_refused(dtype):
-    from lorapar.layers_bnb import bnb_functional, unexplained
+    from lorapar.adapter.layers_bnb import bnb_functional, unexplained
 
     normal = torch.randn(96, 576, generator=torch.Generator().manual_seed(2))
     sizes = 10 ** torch.randn(96, 1, generator=torch.Generator().manual_seed(3))

@@ -123,7 +123,7 @@ def test_what_libraries_warn_of_is_in_the_log_and_their_errors_are_on_the_termin
 
 
 def test_a_failure_of_ours_is_not_hidden(recipe_file: Path, tmp_path: Path, monkeypatch):
-    from lorapar import stages
+    from lorapar import stage as stages
 
     def fails(*_: object, **__: object):
         raise RuntimeError("a defect")

@@ -9,10 +9,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapar.config import DataConfig, ModelConfig, SourceConfig
-from lorapar.data import encode, load_rows
+from lorapar.data.rows import encode, load_rows
 from lorapar.errors import InputError
-from lorapar.models import load_tokenizer
+from lorapar.model.load import load_tokenizer
+from lorapar.recipe.sections import DataConfig, ModelConfig, SourceConfig
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -4,7 +4,7 @@ import pytest
 
 import lorapar
 from lorapar.errors import InputError
-from lorapar.evaluate import wilson
+from lorapar.evaluating.evaluate import wilson
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

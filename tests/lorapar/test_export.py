@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter import lora_parameters
-from lorapar.export import ExportDiffers
+from lorapar.adapter.attach import lora_parameters
+from lorapar.exporting.export import ExportDiffers
 from tests.lorapar.test_adapter import STARTS, config, logits
 from tests.tiny import tiny_tokenizer
 
@@ -62,7 +62,7 @@ def test_the_trained_model_is_left_as_it_was(tiny_folder, tmp_path):
 
 def test_in_half_precision_a_lone_large_difference_is_rounding_and_a_lost_adapter_is_not():
     """As after the quickstart's stage 2 in bf16: one logit of millions 0.56 standard deviations off."""
-    export = importlib.import_module("lorapar.export")
+    export = importlib.import_module("lorapar.exporting.export")
     generator = torch.Generator().manual_seed(0)
     without, effect, noise = (torch.randn(48, 4096, generator=generator) for _ in range(3))
     ours = without + 0.3 * effect

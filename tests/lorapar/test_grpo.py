@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import InputError
-from lorapar.adapter import Snapshot, lora_parameters
-from lorapar.grpo import PartitionedGRPOTrainer, check_engine
-from lorapar.merging import merged_parameters
+from lorapar.adapter.attach import Snapshot, lora_parameters
+from lorapar.adapter.merging import merged_parameters
+from lorapar.training.grpo import PartitionedGRPOTrainer, check_engine
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_bases import load, needs_bnb
@@ -173,7 +173,7 @@ def test_training_on_what_the_engine_samples_is_on_policy(vllm, tmp_path, start)
 @needs_bnb
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_of_a_quantised_base_vllm_gets_the_dequantised_sum_in_the_model_s_dtype(vllm, tiny_folder, tmp_path, kind):
-    from lorapar.layers_bnb import dequantised
+    from lorapar.adapter.layers_bnb import dequantised
 
     model = moved(lorapar.attach(load(tiny_folder, kind, dtype="bfloat16"), config(), start="twin"))
     handed = {name: tensor.clone() for name, tensor in merged_parameters(model)}

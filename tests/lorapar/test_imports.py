@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import lorapar
-from lorapar import pipeline
-from lorapar.config import parse
+from lorapar.pipeline import running as pipeline
+from lorapar.recipe.sections import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +104,8 @@ def test_what_a_bare_gpu_machine_imports_needs_peft_and_transformers_alone():
         "import sys; sys.modules.update(dict.fromkeys("
         "['trl', 'datasets', 'bitsandbytes', 'math_verify', 'pandas', 'matplotlib', 'reasoning_gym'])); "
         "import lorapar; from lorapar import attach, activate, score, partition, Partition, PartitionedAdamW; "
-        "import lorapar.plan, lorapar.answer_head, lorapar.score_batches, lorapar.data, lorapar.models; "
+        "import lorapar.memory.needs, lorapar.training.answer_head, lorapar.scoring.batches; "
+        "import lorapar.data.rows, lorapar.model.load; "
         "import bench.training_cases, bench.plain_training, bench.scoring, bench.baselines.released_script"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorapar.artefacts import read_jsonl
+from lorapar.files import read_jsonl
 from lorapar.labeling.review import read_rows, write_review
 
 from .driver import _child, lorapar, nothing, records, refused, slow_tokens_after, succeeds, write_recipe
@@ -41,7 +41,9 @@ def recipe_values(model: Path, tmp_path: Path, url: str, count: int, models=MODE
 def start(words: tuple[object, ...], log: Path, patch: Any = nothing, given: tuple[Any, ...] = ()) -> Any:
     """The command line in a process of its own, which starts at once; `patch(*given)` is called there first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lorapar.driver", "lorapar.pipeline", "lorapar.sft", "lorapar.grpo"])
+    context.set_forkserver_preload(
+        ["tests.lorapar.driver", "lorapar.pipeline.running", "lorapar.training.sft", "lorapar.training.grpo"]
+    )
     child = context.Process(target=_child, args=(patch, given, [str(word) for word in words], str(log)))
     child.start()
     return child

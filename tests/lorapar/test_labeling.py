@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lorapar.config import DataConfig, SourceConfig
-from lorapar.data import load_rows
+from lorapar.data.rows import load_rows
 from lorapar.errors import InputError
 from lorapar.labeling import Column, Operations, Probe, ReasoningSteps, label, make_voters
 from lorapar.labeling.rules import count_operations, count_steps, reasoning_of
+from lorapar.recipe.sections import DataConfig, SourceConfig
 
 
 class Fixed:

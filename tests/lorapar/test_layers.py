@@ -10,9 +10,9 @@ from torch import nn
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter import Snapshot, lora_parameters, masked_layers, verify
-from lorapar.layers import MaskedLinear
-from lorapar.partition import Partition
+from lorapar.adapter.attach import Snapshot, lora_parameters, masked_layers, verify
+from lorapar.adapter.layers import MaskedLinear
+from lorapar.partitioning.partition import Partition
 from tests.lorapar.test_score import large_start, naive_sums, sums_of, worst
 from tests.tiny import TARGETS, tiny_model
 
@@ -154,7 +154,7 @@ def quantised(model, kind):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("start", ["twin", "pissa"])
 def test_a_quantised_base_is_trained_and_never_written(kind, start):
-    from lorapar.layers_bnb import LAYERS
+    from lorapar.adapter.layers_bnb import LAYERS
 
     base = quantised(tiny_model(), kind)
     with torch.no_grad():

@@ -7,8 +7,8 @@ import lorapar
 from bench.memory_case import measure
 from bench.training_cases import SHAPES, Case
 from lorapar.doctor import doctor
-from lorapar.memory_switches import SWITCHES
-from lorapar.sft import micro_batches
+from lorapar.memory.switches import SWITCHES
+from lorapar.training.sft import micro_batches
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_bases import needs_bnb
 from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
@@ -100,7 +100,7 @@ def test_a_loss_that_is_no_sum_over_tokens_is_not_taken_in_parts(tmp_path):
     ],
 )
 def test_a_switch_that_cannot_be_on_is_refused_with_the_remedy(changed_recipe, tmp_path, monkeypatch, key, says):
-    monkeypatch.setattr("lorapar.memory_switches.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lorapar.memory.switches.importlib.util.find_spec", lambda name: None)
     refused(
         "run", changed_recipe(sft={key: True}), "--output_dir", tmp_path / "run", says=(f"sft.{key}", says), alone=True
     )
@@ -115,7 +115,7 @@ def test_smaller_parts_go_on_with_a_run_that_is_there(finished, changed_recipe):
 
 
 def test_vllm_is_asked_for_by_its_extra(changed_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorapar.memory_switches.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lorapar.memory.switches.importlib.util.find_spec", lambda name: None)
     says = ("grpo.use_vllm: got true, but it needs vllm", "pip install 'lorapar[vllm]'")
     refused("run", changed_recipe(grpo={"use_vllm": True}), "--output_dir", tmp_path / "run", says=says, alone=True)
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lorapar.config import parse
-from lorapar.config_label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 from lorapar.errors import InputError
 from lorapar.labeling import ask, make_panel
 from lorapar.labeling.panel import UNANSWERED
 from lorapar.labeling.stage import panel_of
+from lorapar.recipe.label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
+from lorapar.recipe.sections import parse
 
 from .teaching_server import requests_of, running, tally
 from .test_teachers import endpoints, rows_of, stubs

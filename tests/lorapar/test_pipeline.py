@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import Partition, load_recipe
-from lorapar.artefacts import read_json, read_jsonl
-from lorapar.pipeline import plan
+from lorapar.files import read_json, read_jsonl
+from lorapar.pipeline.running import plan
 
 from .driver import records, skipped, succeeds, tree, write_recipe
 from .test_bad_input import rows_file, sums
@@ -160,7 +160,7 @@ def test_stage_verbs_alone_make_what_the_run_makes(recipe_file: Path, finished_r
 def no_pictures(monkeypatch):
     """The report takes half of a tiny run's time, and has its own tests."""
     # By its name: `lorapar.report` is the function.
-    module = importlib.import_module("lorapar.report")
+    module = importlib.import_module("lorapar.reporting.report")
     monkeypatch.setattr(module, "report", lambda folder: (folder / "report.html").write_text("x"))
 
 

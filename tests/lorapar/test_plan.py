@@ -7,14 +7,16 @@ import re
 import pytest
 import torch
 
-from lorapar import plan, remedies, stages
-from lorapar.config import parse
+from lorapar import stage as stages
 from lorapar.errors import InputError
-from lorapar.memory import available_bytes, is_out_of_memory, resident_bytes
-from lorapar.models import load_model
-from lorapar.plan import Lengths, describe, need
-from lorapar.remedies import changes, parse_bytes
-from lorapar.step_memory import Step, step_bytes
+from lorapar.memory import advice as remedies
+from lorapar.memory import needs as plan
+from lorapar.memory.advice import changes, parse_bytes
+from lorapar.memory.needs import Lengths, describe, need
+from lorapar.memory.process import available_bytes, is_out_of_memory, resident_bytes
+from lorapar.memory.step import Step, step_bytes
+from lorapar.model.load import load_model
+from lorapar.recipe.sections import parse
 
 from .driver import lorapar, recipe_values, refused, succeeds
 
@@ -235,6 +237,6 @@ def test_a_recipe_far_from_the_limit_is_not_simulated(finished, recipe_file, mon
 
 
 def recipe_values_of(path):
-    from lorapar.recipe_file import read_recipe
+    from lorapar.recipe.reading import read_recipe
 
     return read_recipe(path)

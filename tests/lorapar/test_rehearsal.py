@@ -9,8 +9,8 @@ import trl.trainer.sft_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
 import lorapar
-from lorapar.adapter import lora_parameters
-from lorapar.rehearsal import longest
+from lorapar.adapter.attach import lora_parameters
+from lorapar.training.rehearsal import longest
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import ROWS, fresh, grpo_config, letters, losses, sft_config
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -105,7 +105,7 @@ def test_off_loading_covers_every_step_and_the_rehearsal(tmp_path, monkeypatch, 
         return made_here[-1]
 
     # By module: `lorapar.grpo` is the function.
-    for module in (sys.modules["lorapar.grpo"], trl.trainer.sft_trainer):
+    for module in (sys.modules["lorapar.training.grpo"], trl.trainer.sft_trainer):
         monkeypatch.setattr(module, "get_act_offloading_ctx_manager", stand_in)
     for off in (False, True):
         model, made = fresh()

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import lorapar.report_elements as elements
-from lorapar.artefacts import write_json, write_jsonl, write_text
+import lorapar.reporting.elements as elements
 from lorapar.errors import InputError
-from lorapar.partition import Partition, partition
-from lorapar.report import report
-from lorapar.score import Scores, save_scores
+from lorapar.files import write_json, write_jsonl, write_text
+from lorapar.partitioning.partition import Partition, partition
+from lorapar.reporting.report import report
+from lorapar.scoring.score import Scores, save_scores
 
 SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer", "recipe")
 FIGURES = (

@@ -154,7 +154,7 @@ def test_checkpoints_of_other_inputs_are_not_gone_on_from(finished: Path, recipe
 
 
 def test_a_stage_that_cannot_fit_gives_up_no_checkpoint(finished: Path, recipe_file: Path, monkeypatch):
-    from lorapar import remedies
+    from lorapar.memory import advice as remedies
 
     before, finished_stages = tree(finished, "recipe.yaml"), records(finished)
     monkeypatch.setattr(remedies, "available_bytes", lambda device: 1)

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import lorapar
-from lorapar.adapter import ADAPTER, Snapshot, lora_parameters, masked_layers
+from lorapar.adapter.attach import ADAPTER, Snapshot, lora_parameters, masked_layers
 from lorapar.errors import InputError
-from lorapar.score import scoring
-from lorapar.score_batches import IGNORED
+from lorapar.scoring.batches import IGNORED
+from lorapar.scoring.score import scoring
 from tests.lorapar.test_adapter import config
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -233,7 +233,7 @@ def test_saved_and_loaded(tmp_path):
 
 def test_a_packed_row_gives_what_padded_rows_give():
     """Eight examples in one row, kept apart by their positions, against one example at a time in float64."""
-    from lorapar.score_batches import keeps_apart, read_examples, score_batch
+    from lorapar.scoring.batches import keeps_apart, read_examples, score_batch
 
     model = lorapar.attach(tiny_model().double(), config(), start="paper").double()
     large_start(model)
@@ -248,7 +248,7 @@ def test_a_packed_row_gives_what_padded_rows_give():
 
 
 def test_a_model_whose_packed_examples_see_one_another_is_not_packed(monkeypatch):
-    from lorapar import score_batches
+    from lorapar.scoring import batches as score_batches
 
     model = lorapar.attach(tiny_model(), config(), start="paper")
     assert not score_batches.packs(model)  # sdpa: padded
@@ -266,7 +266,7 @@ def test_a_model_whose_packed_examples_see_one_another_is_not_packed(monkeypatch
 
 @pytest.mark.parametrize("lengths", [[1], [5] * 20, [10, 9], [20, 19, 19, 18, 17, 3, 3, 2, 1], list(range(50, 450))])
 def test_padding_is_less_than_a_twentieth_and_marks_are_kept(lengths):
-    from lorapar.score_batches import plan_batches
+    from lorapar.scoring.batches import plan_batches
 
     for marks in ([], [n for n in (1, 4, 16) if n < len(lengths)]):
         plan = plan_batches(lengths, 8, marks, padded=True)
@@ -345,7 +345,7 @@ def test_fp16_is_scaled_so_that_small_gradients_are_not_lost():
 
 
 def test_the_loss_s_gradient_is_computed_in_fp32_whatever_the_logits():
-    from lorapar.score_batches import SOFTMAX_ROWS, cross_entropy_gradient
+    from lorapar.scoring.batches import SOFTMAX_ROWS, cross_entropy_gradient
 
     n = SOFTMAX_ROWS + 1
     logits, targets, weights = (4 * torch.randn(n, 97)).bfloat16(), torch.randint(97, (n,)), torch.rand(n)
@@ -380,7 +380,7 @@ def test_factors_of_zeros_are_refused_before_anything_runs(which, monkeypatch):
 
 
 def test_half_precision_on_a_cpu_attends_by_plain_products_while_rows_are_short(monkeypatch):
-    from lorapar import score_batches
+    from lorapar.scoring import batches as score_batches
 
     half, full = (lorapar.attach(tiny_model().to(d), config(), start="paper") for d in (torch.bfloat16, torch.float32))
     ran = []

@@ -5,12 +5,12 @@ import torch
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar import score_sums
-from lorapar.adapter import lora_parameters, masked_layers
+from lorapar.adapter.attach import lora_parameters, masked_layers
 from lorapar.errors import InputError
-from lorapar.score import scoring
-from lorapar.score_batches import read_examples, score_batch
-from lorapar.step_memory import LiveBytes
+from lorapar.memory.step import LiveBytes
+from lorapar.scoring import sums as score_sums
+from lorapar.scoring.batches import read_examples, score_batch
+from lorapar.scoring.score import scoring
 from tests.lorapar.test_adapter import config
 from tests.lorapar.test_score import rows
 from tests.tiny import tiny_model

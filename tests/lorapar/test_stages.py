@@ -9,11 +9,11 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from lorapar import stages
-from lorapar.artefacts import read_jsonl
-from lorapar.config import ModelConfig
-from lorapar.data import prompt_ids
-from lorapar.models import answer_greedily, load_model, load_tokenizer
+from lorapar import stage as stages
+from lorapar.data.rows import prompt_ids
+from lorapar.files import read_jsonl
+from lorapar.model.load import answer_greedily, load_model, load_tokenizer
+from lorapar.recipe.sections import ModelConfig
 from lorapar.rewards import is_correct
 from tests.tiny import tiny_tokenizer
 

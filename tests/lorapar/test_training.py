@@ -11,10 +11,10 @@ from trl import GRPOConfig, SFTConfig
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter import load_adapter, lora_parameters, masked_layers, save_adapter
+from lorapar.adapter.attach import load_adapter, lora_parameters, masked_layers, save_adapter
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
-from lorapar.training import CHOICES, last_checkpoint, save_stage, take_choices
+from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices
 from lorapar_kernels import lora_product
 from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer

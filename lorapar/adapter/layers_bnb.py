@@ -1,0 +1,239 @@
+"""The LoRA layers of bitsandbytes' 4-bit and 8-bit bases; imported where bitsandbytes is installed.
+
+The base's product is y = x Wᵀ + bias with W dequantised for that product alone, once in the forward and once more in
+the backward; `FrozenProduct` keeps neither W nor x. The adapter's share is added by `lora_add`. Where no gradient is
+asked for, a 4-bit base's product is bitsandbytes' own, whose fused kernels serve the few tokens of a generation step.
+
+Trade-off: an 8-bit base computes with x as it is, where bitsandbytes rounds x to 8 bits as well (LLM.int8()) in
+evaluation and, on a GPU, in training: the same function in training, in rollouts and in evaluation, and no kept x, for
+products in x's dtype. Merging goes by PEFT's way, which quantises base + delta anew and so costs accuracy; `unmerge`
+puts the very base back.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import types
+from collections.abc import Iterator
+from typing import Any, cast
+
+import bitsandbytes.functional as bnb_functional
+import bitsandbytes.nn.modules as bnb
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .layers import MaskedLayer
+
+# What rounding explains of an element's error, as a share of the largest weight of its block: half the widest gap
+# between two of the values (0.152 in NF4, 0.167 in FP4, 1/254 in 8 bits, where a block is a row), and rounding to bf16.
+ROUNDING = {"nf4": 0.16, "fp4": 0.175, "int8": 0.006}
+# What 8 bits for the blocks' largest weights add, as a share of the largest of all: half the widest gap is 0.007.
+NESTED_ROUNDING = 0.01
+
+# One flat buffer a device, dtype and CUDA stream, as large as the largest weight so far. A stream runs in order, so a
+# product has read the buffer before the next weight is written there; products on two streams have one each.
+_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current stream's handle, 0 on a CPU; None while it is captured into a CUDA graph."""
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+
+def _buffer(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    stream = _stream(device)
+    if stream is None:
+        # A graph writes where it wrote when it was captured. A buffer of ours may have been freed by then; the graph's
+        # own memory stays, and is the next product's again as soon as this one has read it.
+        return torch.empty(shape, dtype=dtype, device=device)
+    there = _buffers.get((device, dtype, stream))
+    if there is None or there.numel() < shape.numel():
+        there = _buffers[device, dtype, stream] = torch.empty(shape.numel(), dtype=dtype, device=device)
+    return there[: shape.numel()].view(shape)
+
+
+def free_buffers() -> None:
+    """Let go of every buffer: torch's allocator takes each back in the order of its stream, so none is still read."""
+    _buffers.clear()
+
+
+def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a bitsandbytes layer, [out, in] in `dtype`, in a buffer that the next call writes over.
+
+    Each element is what bitsandbytes' own forward multiplies by, rounded once to `dtype`.
+    """
+    weight, state = cast(Any, base.weight), cast(Any, base)
+    if not isinstance(base, bnb.Linear4bit):
+        # bitsandbytes moves the weight and its scales into `state` at its own first forward.
+        moved = weight.CB is None
+        codes, scales = (state.state.CB, state.state.SCB) if moved else (weight.CB, weight.SCB)
+        out = _buffer(codes.shape, codes.device, dtype)
+        return torch.mul(codes, scales.unsqueeze(1) * (1.0 / 127.0), out=out)
+    bnb.fix_4bit_weight_quant_state_from_module(base)
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    arguments = weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+    if weight.device.type == "cpu":
+        # bitsandbytes has no CPU kernel that writes where it is told.
+        return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+    out = _buffer(state.shape, weight.device, dtype)
+    torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
+    return out
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x Wᵀ + bias with W dequantised from `base`; x [..., in] and the result [..., out] share a dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Module) -> Tensor:  # type: ignore[override]
+        ctx.base = base
+        bias = cast("Tensor | None", base.bias)
+        return F.linear(x, dequantised(base, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ dequantised(ctx.base, grad.dtype), None
+
+
+def _forward(base: Any, x: Tensor) -> Tensor:
+    """What `take_over` puts in the place of a bitsandbytes layer's forward; under autocast, in autocast's dtype."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    out_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if isinstance(base, bnb.Linear4bit) and not (torch.is_grad_enabled() and x.requires_grad):
+        return type(base).forward(base, x).to(out_dtype)
+    dtype = out_dtype if autocast else getattr(base, "compute_dtype", None) or x.dtype
+    return cast(Tensor, FrozenProduct.apply(x.to(dtype), base)).to(out_dtype)
+
+
+def unexplained(weight: Tensor, made: Tensor, kind: str, block: int) -> str | None:
+    """Why `made` cannot be `weight` quantised as `kind` in blocks of `block` elements; None where it can."""
+    slack, worst = 0.0 if kind == "int8" else NESTED_ROUNDING * weight.abs().max().float(), 0.0
+    # A piece at a time: beside a model that just fits, there is no room for several copies of its largest weight.
+    size = block * max(1, (1 << 22) // block)
+    for wide, ours in zip(weight.reshape(-1).split(size), made.reshape(-1).split(size)):
+        of_block = F.pad(wide.float().abs(), (0, -wide.numel() % block)).view(-1, block).amax(1)
+        of_block = of_block.repeat_interleave(block)[: wide.numel()]
+        excess = (ours.float() - wide.float()).abs() - slack
+        worst = max(worst, float((excess / of_block.clamp(min=1e-30)).max()))
+    if worst <= ROUNDING[kind]:
+        return None
+    version = importlib.metadata.version("bitsandbytes")
+    return (
+        f"lora.base: bitsandbytes {version} dequantises {kind} weights of {weight.shape[-1]} columns wrongly on "
+        f"{weight.device.type}: off by {worst:.2g} of a block's largest weight, where rounding explains "
+        f"{ROUNDING[kind]}; allowed here: {'bf16' if kind == 'int8' else 'int8 or bf16'}"
+    )
+
+
+@contextlib.contextmanager
+def held_to_their_weights() -> Iterator[None]:
+    """Hold every weight that bitsandbytes quantises in the block against what it dequantises to; InputError at the
+    block's end where rounding does not explain the difference.
+
+    bitsandbytes 0.50.2 takes a neighbouring block's scale on a CPU with AVX-512 where rows are a multiple of 16 wide
+    and none of 64 (relative error 0.37 where 0.09 is right).
+    """
+    quantize_4bit, int8_vectorwise_quant = bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant
+    faults: list[str] = []
+
+    def held_4bit(A: Tensor, *arguments: Any, **options: Any) -> Any:
+        made, state = cast(Any, quantize_4bit(A, *arguments, **options))
+        fault = unexplained(A, bnb_functional.dequantize_4bit(made, state), state.quant_type, state.blocksize)
+        faults.extend([] if fault is None else [fault])
+        return made, state
+
+    def held_8bit(A: Tensor, *arguments: Any, **options: Any) -> Any:
+        codes, scales, outliers = int8_vectorwise_quant(A, *arguments, **options)
+        fault = unexplained(A, codes * (scales.unsqueeze(1) / 127.0), "int8", A.shape[-1])
+        faults.extend([] if fault is None else [fault])
+        return codes, scales, outliers
+
+    # transformers reports what is raised while it converts a weight as an error of its own: raised after it.
+    bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant = held_4bit, held_8bit
+    try:
+        yield
+    finally:
+        bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant = quantize_4bit, int8_vectorwise_quant
+    if faults:
+        raise InputError(faults[0])
+
+
+@functools.cache
+def _probe(kind: str, columns: int, block: int, nested: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What `unexplained` says of 64 rows of normal weights that are quantised and dequantised."""
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    made, state = bnb_functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
+    return unexplained(weight, bnb_functional.dequantize_4bit(made, state), kind, block)
+
+
+def check_four_bits(model: nn.Module) -> None:
+    """InputError where a 4-bit weight of `model` cannot be dequantised: repacked by bitsandbytes, or of a width that it
+    does wrongly. (8-bit weights we dequantise ourselves.)
+
+    By a probe of the width, for a checkpoint that is quantised already, whose own weights are nowhere.
+    """
+    for name, module in model.named_modules():
+        state = getattr(module.weight, "quant_state", None) if isinstance(module, bnb.Linear4bit) else None
+        if state is None or module.weight.device.type == "meta":
+            continue
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InputError(
+                f"{name}: bitsandbytes repacked its 4-bit weight in an evaluation on this CPU, and rounded it; "
+                "load the model anew and attach the adapter before it is evaluated"
+            )
+        fault = _probe(
+            state.quant_type, state.shape[-1], state.blocksize, state.nested, state.dtype, module.weight.device
+        )
+        if fault is not None:
+            raise InputError(fault)
+
+
+def take_over(model: nn.Module) -> None:
+    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above.
+
+    bitsandbytes would also repack 4-bit weights in place at the first forward in evaluation on a CPU with AVX512-BF16,
+    and compute without autograd from then on: training after an evaluation would lose the gradient of x in silence.
+    """
+    check_four_bits(model)
+    for module in model.modules():
+        if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
+            module.forward = types.MethodType(_forward, module)
+        if isinstance(module, bnb.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+class MaskedLinear4bit(MaskedLayer, Linear4bit):
+    """Of a `bnb.nn.Linear4bit` (NF4 or FP4)."""
+
+    def set_aside(self) -> Any:
+        # PEFT's merge puts another parameter in the place of this one.
+        return cast(nn.Linear, self.get_base_layer()).weight
+
+    def put_back(self, aside: Any) -> None:
+        cast(nn.Linear, self.get_base_layer()).weight = aside
+
+
+class MaskedLinear8bit(MaskedLayer, Linear8bitLt):
+    """Of a `bnb.nn.Linear8bitLt` (LLM.int8())."""
+
+    def set_aside(self) -> Any:
+        # bitsandbytes moves the quantised weight and its scales into `state` at the first forward.
+        base = cast(Any, self.get_base_layer())
+        return base.weight, base.state.CB, base.state.SCB
+
+    def put_back(self, aside: Any) -> None:
+        base = cast(Any, self.get_base_layer())
+        base.weight, base.state.CB, base.state.SCB = aside
+
+
+LAYERS: dict[type[nn.Module], type[MaskedLayer]] = {
+    bnb.Linear4bit: MaskedLinear4bit,
+    bnb.Linear8bitLt: MaskedLinear8bit,
+}

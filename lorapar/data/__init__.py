@@ -1,0 +1,1 @@
+"""From a recipe's sources to rows, and from rows to tokens."""

@@ -1,0 +1,1 @@
+"""Stage 5: accuracy on the rows that were held out."""

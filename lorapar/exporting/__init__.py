@@ -1,0 +1,1 @@
+"""Stage 6: the finished adapter, and the merged model."""

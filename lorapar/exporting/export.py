@@ -1,0 +1,179 @@
+"""The finished adapter as any PEFT installation loads it, and, where asked for, the model with the adapter merged in.
+
+Both are loaded again with plain PEFT and plain transformers, and their logits held against ours: merged is not the
+adapter (peft#2321), so what is written is what is checked.
+
+A base that training held in 4 or 8 bits is not merged into: that would round base + delta to 4 bits anew. The merged
+model is made from the original weights, a shard at a time, and checked against the adapter on those; how far that is
+from the model that was trained is said.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ..adapter.attach import save_adapter, take_over_products
+from ..adapter.merging import merge_checkpoint
+from ..errors import InputError
+from ..files import atomic_folder, read_json
+from ..model.quantised import given_form
+
+log = logging.getLogger("lorapar")
+
+# Largest tolerated logit difference, in units of the logits' own standard deviation, by the precision that rounds them.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+# The largest of millions of logits can pass that by rounding alone: in bf16, 2 × 24 tokens of SmolLM2-135M after the
+# quickstart's stage 2, 0.56 (ours is 0.26 from PEFT's layers in fp32, PEFT's in bf16 0.60). Then the root mean square
+# decides, as a share of what the adapter does to the base's logits: 0.26 there, and 1 where the adapter is lost.
+SHARE = 0.4
+
+
+class ExportDiffers(RuntimeError):
+    """What was written does not compute what the trained model computes."""
+
+
+def export(
+    model: PeftModel,
+    tokenizer: Any,
+    folder: Path,
+    merged: bool = False,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """Write `folder`/adapter (plain PEFT) and, where `merged`, `folder`/merged (plain transformers).
+
+    Args:
+        model: the trained model with our layers. dtype: of the merged weights; None: the base's, bf16 where quantised.
+        revision, trust_remote_code: of the base, as it was loaded for training.
+
+    Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
+    a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
+    Raises ExportDiffers where one passes `TOLERANCE`, in half precision where it passes `SHARE` as well.
+    """
+    base = model.get_base_model()
+    base_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
+    form = given_form(base.config)
+    probe = _probe_tokens(model, tokenizer)
+    ours = _logits(model, probe)
+    differences = {}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with atomic_folder(folder / "adapter") as temporary:
+        save_adapter(model, temporary, stage="final")
+        tokenizer.save_pretrained(temporary)
+        name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
+        plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
+        if form is None:
+            plain = plain.to(probe.device)
+        else:
+            # LLM.int8() rounds what a layer is given too, and a CPU with AVX512-BF16 computes 4-bit products in bf16
+            # whatever the dtype: no properties of the adapter (layers_bnb.py).
+            take_over_products(plain)
+        with plain.disable_adapter():
+            without = _logits(plain, probe)
+        differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype, without)
+    if merged and form is not None:
+        del plain
+        differences |= _merge_original(
+            folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source
+        )
+    elif merged:
+        target = dtype or base_dtype
+        with atomic_folder(folder / "merged") as temporary:
+            # In fp32, so that the sum is rounded once, to the dtype that is written.
+            whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
+            whole.save_pretrained(str(temporary), safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+            back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
+            differences["merged"] = _check(
+                "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without
+            )
+    return differences
+
+
+def _merge_original(
+    folder: Path,
+    name: str,
+    ours: torch.Tensor,
+    probe: torch.Tensor,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    form: str,
+    source: dict[str, Any],
+) -> dict[str, float]:
+    """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
+    with atomic_folder(folder / "merged") as temporary:
+        size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"])
+        tokenizer.save_pretrained(temporary)
+        original = _load_plain(name, dtype, source)
+        expected = _logits(PeftModel.from_pretrained(original, str(folder / "adapter")), probe)
+        logits = _logits(_load_plain(str(temporary), dtype, {**source, "revision": None}), probe)
+        difference = _check("merged", expected, logits, dtype)
+    from_trained = float((logits - ours.cpu()).abs().max() / ours.std())
+    log.info(
+        "export: merged from the original weights in %s (%d MB), not into the %s base, which would round base + delta "
+        "to it anew; its logits are up to %.2g standard deviations from those of the model that was trained",
+        str(dtype).removeprefix("torch."), size // 10**6, form, from_trained,
+    )  # fmt: skip
+    return {"merged": difference, "merged_from_trained": from_trained}
+
+
+def _load_plain(name: str, dtype: torch.dtype, source: dict[str, Any], quantised_as: Any = None) -> Any:
+    """The base as plain transformers loads it; `quantised_as`: in the form and on the device of that model."""
+    options = dict(source)
+    if quantised_as is not None:
+        device = next(quantised_as.parameters()).device
+        options |= {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    except OSError as error:
+        raise InputError(f"model.name: the base {name!r} that the adapter names cannot be loaded ({error})") from None
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _probe_tokens(model: nn.Module, tokenizer: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(len(tokenizer), cast(Any, model).config.vocab_size)
+    device = next(model.parameters()).device
+    return torch.randint(vocabulary, (2, 24), generator=generator).to(device)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    model.train(training)
+    return logits
+
+
+def _check(
+    what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, without: torch.Tensor | None = None
+) -> float:
+    """The largest difference in standard deviations; ExportDiffers where rounding to `dtype` does not explain it.
+
+    without: the base's logits, for `SHARE`.
+    """
+    difference = float((ours - theirs).abs().max() / ours.std())
+    if difference <= TOLERANCE[dtype]:
+        return difference
+    if without is not None and dtype in (torch.float16, torch.bfloat16):
+        share = float((ours - theirs).norm() / (ours - without).norm())
+        if share <= SHARE:
+            log.info(
+                "export: %s: a logit is %.2g standard deviations off by rounding to %s; in the root mean square it is "
+                "%.2g of what the adapter does", what, difference, str(dtype).removeprefix("torch."), share,
+            )  # fmt: skip
+            return difference
+    raise ExportDiffers(
+        f"{what}: its logits differ from the trained model's by {difference:.3g} standard deviations, "
+        f"more than the {TOLERANCE[dtype]} that {dtype} explains"
+    )

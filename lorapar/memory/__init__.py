@@ -1,0 +1,1 @@
+"""What a stage needs, what this machine has, and what would lower the need."""

@@ -1,0 +1,176 @@
+"""What the plan says to a person: a table, whether it fits, and the cheapest changes that make it fit."""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..adapter.options import lora_config
+from ..errors import InputError
+from ..files import read_jsonl
+from ..recipe.sections import Recipe
+from .needs import COLUMNS, DEFAULT_LENGTH, Lengths, Model, Need, describe, lengths_of, limits, need, needs
+from .process import available_bytes, resident_bytes
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+NEEDS_MODEL = ("score", "sft", "grpo", "evaluate")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB" (10⁹), "8GiB" (2³⁰) or a plain number; InputError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or (unit and unit not in UNITS) or float(match[1]) <= 0:
+        raise InputError(f"--vram: got {text!r}, expected a size such as 8GB or 24GiB")
+    return int(float(match[1]) * UNITS[unit or "B"])
+
+
+def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
+    """The plan for a person, and whether every stage fits in `room` bytes (None: what this machine has)."""
+    model, lengths = describe(recipe), lengths_of(recipe)
+    if model.elements == 0:
+        given = lora_config(recipe).target_modules
+        raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
+    room = room or available_bytes(model.device)
+    rows = needs(recipe, lengths)
+    held = recipe.lora.get("base") or str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"{recipe.model.name}, {held}, on {model.device}; {model.elements:,} LoRA elements; longest row "
+        f"{lengths.whole} tokens, longest prompt {lengths.prompt} ({lengths.of})",
+        "",
+        "GB at the peak of each stage",
+        f"{'':<10}" + "".join(f"{column:>13}" for column in (*COLUMNS, "total")),
+    ]
+    for row in rows:
+        values = [getattr(row, column) for column in COLUMNS] + [row.total]
+        lines.append(f"{row.stage:<10}" + "".join(f"{value / 1e9:>13.3f}" for value in values))
+    lines += ["", f"{max(row.total for row in rows) / 1e9:.3f} GB needed of {room / 1e9:.3f} GB"]
+    lines += [line for row in rows if row.total > room for line in advice(recipe, lengths, row, room)]
+    if "sft" in recipe.stages:
+        batch, context = limits(recipe, lengths, room)
+        lines.append(f"sft: up to {batch:,} rows of {lengths.whole} tokens at once, or one row of {context:,} tokens")
+    fits = all(row.total <= room for row in rows)
+    return "\n".join([*lines, "fits" if fits else "does not fit"]), fits
+
+
+Change = tuple[str, Callable[[Recipe], None]]
+
+
+def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
+    """What would lower a stage's need, the cheapest first: those that change no result, then time, then precision, then
+    what is trained on."""
+
+    def halved(section: str, key: str, value: int) -> Iterator[tuple[int, Callable[[Recipe], None]]]:
+        while value > 1:
+            value //= 2
+            yield value, functools.partial(_set, section=section, key=key, value=value)
+
+    trainer = getattr(recipe, stage).trainer if stage in ("sft", "grpo") else {}
+    if stage in ("score", "evaluate"):
+        for value, change in halved(stage, "batch_size", getattr(recipe, stage).batch_size):
+            yield f"{stage}.batch_size: {value} (same result)", change
+    if stage == "sft":
+        yield (
+            "sft.micro_batch_tokens: 1 (a row at a time; same result)",
+            lambda r: setattr(r.sft, "micro_batch_tokens", 1),
+        )
+    if stage == "grpo":
+        rows, before = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
+        for value, _ in halved(stage, "per_device_train_batch_size", rows):
+            more = before * rows // value
+            text = f"grpo.per_device_train_batch_size: {value} with gradient_accumulation_steps: {more} (same result)"
+            yield text, functools.partial(_set_both, stage=stage, rows=value, accumulated=more)
+    if stage in ("sft", "grpo"):
+        yield (f"{stage}.gradient_checkpointing: true (about a third more time)",
+               functools.partial(_set, section=stage, key="gradient_checkpointing", value=True))  # fmt: skip
+    if stage in ("sft", "grpo") and describe(recipe).device == "cuda":
+        yield (f"{stage}.activation_offloading: true (same result; the host's memory and its bus bear it)",
+               functools.partial(_set, section=stage, key="activation_offloading", value=True))  # fmt: skip
+    for base in ("int8", "nf4"):
+        yield f"lora.base: {base} (less precision)", functools.partial(_set, section="lora", key="base", value=base)
+    key = {"sft": "max_length", "grpo": "max_completion_length"}.get(stage)
+    if key is not None:
+        for value, change in halved(stage, key, trainer.get(key) or (DEFAULT_LENGTH if stage == "sft" else 256)):
+            yield f"{stage}.{key}: {value} (longer rows are left out)", change
+
+
+def _set(recipe: Recipe, section: str, key: str, value: Any) -> None:
+    part = getattr(recipe, section)
+    if isinstance(part, dict):
+        part[key] = value
+    elif hasattr(part, key):
+        setattr(part, key, value)
+    else:
+        part.trainer[key] = value
+
+
+def _set_both(recipe: Recipe, stage: str, rows: int, accumulated: int) -> None:
+    _set(recipe, stage, "per_device_train_batch_size", rows)
+    _set(recipe, stage, "gradient_accumulation_steps", accumulated)
+
+
+def remedies(recipe: Recipe, lengths: Lengths, stage: str, room: int, count: int = 3) -> list[str]:
+    """The cheapest changes, at most `count`, each of which makes the stage fit; where none does, several together."""
+    found: list[str] = []
+    together, kept, smallest = copy.deepcopy(recipe), {}, need(recipe, lengths, stage).total
+    for text, change in changes(recipe, stage):
+        key = text.split(":")[0]
+        changed = copy.deepcopy(recipe)
+        change(changed)
+        if not any(line.startswith(f"{key}:") for line in found) and need(changed, lengths, stage).total <= room:
+            found.append(text)
+        if len(found) == count:
+            return found
+        change(together)
+        total = need(together, lengths, stage).total
+        if total < smallest:
+            smallest, kept[key] = total, text
+        if not found and total <= room:
+            return [" and ".join(kept.values())]
+    return found
+
+
+def advice(recipe: Recipe, lengths: Lengths, row: Need, room: int) -> list[str]:
+    """What would make a stage fit, a line each."""
+    changed = remedies(recipe, lengths, row.stage, room) or ["no change of the recipe does"]
+    first = f"{row.stage} needs {row.total / 1e9:.2f} GB of {room / 1e9:.2f} GB; to make it fit, the cheapest first:"
+    return [first] + [f"  {number}. {line}" for number, line in enumerate(changed, 1)]
+
+
+def check_memory(stage: str, recipe: Recipe, folder: Path) -> None:
+    """Refuse a stage that needs more memory than there is, before its weights are loaded.
+
+    Raises InputError with the cheapest remedies. A recipe far from the limit is not simulated.
+    """
+    if stage not in NEEDS_MODEL:
+        return
+    lengths, model = lengths_of(recipe, read_jsonl(folder / "labels.jsonl")), describe(recipe)
+    room = available_bytes(model.device)
+    if _at_most(recipe, lengths, model) >= room:
+        row = need(recipe, lengths, stage)
+        if row.total > room:
+            raise InputError(" ".join(advice(recipe, lengths, row, room)))
+
+
+def out_of_memory(stage: str, recipe: Recipe, folder: Path) -> str:
+    """What to say when a stage's memory ran out: the cheapest changes that lower its need by a fifth."""
+    said = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
+    if stage not in NEEDS_MODEL:
+        return said
+    lengths = lengths_of(recipe, read_jsonl(folder / "labels.jsonl"))
+    row = need(recipe, lengths, stage)
+    room = min(available_bytes(describe(recipe).device), row.total * 4 // 5)
+    return "\n".join([said, *advice(recipe, lengths, row, room)])
+
+
+def _at_most(recipe: Recipe, lengths: Lengths, model: Model) -> int:
+    """More than any stage can need: a hundred numbers a hidden unit, token and layer, and logits at every position."""
+    text = model.config.get_text_config()
+    trained = [getattr(recipe, stage).trainer.get("per_device_train_batch_size", 8) for stage in recipe.stages]
+    batches = [recipe.score.batch_size, recipe.evaluate.batch_size, *trained]
+    new = max(recipe.evaluate.max_new_tokens, recipe.grpo.trainer.get("max_completion_length") or 256)
+    tokens = max(batches) * (lengths.whole + new)
+    more = 100 * text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size
+    return model.weights + 40 * model.elements + 4 * tokens * more + resident_bytes()

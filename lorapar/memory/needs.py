@@ -1,0 +1,255 @@
+"""Will it fit: the memory that each stage of a recipe needs, before any weight is loaded.
+
+recipe + the model's configuration → bytes of weights, adapters, gradients, optimizer, activations, logits and workspace
+a stage → fits or not, the largest batch and context that do, and the cheapest changes that make it fit.
+
+Every row is taken to be as long as the longest, all of it with a loss: what a run must be able to bear. Activations
+come out of the model's own code run without data (step_memory.py); the rest is counted.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.rows import encode, load_rows
+from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
+from ..model.quantised import given_form
+from ..recipe.sections import Recipe
+from ..training.answer_head import CPU_TOKENS
+from .process import resident_bytes
+from .step import Step, step_bytes
+from .switches import default_checkpointing, default_micro_batch_tokens
+
+COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+# NF4: half a byte, and per 64 weights an 8-bit scale, of which 256 share an fp32 one (arXiv 2305.14314, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+DEFAULT_LENGTH = 1024  # TRL's sft.max_length
+# What glibc's heap holds for each byte that lives, in steps without recomputing (bench/LOG.md).
+HEAP = 1.3
+_STEPS: dict[Any, int] = {}
+_MODELS: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a stage needs at its peak."""
+
+    stage: str
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, column) for column in COLUMNS)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan knows of the model: its configuration, and how many weights are held in which form."""
+
+    config: Any
+    dtype: torch.dtype
+    device: str
+    weights: int
+    elements: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest prompt and of the longest prompt with its completion, as the recipe bounds them."""
+
+    prompt: int
+    whole: int
+    of: str
+
+
+def lengths_of(recipe: Recipe, rows: Any = None) -> Lengths:
+    """Of `rows` (prompt and completion), else of the recipe's data where that is on this machine, else its limits."""
+    limits = recipe.data.max_prompt_length, recipe.sft.trainer.get("max_length")
+    if rows is None:
+        local = all(
+            Path(s.name).expanduser().exists() or s.name.startswith("reasoning_gym:") for s in recipe.data.sources
+        )
+        if not local:
+            prompt, whole = limits[0] or DEFAULT_LENGTH, limits[1] or DEFAULT_LENGTH
+            return Lengths(min(prompt, whole), whole, "the recipe's limits, as its data is not on this machine")
+        rows, _ = load_rows(recipe.data, load_tokenizer(recipe.model))
+    tokenizer = load_tokenizer(recipe.model)
+    encoded = [encode(row, tokenizer) for row in rows]
+    prompt, whole = max(n for _, n in encoded), max(len(ids) for ids, _ in encoded)
+    return Lengths(min(prompt, limits[0] or prompt), min(whole, limits[1] or whole), "its data")
+
+
+def describe(recipe: Recipe) -> Model:
+    """Count the model's weights and the adapter's elements on the meta device; the same parts of a recipe once."""
+    key = repr((recipe.model, recipe.lora, recipe.start))
+    if key not in _MODELS:
+        _MODELS[key] = _describe(recipe)
+    return _MODELS[key]
+
+
+def _describe(recipe: Recipe) -> Model:
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import AutoModelForCausalLM
+
+    from ..adapter.options import lora_config
+
+    config = load_config(recipe.model)
+    device = choose_device(recipe.model.device)
+    dtype = best_dtype(device) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+    base = recipe.lora.get("base") or given_form(config)
+    if base == "bf16":
+        dtype = torch.bfloat16
+    plain = copy.deepcopy(config)
+    if getattr(plain, "quantization_config", None) is not None:
+        del plain.quantization_config
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(plain, dtype=dtype)
+    head, lora = model.get_output_embeddings(), lora_config(recipe)
+    rank = lora.r * (1 if recipe.start in ("paper", "peft") else 2)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    for module in linears.values():
+        count = module.weight.numel()
+        if base == "nf4":
+            weights += int(count * NF4_BYTES) - module.weight.nbytes
+        elif base == "int8":
+            weights += count + 4 * module.out_features - module.weight.nbytes
+    targets = [module for name, module in linears.items() if check_target_module_exists(lora, name)]
+    if lora.target_modules in ("all-linear", {"all-linear"}):
+        targets = list(linears.values())
+    elements = rank * sum(module.in_features + module.out_features for module in targets)
+    # A quantised weight is made plain in one buffer.
+    largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0
+    return Model(plain, dtype, device.type, weights, elements, largest)
+
+
+def _step(model: Model, step: Step) -> int:
+    key = (model.config.to_json_string(), model.dtype, model.device, step)
+    if key not in _STEPS:
+        _STEPS[key] = step_bytes(model.config, step, model.dtype, model.device)
+    return _STEPS[key]
+
+
+def held(model: Model, step: Step) -> int:
+    """The bytes that a step's tensors take out of the system: on a CPU more than live, as freed blocks lie between."""
+    return int(_step(model, step) * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
+
+
+def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
+    """What each stage that holds the model needs."""
+    return [need(recipe, lengths, stage) for stage in ("score", *recipe.stages, "evaluate")]
+
+
+def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
+    """What one stage needs at its peak."""
+    model = describe(recipe)
+    # The process as it is now has loaded what a run loads; on a GPU that is not the GPU's memory.
+    workspace = model.largest + (resident_bytes() if model.device == "cpu" else 0)
+    adapters = 4 * model.elements
+    if stage == "evaluate":
+        rows = recipe.evaluate.batch_size
+        cache = _cache(model, rows, lengths.prompt + recipe.evaluate.max_new_tokens)
+        return Need(stage, model.weights, adapters, 0, 0, cache, _logits(model, rows), workspace)
+    if stage == "score":
+        step = Step(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
+        # Logits and their gradient at every answer position; four sums an element.
+        logits = 2 * _logits(model, step.rows * step.tokens)
+        return Need(stage, model.weights, adapters, 16 * model.elements, 0, held(model, step), logits, workspace)
+    step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
+    activations, logits = held(model, step), _head(model, step.rows * step.tokens)
+    if stage == "grpo":
+        trainer = recipe.grpo.trainer
+        per_step = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
+        rows = trainer.get("generation_batch_size") or step.rows * per_step
+        rollout = _cache(model, rows, step.tokens) + _logits(model, rows)
+        if rollout > activations + logits:
+            activations, logits = rollout, 0
+        adapters *= 2 if trainer.get("beta", 0.0) else 1
+    # Gradients are dense; moments are of the active elements, at most all; masks, and the copy that proves the frozen.
+    return Need(stage, model.weights, adapters, 4 * model.elements, 8 * model.elements, activations, logits,
+                workspace + 7 * model.elements)  # fmt: skip
+
+
+def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
+    """The longest step of stage 1."""
+    trainer = recipe.sft.trainer
+    rows, tokens = trainer.get("per_device_train_batch_size", 8), lengths.whole
+    if trainer.get("packing"):
+        tokens = trainer.get("max_length") or DEFAULT_LENGTH
+    if trainer.get("packing") or trainer.get("padding_free"):
+        rows, tokens = 1, tokens * rows
+    budget = recipe.sft.micro_batch_tokens
+    budget = default_micro_batch_tokens(device) if budget == "auto" else budget
+    rows = rows if budget is None else max(1, min(rows, budget // tokens))
+    return Step(rows, tokens, _checkpointing(trainer, device), trainer.get("activation_offloading", False))
+
+
+def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
+    """The longest step of stage 2: the longest prompt with a whole completion."""
+    trainer = recipe.grpo.trainer
+    rows, completion = trainer.get("per_device_train_batch_size", 8), trainer.get("max_completion_length") or 256
+    return Step(rows, lengths.prompt + completion, _checkpointing(trainer, device), recipe.grpo.activation_offloading)
+
+
+def _checkpointing(trainer: dict[str, Any], device: str) -> bool:
+    return trainer.get("gradient_checkpointing", default_checkpointing(device))
+
+
+def _cache(model: Model, rows: int, tokens: int) -> int:
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * rows * tokens * text.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def _logits(model: Model, positions: int) -> int:
+    return positions * model.config.get_text_config().vocab_size * 4
+
+
+def _head(model: Model, positions: int) -> int:
+    """Of answer_head.py: a piece's logits and five of what is made from them; states and gradients a position.
+
+    On a GPU TRL's kernels take tiles of 4,096 tokens by 32,768 words in the weights' dtype, one at a time."""
+    text = model.config.get_text_config()
+    states = 3 * positions * text.hidden_size * model.dtype.itemsize
+    if model.device == "cpu":
+        return 6 * min(positions, CPU_TOKENS) * min(text.vocab_size, 32768) * 4 + states
+    return min(positions, 4096) * min(text.vocab_size, 32768) * model.dtype.itemsize + states
+
+
+def limits(recipe: Recipe, lengths: Lengths, room: int) -> tuple[int, int]:
+    """The most rows of the longest length that stage 1 can hold at once, and the longest row alone; 0 for none.
+
+    Memory is linear in rows, and quadratic in tokens where attention keeps all pairs.
+    """
+    model = describe(recipe)
+    step = sft_step(recipe, lengths, model.device)
+    one = need(recipe, lengths, "sft")
+    rest = one.total - one.activations - one.logits
+
+    def at(rows: int, tokens: int) -> int:
+        return rest + held(model, dataclasses.replace(step, rows=rows, tokens=tokens)) + _head(model, rows * tokens)
+
+    rows = [at(n, step.tokens) for n in (1, 2)]
+    batch = int(1 + (room - rows[0]) // (rows[1] - rows[0])) if rows[0] <= room else 0
+    x, y = (512, 1024, 2048), [at(1, n) for n in (512, 1024, 2048)]
+    slopes = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    bend = (slopes[1] - slopes[0]) / (x[2] - x[0])
+    low, high = 0, 1 << 24
+    while high - low > 1:
+        n = (low + high) // 2
+        fits = y[0] + (n - x[0]) * (slopes[0] + bend * (n - x[1])) <= room
+        low, high = (n, high) if fits else (low, n)
+    return batch, low

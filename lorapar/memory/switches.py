@@ -1,0 +1,53 @@
+"""The trainers' switches that trade time for memory: their defaults, and what each needs here."""
+
+import importlib.util
+from typing import Any
+
+from ..errors import InputError
+
+# Key: what it does, the library it needs and the extra that brings it, whether it needs a GPU.
+SWITCHES: dict[str, tuple[str, str | None, str | None, bool]] = {
+    "gradient_checkpointing": ("each layer's insides are made again in the backward", None, None, False),
+    "activation_offloading": ("what the backward needs waits in the host's memory", None, None, True),
+    "use_liger_kernel": ("Liger's RMSNorm, SwiGLU and RoPE", "liger_kernel", "liger", True),
+    "packing": ("rows laid end to end, without padding where FlashAttention keeps them apart (sft)", None, None, False),
+    "use_vllm": ("rollouts by vLLM (grpo)", "vllm", "vllm", True),
+    "padding_free": ("a batch as one row without padding (sft)", "flash_attn", None, True),
+}
+
+
+def obstacle(key: str, device: str) -> str | None:
+    """Why a switch cannot be on here, with the remedy; None where it can."""
+    _, library, extra, gpu = SWITCHES[key]
+    if library is not None and importlib.util.find_spec(library) is None:
+        wanted = f"'lorapar[{extra}]'" if extra else library.replace("_", "-")
+        return f"needs {library.replace('_', '-')}, which is not installed; pip install {wanted}"
+    return f"needs a GPU, the model is on {device}" if gpu and device != "cuda" else None
+
+
+def check_switches(config: dict[str, Any], stage: str, device: str) -> None:
+    """InputError for a switch of a stage's configuration that is on and cannot be here."""
+    for key in SWITCHES:
+        why = obstacle(key, device) if config.get(key) else None
+        if why is not None:
+            raise InputError(f"{stage}.{key}: got true, but it {why}; or leave it out")
+
+
+def default_checkpointing(device: str) -> bool:
+    """TRL recomputes by default. On a CPU micro-batches bound the memory, and recomputing is a third of the time."""
+    return device != "cpu"
+
+
+def default_micro_batch_tokens(device: str) -> int | None:
+    """What `sft.micro_batch_tokens: auto` is: a batch gains a CPU no time, and costs it memory."""
+    return 512 if device == "cpu" else None
+
+
+def switches(device: str) -> dict[str, str]:
+    """{switch: its default on this device, or what stands in its way} for `lorapar doctor`."""
+    defaults = {key: "off unless the recipe says true" for key in SWITCHES}
+    defaults["gradient_checkpointing"] = "on unless the recipe says false" if default_checkpointing(device) else "off"
+    said = {key: obstacle(key, device) or default for key, default in defaults.items()}
+    tokens = default_micro_batch_tokens(device)
+    said["sft.micro_batch_tokens"] = "the whole batch" if tokens is None else f"{tokens} tokens at once"
+    return said

@@ -1,0 +1,1 @@
+"""Stage 3: from two scores to which elements each stage trains."""

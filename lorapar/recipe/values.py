@@ -1,0 +1,108 @@
+"""Plain values, as a YAML file holds them, into dataclasses: each key checked by its name and its annotated type."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from ..errors import InputError
+
+
+def build(cls: type, values: Any, at: str) -> Any:
+    """A `cls` of a mapping of its keys; InputError, which names `at` and the key, for what does not fit."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{at.rstrip('.')}: expected a mapping of keys, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    check_keys(values, fields, at)
+    for name in _required(cls):
+        if name not in values:
+            raise InputError(f"{at}{name}: missing; the recipe must give it")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: convert(hints[name], value, f"{at}{name}") for name, value in values.items()})
+
+
+def _required(cls: type) -> list[str]:
+    """The keys without a default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+
+
+def convert(hint: Any, value: Any, at: str) -> Any:
+    """`value` as the annotated type, or InputError. Integers serve as floats, and text such as 1e-4 as a number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        # A model or a source, of which the recipe must give no more than its name, may be given by it alone.
+        if isinstance(value, str) and _required(hint) == ["name"]:
+            value = {"name": value}
+        return value if isinstance(value, hint) else build(hint, value, f"{at}.")
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{at}: got {value!r}, allowed: {', '.join(map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        # Exact matches first, so that True stays a bool and 1 an int where both are allowed.
+        for argument in arguments:
+            if isinstance(argument, type) and type(value) is argument:
+                return value
+        for argument in arguments:
+            try:
+                return convert(argument, value, at)
+            except InputError:
+                continue
+    elif origin is list:
+        if isinstance(value, list):
+            return [convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict or hint is dict:
+        if isinstance(value, Mapping):
+            of = arguments[1] if arguments else Any
+            return {key: convert(of, item, f"{at}.{key}") for key, item in value.items()}
+    elif hint is float and not isinstance(value, bool):
+        with_number = _as_float(value)
+        if with_number is not None:
+            return with_number
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (bool, str, type(None)):
+        if isinstance(value, hint):
+            return value
+    elif hint is Any or hint not in (float, int):
+        return value
+    raise InputError(f"{at}: got {value!r}, expected {_type_name(hint)}")
+
+
+def _as_float(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in typing.get_args(hint))
+    if hint is type(None):
+        return "nothing"
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
+    """Refuse the first key of `given` that is not in `allowed`, naming the nearest one that is."""
+    allowed = sorted(allowed)
+    for key in given:
+        if key not in allowed:
+            near = max(allowed, key=lambda name: _likeness(str(key), name))
+            # Of a few keys that are all unlike it the reader would rather see them all.
+            hint = f"did you mean {near!r}?"
+            if len(allowed) < 20 and _likeness(str(key), near) < 1.0:
+                hint = f"allowed: {', '.join(allowed)}"
+            raise InputError(f"{at}{key}: unknown key; {hint}")
+
+
+def _likeness(one: str, other: str) -> float:
+    """0 to 2, letters in order and letters in any order: what is mistyped often has them swapped (tetha)."""
+    ordered = difflib.SequenceMatcher(None, one, other).ratio()
+    return ordered + difflib.SequenceMatcher(None, sorted(one), sorted(other)).ratio()

@@ -1,0 +1,179 @@
+"""The report's section on how far the voters agree: κ, pairs, each against the majority, the rows they split on."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..labeling.agreement import Agreement, measure
+from ..reporting import charts
+from .page import Run, absent, duration, escaped, html_table, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SPLIT_SHOWN = 20
+LETTERS_SHOWN = 160
+# What Landis and Koch (Biometrics 1977) call κ up to each bound.
+WORDS = (
+    (0.0, "poor"),
+    (0.2, "slight"),
+    (0.4, "fair"),
+    (0.6, "moderate"),
+    (0.8, "substantial"),
+    (1.0, "almost perfect"),
+)
+
+
+def agreement(run: Run) -> str:
+    if run.labels is None:
+        return absent("labels.jsonl", "label")
+    # Those that a tie left out were voted on like the others.
+    rows = [*run.labels, *run.dropped]
+    votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in rows]
+    found = measure(votes)
+    if len(found.voters) < 2:
+        return "<p>Fewer than two voters: there is nothing to agree with.</p>"
+    panels = [_pairs_panel(found), _majority_panel(found)]
+    caption = (
+        "Left: the share of their common rows on which two voters voted alike; the stronger, the more. Right: how "
+        "often a voter's votes were the majority's, over rows that have one."
+    )
+    said = _said(found, len(votes))
+    used = _usage(run)
+    return run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found)
+
+
+def _said(found: Agreement, rows: int) -> str:
+    split = f"{number(len(found.split))} of {number(rows)} rows ({percent(len(found.split) / max(1, rows))})"
+    if found.kappa is None:
+        kappa = "Fleiss' κ is not defined here: no row has two votes, or every vote is for one system."
+    else:
+        word = next(word for bound, word in WORDS if found.kappa <= bound)
+        kappa = f"Fleiss' κ is <b>{found.kappa:.3f}</b> ({word}): agreement beyond what chance would give, 1 at most."
+    return f"<p>{kappa} The voters split on {split}.</p>"
+
+
+def _short(name: str, letters: int = 18) -> str:
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+
+
+def _pairs_panel(found: Agreement) -> charts.Panel:
+    names = found.voters
+    shares = np.full((len(names), len(names)), np.nan)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            share = found.pair(one, other) if i != j else None
+            shares[i, j] = np.nan if share is None else share
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.patches import Rectangle
+
+        for (i, j), share in np.ndenumerate(shares):
+            if j >= i:
+                continue
+            if np.isnan(share):
+                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=charts.MUTED)
+                continue
+            # Two voters that toss coins agree on half, which is the page itself.
+            strength = 0.85 * max(0.0, 2 * share - 1)
+            axes.add_patch(
+                Rectangle((j + 0.02, i + 0.03), 0.96, 0.94, color=charts.SHARED, alpha=strength, linewidth=0)
+            )
+            axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
+        axes.set_xlim(0, len(names) - 1)
+        axes.set_ylim(len(names), 1)
+        axes.set_xticks([j + 0.5 for j in range(len(names) - 1)], [_short(n, 9) for n in names[:-1]], color=charts.INK)
+        axes.set_yticks([i + 0.5 for i in range(1, len(names))], [_short(n) for n in names[1:]], color=charts.INK)
+        axes.tick_params(length=0, pad=3)
+        for side in axes.spines.values():
+            side.set_visible(False)
+
+    said = "; ".join(
+        f"{a} and {b} {100 * share:.0f} %" for a, b in found.pairs if (share := found.pair(a, b)) is not None
+    )
+    left = 0.2 + 0.068 * max(len(_short(name)) for name in names[1:])
+    width = left + 0.15 + max(1.2, 0.62 * (len(names) - 1))
+    return charts.Panel("Alike by pairs, %", f"Share of votes alike: {said}.", draw, width=width,
+                        height=0.5 + 0.24 * len(names), margins=(left, 0.15, 0.22, 0.36))  # fmt: skip
+
+
+def _majority_panel(found: Agreement) -> charts.Panel:
+    shares = [found.with_majority(name) for name in found.voters]
+    values = [100 * (share or 0.0) for share in shares]
+    texts = ["no votes" if share is None else f"{100 * share:.1f} %" for share in shares]
+    alt = "; ".join(f"{name} {text}" for name, text in zip(found.voters, texts))
+    return charts.bars_panel("Votes equal to the majority", charts.SHARED, [_short(name) for name in found.voters],
+                             values, texts, f"Votes equal to the majority: {alt}.")  # fmt: skip
+
+
+def _confusion(found: Agreement) -> str:
+    rows = []
+    for voter in found.voters:
+        cells = [found.confusion[voter, system][vote] for system in (1, 2) for vote in (1, 2, None)]
+        share = found.with_majority(voter)
+        rows.append(f"<th>{escaped(voter)}</th>" + "".join(f"<td>{number(cell)}</td>" for cell in cells)
+                    + f"<td>{'–' if share is None else percent(share)}</td>")  # fmt: skip
+    heads = ["voter", *(f"majority System {system}: voted {vote}" for system in (1, 2) for vote in ("1", "2", "none")),
+             "with the majority"]  # fmt: skip
+    return html_table(heads, rows)
+
+
+def _usage(run: Run) -> str:
+    """What each teacher's votes took, where teachers were asked."""
+    if not run.votes:
+        return ""
+    teachers: dict[str, list[dict[str, Any]]] = {}
+    for row in run.votes:
+        for name, vote in row["votes"].items():
+            teachers.setdefault(name, []).append(vote)
+    rows = []
+    for name, votes in teachers.items():
+        outcomes = Counter(vote["outcome"] for vote in votes)
+        times = sorted(vote["latency"] for vote in votes if vote.get("latency"))
+        cells = [number(outcomes["answered"]), _others(outcomes), number(_sum(votes, "calls")),
+                 duration(times[len(times) // 2]) if times else "–",
+                 number(_sum(votes, "tokens_in")), number(_sum(votes, "tokens_out")),
+                 f"{_sum(votes, 'cost'):.4g}" if _sum(votes, "cost") else "–"]  # fmt: skip
+        rows.append(f"<th>{escaped(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells))
+    heads = ["teacher", "votes", "no vote", "calls", "median latency", "tokens in", "tokens out", "cost"]
+    return html_table(heads, rows)
+
+
+def _others(outcomes: Counter) -> str:
+    names = {"not_asked": "not asked", "too_long": "too long", "both": "named both"}
+    said = [f"<small>{number(n)} {names.get(outcome, outcome)}</small>" for outcome, n in outcomes.most_common()
+            if outcome != "answered"]  # fmt: skip
+    return number(outcomes.total() - outcomes["answered"]) + "".join(said)
+
+
+def _sum(votes: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(vote.get(key) or 0 for vote in votes)
+
+
+def _split(rows: list[dict], found: Agreement) -> str:
+    if not found.split:
+        return "<p>No two votes on a row differ.</p>"
+    # The closest first; of equals, those that come first.
+    places = sorted(found.split, key=lambda place: float(rows[place].get("agreement") or 0.0))
+    shown = []
+    for place in places[:SPLIT_SHOWN]:
+        row = rows[place]
+        one, two = (", ".join(escaped(_short(name)) for name, vote in row["votes"].items() if vote == side)
+                    for side in (1, 2))  # fmt: skip
+        share = f"{100 * float(row.get('agreement') or 0):.0f} % of votes"
+        by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
+        label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
+        shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
+                     f'<td class="text s2">{two}</td><td>{label}</td><td>{by}</td>')  # fmt: skip
+    heads = ["row", "voted System 1", "voted System 2", "label", "decided by"]
+    which = f"the {SPLIT_SHOWN} closest of {number(len(places))}" if len(places) > SPLIT_SHOWN else "all of them"
+    return (f"<h3>Rows that they split on</h3><p>Here {which}; <code>lorapar label --review</code> writes every one to "
+            f"a file for a person to correct.</p>{html_table(heads, shown)}")  # fmt: skip
+
+
+def _question(prompt: str | list[dict[str, Any]]) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+    text = " ".join(text.split())
+    return text if len(text) <= LETTERS_SHOWN else f"{text[: LETTERS_SHOWN - 1]}…"

@@ -1,0 +1,157 @@
+"""A run's artefacts as the report reads them, and the small pieces of HTML that all its sections use."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ..errors import InputError
+from ..files import read_json, read_jsonl, read_text
+from ..partitioning.partition import Partition
+from ..reporting import charts, elements
+from ..scoring.score import load_scores
+from .elements import GRANULARITIES, KeepCurve
+
+# How the page names and colours a group of rows.
+SYSTEMS = {
+    "system1": ("System 1", charts.S1),
+    "system2": ("System 2", charts.S2),
+    "all": ("All", charts.MUTED),
+}
+
+
+@dataclass
+class Run:
+    """What a run's folder holds, None where a file is missing, and the figures drawn so far."""
+
+    folder: Path
+    figures: Path
+    newest: datetime  # of the artefacts read
+    recipe_text: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    labels: list[dict] | None = None
+    dropped: list[dict] = field(default_factory=list)  # rows that label.ties: drop left out
+    votes: list[dict] | None = None  # of teachers
+    metrics: dict[str, Any] | None = None
+    histories: dict[str, list[dict]] = field(default_factory=dict)
+    partition: Partition | None = None
+    codes: dict[str, np.ndarray] | None = None  # region of every trainable element
+    scores: dict[int, dict[str, np.ndarray]] | None = None
+    curves: dict[tuple[int, str], KeepCurve] = field(default_factory=dict)
+    drawn: int = 0
+
+    def figure(self, name: str, panels: Sequence[charts.Panel], caption: str, columns: int = 3) -> str:
+        """Write `figures/<name>.png` and return the same panels as an HTML figure; `caption` is HTML."""
+        charts.png(panels, self.figures / f"{name}.png", columns)
+        self.drawn += 1
+        pictures = "\n".join(charts.svg(panel, f"{name}{i}") for i, panel in enumerate(panels))
+        return (
+            f'<figure id="fig-{name}"><div class="panels">{pictures}</div>'
+            f"<figcaption><b>Figure {self.drawn}.</b> {caption}</figcaption></figure>"
+        )
+
+
+def load(folder: Path, figures: Path) -> Run:
+    files = {
+        name: folder / path
+        for name, path in {
+            "recipe": "recipe.yaml", "labels": "labels.jsonl", "dropped": "dropped.jsonl", "votes": "votes.jsonl",
+            "scores": "scores.safetensors",
+            "partition": "partition.safetensors", "sft": "sft/log_history.json",
+            "grpo": "grpo/log_history.json",
+            "metrics": "metrics.json",
+        }.items()
+        if (folder / path).is_file()
+    }  # fmt: skip
+    if not files:
+        raise InputError(f"{folder}: holds no artefact of a run (recipe.yaml, labels.jsonl, scores.safetensors, …)")
+    newest = max(path.stat().st_mtime for path in files.values())
+    run = Run(folder, figures, datetime.fromtimestamp(newest, UTC))
+    if "recipe" in files:
+        run.recipe_text = read_text(files["recipe"])
+        run.recipe = yaml.safe_load(run.recipe_text) or {}
+    run.labels = read_jsonl(files["labels"]) if "labels" in files else None
+    run.dropped = read_jsonl(files["dropped"]) if "dropped" in files else []
+    run.votes = read_jsonl(files["votes"]) if "votes" in files else None
+    run.metrics = read_json(files["metrics"]) if "metrics" in files else None
+    run.histories = {stage: read_json(files[stage]) for stage in ("sft", "grpo") if stage in files}
+    if "partition" in files:
+        run.partition = Partition.load(files["partition"])
+        run.codes = elements.region_codes(run.partition)
+    if "scores" in files:
+        run.scores = {
+            system: {name: elements.trainable(name, t, scores.metadata.get("rank")) for name, t in scores.items()}
+            for system, scores in enumerate(load_scores(files["scores"]), start=1)
+        }
+        shapes = {name: array.shape for name, array in run.scores[1].items()}
+        if run.codes is not None and shapes != {name: array.shape for name, array in run.codes.items()}:
+            raise InputError(f"{files['partition']}: does not fit scores.safetensors: its parameters or shapes differ")
+        run.curves = {(s, g): elements.keep_curve(run.scores[s], g) for s in (1, 2) for g in GRANULARITIES}
+    return run
+
+
+def evaluated(run: Run) -> list[str]:
+    """ "base" and the stages that were evaluated, in the order in which they ran."""
+    assert run.metrics is not None
+    order = run.recipe.get("stages") or ["sft", "grpo"]
+    return [step for step in ("base", *order) if step in run.metrics["accuracy"]]
+
+
+def active_counts(run: Run) -> dict[str, int]:
+    assert run.partition is not None
+    return {s: sum(int(mask.sum()) for mask in run.partition.active(s).values()) for s in ("sft", "grpo")}
+
+
+def model_name(run: Run) -> str:
+    model = run.recipe.get("model", "model not recorded")
+    return str(model["name"] if isinstance(model, dict) else model)
+
+
+def absent(file: str, stage: str) -> str:
+    return (
+        f'<p class="absent">Not in this run: <code>{file}</code> is missing, because stage '
+        f"<code>{stage}</code> has not run.</p>"
+    )
+
+
+def html_table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    """`rows` hold finished cells; the first of each is its header."""
+    head = "".join(f"<th>{cell.replace('System ', 'System&nbsp;')}</th>" for cell in heads)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def escaped(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def number(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def signed_points(change: float) -> str:
+    return f"{100 * change:+.1f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def byte_size(size: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}" if size < 100 * scale else f"{size / scale:.0f} {unit}"
+    return f"{size:.0f} B"

@@ -1,0 +1,200 @@
+"""One run's results as a page to read and pictures to keep: `report.html` and `figures/*.png`.
+
+Every number comes out of the run's artefacts; nothing is measured here. The page is one file: styles, SVG and
+pictures are inside it, it asks for nothing from a network, and it follows the reader's light or dark scheme.
+A section whose artefact is missing says which stage has not run.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from ..errors import InputError
+from ..files import atomic_folder, read_text, sha256_file, write_text
+from ..reporting import charts, sections
+from .agreement import agreement
+from .page import (
+    SYSTEMS,
+    Run,
+    absent,
+    active_counts,
+    duration,
+    escaped,
+    evaluated,
+    html_table,
+    load,
+    model_name,
+    number,
+    percent,
+    signed_points,
+)
+
+TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+
+
+def report(output_dir: Path | str) -> Path:
+    """Write `report.html` and `figures/` into a run's output folder from the artefacts that are there.
+
+    Returns the page's path. Raises InputError where the folder is missing or holds none of a run's artefacts,
+    and, naming the file, where an artefact is corrupt.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a run's output folder")
+    with atomic_folder(folder / "figures") as figures:
+        run = load(folder, figures)
+        parts = [
+            ("accuracy", "Accuracy", _accuracy),
+            ("importance", "Importance", sections.importance),
+            ("map", "Where the regions lie", sections.layer_map),
+            ("theta", "θ and granularity", sections.theta),
+            ("training", "Training", sections.training),
+            ("labels", "Labels", sections.labels),
+            ("agreement", "Agreement", agreement),
+            ("cost", "Time and memory", sections.cost),
+            ("optimizer", "Optimizer state", sections.optimizer),
+            ("recipe", "Recipe", sections.recipe),
+        ]
+        contents = " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
+        body = [f"{_header(run)}<nav>{contents}</nav>"]
+        for key, title, write in parts:
+            body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run)}</section>')
+        body.append("<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>")
+    template = Template(read_text(Path(__file__).with_name("report.html")))
+    page = folder / "report.html"
+    write_text(page, template.substitute(title=escaped(f"LoRA-PAR: {model_name(run)}"), body="\n".join(body)))
+    return page
+
+
+def _header(run: Run) -> str:
+    sources = run.recipe.get("data", {}).get("sources", [])
+    names = [source["name"] if isinstance(source, dict) else str(source) for source in sources]
+    facts = {"Model": model_name(run), "Data": ", ".join(dict.fromkeys(names)) or "not recorded"}
+    if run.partition is not None:
+        m = run.partition.metadata
+        facts["Partition"] = (
+            f"θ {m['theta']:g}, α {m['alpha']:g}, β {m['beta']:g}, {m['granularity']} granularity, "
+            f"selection by {m['selection']}, seed {m['seed']}"
+        )
+    facts["Date"] = f"{run.newest.day} {run.newest:%B %Y, %H:%M} UTC"
+    if run.recipe_text is not None:
+        facts["Recipe"] = f"sha256 {sha256_file(run.folder / 'recipe.yaml')[:16]}"
+    listed = "".join(f"<dt>{key}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items())
+    tiles = "".join(f"<li><b{css}>{value}</b>{label}</li>" for value, label, css in _tiles(run))
+    return (
+        f'<header><p class="eyebrow">LoRA-PAR run report</p><h1>{escaped(model_name(run))}</h1>'
+        f'<p class="lead">{_result(run)}</p>{f"<ul class=tiles>{tiles}</ul>" if tiles else ""}'
+        f'<dl class="facts">{listed}</dl></header>'
+    )
+
+
+def _result(run: Run) -> str:
+    """One sentence: what each stage did to its system, and what the second stage cost the first's."""
+    if run.metrics is None:
+        return "This run has not been evaluated, so there is no accuracy to report."
+    accuracy = run.metrics["accuracy"]
+    steps = evaluated(run)
+    parts = []
+    for before, after in itertools.pairwise(steps):
+        key = "system1" if after == "sft" else "system2"
+        old, new = accuracy[before].get(key), accuracy[after].get(key)
+        if old is not None and new is not None:
+            verb = "raised" if new > old else "lowered" if new < old else "left"
+            change = f"from {percent(old)} to {percent(new)}" if new != old else f"at {percent(new)}"
+            parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} accuracy {change}")
+    said = "; ".join(parts) or "No system was evaluated before and after a stage"
+    cost = _second_stage_cost(run)
+    if cost is not None:
+        name, points = cost
+        verb = "cost" if points < 0 else "gave"
+        said += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
+    return escaped(said + ".")
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    tiles = []
+    if run.metrics is not None:
+        last = evaluated(run)[-1]
+        for key in ("system1", "system2"):
+            value = run.metrics["accuracy"][last].get(key)
+            if value is not None:
+                css = ' class="s1"' if key == "system1" else ' class="s2"'
+                tiles.append((percent(value), f"{SYSTEMS[key][0]} accuracy, {TITLES[last]}", css))
+    if run.partition is not None:
+        active = active_counts(run)
+        total = run.partition.trainable()
+        tiles += [(percent(active[s] / total), f"of LoRA elements active in {s.upper()}", "") for s in ("sft", "grpo")]
+    if run.metrics is not None and run.metrics.get("seconds"):
+        tiles.append((duration(sum(run.metrics["seconds"].values())), "all stages together", ""))
+    return tiles
+
+
+def _accuracy(run: Run) -> str:
+    if run.metrics is None:
+        return absent("metrics.json", "evaluate")
+    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
+    intervals = run.metrics.get("interval", {})
+    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
+
+    def interval(step: str, key: str) -> Sequence[float] | None:
+        return intervals.get(step, {}).get(key)
+
+    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
+    top = min(109.0, 100 * highest * 1.12 + 1)
+    panels = [
+        charts.accuracy_panel(
+            *SYSTEMS[key],
+            labels=[TITLES[step] for step in steps],
+            values=[accuracy[step][key] for step in steps],
+            intervals=[interval(step, key) for step in steps],
+            top=top,
+            n=counts.get(key),
+        )
+        for key in present
+    ]
+    rows = []
+    for key in present:
+        n = counts.get(key)
+        cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
+        for step in steps:
+            value, bounds = accuracy[step][key], interval(step, key)
+            of = f"{round(value * n)}/{n}" if n else ""
+            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
+            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
+        cells += [
+            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
+        ]
+        rows.append("".join(cells))
+    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
+    table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
+    cost = _second_stage_cost(run)
+    said = ""
+    if cost is not None:
+        name, points = cost
+        first, second = steps[1].upper(), steps[2].upper()
+        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
+        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
+        key = name.lower().replace(" ", "")
+        a, b = interval(steps[1], key), interval(steps[2], key)
+        apart = a and b and (a[1] < b[0] or b[1] < a[0])
+        note = "the two intervals do not overlap" if apart else "the two intervals overlap"
+        said = (
+            f"<p>What stage 2 did to stage 1: {second} {verb} {name}, which {first} had trained, <b>{how}</b>"
+            f"{f' ({note})' if a and b else ''}.</p>"
+        )
+    caption = (
+        "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
+        "is its 95 % Wilson interval, and the number above it the share that was right."
+    )
+    return run.figure("accuracy", panels, caption) + said + table
+
+
+def _second_stage_cost(run: Run) -> tuple[str, float] | None:
+    """(the first stage's system, what the second stage did to its accuracy); None unless two stages ran."""
+    if run.metrics is None or len(evaluated(run)) < 3:
+        return None
+    _, first, second = evaluated(run)
+    key = "system1" if first == "sft" else "system2"
+    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
+    return None if old is None or new is None else (SYSTEMS[key][0], new - old)

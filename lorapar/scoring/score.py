@@ -1,0 +1,210 @@
+"""Importance of every LoRA element for one system's rows (paper section 3.3), and the file that holds it.
+
+Rows → token batches of like length (score_batches.py) → forward and a backward that carries each example's gradient
+into two sums a factor (`lorapar_kernels.importance`) → running sums (score_sums.py) → I(φ) by parameter name.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorapar_kernels as lk
+
+from ..adapter.attach import lora_parameters, masked_layers
+from ..adapter.layers import ADAPTER, MaskedLayer
+from ..errors import InputError
+from ..files import load_tensors, save_tensors
+from ..progress import Progress
+from ..recipe.sections import require
+from .batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
+from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
+
+log = logging.getLogger("lorapar")
+Masks = dict[str, Tensor]
+ALL_ZERO = (
+    "start: every score is zero, because an element that is zero scores zero for ever and B = 0 makes A's "
+    "gradient zero; use start: twin, pissa, olora or paper"
+)
+
+
+class Scores(dict[str, Tensor]):
+    """{parameter name: fp32 importance of the parameter's shape}, with the facts that made it in `metadata`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]):
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Iterable[Any],
+    batch_size: int = 8,
+    method: Method = "taylor",
+    max_length: int | None = None,
+    seed: int = 0,
+    until_stable: float | None = None,
+    theta: float = 0.9,
+    checkpoint: Path | None = None,
+    on_batch: Callable[[RunningSums], None] = lambda sums: None,
+) -> Scores:
+    """Score the attached adapter's elements on one system's rows.
+
+    Args:
+        model: what `lorapar.attach` returned. tokenizer: None where the rows hold `input_ids` and `labels`.
+        dataset: rows with prompt and completion, messages, or input_ids and labels (−100 on the prompt).
+        batch_size: examples a step; changes speed and memory, not the result.
+        method: "taylor": I = |gφ − ½Fφ²|; "first_order": |gφ|; "random": taylor's values at shuffled places.
+        max_length: rows with more tokens are refused (InputError), never cut; None: no limit.
+        until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
+            examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
+        checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
+        on_batch: called after every batch; `RunningSums.importance` reads the mean so far.
+
+    Returns `Scores`, zero on a twin's rows; `metadata` says how many examples it took and, under `until_stable`, the
+    looks. Dropout is off, prompt tokens carry no loss, the base gets no gradient and nothing is written. Raises
+    InputError for a row without answer tokens, no rows, a gradient that is NaN or Inf (naming row and layer), or
+    scores that are all zero.
+    """
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    require(method in ("taylor", "first_order", "random"), "method", method, "taylor, first_order or random")
+    require(until_stable is None or 0 < until_stable <= 1, "until_stable", until_stable, "a Jaccard index in (0, 1]")
+    examples = read_examples(dataset, tokenizer, max_length)
+    require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+    with scoring(model) as layers, short_attention(model, max(len(example.ids) for example in examples)):
+        pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
+        if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
+            raise InputError(ALL_ZERO)
+        packed = packs(model)
+        marks = [] if until_stable is None else marks_of(len(examples))
+        plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
+        running = RunningSums(layers)
+        key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
+        if checkpoint is not None:
+            running.restore(checkpoint, key)
+        _run(model, running, examples, plan, packed, until_stable, theta, marks, checkpoint, key, on_batch)
+        scores = running.importance(method)
+    if not any(bool(tensor.any()) for tensor in scores.values()):
+        raise InputError(ALL_ZERO)
+    rank = next(iter(layers.values())).trainable_rank
+    if method == "random":
+        trainable = {name: trainable_mask(name, tensor, rank) for name, tensor in scores.items()}
+        scores = shuffled([scores], trainable, seed)[0]
+    facts: dict[str, Any] = {"examples": running.examples, "method": method, "rank": rank}
+    if until_stable is not None:
+        stable = bool(running.looks) and running.looks[-1][1] >= until_stable
+        facts |= {"until_stable": until_stable, "theta": theta, "stable": stable, "looks": running.looks}
+    return Scores(scores, facts)
+
+
+def _run(
+    model: nn.Module,
+    running: RunningSums,
+    examples: list[Example],
+    plan: list[list[int]],
+    packed: bool,
+    until_stable: float | None,
+    theta: float,
+    marks: list[int],
+    checkpoint: Path | None,
+    key: str,
+    on_batch: Callable[[RunningSums], None],
+) -> None:
+    """Every batch of the plan that is not in the sums yet, until they are stable where that is asked for."""
+    if until_stable is not None and running.looks and running.looks[-1][1] >= until_stable:
+        return
+    with Progress("score", len(examples), "example", running.examples) as progress:
+        for batch in plan[running.batches :]:
+            running.loss_scale = score_batch(model, running.layers, [examples[i] for i in batch], packed)
+            if not running.finite():
+                raise blame(model, running, [examples[i] for i in batch], packed)
+            running.examples += len(batch)
+            running.batches += 1
+            jaccard = None
+            if until_stable is not None and running.examples in (*marks, len(examples)):
+                jaccard = running.look(theta)
+                if jaccard is not None:
+                    log.info("score: %d examples, Jaccard %.4f with half of them", running.examples, jaccard)
+            on_batch(running)
+            progress.update(len(batch))
+            if until_stable is not None and jaccard is not None and jaccard >= until_stable:
+                break
+            if checkpoint is not None:
+                running.save_if_due(checkpoint, key)
+    if checkpoint is not None:
+        running.save(checkpoint, key)
+
+
+def blame(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
+    """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
+    for example in batch:
+        for layer in running.layers.values():
+            layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
+        score_batch(model, running.layers, [example], packed)
+        fault = first_fault(running.layers)
+        if fault is not None:
+            return not_finite(example.name, fault, running.loss_scale != 1.0)
+    return not_finite(f"{batch[0].name} to {batch[-1].name}", "the sums leave fp32's range", running.loss_scale != 1.0)
+
+
+def shuffled(by_system: list[Masks], trainable: Masks, seed: int) -> list[Masks]:
+    """Each system's scores moved to the same random places among the trainable elements of the whole model."""
+    names = sorted(trainable)
+    flags = torch.cat([trainable[name].reshape(-1) for name in names])
+    order = torch.randperm(int(flags.sum()), generator=torch.Generator().manual_seed(seed))
+    moved = []
+    for scores in by_system:
+        flat = torch.cat([scores[name].reshape(-1) for name in names])
+        flat[flags] = flat[flags][order]
+        parts = flat.split([scores[name].numel() for name in names])
+        moved.append({name: part.view(scores[name].shape) for name, part in zip(names, parts)})
+    return moved
+
+
+def save_scores(path: Path | str, scores_1: Scores, scores_2: Scores) -> None:
+    """Write `system1/<parameter>` and `system2/<parameter>`, fp32, with both systems' metadata."""
+    tensors = {f"system{i}/{name}": t for i, s in ((1, scores_1), (2, scores_2)) for name, t in s.items()}
+    save_tensors(path, tensors, {"system1": scores_1.metadata, "system2": scores_2.metadata})
+
+
+def load_scores(path: Path | str) -> tuple[Scores, Scores]:
+    """Read what `save_scores` wrote; InputError where it is missing or corrupt."""
+    tensors, metadata = load_tensors(path)
+    both = []
+    for system in ("system1", "system2"):
+        prefix = f"{system}/"
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        if not mine or system not in metadata:
+            raise InputError(f"{path}: holds no scores of {system}")
+        both.append(Scores(mine, metadata[system]))
+    return both[0], both[1]
+
+
+@contextlib.contextmanager
+def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
+    """Put the layers into scoring mode with fresh sums; on leaving, everything is as it was."""
+    layers, training = masked_layers(model), {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in lora_parameters(model).values()}
+    model.eval()
+    for module in training:
+        # transformers checkpoints a block only in training mode; its children, dropout among them, are not put there.
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    try:
+        for parameter in required:
+            parameter.requires_grad_(True)
+        for layer in layers.values():
+            layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
+        yield layers
+    finally:
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+        for layer in layers.values():
+            layer.scoring = layer.offsets = None
+        for module, value in training.items():
+            module.training = value

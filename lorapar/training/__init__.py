@@ -1,0 +1,1 @@
+"""Stage 4: SFT and GRPO of one system's elements on that system's rows."""

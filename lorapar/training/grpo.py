@@ -1,0 +1,200 @@
+"""Stage 2: GRPO on the other system's elements and rows, from stage 1's result (paper section 3.4), on TRL's trainer.
+
+With `beta` ≠ 0 the reference model is the adapter as it came, stage 1's result, which TRL copies to an adapter "ref".
+What one card has to bear: the base is there once and never written. vLLM is handed base + delta a layer at a time
+(merging.py), where TRL merges the adapter into the base and out again at every sync.
+"""
+
+import functools
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+from ..adapter.merging import merged_parameters
+from ..errors import InputError
+from ..model.quantised import given_form
+from ..partitioning.partition import Partition
+from .answer_head import score_answers_alone
+from .rehearsal import longest, rehearsing
+from .trainer import PAPER, PartitionedTrainer, Trained, rows_of, train
+
+log = logging.getLogger("lorapar")
+# Ours, or the completion that GRPO makes itself; the rest reaches the rewards by name.
+NOT_FOR_REWARDS = ("completion", "split", "votes", "agreement", "teachers")
+
+
+class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer that trains a partition's "grpo" elements; takes what GRPOTrainer takes.
+
+    rollout_batch_size: completions generated at once; None: all of a generation batch.
+    logprob_tokens: tokens whose log-probabilities are taken at once; None: see answer_head.py.
+    activation_offloading: what the backward needs waits in the host's memory, as TRL's own switch does it in SFT.
+    """
+
+    _tag_names = ["trl", "grpo", "lora-par"]  # noqa: RUF012 (TRL reads it off the class)
+    _name = "LoRA-PAR GRPO"
+    _paper = PAPER
+
+    max_completion_length: int
+    num_generations: int
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *args: Any,
+        rollout_batch_size: int | None = None,
+        logprob_tokens: int | None = None,
+        activation_offloading: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(model, *args, **kwargs)
+        if activation_offloading:
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model)
+        self.rollout_batch_size = rollout_batch_size
+        self.rollout_seconds = 0.0
+        needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
+        score_answers_alone(cast(Any, model.get_base_model()), logprob_tokens, self.temperature, needs_trl)
+        if self.use_vllm:
+            if self._dist.is_zero3 or self._dist.is_fsdp:
+                raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
+            cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.
+        with self.maybe_activation_offload_context:
+            return super().training_step(*args, **kwargs)
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, *rest: Any, **kw: Any
+    ) -> tuple[Any, Any]:
+        began = time.perf_counter()
+        # vLLM schedules by itself what it holds at once.
+        at_once = len(prompt_ids) if self.use_vllm else self.rollout_batch_size or len(prompt_ids)
+        completions, logprobs = [], None
+        for start in range(0, len(prompt_ids), at_once):
+            some = prompt_ids[start : start + at_once]
+            made, logprobs = super()._generate_single_turn(some, images, fields, num_generations, *rest, **kw)
+            completions += made
+        self.rollout_seconds += time.perf_counter() - began
+        return completions, logprobs
+
+    def rehearse(self, model: Any) -> None:
+        """The longest prompts with completions of `max_completion_length`: a rollout, and one batch's gradients."""
+        rows = cast(Dataset, self.train_dataset)
+        prompts = self._tokenize_prompts(list(rows["prompt"]))[0]
+        batch, length = self.args.per_device_train_batch_size, self.max_completion_length
+        together = batch * cast(Any, self.args).steps_per_generation
+        at_once = min(self.rollout_batch_size or together, together)
+        chosen = [prompts[place] for place in longest([len(ids) for ids in prompts], max(batch, at_once))]
+        # A group is one prompt many times, and there may be fewer prompts than a batch holds.
+        chosen = (chosen * max(batch, at_once))[: max(batch, at_once)]
+        what = f"prompts of up to {len(chosen[0])} tokens with completions of {length}"
+        seconds = self.rollout_seconds
+        with rehearsing(self, model, what):
+            if not self.use_vllm:
+                self._roll_out_to_the_end(chosen[:at_once])
+            inputs = self._worst_batch(chosen[:batch], length)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+        self.rollout_seconds = seconds
+
+    def _roll_out_to_the_end(self, prompts: list[list[int]]) -> None:
+        """Completions of the full length: no token ends one."""
+        settings = self.generation_config
+        given = settings.min_new_tokens
+        settings.min_new_tokens = self.max_completion_length
+        try:
+            self._generate_single_turn(prompts, None, {}, self.num_generations)
+        finally:
+            settings.min_new_tokens = given
+
+    def _worst_batch(self, prompts: list[list[int]], length: int) -> dict[str, torch.Tensor]:
+        """What `_generate_and_score_completions` gives, of these prompts and any completions of `length` tokens."""
+        device, count = self.accelerator.device, len(prompts)
+        padded = self._tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
+        ones = torch.ones(count, length, device=device)
+        inputs = {
+            "prompt_ids": padded["input_ids"],
+            "prompt_mask": padded["attention_mask"],
+            "completion_ids": padded["input_ids"][:, -1:].repeat(1, length),
+            "completion_mask": ones.long(),
+            "advantages": ones[:, 0],
+            "num_items_in_batch": ones.sum(),
+        }
+        if self.beta:
+            inputs["ref_per_token_logps"] = -ones
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            inputs["importance_sampling_ratio"] = ones
+        return inputs
+
+
+def check_engine(config: GRPOConfig, base: str | None) -> None:
+    """Refuse a vLLM that is not here, and one that cannot take the weights of a base in the form `base`."""
+    if not config.use_vllm:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("grpo.use_vllm: vLLM is not installed; pip install 'lorapar[vllm]'")
+    if base in ("nf4", "fp4", "int8") and config.vllm_mode == "colocate":
+        raise InputError(
+            f"grpo.vllm_mode: got colocate with a base in {base}, which vLLM would quantise anew at each sync; serve "
+            "the model in bf16 (vllm_mode: server), or leave use_vllm out"
+        )
+
+
+def grpo(
+    model: PeftModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    partition: Partition,
+    config: GRPOConfig,
+    rewards: Sequence[Callable[..., list[float | None]]],
+    systems: Sequence[int] = (2,),
+    resume: bool = False,
+    longest_first: bool = True,
+    rollout_batch_size: int | None = None,
+    logprob_tokens: int | None = None,
+    activation_offloading: bool = False,
+) -> tuple[PartitionedGRPOTrainer, Trained]:
+    """Train the partition's "grpo" elements of `model` in place on the prompts of `systems`.
+
+    Args:
+        model: stage 1's result. dataset: rows with prompt and what the rewards read (`answer`, ...); where it has the
+            columns `system` and `split`, only train rows of `systems` are used.
+        config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
+        rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`.
+        longest_first: roll out the longest prompts to `max_completion_length`, and take them through forward and
+            backward, before the first step (rehearsal.py).
+        rollout_batch_size: completions generated at once; None: all that one generation batch holds.
+        logprob_tokens: tokens whose log-probabilities are taken at once; None: 256 on a CPU, TRL's 4,096 on a GPU.
+        activation_offloading: what the backward needs waits in pinned host memory (a GPU).
+
+    Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
+    """
+    check_engine(config, given_form(model.config))
+    rows = rows_of(dataset, systems)
+    examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
+    trainer = PartitionedGRPOTrainer(
+        model=model,
+        reward_funcs=list(rewards),
+        args=config,
+        train_dataset=examples,
+        processing_class=tokenizer,
+        rollout_batch_size=rollout_batch_size,
+        logprob_tokens=logprob_tokens,
+        activation_offloading=activation_offloading,
+    )
+    trainer.longest_first = longest_first
+    reference = "the adapter as this stage received it" if config.beta else "none (beta is 0)"
+    log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
+    trained = train(trainer, partition, "grpo", len(examples), resume)
+    trained.rollout_seconds = trainer.rollout_seconds
+    return trainer, trained

@@ -1,0 +1,129 @@
+"""Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+from ..data.rows import encode
+from ..errors import InputError
+from ..memory.switches import default_micro_batch_tokens
+from ..partitioning.partition import Partition
+from .answer_head import score_answers_alone
+from .rehearsal import longest, rehearsing
+from .trainer import PAPER, PartitionedTrainer, Trained, rows_of, train
+
+# transformers counts a step's tokens beforehand only for a model whose forward takes them (remote code may not, Gemma 4
+# and Qwen2.5-VL say no); without that count each part would be a mean of its own. The experts' balancing loss is one.
+NO_PARTS = ("this model's loss is a mean over the batch, not a sum that its parts make up; leave the key out, or null: "
+            "the whole batch")  # fmt: skip
+
+
+class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
+    """TRL's SFTTrainer that trains a partition's "sft" elements; takes what SFTTrainer takes."""
+
+    _tag_names = ["trl", "sft", "lora-par"]  # noqa: RUF012 (TRL reads it off the class)
+    _name = "LoRA-PAR SFT"
+    _paper = PAPER
+
+    micro_batch_tokens: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        score_answers_alone(cast(Any, self.model).get_base_model(), None)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """One batch, in parts where `micro_batch_tokens` is set: the same sums of losses and gradients."""
+        parts = micro_batches(inputs, self.micro_batch_tokens)
+        if num_items_in_batch is None and len(parts) > 1:
+            raise InputError(f"sft.micro_batch_tokens: got {self.micro_batch_tokens}, but {NO_PARTS}")
+        losses = []
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def rehearse(self, model: Any) -> None:
+        rows = cast(Dataset, self.train_dataset)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        chosen = longest(lengths, self.args.per_device_train_batch_size)
+        what = f"{len(chosen)} rows of up to {lengths[chosen[0]]} tokens"
+        with rehearsing(self, model, what), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(self.data_collator([rows[place] for place in chosen]))
+            for part in micro_batches(inputs, self.micro_batch_tokens):
+                self.accelerator.backward(self.compute_loss(model, part))
+
+
+def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, Any]]:
+    """The rows of a padded batch in order, in parts of at most `tokens` with their padding (a longer row is a part).
+
+    A part is cut where its longest row ends. What is packed in one row, and None, is left whole.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if tokens is None or mask is None or len(ids) == 1 or not bool(mask[:, 0].all()):
+        return [inputs]
+    lengths = mask.sum(1).tolist()
+    of_tokens = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (end + 1 - start) * max(lengths[start : end + 1]) > tokens:
+            width = max(lengths[start:end])
+            parts.append({n: v[start:end, :width] if n in of_tokens else v for n, v in inputs.items()})
+            start = end
+    return parts
+
+
+def rows_that_fit(rows: Dataset, tokenizer: Any, max_length: int | None) -> list[int]:
+    """The places of the rows of at most `max_length` tokens; InputError where there is none."""
+    lengths = [len(encode(rows[i], tokenizer)[0]) for i in range(len(rows))]
+    fits = [i for i, n in enumerate(lengths) if max_length is None or n <= max_length]
+    if not fits:
+        raise InputError(f"sft.max_length: got {max_length}, shorter than every row ({min(lengths)} tokens)")
+    return fits
+
+
+def sft(
+    model: PeftModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    partition: Partition,
+    config: SFTConfig,
+    systems: Sequence[int] = (1,),
+    resume: bool = False,
+    longest_first: bool = True,
+    micro_batch_tokens: int | Literal["auto"] | None = "auto",
+) -> tuple[PartitionedSFTTrainer, Trained]:
+    """Train the partition's "sft" elements of `model` in place on the rows of `systems`.
+
+    Args:
+        model: out of `lorapar.attach` or `load_adapter`. dataset: rows with prompt and completion; where it has the
+            columns `system` and `split`, only train rows of `systems` are used.
+        config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
+        micro_batch_tokens: the part of a batch that goes through the model at once, None: all of it. The losses and
+            gradients are the same; "auto": 512 on a CPU, where batches gain no time, None on a GPU.
+        longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
+
+    Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
+    Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
+    """
+    rows = rows_of(dataset, systems)
+    fits = rows_that_fit(rows, tokenizer, config.max_length)
+    examples = rows.select(fits).select_columns(["prompt", "completion"])
+    trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
+    trainer.longest_first = longest_first
+    adds_up = trainer.model_accepts_loss_kwargs and not trainer.aux_loss_enabled
+    if micro_batch_tokens == "auto":
+        device = next(model.parameters()).device.type
+        micro_batch_tokens = default_micro_batch_tokens(device) if adds_up else None
+    elif micro_batch_tokens is not None and not adds_up:
+        raise InputError(f"sft.micro_batch_tokens: got {micro_batch_tokens}, but {NO_PARTS}")
+    trainer.micro_batch_tokens = micro_batch_tokens
+    trained = train(trainer, partition, "sft", len(examples), resume)
+    trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
+    return trainer, trained

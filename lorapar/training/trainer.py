@@ -1,0 +1,232 @@
+"""What both stages add to a TRL trainer: the masked optimizer, checkpoints that know their partition, the final proof.
+
+Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` → a trained adapter, verified bit for bit.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import lorapar_kernels as lk
+
+from ..adapter.attach import Snapshot, activate, save_adapter, verify
+from ..errors import InputError
+from ..files import read_json, why_not_whole, write_json
+from ..memory.process import give_back_large_blocks
+from ..partitioning.partition import Partition
+from ..progress import TrainingProgress
+from .optimizer import PartitionedAdamW
+
+log = logging.getLogger("lorapar")
+Stage = Literal["sft", "grpo"]
+# Beside a stage's checkpoints, where there was a GPU to choose for: which product each kind of layer takes.
+CHOICES = "product_choices.json"
+CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
+                    "scheduler.pt", "trainer_state.json")  # fmt: skip
+PAPER = {
+    "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
+    "id": "2507.20999",
+    "citation": """@inproceedings{huang2025lorapar,
+    title     = {{LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning}},
+    author    = {Huang, Yining and Li, Bin and Tang, Keke and Chen, Meilian},
+    booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2025},
+    pages     = {13693--13704},
+    year      = {2025}
+}""",
+}
+
+
+@dataclass
+class Trained:
+    """What a stage did: the trainer's log, what `verify` counted, bytes of optimizer state, and rows left out."""
+
+    history: list[dict[str, Any]]
+    verified: dict[str, float]
+    optimizer_state_bytes: int
+    rows: int
+    resumed_from: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    rollout_seconds: float = 0.0
+
+
+class PartitionedTrainer(Trainer):
+    """A mixin ahead of a TRL trainer. `partition` and `stage` are set by `train` before training starts."""
+
+    partition: Partition
+    stage: Stage
+    longest_first: bool = False
+    # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
+    maybe_activation_offload_context: Any = contextlib.nullcontext()
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
+        as_given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(model, *args, **kwargs)
+        if self.args.gradient_checkpointing and self.args.device.type == "cpu":
+            give_back_large_blocks()
+        for parameter, data in as_given.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # Built here, after the trainer has done all it does to the model, so that no parameter is replaced afterwards.
+        if self.optimizer is None:
+            activate(cast(Any, self.model), self.partition, self.stage)
+            args = self.args
+            self.optimizer = PartitionedAdamW(
+                cast(Any, self.model),
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.longest_first and not self.is_deepspeed_enabled:  # DeepSpeed's backward takes a step
+            self.longest_first = False
+            model.train()
+            self.rehearse(model)
+        return super().training_step(model, *args, **kwargs)
+
+    def rehearse(self, model: Any) -> None:
+        """Take the stage's largest batch through forward and backward; see rehearsal.py."""
+        raise NotImplementedError
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # Before the checkpoint is complete, so that a resumed run never uses other products.
+        note_choices(Path(cast(str, self.args.output_dir)))
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        self.partition.save(folder / "lorapar_partition.safetensors")
+        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": self.partition.hash})
+
+
+def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows: int, resume: bool) -> Trained:
+    """Run `trainer` from its last whole checkpoint (where `resume`) to its end and verify the model.
+
+    Raises InputError where a checkpoint is of another partition, `FrozenElementsChanged` where the proof fails.
+    """
+    trainer.partition, trainer.stage = partition, stage
+    model = cast(PeftModel, trainer.model)
+    activate(model, partition, stage)
+    before = Snapshot.take(model)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TrainingProgress(stage))
+    output_dir = Path(cast(str, trainer.args.output_dir))
+    checkpoint = last_checkpoint(output_dir, partition) if resume else None
+    if resume:
+        take_choices(output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        note_choices(output_dir)
+    optimizer = cast(Any, trainer.optimizer)
+    optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+    return Trained(
+        history=list(trainer.state.log_history),
+        verified=verify(model, before, partition, stage),
+        optimizer_state_bytes=optimizer.state_bytes(),
+        rows=rows,
+        resumed_from=checkpoint.name if checkpoint else None,
+    )
+
+
+def note_choices(output_dir: Path) -> None:
+    """Write which products this process has chosen so far, where it has chosen any."""
+    choices = lk.product_choices()
+    if choices:
+        write_json(output_dir / CHOICES, choices)
+
+
+def take_choices(output_dir: Path) -> None:
+    """Use the products that the stage used before it was stopped, so that it resumes with the same sums.
+
+    A file that is not what `note_choices` wrote costs a line in the log: products are then timed again.
+    """
+    path = output_dir / CHOICES
+    if not path.is_file():
+        return
+    try:
+        lk.set_product_choices(read_json(path))
+    except (InputError, ValueError) as error:
+        log.warning("%s: passed over, products are timed again (%s)", path, error)
+
+
+def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:
+    """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition."""
+    numbered = [
+        (int(folder.name.removeprefix("checkpoint-")), folder)
+        for folder in output_dir.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit()
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
+        faults = [fault for fault in (why_not_whole(folder / name) for name in CHECKPOINT_FILES) if fault]
+        if faults:
+            log.info("%s: not whole (%s), passed over", folder, faults[0])
+            continue
+        facts = read_json(folder / "lorapar.json")
+        if facts["partition"] != partition.hash:
+            raise InputError(
+                f"{folder}: made with partition {facts['partition'][:12]}, this run's is {partition.hash[:12]}; "
+                "use another output_dir, or remove the checkpoints"
+            )
+        return folder
+    return None
+
+
+def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> Dataset:
+    """The rows of a split that carry one of the systems' labels; all rows where there are no such columns.
+
+    Raises InputError where none is left.
+    """
+    columns = dataset.column_names
+    keep = [
+        i
+        for i in range(len(dataset))
+        if ("system" not in columns or dataset[i]["system"] in systems)
+        and ("split" not in columns or dataset[i]["split"] == split)
+    ]
+    if not keep:
+        raise InputError(
+            f"data: no {split} row is labelled System {' or '.join(map(str, systems))}; "
+            "change the labelling rule or its threshold, or give other rows"
+        )
+    return dataset.select(keep)
+
+
+def save_stage(trainer: PartitionedTrainer, folder: Path, facts: dict[str, Any], trained: Trained) -> None:
+    """Put the trained adapter, its partition and the training log into the stage's folder, each file whole."""
+    model = cast(PeftModel, trainer.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=folder))
+    try:
+        save_adapter(model, temporary, **facts)
+        trainer.partition.save(temporary / "lorapar_partition.safetensors")
+        write_json(temporary / "log_history.json", trained.history)
+        for path in temporary.iterdir():
+            # TRL has written a model card with the training's own facts; PEFT's is a template.
+            if path.name != "README.md" or not (folder / "README.md").exists():
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

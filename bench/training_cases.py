@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lorapar
 from lorapar.model.load import load_model, load_tokenizer
-from lorapar.recipe.sections import ModelConfig, Recipe, parse
+from lorapar.recipe.reading import parse
+from lorapar.recipe.sections import ModelConfig, Recipe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Public configurations, given random weights: no hub is needed, and memory and time do not depend on the values.

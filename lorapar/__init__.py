@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .labeling import label
     from .partitioning.partition import Partition, partition
     from .pipeline.running import run
-    from .recipe.sections import load_recipe
+    from .recipe.reading import load_recipe
     from .reporting.report import report
     from .scoring.score import Scores, load_scores, save_scores, score
     from .training.grpo import grpo
@@ -46,7 +46,7 @@ _WHERE = {
     "grpo": "training.grpo",
     "label": "labeling",
     "load_adapter": "adapter.attach",
-    "load_recipe": "recipe.sections",
+    "load_recipe": "recipe.reading",
     "load_scores": "scoring.score",
     "partition": "partitioning.partition",
     "report": "reporting.report",

@@ -124,7 +124,7 @@ def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "R
     if not recipe_path.is_file():
         raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
     try:
-        from .recipe.sections import load_recipe
+        from .recipe.reading import load_recipe
 
         return load_recipe(recipe_path, overrides)
     except ModuleNotFoundError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..recipe.sections import check_lora
+from ..recipe.checks import check_lora
 from .layers import ADAPTER, MaskedLayer, MaskedLinear
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ column that exists already, readable rules, and the probe of the target model. T
 form a panel: `votes = ask(make_panel(...), rows, "votes.sqlite")`, and then `label(rows, voters, votes)`.
 """
 
-from ..recipe.label import LabelConfig, TeacherConfig
+from ..recipe.sections import LabelConfig, TeacherConfig
 from .asking import ask
 from .panel import make_panel
 from .rules import Operations, ReasoningSteps

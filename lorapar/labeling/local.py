@@ -11,7 +11,7 @@ from ..recipe.sections import ModelConfig
 from .teachers import CallFailed, Reply
 
 if TYPE_CHECKING:
-    from ..recipe.label import TeacherConfig
+    from ..recipe.sections import TeacherConfig
 
 # How long a batch that is not full waits for more, in seconds; while one batch runs the next fills up anyway.
 GATHER_SECONDS = 0.02

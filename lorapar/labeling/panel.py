@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import sha256_json
-from ..recipe.label import LabelConfig, PriceConfig, TeacherConfig, check_label
+from ..recipe.checks import check_label
+from ..recipe.sections import LabelConfig, PriceConfig, TeacherConfig
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
 from .teachers import Asked, make_teacher

@@ -20,7 +20,7 @@ from ..errors import InputError
 from .parsing import SCHEMA
 
 if TYPE_CHECKING:
-    from ..recipe.label import TeacherConfig
+    from ..recipe.sections import TeacherConfig
 
 log = logging.getLogger("lorapar")
 

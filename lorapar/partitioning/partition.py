@@ -16,9 +16,8 @@ from torch import Tensor
 import lorapar_kernels as lk
 from lorapar_kernels.top_mass import top_count
 
-from ..errors import InputError
+from ..errors import InputError, require
 from ..files import load_tensors, save_tensors
-from ..recipe.sections import require
 from ..scoring.score import Masks, Scores, shuffled, trainable_mask
 
 TILE_A, TILE_B = (16, 64), (64, 16)  # rows × columns (design.md, Contract)

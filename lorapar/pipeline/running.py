@@ -39,8 +39,8 @@ from ..labeling.review import read_corrections
 from ..logs import calm_libraries, logging_to
 from ..memory.advice import check_memory, out_of_memory
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
-from ..recipe.reading import dump_yaml, parse_yaml
-from ..recipe.sections import Recipe, load_recipe, parse
+from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
+from ..recipe.sections import Recipe
 
 log = logging.getLogger("lorapar")
 # Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder

@@ -1,7 +1,9 @@
 """A recipe's YAML as plain values, and back: `extends`, numbers such as 1e-4, keys given twice."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,16 @@ import yaml
 
 from ..errors import InputError
 from ..files import read_text
+from .checks import check_values
+from .sections import GRPOStageConfig, Recipe, SFTStageConfig
+from .values import build, check_keys, convert
 
 # YAML 1.1 wants a dot and a signed exponent and reads 1e-4 as text; a recipe means the number.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+# Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
+RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed",
+                         "data_seed", "optim", "optim_args")  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,3 +90,62 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe file, apply `("section.key", "yaml text")` overrides, check everything.
+
+    Raises InputError, one line, for an unknown key (with the nearest right one), a wrong type or a value out of range.
+    """
+    values = read_recipe(Path(path))
+    for dotted, text in overrides:
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError:
+            raise InputError(f"--{dotted}: {text!r} is not a YAML value") from None
+        _set(values, dotted, value)
+    return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> Recipe:
+    """A checked Recipe from plain values (what the YAML holds)."""
+    # A section whose keys are all commented out reads as nothing, and means its defaults.
+    sections = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING} - {"stages"}
+    values = {key: {} if value is None and key in sections else value for key, value in values.items()}
+    for stage, config_class, ours in (("sft", "SFTConfig", SFTStageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
+        if isinstance(values.get(stage), Mapping):
+            values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
+    recipe = build(Recipe, values, at="")
+    check_values(recipe)
+    return recipe
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for at, section in enumerate(sections):
+        inner = values.get(section)
+        if at == 0 and section == "model" and isinstance(inner, str):
+            inner = {"name": inner}
+        inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise InputError(f"--{dotted}: {section!r} is not a section")
+        values[section] = dict(inner)
+        values = values[section]
+    values[key] = value
+
+
+def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str, ours: type) -> dict[str, Any]:
+    """Sort a stage's keys into ours and the trainer's, checking the trainer's against TRL's dataclass."""
+    import trl
+
+    fields = {f.name: f for f in dataclasses.fields(getattr(trl, config_class)) if f.init}
+    own = [f.name for f in dataclasses.fields(ours) if f.name != "trainer"]
+    check_keys(values, [*own, *fields], f"{stage}.")
+    for key in RESERVED_TRAINER_KEYS:
+        if key in values:
+            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
+                             "output_dir and seed are top-level keys")  # fmt: skip
+    hints = typing.get_type_hints(getattr(trl, config_class))
+    trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
+    defaults = {"systems": [1] if stage == "sft" else [2]}
+    return defaults | {key: values[key] for key in own if key in values} | {"trainer": trainer}

@@ -17,10 +17,9 @@ import lorapar_kernels as lk
 
 from ..adapter.attach import lora_parameters, masked_layers
 from ..adapter.layers import ADAPTER, MaskedLayer
-from ..errors import InputError
+from ..errors import InputError, require
 from ..files import load_tensors, save_tensors
 from ..progress import Progress
-from ..recipe.sections import require
 from .batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
 from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.recipe.sections import load_recipe
+from lorapar.recipe.reading import load_recipe
 
 pytest.importorskip("bitsandbytes")
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"

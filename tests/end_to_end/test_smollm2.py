@@ -16,7 +16,8 @@ import lorapar
 from lorapar.adapter.attach import ADAPTER, load_adapter
 from lorapar.data.rows import encode
 from lorapar.model.load import load_model, load_tokenizer
-from lorapar.recipe.sections import ModelConfig, load_recipe, parse
+from lorapar.recipe.reading import load_recipe, parse
+from lorapar.recipe.sections import ModelConfig
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SHORT = {

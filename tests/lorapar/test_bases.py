@@ -18,7 +18,8 @@ from lorapar.doctor import doctor
 from lorapar.memory.process import release_freed
 from lorapar.model.load import load_model
 from lorapar.model.quantised import quantisation, works_here
-from lorapar.recipe.sections import ModelConfig, parse
+from lorapar.recipe.reading import parse
+from lorapar.recipe.sections import ModelConfig
 from tests.lorapar.driver import recipe_values, refused, succeeds, write_recipe
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import ROWS, grpo_config, letters, sft_config

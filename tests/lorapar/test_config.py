@@ -8,8 +8,8 @@ import yaml
 from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
-from lorapar.recipe.reading import dump_yaml, parse_yaml
-from lorapar.recipe.sections import REFUSED_LORA_KEYS, parse
+from lorapar.recipe.checks import REFUSED_LORA_KEYS
+from lorapar.recipe.reading import dump_yaml, parse, parse_yaml
 
 from .driver import recipe_values, write_recipe
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import lorapar
-from lorapar.recipe.sections import parse
+from lorapar.recipe.reading import parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))

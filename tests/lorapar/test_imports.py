@@ -11,7 +11,7 @@ import pytest
 
 import lorapar
 from lorapar.pipeline import running as pipeline
-from lorapar.recipe.sections import parse
+from lorapar.recipe.reading import parse
 
 ROOT = Path(__file__).parents[2]
 

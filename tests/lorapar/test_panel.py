@@ -8,8 +8,8 @@ from lorapar.errors import InputError
 from lorapar.labeling import ask, make_panel
 from lorapar.labeling.panel import UNANSWERED
 from lorapar.labeling.stage import panel_of
-from lorapar.recipe.label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
-from lorapar.recipe.sections import parse
+from lorapar.recipe.reading import parse
+from lorapar.recipe.sections import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 
 from .teaching_server import requests_of, running, tally
 from .test_teachers import endpoints, rows_of, stubs

@@ -16,7 +16,7 @@ from lorapar.memory.needs import Lengths, describe, need
 from lorapar.memory.process import available_bytes, is_out_of_memory, resident_bytes
 from lorapar.memory.step import Step, step_bytes
 from lorapar.model.load import load_model
-from lorapar.recipe.sections import parse
+from lorapar.recipe.reading import parse
 
 from .driver import lorapar, recipe_values, refused, succeeds
 

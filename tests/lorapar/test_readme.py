@@ -75,8 +75,7 @@ def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
 def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
     from lorapar import stage as stages
     from lorapar.labeling.stage import panel_of
-    from lorapar.recipe.reading import parse_yaml
-    from lorapar.recipe.sections import parse
+    from lorapar.recipe.reading import parse, parse_yaml
 
     page = (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8")
     recipes = [parse(parse_yaml(block)) for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]

@@ -17,7 +17,7 @@ from lorapar.labeling.panel import UNANSWERED, UNASKED, remaining
 from lorapar.labeling.store import VoteStore
 from lorapar.labeling.teachers import CallFailed, Reply, retry_after
 from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
-from lorapar.recipe.label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
+from lorapar.recipe.sections import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 
 from .teaching_server import BROKEN, GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 

@@ -1,4 +1,7 @@
-"""The one kind of failure that is the user's to mend."""
+"""The errors that are the user's to fix, and what they say."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -16,6 +19,28 @@ def require(holds: bool, at: str, given: object, allowed: str) -> None:
     """InputError that names the key `at`, what was given and what is allowed, unless `holds`."""
     if not holds:
         raise InputError(f"{at}: got {given!r}, expected {allowed}")
+
+
+def nearest(given: object, allowed: Iterable[str], count: int = 1, least: float = 1.0) -> list[str]:
+    """The names in `allowed` that `given` may have been meant as, the most similar first.
+
+    Similarity is 0 to 2: letters in order, and letters in any order, because typing slips often swap them (tetha).
+    Names below `least` are left out, so the list can be empty.
+    """
+
+    def similarity(name: str) -> float:
+        ordered = difflib.SequenceMatcher(None, str(given), name).ratio()
+        return ordered + difflib.SequenceMatcher(None, sorted(str(given)), sorted(name)).ratio()
+
+    by_name = {name: similarity(name) for name in allowed}
+    return sorted((name for name in by_name if by_name[name] >= least), key=lambda name: -by_name[name])[:count]
+
+
+def suggestion(given: object, allowed: Iterable[str], count: int = 1) -> str:
+    """How an error about an unknown name ends: with the nearest names that are allowed, else with all of them."""
+    allowed = list(allowed)
+    near = nearest(given, allowed, count)
+    return f"nearest: {', '.join(near)}" if near else f"allowed: {', '.join(allowed)}"
 
 
 class OutOfMemory(RuntimeError):

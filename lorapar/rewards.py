@@ -9,7 +9,6 @@ once; LaTeX and algebra by math-verify. The paper's script compares by regular e
 answers in another form.
 """
 
-import difflib
 import functools
 import importlib
 import logging
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, suggestion
 
 Reward = Callable[..., list[float | None]]
 
@@ -375,9 +374,8 @@ def _resolve_reward(name: str) -> Reward:
         return REWARDS[name]
     module_name, colon, function_name = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"nearest: {near[0]}" if near else f"allowed: {', '.join(REWARDS)}"
-        raise InputError(f"grpo.rewards: unknown reward {name!r}; {hint} (or module:function)")
+        near = suggestion(name, REWARDS)
+        raise InputError(f"grpo.rewards: unknown reward {name!r}; {near} (or module:function)")
     # A console script does not search the folder it is run from, and that is where a user's module is. Last,
     # so that no file there stands in for a library.
     if os.getcwd() not in sys.path:

@@ -5,14 +5,13 @@ Each gives plain rows, {column: value}, as they stand there; `data.py` brings th
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, suggestion
 from ..files import read_json, read_text
 
 if TYPE_CHECKING:
@@ -90,9 +89,8 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
     rows = []
     for index, task in enumerate(tasks):
         if task not in DATASETS:
-            near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
-            hint = f"nearest: {', '.join(near)}" if near else f"one of: {', '.join(sorted(DATASETS))}"
-            raise InputError(f"data.sources: reasoning_gym has no task {task!r}; {hint}")
+            near = suggestion(task, sorted(DATASETS), count=3)
+            raise InputError(f"data.sources: reasoning_gym has no task {task!r}; {near}")
         options = source.config.get(task, {}) if set(source.config) <= set(tasks) else source.config
         allowed = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"seed", "size"}
         for key in options:

@@ -6,7 +6,6 @@ passes `hide`, because servers repeat keys in their errors.
 """
 
 import asyncio
-import difflib
 import email.utils
 import logging
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from ..errors import InputError
+from ..errors import InputError, nearest
 from .parsing import SCHEMA
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class EndpointTeacher:
         wanted = self.config.model
         mine = next((m for m, name in zip(listed, names) if name in (wanted, f"{wanted}:latest")), None)
         if names and mine is None and self.config.check_model:
-            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:5]
+            near = nearest(wanted, names, count=3) or names[:5]
             raise InputError(f"{self.at}.model: {self.config.base_url} lists no model {wanted!r}, but "
                              f"{', '.join(near)}; check_model: false asks it all the same")  # fmt: skip
         if mine is not None and self.context is None:

@@ -1,14 +1,13 @@
 """Voters that ask something other than the text: the target model, or a column of labels. And all of them by
 name."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.rows import prompt_ids
-from ..errors import InputError
+from ..errors import InputError, suggestion
 from ..model.load import answer_greedily
 from ..progress import Progress
 from ..rewards import is_correct
@@ -100,9 +99,7 @@ def make_voters(
 def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
     name = options.pop("name", None)
     if name not in VOTERS:
-        near = difflib.get_close_matches(str(name), VOTERS, n=1)
-        hint = f"nearest: {near[0]}" if near else f"allowed: {', '.join(VOTERS)}"
-        raise InputError(f"label.voters: unknown voter {name!r}; {hint}")
+        raise InputError(f"label.voters: unknown voter {name!r}; {suggestion(name, VOTERS)}")
     voter = VOTERS[name]
     allowed = [key for key in inspect.signature(voter).parameters if key not in ("model", "tokenizer")]
     for key in options:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe.checks import check_lora
+from ..recipe.sections import Start
 from .layers import ADAPTER, MaskedLayer, MaskedLinear
 
 if TYPE_CHECKING:
     from ..partitioning.partition import Partition
 
-Start = Literal["paper", "twin", "pissa", "olora", "peft"]
 TWIN_STARTS = ("twin", "pissa", "olora")
 START_STD = 0.01  # of the paper's re-drawn A and B (released script)
 

@@ -7,14 +7,12 @@ norms and the output head stay in `model.dtype`, which is also what products are
 """
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 
-Base = Literal["nf4", "int8", "bf16"]
-BASES: tuple[Base, ...] = ("nf4", "int8", "bf16")
 QUANTISED = ("nf4", "int8")
 
 

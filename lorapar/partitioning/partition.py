@@ -16,8 +16,10 @@ from torch import Tensor
 import lorapar_kernels as lk
 from lorapar_kernels.top_mass import top_count
 
-from ..errors import InputError, require
+from ..errors import InputError
 from ..files import load_tensors, save_tensors
+from ..recipe.checks import check_value
+from ..recipe.sections import Granularity, PartitionConfig, Selection
 from ..scoring.score import Masks, Scores, shuffled, trainable_mask
 
 TILE_A, TILE_B = (16, 64), (64, 16)  # rows × columns (design.md, Contract)
@@ -114,8 +116,8 @@ def partition(
     theta: float = 0.9,
     alpha: float = 1.0,
     beta: float = 1.0,
-    granularity: Literal["element", "tile", "rank"] = "element",
-    selection: Literal["scores", "random", "all"] = "scores",
+    granularity: Granularity = "element",
+    selection: Selection = "scores",
     seed: int = 0,
     rank: int | None = None,
 ) -> Partition:
@@ -136,11 +138,9 @@ def partition(
 
     Raises InputError for values out of range, mappings that differ, or scores that are all zero.
     """
-    require(0 < theta <= 1, "theta", theta, "a share in (0, 1]")
-    require(0 <= alpha <= 1, "alpha", alpha, "a share in [0, 1]")
-    require(0 <= beta <= 1, "beta", beta, "a share in [0, 1]")
-    require(granularity in ("element", "tile", "rank"), "granularity", granularity, "element, tile or rank")
-    require(selection in ("scores", "random", "all"), "selection", selection, "scores, random or all")
+    given = {"theta": theta, "alpha": alpha, "beta": beta, "granularity": granularity, "selection": selection}
+    for name, value in given.items():
+        check_value(PartitionConfig, name, value)
     _check_same(scores_1, scores_2)
     rank = rank if rank is not None else _metadata(scores_1).get("rank")
     names = sorted(scores_1)

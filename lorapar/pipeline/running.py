@@ -11,7 +11,6 @@ import datetime
 import errno
 import importlib.metadata
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,17 +39,9 @@ from ..logs import calm_libraries, logging_to
 from ..memory.advice import check_memory, out_of_memory
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
-from ..recipe.sections import Recipe
+from ..recipe.sections import Recipe, changes_result
 
 log = logging.getLogger("lorapar")
-# Keys that say how a result is come by and not what it is, so they may change between two commands: where the folder
-# stands (it can be moved), how fast and for how much teachers are asked, how much of a batch is held at once.
-ANOTHER_WAY = re.compile(
-    r"output_dir|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
-    r"|(sft|grpo)\.(longest_first|activation_offloading|gradient_checkpointing)"
-    r"|sft\.micro_batch_tokens|grpo\.(rollout_batch_size|logprob_tokens)"
-    r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
-)
 
 
 @dataclass(frozen=True)
@@ -241,7 +232,7 @@ def fingerprint(stage: Stage, recipe: Recipe, folder: Path) -> str:
     """
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
-        values[name] = {key: value for key, value in values[name].items() if not ANOTHER_WAY.fullmatch(f"{name}.{key}")}
+        values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     shown = [name for name in stage.shows if (folder / name).is_file()]
     inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *shown)}
@@ -315,7 +306,7 @@ def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] 
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             found = _first_difference(old.get(key), new.get(key), f"{at}.{key}" if at else key)
-            if found and not ANOTHER_WAY.fullmatch(found[0]):
+            if found and changes_result(found[0]):
                 return found
         return None
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

@@ -1,15 +1,14 @@
-"""What the types of a recipe's keys cannot say: ranges, and keys that do not go together."""
+"""What types cannot say of a recipe: the ranges that keys declare, and which keys do not go together."""
 
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import InputError, require
-from ..model.quantised import BASES
-from .sections import LabelConfig, Recipe, TeacherConfig
+from .sections import BASES, LabelConfig, Recipe, TeacherConfig
 from .values import check_keys, convert
 
 # LoRA options that change the product our layers compute; each is refused by name (design.md, Contract).
@@ -43,32 +42,10 @@ OUR_FIELDS = ("model", "messages", "stream", "n", "response_format", "tools", "t
 
 
 def check_values(recipe: Recipe) -> None:
-    p = recipe.partition
-    require(0 < p.theta <= 1, "partition.theta", p.theta, "a share in (0, 1]")
-    require(0 <= p.alpha <= 1, "partition.alpha", p.alpha, "a share in [0, 1]")
-    require(0 <= p.beta <= 1, "partition.beta", p.beta, "a share in [0, 1]")
-    stable = recipe.score.until_stable
-    require(stable is None or 0 < stable <= 1, "score.until_stable", stable, "a Jaccard index in (0, 1]")
-    for at, count in (
-        ("sft.micro_batch_tokens", None if recipe.sft.micro_batch_tokens == "auto" else recipe.sft.micro_batch_tokens),
-        ("score.batch_size", recipe.score.batch_size),
-        ("score.examples", recipe.score.examples),
-        ("score.max_length", recipe.score.max_length),
-        ("data.max_prompt_length", recipe.data.max_prompt_length),
-        ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens),
-        ("evaluate.batch_size", recipe.evaluate.batch_size),
-        ("evaluate.limit", recipe.evaluate.limit),
-        ("grpo.rollout_batch_size", recipe.grpo.rollout_batch_size),
-        ("grpo.logprob_tokens", recipe.grpo.logprob_tokens),
-    ):
-        require(count is None or count >= 1, at, count, "at least 1")
-    require(0 <= recipe.seed < 2**32, "seed", recipe.seed, "0 to 4294967295")
-    require(recipe.output_dir != "", "output_dir", recipe.output_dir, "a folder")
-    require(len(recipe.data.sources) > 0, "data.sources", recipe.data.sources, "at least one source")
+    """InputError for the first value that its declaration, or another key, does not allow."""
+    check_ranges(recipe)
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     check_label(recipe.label)
-    for at, systems in (("sft.systems", recipe.sft.systems), ("grpo.systems", recipe.grpo.systems)):
-        require(systems in ([1], [2], [1, 2]), at, systems, "[1], [2] or [1, 2]")
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
@@ -77,28 +54,67 @@ def check_values(recipe: Recipe) -> None:
             f"nothing, since start: {recipe.start} says how A and B begin (start: peft leaves it to PEFT)")  # fmt: skip
 
 
+def check_ranges(config: Any, at: str = "") -> None:
+    """InputError for the first key of a dataclass, or of those within it, whose value its declaration excludes."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        check_value(type(config), field.name, value, at)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{at}{field.name}.")
+        for i, item in enumerate(value if isinstance(value, list) else ()):
+            if dataclasses.is_dataclass(item):
+                check_ranges(item, f"{at}{field.name}[{i}].")
+
+
+def check_value(section: type, name: str, value: Any, at: str = "") -> None:
+    """InputError unless the declaration of key `name` in a section's dataclass allows the value.
+
+    Public functions check arguments of the same meaning with it: `check_value(PartitionConfig, "theta", theta)`.
+    """
+    about = section.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    hint = typing.get_type_hints(section)[name]
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else about.get("one_of")
+    if choices:
+        require(value in choices, f"{at}{name}", value, any_of(choices))
+    if about.get("not_empty"):
+        require(len(value) > 0, f"{at}{name}", value, about["not_empty"])
+    numbers = value if isinstance(value, Mapping) else {None: value}
+    for inner, number in numbers.items():
+        if isinstance(number, int | float):
+            place = f"{at}{name}" if inner is None else f"{at}{name}.{inner}"
+            require(_within(number, about), place, number, range_of(about))
+
+
+def _within(number: float, about: Mapping[str, Any]) -> bool:
+    low, above, high = about.get("at_least"), about.get("more_than"), about.get("at_most")
+    # NaN is within no bound.
+    return (low is None or number >= low) and (above is None or number > above) and (high is None or number <= high)
+
+
+def range_of(about: Mapping[str, Any]) -> str:
+    """The numbers that a key's declaration allows, in words; empty where it allows all."""
+    low, above, high = about.get("at_least"), about.get("more_than"), about.get("at_most")
+    if high is not None:
+        interval = f"({above}, {high}]" if low is None else f"[{low}, {high}]"
+        return f"{about['kind']} in {interval}" if about["kind"] else f"{low} to {high}"
+    if low is not None:
+        return f"at least {low}"
+    return "" if above is None else f"more than {above}"
+
+
+def any_of(choices: Sequence[Any]) -> str:
+    """ "element, tile or rank"."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def check_label(label: LabelConfig) -> None:
-    """InputError for the first value out of its range."""
-    require(label.stop_early is None or label.stop_early > 0, "label.stop_early", label.stop_early, "more than 0")
+    """InputError for the first value of the section `label` that is not allowed."""
+    check_ranges(label, "label.")
     require(label.column is None or not label.teachers, "label.column", label.column,
             "nothing beside label.teachers, or {name: column, column: ...} among label.voters")  # fmt: skip
-    require(label.reask >= 0, "label.reask", label.reask, "at least 0")
-    for at, count in (("set_aside", label.set_aside), ("enough", label.enough), ("budget.calls", label.budget.calls)):
-        require(count is None or count >= 1, f"label.{at}", count, "at least 1")
-    require(label.budget.cost is None or label.budget.cost > 0, "label.budget.cost", label.budget.cost, "more than 0")
-    for name, weight in label.weights.items():
-        require(weight > 0, f"label.weights.{name}", weight, "more than 0")
     for i, teacher in enumerate(label.teachers):
-        at = f"label.teachers[{i}]"
-        require(teacher.model != "", f"{at}.model", teacher.model, "the name of a model")
-        for key in ("in_flight", "attempts"):
-            require(getattr(teacher, key) >= 1, f"{at}.{key}", getattr(teacher, key), "at least 1")
-        for key in ("per_minute", "timeout", "backoff", "context"):
-            value = getattr(teacher, key)
-            require(value is None or value > 0, f"{at}.{key}", value, "more than 0")
-        price = teacher.price
-        require(price is None or min(price.input, price.output) >= 0, f"{at}.price", price, "at least 0")
-        _check_no_key(teacher, at)
+        _check_no_key(teacher, f"label.teachers[{i}]")
 
 
 def _check_no_key(teacher: TeacherConfig, at: str) -> None:

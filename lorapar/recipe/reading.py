@@ -1,4 +1,4 @@
-"""A recipe's YAML as plain values, and back: `extends`, numbers such as 1e-4, keys given twice."""
+"""A recipe from its YAML, and back: `extends`, overrides, numbers such as 1e-4, keys given twice."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ import yaml
 from ..errors import InputError
 from ..files import read_text
 from .checks import check_values
-from .sections import GRPOStageConfig, Recipe, SFTStageConfig
+from .sections import GRPOStageConfig, Recipe, SFTStageConfig, StageConfig
 from .values import build, check_keys, convert
 
 # YAML 1.1 wants a dot and a signed exponent and reads 1e-4 as text; a recipe means the number.
@@ -112,9 +112,9 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     # A section whose keys are all commented out reads as nothing, and means its defaults.
     sections = {f.name for f in dataclasses.fields(Recipe) if f.default_factory is not dataclasses.MISSING} - {"stages"}
     values = {key: {} if value is None and key in sections else value for key, value in values.items()}
-    for stage, config_class, ours in (("sft", "SFTConfig", SFTStageConfig), ("grpo", "GRPOConfig", GRPOStageConfig)):
+    for stage, section in (("sft", SFTStageConfig), ("grpo", GRPOStageConfig)):
         if isinstance(values.get(stage), Mapping):
-            values[stage] = _split_trainer_keys(stage, values[stage], config_class, ours)
+            values[stage] = _split_trainer_keys(stage, values[stage], section)
     recipe = build(Recipe, values, at="")
     check_values(recipe)
     return recipe
@@ -134,18 +134,18 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[key] = value
 
 
-def _split_trainer_keys(stage: str, values: Mapping[str, Any], config_class: str, ours: type) -> dict[str, Any]:
+def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[StageConfig]) -> dict[str, Any]:
     """Sort a stage's keys into ours and the trainer's, checking the trainer's against TRL's dataclass."""
     import trl
 
-    fields = {f.name: f for f in dataclasses.fields(getattr(trl, config_class)) if f.init}
-    own = [f.name for f in dataclasses.fields(ours) if f.name != "trainer"]
+    config_class = getattr(trl, section.config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+    own = [f.name for f in dataclasses.fields(section) if f.name != "trainer"]
     check_keys(values, [*own, *fields], f"{stage}.")
     for key in RESERVED_TRAINER_KEYS:
         if key in values:
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
                              "output_dir and seed are top-level keys")  # fmt: skip
-    hints = typing.get_type_hints(getattr(trl, config_class))
+    hints = typing.get_type_hints(config_class)
     trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
-    defaults = {"systems": [1] if stage == "sft" else [2]}
-    return defaults | {key: values[key] for key in own if key in values} | {"trainer": trainer}
+    return {key: values[key] for key in own if key in values} | {"trainer": trainer}

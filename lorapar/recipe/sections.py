@@ -1,126 +1,135 @@
-"""The recipe: one YAML file that says everything about a run.
+"""The recipe: one YAML file that describes a whole run.
 
-A recipe is read into the dataclasses below, each key checked by name and type before anything else happens. The
-sections `lora`, `sft` and `grpo` take the keys of `peft.LoraConfig`, `trl.SFTConfig` and `trl.GRPOConfig` verbatim,
-plus the few of ours: `lora.base` (bases.py), and what `StageConfig` and `GRPOStageConfig` list. `extends: other.yaml`
-starts from another recipe; a command-line `--section.key VALUE` wins over both.
+Each key is declared once below: its type, default, allowed range, one line of help, and whether it changes a result or
+only how the result is computed. The sections `lora`, `sft` and `grpo` also take the keys of `peft.LoraConfig`,
+`trl.SFTConfig` and `trl.GRPOConfig` verbatim. `extends: other.yaml` starts from another recipe; a command-line
+`--section.key VALUE` wins over both.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from .values import key, nested_class
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Base = Literal["nf4", "int8", "bf16"]
+BASES: tuple[Base, ...] = typing.get_args(Base)  # of lora.base
+Start = Literal["paper", "twin", "pissa", "olora", "peft"]
+Method = Literal["taylor", "first_order", "random"]
+Granularity = Literal["element", "tile", "rank"]
+Selection = Literal["scores", "random", "all"]
+SYSTEMS = ([1], [2], [1, 2])
+# TRL's keys that trade time for memory and leave the result as it is.
+SAME_RESULT = ("gradient_checkpointing", "activation_offloading")
 
 
 @dataclass
 class ModelConfig:
-    """`name`: a folder, a hub id, a `.gguf` file or the alias `smollm2-135m`."""
+    """The base model."""
 
-    name: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    device: str | None = None
-    attn_implementation: str | None = None
+    name: str = key(help="a folder, a hub id, a .gguf file or the alias smollm2-135m")
+    dtype: Dtype = key("auto", "of the weights; auto: the checkpoint's precision, or the best one of the device")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    trust_remote_code: bool = key(False, "run the model's own code from the hub")
+    device: str | None = key(None, "cpu, cuda or cuda:<number>; by default the GPU where there is one")
+    attn_implementation: str | None = key(None, "transformers' name of the attention implementation")
 
 
 @dataclass
 class SourceConfig:
-    """`name`: a .jsonl, .json, .csv or .parquet file, a hub id, or `reasoning_gym:<task>[,<task>...]`."""
+    """One source of rows."""
 
-    name: str
-    split: str = "train"
-    size: int | None = None
-    seed: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
-    held_out: int | float | bool | None = None
+    name: str = key(help="a .jsonl, .json, .csv or .parquet file, a hub id, or reasoning_gym:<task>[,<task>...]")
+    split: str = key("train", "which split of a hub dataset")
+    size: int | None = key(None, "take the first so many rows; by default all, or 1,000 of reasoning_gym")
+    seed: int = key(0, "of the rows that reasoning_gym generates")
+    config: dict[str, Any] = key(dict, "options of the reasoning_gym tasks")
+    held_out: int | float | bool | None = key(None, "as data.held_out, for this source")
 
 
 @dataclass
 class DataConfig:
-    sources: list[SourceConfig]
-    columns: dict[str, str] = field(default_factory=dict)
-    prompt: str = "{prompt}"
-    completion: str = "{completion}"
-    system_prompt: str | None = None
-    chat: bool | None = None
-    held_out: int | float = 0.1
-    max_prompt_length: int | None = None
-    seed: int = 0
+    """Where the rows come from, and how they become prompts and completions."""
+
+    sources: list[SourceConfig] = key(help="the datasets", not_empty="at least one source")
+    columns: dict[str, str] = key(dict, "our column: the dataset's name for it")
+    prompt: str = key("{prompt}", "template of the prompt, with columns in braces")
+    completion: str = key("{completion}", "template of the completion")
+    system_prompt: str | None = key(None, "put before every prompt")
+    chat: bool | None = key(None, "use the chat template; by default where the tokenizer has one")
+    held_out: int | float = key(0.1, "rows kept for evaluation: a number, or a share below 1")
+    max_prompt_length: int | None = key(None, "rows with a longer prompt are left out, in tokens", at_least=1)
+    seed: int = key(0, "of the split into training and held-out rows")
 
 
 @dataclass
 class PriceConfig:
-    """Money per million tokens, in the currency that `label.budget.cost` is in."""
+    """Money per million tokens, in the currency of `label.budget.cost`."""
 
-    input: float
-    output: float
+    input: float = key(help="of the prompt", at_least=0)
+    output: float = key(help="of the reply", at_least=0)
 
 
 @dataclass
 class TeacherConfig:
-    """A teacher LLM behind `base_url`, an OpenAI-compatible endpoint; without one, a local transformers model.
+    """A teacher LLM: behind `base_url`, else a local transformers model."""
 
-    `api_key_env`: the name of the environment variable that holds the key. `parameters` go into the request as they
-    are. `in_flight` calls at a time (a local model's batch), at most `per_minute`; a call has `timeout` seconds and a
-    vote `attempts` calls, `backoff` seconds apart at first, then twice that, and so on. `context`: in tokens.
-    `structured`: ask with a JSON schema, without, or as the endpoint takes it. `check_model`: refuse a model that the
-    endpoint does not list. `reserve`: asked only to break a tie.
-    """
-
-    model: str
-    name: str | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    price: PriceConfig | None = None
-    in_flight: int = 8
-    per_minute: float | None = None
-    timeout: float = 60.0
-    attempts: int = 8
-    backoff: float = 0.5
-    context: int | None = None
-    structured: Literal["auto", "schema", "none"] = "auto"
-    check_model: bool = True
-    reserve: bool = False
+    model: str = key(help="the model's name", not_empty="the name of a model")
+    name: str | None = key(None, "what the votes are called; by default the model's name")
+    base_url: str | None = key(None, "an OpenAI-compatible endpoint; without one the model runs here")
+    api_key_env: str | None = key(None, "the environment variable that holds the API key", changes_result=False)
+    parameters: dict[str, Any] = key(dict, "sent with each request as they are, such as temperature")
+    price: PriceConfig | None = key(None, "what tokens cost", changes_result=False)
+    in_flight: int = key(8, "calls at a time; of a local model, its batch", at_least=1, changes_result=False)
+    per_minute: float | None = key(None, "calls a minute at most", more_than=0, changes_result=False)
+    timeout: float = key(60.0, "seconds that a call may take", more_than=0, changes_result=False)
+    attempts: int = key(8, "calls that a vote may take", at_least=1, changes_result=False)
+    backoff: float = key(0.5, "seconds between two attempts at first; doubled each time", more_than=0,
+                         changes_result=False)  # fmt: skip
+    context: int | None = key(None, "tokens that the model can read; by default as the endpoint says", more_than=0)
+    structured: Literal["auto", "schema", "none"] = key(
+        "auto", "ask with a JSON schema, without one, or as the endpoint allows"
+    )
+    check_model: bool = key(True, "refuse a model that the endpoint does not list", changes_result=False)
+    reserve: bool = key(False, "asked only to break a tie")
 
 
 @dataclass
 class BudgetConfig:
-    """The most calls and the most money that a store of votes may ever have cost; labelling stops there cleanly."""
+    """What a store of votes may cost in all; labelling stops cleanly there."""
 
-    calls: int | None = None
-    cost: float | None = None
+    calls: int | None = key(None, "calls at most", at_least=1)
+    cost: float | None = key(None, "money at most", more_than=0)
 
 
 @dataclass
 class LabelConfig:
-    """`column`: labels that exist already; otherwise `voters` and `teachers` vote and `ties` go by the rule named.
+    """Which rows are System 1 and which System 2: existing labels, or a vote of rules and teachers."""
 
-    `voters` are rules that need no network (["operations"] where there is neither voter nor teacher). Teachers play the
-    `target` model (the recipe's, unless named here) with its `habits`, or judge the question as such (`role_play:
-    false`), in the words of `template`, a file. `weights`: of voters by name, else 1. `stop_early`: ask no further once
-    votes of this weight agree. `enough`: how many voters must be left when teachers fail (more than half). `reask`: how
-    often a teacher is asked again for a reply that is no vote. `set_aside`: after so many failed calls in a row.
-    `store`: the database of votes (votes.sqlite in the output folder). `corrections`: a CSV that a person has filled in
-    (review.csv in the output folder, where it is there).
-    """
-
-    column: str | None = None
-    voters: list[str | dict[str, Any]] | None = None
-    ties: Literal["system1", "system2", "drop", "ask"] = "system2"
-    teachers: list[TeacherConfig] = field(default_factory=list)
-    role_play: bool = True
-    target: str | None = None
-    habits: str | None = None
-    template: str | None = None
-    weights: dict[str, float] = field(default_factory=dict)
-    stop_early: float | None = None
-    enough: int | None = None
-    reask: int = 2
-    set_aside: int = 12
-    store: str | None = None
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    corrections: str | None = None
+    column: str | None = key(None, "the column that holds labels already; nobody votes then")
+    voters: list[str | dict[str, Any]] | None = key(
+        None, "rules that need no network; by default [operations] where there is no teacher"
+    )
+    ties: Literal["system1", "system2", "drop", "ask"] = key("system2", "what a tie becomes; ask: ask the reserve")
+    teachers: list[TeacherConfig] = key(list, "LLMs that vote")
+    role_play: bool = key(True, "teachers play the target model; false: they judge the question as such")
+    target: str | None = key(None, "the model that teachers play; by default model.name")
+    habits: str | None = key(None, "what teachers are told of the target's habits")
+    template: str | None = key(None, "a file with the words that teachers are asked in")
+    weights: dict[str, float] = key(dict, "the weight of a voter's vote, by name; otherwise 1", more_than=0)
+    stop_early: float | None = key(None, "ask nobody else once votes of this weight agree", more_than=0)
+    enough: int | None = key(None, "voters that must remain when teachers fail; by default more than half",
+                             at_least=1, changes_result=False)  # fmt: skip
+    reask: int = key(2, "times that a teacher is asked again when a reply is no vote", at_least=0)
+    set_aside: int = key(12, "failed calls in a row after which a teacher is asked no more", at_least=1,
+                         changes_result=False)  # fmt: skip
+    store: str | None = key(None, "the database of votes; by default votes.sqlite in the output folder",
+                            changes_result=False)  # fmt: skip
+    budget: BudgetConfig = key(BudgetConfig, "what asking may cost", changes_result=False)
+    corrections: str | None = key(None, "a CSV that a person has filled in; by default review.csv in the output folder")
 
     def __post_init__(self) -> None:
         if self.voters is None:
@@ -129,100 +138,123 @@ class LabelConfig:
 
 @dataclass
 class ScoreConfig:
-    """`examples` a system at most (None: all); `method`: the paper's I(φ), |Σgφ| alone, or shuffled as a control.
+    """How important each LoRA element is to each system."""
 
-    `until_stable`: a Jaccard index; a system's scoring stops once its kept set at `partition.theta` has at least that
-    index with the kept set at half as many examples.
-    """
-
-    examples: int | None = 100
-    batch_size: int = 8
-    method: Literal["taylor", "first_order", "random"] = "taylor"
-    max_length: int = 512
-    until_stable: float | None = None
+    examples: int | None = key(100, "rows of each system at most; null: all", at_least=1)
+    batch_size: int = key(8, "rows at a time", at_least=1, changes_result=False)
+    method: Method = key("taylor", "the paper's I(φ); first_order: |Σgφ|; random: shuffled scores, as a control")
+    max_length: int = key(512, "longer rows are refused, in tokens", at_least=1)
+    until_stable: float | None = key(
+        None,
+        "stop once doubling the rows hardly changes the selected elements: their Jaccard index is at least this",
+        more_than=0, at_most=1, kind="a Jaccard index",
+    )  # fmt: skip
 
 
 @dataclass
 class PartitionConfig:
-    """`selection`: by scores, a random choice of the same share, or everything (plain LoRA)."""
+    """Which elements each stage trains."""
 
-    theta: float = 0.9
-    alpha: float = 1.0
-    beta: float = 1.0
-    granularity: Literal["element", "tile", "rank"] = "element"
-    selection: Literal["scores", "random", "all"] = "scores"
+    theta: float = key(0.9, "share of a system's total score that its selected elements hold", more_than=0, at_most=1,
+                       kind="a share")  # fmt: skip
+    alpha: float = key(1.0, "share of the shared elements that sft trains", at_least=0, at_most=1, kind="a share")
+    beta: float = key(1.0, "share of the shared elements that grpo trains", at_least=0, at_most=1, kind="a share")
+    granularity: Granularity = key("element", "select single elements, whole tiles, or whole ranks")
+    selection: Selection = key("scores", "by scores; random: as many at random; all: everything (plain LoRA)")
 
 
 @dataclass
 class StageConfig:
-    """Our keys in `sft` and `grpo`, beside the trainer's own.
+    """Our keys in `sft` and `grpo`; the trainer's own are in `trainer`."""
 
-    `systems`: whose rows the stage sees. `longest_first`: go through the longest rows once before the first step, so
-    that what cannot fit fails at once (rehearsal.py).
-    """
+    config_class: ClassVar[str]  # TRL's
 
     systems: list[int]
-    longest_first: bool = True
-    trainer: dict[str, Any] = field(default_factory=dict)
+    longest_first: bool = key(True, "try the largest batch first, so that running out of memory shows immediately",
+                              changes_result=False)  # fmt: skip
+    trainer: dict[str, Any] = key(dict)
+
+    def setting(self, name: str) -> Any:
+        """The trainer's setting: the recipe's, else TRL's default."""
+        return self.trainer[name] if name in self.trainer else self.trainer_default(name)
+
+    @classmethod
+    def trainer_default(cls, name: str) -> Any:
+        # Imported only here: a machine without TRL can plan a recipe that gives every setting that is asked for.
+        import trl
+
+        return getattr(trl, cls.config_class).__dataclass_fields__[name].default
 
 
 @dataclass
 class SFTStageConfig(StageConfig):
-    """`micro_batch_tokens`: a batch goes through the model in parts of at most so many tokens, for the same losses and
-    gradients in less memory. "auto": 512 on a CPU, but the whole batch on a GPU and where a model's loss is no sum over
-    tokens (refused with a number); null: the whole batch."""
+    """Stage 1, supervised."""
 
-    micro_batch_tokens: int | Literal["auto"] | None = "auto"
+    config_class: ClassVar[str] = "SFTConfig"
+
+    systems: list[int] = key(lambda: [1], "whose rows the stage trains on", one_of=SYSTEMS)
+    micro_batch_tokens: int | Literal["auto"] | None = key(
+        "auto",
+        "a batch goes through the model in parts of at most so many tokens, with the same losses; auto: 512 on a CPU, "
+        "the whole batch on a GPU and where a model's loss is no sum over tokens; null: the whole batch",
+        at_least=1, changes_result=False,
+    )  # fmt: skip
 
 
 @dataclass
 class GRPOStageConfig(StageConfig):
-    """`rewards`: names out of `lorapar.rewards`, or `module:function`.
+    """Stage 2, by reinforcement."""
 
-    `rollout_batch_size`: completions generated at once (None: all of a generation batch). `logprob_tokens`: tokens
-    whose log-probabilities are taken at once (None: 256 on a CPU, TRL's 4,096 on a GPU). `activation_offloading`: what
-    the backward needs waits in the host's memory, as `sft.activation_offloading`, which is TRL's own key.
-    """
+    config_class: ClassVar[str] = "GRPOConfig"
 
-    rewards: list[str] = field(default_factory=lambda: ["accuracy"])
-    rollout_batch_size: int | None = None
-    logprob_tokens: int | None = None
-    activation_offloading: bool = False
+    systems: list[int] = key(lambda: [2], "whose rows the stage trains on", one_of=SYSTEMS)
+    rewards: list[str] = key(lambda: ["accuracy"], "names of lorapar.rewards, or module:function")
+    rollout_batch_size: int | None = key(
+        None, "completions generated at a time; null: all of a generation batch", at_least=1, changes_result=False
+    )
+    logprob_tokens: int | None = key(
+        None, "tokens whose log-probabilities are computed at a time; null: 256 on a CPU, TRL's 4,096 on a GPU",
+        at_least=1, changes_result=False,
+    )  # fmt: skip
+    activation_offloading: bool = key(
+        False, "what the backward needs waits in the host's memory, as with TRL's sft.activation_offloading",
+        changes_result=False,
+    )  # fmt: skip
 
 
 @dataclass
 class EvaluateConfig:
-    """Greedy answers on held-out rows; `limit` rows a system (None: all)."""
+    """Greedy answers to the held-out rows."""
 
-    max_new_tokens: int = 256
-    batch_size: int = 64
-    limit: int | None = None
+    max_new_tokens: int = key(256, "an answer's length at most", at_least=1)
+    batch_size: int = key(64, "answers at a time", at_least=1, changes_result=False)
+    limit: int | None = key(None, "rows of each system at most; null: all", at_least=1)
 
 
 @dataclass
 class ExportConfig:
-    """`merged`: also write the model with the adapter merged in (`dtype`: of the merged weights)."""
+    """The finished adapter, and the merged model."""
 
-    merged: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    merged: bool = key(False, "also write the model with the adapter merged in")
+    dtype: Dtype = key("auto", "of the merged weights")
 
 
 @dataclass
 class Recipe:
-    model: ModelConfig
-    data: DataConfig
-    output_dir: str = "runs/lorapar"
-    seed: int = 0
-    start: Literal["paper", "twin", "pissa", "olora", "peft"] = "twin"
-    stages: list[Literal["sft", "grpo"]] = field(default_factory=lambda: ["sft", "grpo"])
-    lora: dict[str, Any] = field(default_factory=dict)
-    label: LabelConfig = field(default_factory=LabelConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    sft: SFTStageConfig = field(default_factory=lambda: SFTStageConfig(systems=[1]))
-    grpo: GRPOStageConfig = field(default_factory=lambda: GRPOStageConfig(systems=[2]))
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    model: ModelConfig = key(help="the base model")
+    data: DataConfig = key(help="the rows")
+    output_dir: str = key("runs/lorapar", "where the artefacts go", not_empty="a folder", changes_result=False)
+    seed: int = key(0, "of every random choice outside `data`", at_least=0, at_most=2**32 - 1)
+    start: Start = key("twin", "how A and B begin; peft: as lora.init_lora_weights says")
+    stages: list[Literal["sft", "grpo"]] = key(lambda: ["sft", "grpo"], "the training stages, in order")
+    lora: dict[str, Any] = key(dict, "keys of peft.LoraConfig, and base: nf4, int8 or bf16")
+    label: LabelConfig = key(LabelConfig, "who labels the rows")
+    score: ScoreConfig = key(ScoreConfig, "how elements are scored")
+    partition: PartitionConfig = key(PartitionConfig, "how elements are selected")
+    sft: SFTStageConfig = key(SFTStageConfig, "stage 1, and keys of trl.SFTConfig")
+    grpo: GRPOStageConfig = key(GRPOStageConfig, "stage 2, and keys of trl.GRPOConfig")
+    evaluate: EvaluateConfig = key(EvaluateConfig, "answers to the held-out rows")
+    export: ExportConfig = key(ExportConfig, "what is written at the end")
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values; `parse` of it gives the same recipe."""
@@ -230,3 +262,20 @@ class Recipe:
         for stage in ("sft", "grpo"):
             values[stage].update(values[stage].pop("trainer"))
         return values
+
+
+def changes_result(dotted: str) -> bool:
+    """Whether a key such as label.teachers[0].price changes what a run makes, and not only how it is computed."""
+    section: Any = Recipe
+    for name in re.sub(r"\[\d+\]", "", dotted).split("."):
+        if issubclass(section, StageConfig) and name in SAME_RESULT:
+            return False
+        declared = section.__dataclass_fields__.get(name)
+        if declared is None:
+            return True
+        if not declared.metadata.get("changes_result", True):
+            return False
+        section = nested_class(typing.get_type_hints(section)[name])
+        if section is None:
+            return True
+    return True

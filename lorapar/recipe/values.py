@@ -1,14 +1,48 @@
-"""Plain values, as a YAML file holds them, into dataclasses: each key checked by its name and its annotated type."""
+"""How a recipe's keys are declared, and how plain values, as YAML holds them, become dataclasses of such keys."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, nearest
+
+
+def key(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    kind: str = "",
+    not_empty: str = "",
+    one_of: tuple[Any, ...] = (),
+    changes_result: bool = True,
+) -> Any:
+    """A dataclass field that says all there is to know of a recipe's key.
+
+    Args:
+        default: a value, or a function that makes it; none: the recipe must give it. help: one line for a person.
+        at_least, more_than, at_most: bounds of a number, or of each number in a mapping. kind: what a number between
+            two bounds is, for errors: "a share" in (0, 1].
+        not_empty: what a text or list must hold, for errors. one_of: the values allowed.
+        changes_result: False: the key changes only how a result is computed, so it may change between two commands.
+    """
+    about = {"help": help, "at_least": at_least, "more_than": more_than, "at_most": at_most, "kind": kind,
+             "not_empty": not_empty, "one_of": one_of, "changes_result": changes_result}  # fmt: skip
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def nested_class(hint: Any) -> type | None:
+    """The dataclass in a type such as `list[TeacherConfig]` or `PriceConfig | None`; None where there is none."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint)
+    return next((found for inner in typing.get_args(hint) if (found := nested_class(inner))), None)
 
 
 def build(cls: type, values: Any, at: str) -> Any:
@@ -92,17 +126,9 @@ def _type_name(hint: Any) -> str:
 def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
     """Refuse the first key of `given` that is not in `allowed`, naming the nearest one that is."""
     allowed = sorted(allowed)
-    for key in given:
-        if key not in allowed:
-            near = max(allowed, key=lambda name: _likeness(str(key), name))
-            # Of a few keys that are all unlike it the reader would rather see them all.
-            hint = f"did you mean {near!r}?"
-            if len(allowed) < 20 and _likeness(str(key), near) < 1.0:
-                hint = f"allowed: {', '.join(allowed)}"
-            raise InputError(f"{at}{key}: unknown key; {hint}")
-
-
-def _likeness(one: str, other: str) -> float:
-    """0 to 2, letters in order and letters in any order: what is mistyped often has them swapped (tetha)."""
-    ordered = difflib.SequenceMatcher(None, one, other).ratio()
-    return ordered + difflib.SequenceMatcher(None, sorted(one), sorted(other)).ratio()
+    for name in given:
+        if name not in allowed:
+            # The reader would rather see all of a few keys than one that is quite unlike his own.
+            near = nearest(name, allowed, least=1.0 if len(allowed) < 20 else 0.0)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+            raise InputError(f"{at}{name}: unknown key; {hint}")

@@ -20,6 +20,8 @@ from ..adapter.layers import ADAPTER, MaskedLayer
 from ..errors import InputError, require
 from ..files import load_tensors, save_tensors
 from ..progress import Progress
+from ..recipe.checks import check_value
+from ..recipe.sections import ScoreConfig
 from .batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
 from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
 
@@ -70,9 +72,8 @@ def score(
     InputError for a row without answer tokens, no rows, a gradient that is NaN or Inf (naming row and layer), or
     scores that are all zero.
     """
-    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    require(method in ("taylor", "first_order", "random"), "method", method, "taylor, first_order or random")
-    require(until_stable is None or 0 < until_stable <= 1, "until_stable", until_stable, "a Jaccard index in (0, 1]")
+    for name, value in {"batch_size": batch_size, "method": method, "until_stable": until_stable}.items():
+        check_value(ScoreConfig, name, value)
     examples = read_examples(dataset, tokenizer, max_length)
     require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
     with scoring(model) as layers, short_attention(model, max(len(example.ids) for example in examples)):

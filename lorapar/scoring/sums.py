@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ import lorapar_kernels as lk
 from ..adapter.layers import ADAPTER, MaskedLayer
 from ..errors import InputError
 from ..files import load_tensors, save_tensors, sha256_json, sha256_tensors
+from ..recipe.sections import Method
 from .batches import Example
 
 log = logging.getLogger("lorapar")
 foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
-Method = Literal["taylor", "first_order", "random"]
 FIRST_LOOK = 16  # examples; the paper took 100
 SAVE_SECONDS = 10.0  # between two saves at least,
 SAVE_SHARE = 0.02  # and so much of the time at most

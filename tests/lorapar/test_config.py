@@ -1,6 +1,9 @@
 """A recipe is checked by key and type before anything happens."""
 
 import dataclasses
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,10 @@ import yaml
 from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
-from lorapar.recipe.checks import REFUSED_LORA_KEYS
+from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_value
 from lorapar.recipe.reading import dump_yaml, parse, parse_yaml
+from lorapar.recipe.sections import PartitionConfig, Recipe, changes_result
+from lorapar.recipe.values import nested_class
 
 from .driver import recipe_values, write_recipe
 
@@ -242,3 +247,80 @@ def test_anchors_and_merge_keys_are_yamls_own(tmp_path: Path):
     path.write_text("model: m\ndata: {sources: [x]}\nsft: &t {max_steps: 5, weight_decay: 0.1}\n"
                     "grpo:\n  <<: *t\n  max_steps: 6\n")  # fmt: skip
     assert load_recipe(path).grpo.trainer == {"max_steps": 6, "weight_decay": 0.1}
+
+
+# What is declared
+
+# Keys that change how a result is computed, but not the result, before each key declared it of itself. A folder made
+# then must resume now.
+ONLY_HOW = re.compile(
+    r"output_dir|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
+    r"|(sft|grpo)\.(longest_first|activation_offloading|gradient_checkpointing)"
+    r"|sft\.micro_batch_tokens|grpo\.(rollout_batch_size|logprob_tokens)"
+    r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
+)
+
+
+def declared(section: type, at: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every key of a section and of those within it, those of a list under its third item."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        yield f"{at}{field.name}", field
+        inner = nested_class(hints[field.name])
+        if inner is not None:
+            yield from declared(inner, f"{at}{field.name}{'[2]' if 'list' in str(hints[field.name]) else ''}.")
+
+
+def test_which_keys_leave_the_result_as_it_is():
+    import trl
+
+    keys = [key for key, _ in declared(Recipe)]
+    assert {"label.teachers[2].price.input", "data.sources[2].seed", "grpo.rewards"} <= set(keys)
+    for stage, config in (("sft", trl.SFTConfig), ("grpo", trl.GRPOConfig)):
+        keys += [f"{stage}.{field.name}" for field in dataclasses.fields(config)]
+    keys += [
+        "lora.r",
+        "lora.base",
+        "label.weights.a",
+        "label.teachers[10].parameters.seed",
+        "data.columns.prompt",
+        "new",
+    ]
+    assert {key for key in keys if not changes_result(key)} == {key for key in keys if ONLY_HOW.fullmatch(key)}
+
+
+def test_every_key_says_what_it_is_for():
+    for key, field in declared(Recipe):
+        about = field.metadata
+        assert key.endswith(".trainer") or about["help"], key
+        assert "\n" not in about["help"]
+
+
+TEACHER = {"model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ({"weights": {"a": 1.0, "b": 0.0}}, "label.weights.b: got 0.0, expected more than 0"),
+        ({"teachers": [TEACHER, {"model": ""}]}, "label.teachers[1].model: got '', expected the name of a model"),
+        ({"teachers": [TEACHER | {"price": {"input": 1, "output": -1}}]}, "label.teachers[0].price.output: got -1.0"),
+        ({"reask": -1}, "label.reask: got -1, expected at least 0"),
+    ],
+)
+def test_ranges_hold_in_mappings_and_lists(label, says):
+    assert fault(label=label).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("theta", 0.0, "theta: got 0.0, expected a share in (0, 1]"),
+        ("alpha", 1.5, "alpha: got 1.5, expected a share in [0, 1]"),
+        ("selection", "best", "selection: got 'best', expected scores, random or all"),
+    ],
+)
+def test_an_argument_of_a_public_function_has_its_keys_range(name, value, says):
+    with pytest.raises(InputError) as caught:
+        check_value(PartitionConfig, name, value)
+    assert str(caught.value) == says

@@ -148,9 +148,11 @@ def recipe_of(case: Case, name: str) -> Recipe:
         "start": "paper", "partition": {"selection": "all" if case.active == 1.0 else "scores"},
         "lora": lora | ({"base": case.base} if case.base else {}),
     })  # fmt: skip
-    # A section `sft` would be held against TRL's own keys, which needs TRL.
+    # To check a section `sft` against TRL's keys needs TRL, and so does a default of TRL's: every setting that the plan
+    # asks for is here.
     recipe.sft.micro_batch_tokens = case.micro_batch_tokens
     recipe.sft.trainer = {
-        "per_device_train_batch_size": case.batch, "activation_offloading": case.offloading, **case.trainer
+        "per_device_train_batch_size": case.batch, "max_length": case.length, "packing": False, "padding_free": False,
+        "gradient_checkpointing": False, "activation_offloading": case.offloading, **case.trainer,
     }  # fmt: skip
     return recipe

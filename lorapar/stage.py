@@ -28,7 +28,7 @@ from .files import atomic_folder, read_json, write_json, write_jsonl
 from .labeling import Column, make_voters, votes_of
 from .labeling import stage as teaching
 from .labeling.voting import check_corrections, kept_and_dropped
-from .memory.switches import check_switches, default_checkpointing
+from .memory.switches import check_switches, checkpointing
 from .model.load import choose_device, load_model, load_tokenizer
 from .model.quantised import QUANTISED, quantisation
 from .partitioning.partition import Partition, partition
@@ -345,7 +345,7 @@ def _trainer_config(recipe: Recipe, stage: str, folder: Path) -> Any:
         "data_seed": recipe.seed,
         # A bar for a person, a line a logging step for a file.
         "disable_tqdm": not sys.stderr.isatty(),
-        "gradient_checkpointing": default_checkpointing(choose_device(recipe.model.device).type),
+        "gradient_checkpointing": checkpointing(getattr(recipe, stage), choose_device(recipe.model.device).type),
     }
     try:
         config = config_class(**(ours | getattr(recipe, stage).trainer))

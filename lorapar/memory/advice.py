@@ -3,15 +3,27 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adapter.options import lora_config
 from ..errors import InputError
-from ..files import read_jsonl
+from ..model.load import choose_device
 from ..recipe.sections import Recipe
-from .needs import COLUMNS, DEFAULT_LENGTH, Lengths, Model, Need, describe, lengths_of, limits, need, needs
+from .needs import (
+    COLUMNS,
+    Lengths,
+    Model,
+    Need,
+    completion_tokens,
+    describe,
+    lengths_of,
+    limits,
+    max_length,
+    need,
+    needs,
+    sft_step,
+)
 from .process import available_bytes, resident_bytes
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,11 +45,11 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     if model.elements == 0:
         given = lora_config(recipe).target_modules
         raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
-    room = room or available_bytes(model.device)
+    room = room or available(recipe)
     rows = needs(recipe, lengths)
-    held = recipe.lora.get("base") or str(model.dtype).removeprefix("torch.")
+    form = recipe.lora.get("base") or str(model.dtype).removeprefix("torch.")
     lines = [
-        f"{recipe.model.name}, {held}, on {model.device}; {model.elements:,} LoRA elements; longest row "
+        f"{recipe.model.name}, {form}, on {model.device}; {model.elements:,} LoRA elements; longest row "
         f"{lengths.whole} tokens, longest prompt {lengths.prompt} ({lengths.of})",
         "",
         "GB at the peak of each stage",
@@ -50,7 +62,8 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     lines += [line for row in rows if row.total > room for line in advice(recipe, lengths, row, room)]
     if "sft" in recipe.stages:
         batch, context = limits(recipe, lengths, room)
-        lines.append(f"sft: up to {batch:,} rows of {lengths.whole} tokens at once, or one row of {context:,} tokens")
+        tokens = sft_step(recipe, lengths, model.device).tokens
+        lines.append(f"sft: up to {batch:,} rows of {tokens} tokens at once, or one row of {context:,} tokens")
     fits = all(row.total <= room for row in rows)
     return "\n".join([*lines, "fits" if fits else "does not fit"]), fits
 
@@ -67,7 +80,6 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
             value //= 2
             yield value, functools.partial(_set, section=section, key=key, value=value)
 
-    trainer = getattr(recipe, stage).trainer if stage in ("sft", "grpo") else {}
     if stage in ("score", "evaluate"):
         for value, change in halved(stage, "batch_size", getattr(recipe, stage).batch_size):
             yield f"{stage}.batch_size: {value} (same result)", change
@@ -77,7 +89,8 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
             lambda r: setattr(r.sft, "micro_batch_tokens", 1),
         )
     if stage == "grpo":
-        rows, before = trainer.get("per_device_train_batch_size", 8), trainer.get("gradient_accumulation_steps", 1)
+        rows = recipe.grpo.setting("per_device_train_batch_size")
+        before = recipe.grpo.setting("gradient_accumulation_steps")
         for value, _ in halved(stage, "per_device_train_batch_size", rows):
             more = before * rows // value
             text = f"grpo.per_device_train_batch_size: {value} with gradient_accumulation_steps: {more} (same result)"
@@ -90,10 +103,12 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
                functools.partial(_set, section=stage, key="activation_offloading", value=True))  # fmt: skip
     for base in ("int8", "nf4"):
         yield f"lora.base: {base} (less precision)", functools.partial(_set, section="lora", key="base", value=base)
-    key = {"sft": "max_length", "grpo": "max_completion_length"}.get(stage)
-    if key is not None:
-        for value, change in halved(stage, key, trainer.get(key) or (DEFAULT_LENGTH if stage == "sft" else 256)):
-            yield f"{stage}.{key}: {value} (longer rows are left out)", change
+    if stage == "sft":
+        for value, change in halved(stage, "max_length", max_length(recipe)):
+            yield f"sft.max_length: {value} (longer rows are left out)", change
+    if stage == "grpo":
+        for value, change in halved(stage, "max_completion_length", completion_tokens(recipe)):
+            yield f"grpo.max_completion_length: {value} (longer completions are cut)", change
 
 
 def _set(recipe: Recipe, section: str, key: str, value: Any) -> None:
@@ -114,7 +129,7 @@ def _set_both(recipe: Recipe, stage: str, rows: int, accumulated: int) -> None:
 def remedies(recipe: Recipe, lengths: Lengths, stage: str, room: int, count: int = 3) -> list[str]:
     """The cheapest changes, at most `count`, each of which makes the stage fit; where none does, several together."""
     found: list[str] = []
-    together, kept, smallest = copy.deepcopy(recipe), {}, need(recipe, lengths, stage).total
+    together, helpful, smallest = copy.deepcopy(recipe), {}, need(recipe, lengths, stage).total
     for text, change in changes(recipe, stage):
         key = text.split(":")[0]
         changed = copy.deepcopy(recipe)
@@ -126,9 +141,9 @@ def remedies(recipe: Recipe, lengths: Lengths, stage: str, room: int, count: int
         change(together)
         total = need(together, lengths, stage).total
         if total < smallest:
-            smallest, kept[key] = total, text
+            smallest, helpful[key] = total, text
         if not found and total <= room:
-            return [" and ".join(kept.values())]
+            return [" and ".join(helpful.values())]
     return found
 
 
@@ -139,38 +154,43 @@ def advice(recipe: Recipe, lengths: Lengths, row: Need, room: int) -> list[str]:
     return [first] + [f"  {number}. {line}" for number, line in enumerate(changed, 1)]
 
 
-def check_memory(stage: str, recipe: Recipe, folder: Path) -> None:
+def available(recipe: Recipe) -> int:
+    """Bytes that a run of the recipe can have where its model goes."""
+    return available_bytes(choose_device(recipe.model.device))
+
+
+def check_memory(stage: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a stage that needs more memory than there is, before its weights are loaded.
 
-    Raises InputError with the cheapest remedies. A recipe far from the limit is not simulated.
+    `rows`: the labelled ones, with prompt and completion. Raises InputError with the cheapest remedies. A recipe far
+    from the limit is not simulated.
     """
     if stage not in NEEDS_MODEL:
         return
-    lengths, model = lengths_of(recipe, read_jsonl(folder / "labels.jsonl")), describe(recipe)
-    room = available_bytes(model.device)
-    if _at_most(recipe, lengths, model) >= room:
+    lengths, room = lengths_of(recipe, rows), available(recipe)
+    if _at_most(recipe, lengths, describe(recipe)) >= room:
         row = need(recipe, lengths, stage)
         if row.total > room:
             raise InputError(" ".join(advice(recipe, lengths, row, room)))
 
 
-def out_of_memory(stage: str, recipe: Recipe, folder: Path) -> str:
-    """What to say when a stage's memory ran out: the cheapest changes that lower its need by a fifth."""
-    said = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
+def out_of_memory(stage: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The message when a stage's memory ran out: the cheapest changes that lower its need by a fifth."""
+    message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
     if stage not in NEEDS_MODEL:
-        return said
-    lengths = lengths_of(recipe, read_jsonl(folder / "labels.jsonl"))
+        return message
+    lengths = lengths_of(recipe, rows)
     row = need(recipe, lengths, stage)
-    room = min(available_bytes(describe(recipe).device), row.total * 4 // 5)
-    return "\n".join([said, *advice(recipe, lengths, row, room)])
+    room = min(available(recipe), row.total * 4 // 5)
+    return "\n".join([message, *advice(recipe, lengths, row, room)])
 
 
 def _at_most(recipe: Recipe, lengths: Lengths, model: Model) -> int:
     """More than any stage can need: a hundred numbers a hidden unit, token and layer, and logits at every position."""
     text = model.config.get_text_config()
-    trained = [getattr(recipe, stage).trainer.get("per_device_train_batch_size", 8) for stage in recipe.stages]
+    trained = [getattr(recipe, stage).setting("per_device_train_batch_size") for stage in recipe.stages]
     batches = [recipe.score.batch_size, recipe.evaluate.batch_size, *trained]
-    new = max(recipe.evaluate.max_new_tokens, recipe.grpo.trainer.get("max_completion_length") or 256)
+    new = max(recipe.evaluate.max_new_tokens, completion_tokens(recipe))
     tokens = max(batches) * (lengths.whole + new)
     more = 100 * text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size
     return model.weights + 40 * model.elements + 4 * tokens * more + resident_bytes()

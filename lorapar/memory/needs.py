@@ -4,11 +4,12 @@ recipe + the model's configuration → bytes of weights, adapters, gradients, op
 a stage → fits or not, the largest batch and context that do, and the cheapest changes that make it fit.
 
 Every row is taken to be as long as the longest, all of it with a loss: what a run must be able to bear. Activations
-come out of the model's own code run without data (step_memory.py); the rest is counted.
+come out of the model's own code run without data (step.py); the rest is counted.
 """
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,16 @@ from torch import nn
 from ..data.rows import encode, load_rows
 from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
-from ..recipe.sections import Recipe
+from ..recipe.sections import Recipe, SourceConfig
 from ..training.answer_head import CPU_TOKENS
 from .process import resident_bytes
-from .step import Step, step_bytes
-from .switches import default_checkpointing, default_micro_batch_tokens
+from .step import TrainingStep, step_bytes
+from .switches import checkpointing, default_micro_batch_tokens
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
 # NF4: half a byte, and per 64 weights an 8-bit scale, of which 256 share an fp32 one (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-DEFAULT_LENGTH = 1024  # TRL's sft.max_length
-# What glibc's heap holds for each byte that lives, in steps without recomputing (bench/LOG.md).
+# What glibc's heap takes for each byte in use, in steps without recomputing (bench/LOG.md).
 HEAP = 1.3
 _STEPS: dict[Any, int] = {}
 _MODELS: dict[str, Any] = {}
@@ -67,28 +67,29 @@ class Model:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the longest prompt and of the longest prompt with its completion, as the recipe bounds them."""
+    """Tokens of the longest prompt, and of the longest row, a prompt with its completion; `of` says of what."""
 
     prompt: int
     whole: int
     of: str
 
 
-def lengths_of(recipe: Recipe, rows: Any = None) -> Lengths:
+def lengths_of(recipe: Recipe, rows: Sequence[Mapping[str, Any]] | None = None) -> Lengths:
     """Of `rows` (prompt and completion), else of the recipe's data where that is on this machine, else its limits."""
-    limits = recipe.data.max_prompt_length, recipe.sft.trainer.get("max_length")
-    if rows is None:
-        local = all(
-            Path(s.name).expanduser().exists() or s.name.startswith("reasoning_gym:") for s in recipe.data.sources
-        )
-        if not local:
-            prompt, whole = limits[0] or DEFAULT_LENGTH, limits[1] or DEFAULT_LENGTH
-            return Lengths(min(prompt, whole), whole, "the recipe's limits, as its data is not on this machine")
-        rows, _ = load_rows(recipe.data, load_tokenizer(recipe.model))
+    longest_prompt = recipe.data.max_prompt_length
+    if rows is None and not all(_is_here(source) for source in recipe.data.sources):
+        whole = max_length(recipe)
+        prompt = longest_prompt or recipe.sft.trainer_default("max_length")
+        return Lengths(min(prompt, whole), whole, "the recipe's limits, as its data is not on this machine")
     tokenizer = load_tokenizer(recipe.model)
-    encoded = [encode(row, tokenizer) for row in rows]
+    taken: Any = load_rows(recipe.data, tokenizer)[0] if rows is None else rows
+    encoded = [encode(row, tokenizer) for row in taken]
     prompt, whole = max(n for _, n in encoded), max(len(ids) for ids, _ in encoded)
-    return Lengths(min(prompt, limits[0] or prompt), min(whole, limits[1] or whole), "its data")
+    return Lengths(min(prompt, longest_prompt or prompt), whole, "its data")
+
+
+def _is_here(source: SourceConfig) -> bool:
+    return source.name.startswith("reasoning_gym:") or Path(source.name).expanduser().exists()
 
 
 def describe(recipe: Recipe) -> Model:
@@ -135,16 +136,12 @@ def _describe(recipe: Recipe) -> Model:
     return Model(plain, dtype, device.type, weights, elements, largest)
 
 
-def _step(model: Model, step: Step) -> int:
+def activation_bytes(model: Model, step: TrainingStep) -> int:
+    """Memory that a step's tensors take; on a CPU that is more than is in use, as the heap keeps freed blocks."""
     key = (model.config.to_json_string(), model.dtype, model.device, step)
     if key not in _STEPS:
         _STEPS[key] = step_bytes(model.config, step, model.dtype, model.device)
-    return _STEPS[key]
-
-
-def held(model: Model, step: Step) -> int:
-    """The bytes that a step's tensors take out of the system: on a CPU more than live, as freed blocks lie between."""
-    return int(_step(model, step) * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
+    return int(_STEPS[key] * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
 
 
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
@@ -163,48 +160,62 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         cache = _cache(model, rows, lengths.prompt + recipe.evaluate.max_new_tokens)
         return Need(stage, model.weights, adapters, 0, 0, cache, _logits(model, rows), workspace)
     if stage == "score":
-        step = Step(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
+        step = TrainingStep(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
         # Logits and their gradient at every answer position; four sums an element.
         logits = 2 * _logits(model, step.rows * step.tokens)
-        return Need(stage, model.weights, adapters, 16 * model.elements, 0, held(model, step), logits, workspace)
+        return Need(
+            stage, model.weights, adapters, 16 * model.elements, 0, activation_bytes(model, step), logits, workspace
+        )
     step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
-    activations, logits = held(model, step), _head(model, step.rows * step.tokens)
+    activations, logits = activation_bytes(model, step), _head(model, step.rows * step.tokens)
     if stage == "grpo":
-        trainer = recipe.grpo.trainer
-        per_step = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps", 1)
-        rows = trainer.get("generation_batch_size") or step.rows * per_step
+        setting = recipe.grpo.setting
+        per_step = setting("steps_per_generation") or setting("gradient_accumulation_steps")
+        rows = setting("generation_batch_size") or step.rows * per_step
         rollout = _cache(model, rows, step.tokens) + _logits(model, rows)
         if rollout > activations + logits:
             activations, logits = rollout, 0
-        adapters *= 2 if trainer.get("beta", 0.0) else 1
+        adapters *= 2 if setting("beta") else 1
     # Gradients are dense; moments are of the active elements, at most all; masks, and the copy that proves the frozen.
     return Need(stage, model.weights, adapters, 4 * model.elements, 8 * model.elements, activations, logits,
                 workspace + 7 * model.elements)  # fmt: skip
 
 
-def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
-    """The longest step of stage 1."""
-    trainer = recipe.sft.trainer
-    rows, tokens = trainer.get("per_device_train_batch_size", 8), lengths.whole
-    if trainer.get("packing"):
-        tokens = trainer.get("max_length") or DEFAULT_LENGTH
-    if trainer.get("packing") or trainer.get("padding_free"):
+def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:
+    """The largest step of stage 1, which leaves out rows longer than max_length."""
+    setting = recipe.sft.setting
+    rows, tokens = setting("per_device_train_batch_size"), min(lengths.whole, setting("max_length") or lengths.whole)
+    if setting("packing"):
+        tokens = max_length(recipe)
+    if setting("packing") or setting("padding_free"):
         rows, tokens = 1, tokens * rows
     budget = recipe.sft.micro_batch_tokens
     budget = default_micro_batch_tokens(device) if budget == "auto" else budget
     rows = rows if budget is None else max(1, min(rows, budget // tokens))
-    return Step(rows, tokens, _checkpointing(trainer, device), trainer.get("activation_offloading", False))
+    return TrainingStep(rows, tokens, checkpointing(recipe.sft, device), setting("activation_offloading"))
 
 
-def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> Step:
-    """The longest step of stage 2: the longest prompt with a whole completion."""
-    trainer = recipe.grpo.trainer
-    rows, completion = trainer.get("per_device_train_batch_size", 8), trainer.get("max_completion_length") or 256
-    return Step(rows, lengths.prompt + completion, _checkpointing(trainer, device), recipe.grpo.activation_offloading)
+def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:
+    """The largest step of stage 2: the longest prompt with a whole completion."""
+    config = recipe.grpo
+    tokens = lengths.prompt + completion_tokens(recipe)
+    return TrainingStep(
+        config.setting("per_device_train_batch_size"),
+        tokens,
+        checkpointing(config, device),
+        config.activation_offloading,
+    )
 
 
-def _checkpointing(trainer: dict[str, Any], device: str) -> bool:
-    return trainer.get("gradient_checkpointing", default_checkpointing(device))
+def max_length(recipe: Recipe) -> int:
+    """Tokens of the longest row that stage 1 takes; TRL's default where the recipe sets no limit."""
+    return recipe.sft.setting("max_length") or recipe.sft.trainer_default("max_length")
+
+
+def completion_tokens(recipe: Recipe) -> int:
+    """Tokens of a whole completion in stage 2; TRL's default where the recipe sets no limit."""
+    config = recipe.grpo
+    return config.setting("max_completion_length") or config.trainer_default("max_completion_length")
 
 
 def _cache(model: Model, rows: int, tokens: int) -> int:
@@ -240,7 +251,11 @@ def limits(recipe: Recipe, lengths: Lengths, room: int) -> tuple[int, int]:
     rest = one.total - one.activations - one.logits
 
     def at(rows: int, tokens: int) -> int:
-        return rest + held(model, dataclasses.replace(step, rows=rows, tokens=tokens)) + _head(model, rows * tokens)
+        return (
+            rest
+            + activation_bytes(model, dataclasses.replace(step, rows=rows, tokens=tokens))
+            + _head(model, rows * tokens)
+        )
 
     rows = [at(n, step.tokens) for n in (1, 2)]
     batch = int(1 + (room - rows[0]) // (rows[1] - rows[0])) if rows[0] <= room else 0

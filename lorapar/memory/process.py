@@ -62,11 +62,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def available_bytes(device: str) -> int:
-    """Bytes that this process can have: all of a GPU's memory; on a CPU what it holds and what the system can give it
-    without swapping."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+def available_bytes(device: torch.device | str) -> int:
+    """Bytes that this process can have: all of a GPU's memory; on a CPU what it has and what the system can add without
+    swapping."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available + resident_bytes()
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """A forward and backward over `rows` rows of `tokens` tokens."""
 
     rows: int
@@ -110,7 +110,7 @@ class StandIn(nn.Module):
         return FrozenProduct.apply(x, self.out_features)
 
 
-def step_bytes(config: PretrainedConfig, step: Step, dtype: torch.dtype, device: str) -> int:
+def step_bytes(config: PretrainedConfig, step: TrainingStep, dtype: torch.dtype, device: str) -> int:
     """The peak of one step over the weights, up to the last hidden state and back, all linear layers frozen under LoRA.
 
     A LoRA layer keeps its input and nothing else (lorapar_kernels/lora_linear.py).
@@ -120,7 +120,7 @@ def step_bytes(config: PretrainedConfig, step: Step, dtype: torch.dtype, device:
     return few[0] + (text.num_hidden_layers - 2) * (few[1] - few[0])
 
 
-def _peak_of(config: PretrainedConfig, layers: int, step: Step, dtype: torch.dtype, device: str) -> int:
+def _peak_of(config: PretrainedConfig, layers: int, step: TrainingStep, dtype: torch.dtype, device: str) -> int:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 from ..errors import InputError
+from ..recipe.sections import StageConfig
 
 # Key: what it does, the library it needs and the extra that brings it, whether it needs a GPU.
 SWITCHES: dict[str, tuple[str, str | None, str | None, bool]] = {
@@ -33,9 +34,12 @@ def check_switches(config: dict[str, Any], stage: str, device: str) -> None:
             raise InputError(f"{stage}.{key}: got true, but it {why}; or leave it out")
 
 
-def default_checkpointing(device: str) -> bool:
-    """TRL recomputes by default. On a CPU micro-batches bound the memory, and recomputing is a third of the time."""
-    return device != "cpu"
+def checkpointing(config: StageConfig, device: str) -> bool:
+    """Whether a stage recomputes activations: as its recipe says, else as TRL does by default, but not on a CPU, where
+    micro-batches bound the memory and recomputing takes a third more time."""
+    if device == "cpu":
+        return config.trainer.get("gradient_checkpointing", False)
+    return config.setting("gradient_checkpointing")
 
 
 def default_micro_batch_tokens(device: str) -> int | None:
@@ -46,8 +50,9 @@ def default_micro_batch_tokens(device: str) -> int | None:
 def switches(device: str) -> dict[str, str]:
     """{switch: its default on this device, or what stands in its way} for `lorapar doctor`."""
     defaults = {key: "off unless the recipe says true" for key in SWITCHES}
-    defaults["gradient_checkpointing"] = "on unless the recipe says false" if default_checkpointing(device) else "off"
-    said = {key: obstacle(key, device) or default for key, default in defaults.items()}
+    if device != "cpu":
+        defaults["gradient_checkpointing"] = "as TRL's default unless the recipe says otherwise"
+    shown = {key: obstacle(key, device) or default for key, default in defaults.items()}
     tokens = default_micro_batch_tokens(device)
-    said["sft.micro_batch_tokens"] = "the whole batch" if tokens is None else f"{tokens} tokens at once"
-    return said
+    shown["sft.micro_batch_tokens"] = "the whole batch" if tokens is None else f"{tokens} tokens at once"
+    return shown

@@ -27,6 +27,7 @@ from ..files import (
     TEMPORARY,
     disk_is_full,
     read_json,
+    read_jsonl,
     read_text,
     remove_left_over,
     sha256_file,
@@ -161,7 +162,7 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     main = stages.is_main_process()
     release_freed()
     if main or stage.trains:
-        check_memory(stage.name, recipe, folder)
+        check_memory(stage.name, recipe, _labelled(stage, folder))
     if wanted not in (record.get("started"), record.get("fingerprint")):
         stages.discard_checkpoints(recipe, folder, stage.name)
     if main:
@@ -177,7 +178,7 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(out_of_memory(stage.name, recipe, folder)) from error
+        raise OutOfMemory(out_of_memory(stage.name, recipe, _labelled(stage, folder))) from error
     except InputError:
         # Refused before it wrote anything: what stood there is still what its record says.
         if main and record and made == _times(stage, folder):
@@ -197,6 +198,11 @@ def _run_stage(stage: Stage, recipe: Recipe, folder: Path) -> None:
             refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     stages.wait_for_everyone()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
+
+
+def _labelled(stage: Stage, folder: Path) -> list[dict[str, Any]]:
+    """The labelled rows, for a stage that reads them."""
+    return read_jsonl(folder / "labels.jsonl") if "labels.jsonl" in stage.reads else []
 
 
 def _check_whole(folder: Path, names: tuple[str, ...]) -> None:

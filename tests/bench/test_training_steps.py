@@ -1,6 +1,10 @@
 """What the training steps of bench/gpu stand on: the plain loop, its workers, the search for a bound, the plan."""
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from bench.gpu import training_context, training_plan
 from bench.plain_training import Asked, answer
 from bench.workers import Worker
 
+ROOT = Path(__file__).parents[2]
 TINY = {"model": "tiny", "batch": 1, "dtype": "float32", "length": 40, "steps": 1}
 
 
@@ -110,3 +115,15 @@ def test_a_shape_is_planned_without_weights(monkeypatch):
         p.nbytes for p in plain_training.load(Asked(**TINY | {"dtype": "bfloat16"})).parameters()
     )
     assert planned["activations"] > 0
+
+
+def test_a_training_case_is_planned_where_trl_is_not_installed():
+    """As on a bare GPU machine: the case's recipe gives every setting that the plan asks for."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['trl', 'datasets', 'bitsandbytes']))\n"
+        "from bench.gpu import training_plan\n"
+        "sys.exit(training_plan.plan('a test', training_plan.case_of('bf16', 'tiny', 64)) is None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"LORAPAR_GPU_DEVICE": "cpu"})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -3,18 +3,22 @@
 import copy
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 
 from lorapar import stage as stages
 from lorapar.errors import InputError
+from lorapar.files import read_jsonl
 from lorapar.memory import advice as remedies
 from lorapar.memory import needs as plan
 from lorapar.memory.advice import changes, parse_bytes
 from lorapar.memory.needs import Lengths, describe, need
 from lorapar.memory.process import available_bytes, is_out_of_memory, resident_bytes
-from lorapar.memory.step import Step, step_bytes
+from lorapar.memory.step import TrainingStep, step_bytes
+from lorapar.memory.switches import checkpointing
 from lorapar.model.load import load_model
 from lorapar.recipe.reading import parse
 
@@ -79,7 +83,7 @@ def test_a_step_needs_more_with_more_rows_tokens_and_layers_and_less_when_it_rec
     def size(layers=8, **keys):
         changed = copy.deepcopy(config)
         changed.num_hidden_layers = layers
-        return step_bytes(changed, Step(**({"rows": 2, "tokens": 64} | keys)), torch.float32, "cpu")
+        return step_bytes(changed, TrainingStep(**({"rows": 2, "tokens": 64} | keys)), torch.float32, "cpu")
 
     assert size(rows=4) == pytest.approx(2 * size(), rel=0.02)
     assert size(tokens=128) > 1.9 * size()
@@ -110,7 +114,7 @@ def test_what_a_step_keeps_is_what_autograd_saves(tiny_folder):
         out = model.get_base_model().base_model(input_ids=torch.ones(4, 64, dtype=torch.long), use_cache=False)
     kept = sum(saved.values())
     assert out.last_hidden_state.requires_grad
-    simulated = step_bytes(model.config, Step(4, 64), torch.float32, "cpu")
+    simulated = step_bytes(model.config, TrainingStep(4, 64), torch.float32, "cpu")
     assert kept <= simulated * 1.02
     assert simulated < 1.5 * kept
 
@@ -229,11 +233,76 @@ def test_the_process_s_memory_is_what_the_system_says():
 def test_a_recipe_far_from_the_limit_is_not_simulated(finished, recipe_file, monkeypatch):
     recipe = parse(recipe_values_of(recipe_file))
     monkeypatch.setattr(plan, "step_bytes", lambda *_: pytest.fail("simulated"))
-    remedies.check_memory("score", recipe, finished)
+    rows = read_jsonl(finished / "labels.jsonl")
+    remedies.check_memory("score", recipe, rows)
     monkeypatch.setattr(remedies, "available_bytes", lambda device: 10**6)
     monkeypatch.setattr(plan, "_STEPS", {})
     with pytest.raises(pytest.fail.Exception, match="simulated"):
-        remedies.check_memory("score", recipe, finished)
+        remedies.check_memory("score", recipe, rows)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("sft", "per_device_train_batch_size", 32),
+        ("sft", "max_length", 100),
+        ("grpo", "per_device_train_batch_size", 32),
+        ("grpo", "max_completion_length", 2048),
+        ("grpo", "gradient_accumulation_steps", 64),
+        ("grpo", "beta", 0.5),
+    ],
+)
+def test_what_the_recipe_does_not_set_is_trls_default(tiny_folder, steady, monkeypatch, stage, key, value):
+    """Whatever that is in the TRL installed."""
+    values = recipe_values(tiny_folder)
+    values[stage].pop(key, None)
+    values["sft"]["micro_batch_tokens"] = None
+    recipe = parse(values)
+    before = need(recipe, LENGTHS, stage)
+    config = trl.SFTConfig if stage == "sft" else trl.GRPOConfig
+    monkeypatch.setattr(config.__dataclass_fields__[key], "default", value)
+    after = need(recipe, LENGTHS, stage)
+    assert after != before
+    values[stage][key] = value
+    assert after == need(parse(values), LENGTHS, stage)
+
+
+def test_recomputing_is_off_on_a_cpu_and_as_trl_has_it_elsewhere(tiny_folder, monkeypatch):
+    recipe = recipe_of(tiny_folder)
+    for stage, config in ((recipe.sft, trl.SFTConfig), (recipe.grpo, trl.GRPOConfig)):
+        del stage.trainer["gradient_checkpointing"]
+        for default in (True, False):
+            monkeypatch.setattr(config.__dataclass_fields__["gradient_checkpointing"], "default", default)
+            assert (checkpointing(stage, "cpu"), checkpointing(stage, "cuda")) == (False, default)
+        stage.trainer["gradient_checkpointing"] = True
+        assert (checkpointing(stage, "cpu"), checkpointing(stage, "cuda")) == (True, True)
+
+
+def test_a_row_that_stage_1_leaves_out_does_not_count(tiny_folder, steady):
+    long = Lengths(200, 5000, "a test")
+    recipe = recipe_of(tiny_folder, sft={"max_length": 100, "micro_batch_tokens": None})
+    assert need(recipe, long, "sft") == need(recipe, dataclasses.replace(long, whole=100), "sft")
+    # Scoring takes it.
+    recipe.score.max_length = 10_000
+    assert need(recipe, long, "score") != need(recipe, dataclasses.replace(long, whole=100), "score")
+
+
+def test_the_gpu_that_the_model_is_on_is_asked(tiny_folder, monkeypatch):
+    memory = [10**6, 10**12]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=memory[torch.device(device).index]))  # fmt: skip
+    monkeypatch.setattr(plan, "step_bytes", lambda *_: pytest.fail("simulated"))
+    recipe = recipe_of(tiny_folder, model={"device": "cuda:1"})
+    remedies.check_memory("score", recipe, [{"prompt": "1 + 1 =", "completion": " 2"}])
+
+
+def test_the_tokenizer_is_loaded_once(tiny_folder, monkeypatch):
+    loaded = []
+    load_tokenizer = plan.load_tokenizer
+    monkeypatch.setattr(plan, "load_tokenizer", lambda model: loaded.append(model) or load_tokenizer(model))
+    assert plan.lengths_of(recipe_of(tiny_folder)).of == "its data"
+    assert len(loaded) == 1
 
 
 def recipe_values_of(path):

@@ -44,10 +44,10 @@ class SourceConfig:
 
     name: str = key(help="a .jsonl, .json, .csv or .parquet file, a hub id, or reasoning_gym:<task>[,<task>...]")
     split: str = key("train", "which split of a hub dataset")
-    size: int | None = key(None, "take the first so many rows; by default all, or 1,000 of reasoning_gym")
+    size: int | None = key(None, "use only the first rows; by default all, or 1,000 of reasoning_gym")
     seed: int = key(0, "of the rows that reasoning_gym generates")
     config: dict[str, Any] = key(dict, "options of the reasoning_gym tasks")
-    held_out: int | float | bool | None = key(None, "as data.held_out, for this source")
+    held_out: int | float | bool | None = key(None, "as data.held_out, for this source; true: all rows")
 
 
 @dataclass
@@ -55,13 +55,13 @@ class DataConfig:
     """Where the rows come from, and how they become prompts and completions."""
 
     sources: list[SourceConfig] = key(help="the datasets", not_empty="at least one source")
-    columns: dict[str, str] = key(dict, "our column: the dataset's name for it")
+    columns: dict[str, str] = key(dict, "names that the dataset gives to our columns: {prompt: question}")
     prompt: str = key("{prompt}", "template of the prompt, with columns in braces")
     completion: str = key("{completion}", "template of the completion")
     system_prompt: str | None = key(None, "put before every prompt")
     chat: bool | None = key(None, "use the chat template; by default where the tokenizer has one")
-    held_out: int | float = key(0.1, "rows kept for evaluation: a number, or a share below 1")
-    max_prompt_length: int | None = key(None, "rows with a longer prompt are left out, in tokens", at_least=1)
+    held_out: int | float = key(0.1, "rows of each source kept for evaluation: a number, or a share")
+    max_prompt_length: int | None = key(None, "tokens; rows with a longer prompt are left out", at_least=1)
     seed: int = key(0, "of the split into training and held-out rows")
 
 
@@ -113,7 +113,9 @@ class LabelConfig:
     voters: list[str | dict[str, Any]] | None = key(
         None, "rules that need no network; by default [operations] where there is no teacher"
     )
-    ties: Literal["system1", "system2", "drop", "ask"] = key("system2", "what a tie becomes; ask: ask the reserve")
+    ties: Literal["system1", "system2", "drop", "ask"] = key(
+        "system2", "what a tie becomes; ask: ask the teachers in reserve"
+    )
     teachers: list[TeacherConfig] = key(list, "LLMs that vote")
     role_play: bool = key(True, "teachers play the target model; false: they judge the question as such")
     target: str | None = key(None, "the model that teachers play; by default model.name")
@@ -143,7 +145,7 @@ class ScoreConfig:
     examples: int | None = key(100, "rows of each system at most; null: all", at_least=1)
     batch_size: int = key(8, "rows at a time", at_least=1, changes_result=False)
     method: Method = key("taylor", "the paper's I(φ); first_order: |Σgφ|; random: shuffled scores, as a control")
-    max_length: int = key(512, "longer rows are refused, in tokens", at_least=1)
+    max_length: int = key(512, "tokens; a longer row is refused", at_least=1)
     until_stable: float | None = key(
         None,
         "stop once doubling the rows hardly changes the selected elements: their Jaccard index is at least this",

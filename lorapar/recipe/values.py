@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -120,7 +121,9 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(a) for a in typing.get_args(hint))
     if hint is type(None):
         return "nothing"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    if typing.get_origin(hint) is None:
+        return getattr(hint, "__name__", str(hint))
+    return re.sub(r"(\w+\.)+(?=\w)", "", str(hint))  # list[TeacherConfig], without the modules of the names
 
 
 def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:

@@ -11,12 +11,15 @@ import yaml
 from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
+from lorapar.recipe.__main__ import reference
 from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_value
 from lorapar.recipe.reading import dump_yaml, parse, parse_yaml
 from lorapar.recipe.sections import PartitionConfig, Recipe, changes_result
 from lorapar.recipe.values import nested_class
 
 from .driver import recipe_values, write_recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 def values(**changes: object) -> dict:
@@ -324,3 +327,8 @@ def test_an_argument_of_a_public_function_has_its_keys_range(name, value, says):
     with pytest.raises(InputError) as caught:
         check_value(PartitionConfig, name, value)
     assert str(caught.value) == says
+
+
+def test_the_reference_is_what_is_declared():
+    """`python -m lorapar.recipe > docs/recipe.md` after a change."""
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()

@@ -28,9 +28,10 @@ STAGES = {
 
 STABLE = "0.95"  # the Jaccard index that --until-stable without one asks for
 STABLE_HELP = (
-    f"stop scoring once a system's kept set has a Jaccard index of at least J (default {STABLE}) with the one at half "
-    "as many examples; sets score.until_stable"
+    f"stop scoring once doubling the examples hardly changes the selected elements: a Jaccard index of at least J "
+    f"(default {STABLE}); sets score.until_stable"
 )
+ANY_KEY = "--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5. docs/recipe.md lists them."
 MORE_OPTIONS = {"label": "[--dry-run | --review] "}
 
 
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
             verb,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog="--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5.",
+            epilog=ANY_KEY,
             usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] {MORE_OPTIONS.get(verb, '')}"
             "[--section.key VALUE ...]",
             allow_abbrev=False,
@@ -101,8 +102,14 @@ def _parser() -> argparse.ArgumentParser:
             what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
             one.add_argument("--review", action="store_true", help=what)
     text = "say what memory each stage needs, without loading the model: exit status 1 where it does not fit"
-    sub = verbs.add_parser("plan", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
-                           usage="lorapar plan RECIPE.yaml [--vram SIZE] [--section.key VALUE ...]")  # fmt: skip
+    sub = verbs.add_parser(
+        "plan",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=ANY_KEY,
+        usage="lorapar plan RECIPE.yaml [--vram SIZE] [--section.key VALUE ...]",
+        allow_abbrev=False,
+    )
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
     sub.add_argument("--vram", metavar="SIZE", help="the memory there is, 8GB or 24GiB (default: this machine's)")
     text = "say which versions and devices are here, and which implementation of each operation runs"

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -78,16 +79,15 @@ def check_value(section: type, name: str, value: Any, at: str = "") -> None:
         require(value in choices, f"{at}{name}", value, any_of(choices))
     if about.get("not_empty"):
         require(len(value) > 0, f"{at}{name}", value, about["not_empty"])
-    numbers = value if isinstance(value, Mapping) else {None: value}
-    for inner, number in numbers.items():
-        if isinstance(number, int | float):
-            place = f"{at}{name}" if inner is None else f"{at}{name}.{inner}"
+    items = value.items() if isinstance(value, Mapping) else ()
+    for place, number in [(f"{at}{name}", value), *((f"{at}{name}.{inner}", item) for inner, item in items)]:
+        if isinstance(number, Real):
             require(_within(number, about), place, number, range_of(about))
 
 
-def _within(number: float, about: Mapping[str, Any]) -> bool:
+def _within(number: Any, about: Mapping[str, Any]) -> bool:
+    """NaN is within no bound."""
     low, above, high = about.get("at_least"), about.get("more_than"), about.get("at_most")
-    # NaN is within no bound.
     return (low is None or number >= low) and (above is None or number > above) and (high is None or number <= high)
 
 
@@ -103,7 +103,7 @@ def range_of(about: Mapping[str, Any]) -> str:
 
 
 def any_of(choices: Sequence[Any]) -> str:
-    """ "element, tile or rank"."""
+    """Choices as in a sentence: element, tile or rank."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -21,10 +21,9 @@ from ..data.rows import encode, load_rows
 from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
-from ..training.answer_head import CPU_TOKENS
 from .process import resident_bytes
 from .step import TrainingStep, step_bytes
-from .switches import checkpointing, default_micro_batch_tokens
+from .switches import CPU_LOGPROB_TOKENS, checkpointing, default_micro_batch_tokens
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
 # NF4: half a byte, and per 64 weights an 8-bit scale, of which 256 share an fp32 one (arXiv 2305.14314, section 3).
@@ -236,7 +235,7 @@ def _head(model: Model, positions: int) -> int:
     text = model.config.get_text_config()
     states = 3 * positions * text.hidden_size * model.dtype.itemsize
     if model.device == "cpu":
-        return 6 * min(positions, CPU_TOKENS) * min(text.vocab_size, 32768) * 4 + states
+        return 6 * min(positions, CPU_LOGPROB_TOKENS) * min(text.vocab_size, 32768) * 4 + states
     return min(positions, 4096) * min(text.vocab_size, 32768) * model.dtype.itemsize + states
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from ..errors import InputError
 from ..recipe.sections import StageConfig
 
+# What `grpo.logprob_tokens: null` is on a CPU (bench/LOG.md); on a GPU TRL's own tiles are used.
+CPU_LOGPROB_TOKENS = 256
 # Key: what it does, the library it needs and the extra that brings it, whether it needs a GPU.
 SWITCHES: dict[str, tuple[str, str | None, str | None, bool]] = {
     "gradient_checkpointing": ("each layer's insides are made again in the backward", None, None, False),

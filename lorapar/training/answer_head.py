@@ -23,9 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-
-# Tokens scored at once where the recipe says nothing; measured in bench/LOG.md. On a GPU TRL's own tiles are left.
-CPU_TOKENS = 256
+from ..memory.switches import CPU_LOGPROB_TOKENS
 
 
 class AnswerLogProbs(torch.autograd.Function):
@@ -111,16 +109,16 @@ def score_answers_alone(
 
     Args:
         model: the base model after TRL's trainer gave it a fused head. tokens: None leaves TRL's way on a GPU and takes
-            `CPU_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part of a
-            loss, or the head runs in fp32: TRL's function alone does that.
+            `CPU_LOGPROB_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part
+            of a loss, or the head runs in fp32: TRL's function alone does that.
     """
     device = next(model.parameters()).device
     if tokens is None and device.type == "cuda":
         return
-    # The plan reads CPU_TOKENS above where TRL may not be installed.
+    # This module is imported where TRL may not be installed.
     from trl.trainer.utils import FusedCausalLMOutput
 
-    at_once = tokens or CPU_TOKENS
+    at_once = tokens or CPU_LOGPROB_TOKENS
     of_trl: Any = model.forward
     plain: bool | None = None  # found in the first call, when the model is as it will be trained
 

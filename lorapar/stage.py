@@ -17,7 +17,8 @@ from transformers.integrations import get_available_reporting_integrations  # py
 
 from lorapar_kernels import backend
 
-from .adapter.attach import attach, load_adapter, lora_parameters, save_adapter
+from .adapter.attach import attach, load_adapter, save_adapter
+from .adapter.layers import lora_parameters
 from .adapter.options import lora_config
 from .data.labels import load_adapter_shapes, load_labels
 from .data.rows import load_rows
@@ -31,10 +32,12 @@ from .labeling.voting import check_corrections, kept_and_dropped
 from .memory.switches import check_switches, default_checkpointing
 from .model.load import choose_device, load_model, load_tokenizer
 from .model.quantised import QUANTISED, quantisation
-from .partitioning.partition import Partition, partition
+from .partitioning.choose import partition
+from .partitioning.partition import Partition
 from .recipe.sections import Recipe
 from .rewards import resolve_rewards
-from .scoring.score import Scores, load_scores, save_scores, score
+from .scoring.score import score
+from .scoring.scores import Scores, load_scores, save_scores
 from .training.trainer import rows_of, save_stage
 
 log = logging.getLogger("lorapar")

@@ -1,20 +1,27 @@
 """The LoRA layers: PEFT's own, computed by `lorapar_kernels`, with the masks of the running stage.
 
 `MaskedLayer` goes ahead of a PEFT layer class; PEFT's names, saving, loading and adapter switching are untouched.
-`layers_bnb.py` has the layers of 4-bit and 8-bit bases.
+`layers_bnb.py` has the layers of 4-bit and 8-bit bases. The functions at the end find a model's layers and set their
+masks.
 
-Under a twin start (adapter.py) rows r..2r of A and columns r..2r of B are the start's negative. A slice i that no stage
+Under a twin start (attach.py) rows r..2r of A and columns r..2r of B are the start's negative. A slice i that no stage
 has moved still cancels its twin r + i to the last bit, so both are left out of every product (`kept_ranks`): at rank
 granularity a layer runs at its active rank.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import lorapar_kernels as lk
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..partitioning.partition import Partition
 
 ADAPTER = "default"  # TRL looks for this name
 
@@ -150,3 +157,71 @@ def kept(
     """Rows `ranks` of A and its mask, columns `ranks` of B and its mask; gradients go back to their places."""
     masks = None if mask_a is None else mask_a[ranks], None if mask_b is None else mask_b[:, ranks].contiguous()
     return a.index_select(0, ranks), b.index_select(1, ranks), masks
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """Our layers by module name, InputError where an adapter sits on something else or on the output head."""
+    layers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(module, MaskedLayer):
+            kind = type(module.get_base_layer()).__name__
+            raise InputError(
+                f"lora.target_modules: {name} is a {kind}; only nn.Linear and bitsandbytes' 4-bit and 8-bit layers "
+                "can be partitioned"
+            )
+        if name.split(".")[-1] in ("lm_head", "embed_out"):
+            raise InputError(f"lora.target_modules: {name} is the output head, which takes no adapter; leave it out")
+        layers[name] = module
+    if not layers:
+        raise InputError("lora.target_modules: the model has no LoRA layer; attach an adapter first (lorapar.attach)")
+    return layers
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """lora_A and lora_B of the trained adapter, by the names of `model.named_parameters()`."""
+    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
+
+
+def masks_by_parameter(model: nn.Module) -> dict[str, Tensor | None]:
+    """The active mask of every LoRA parameter of the trained adapter; None: no stage is active."""
+    masks = {}
+    for name, layer in masked_layers(model).items():
+        masks[f"{name}.lora_A.{ADAPTER}.weight"] = layer.mask_a
+        masks[f"{name}.lora_B.{ADAPTER}.weight"] = layer.mask_b
+    return masks
+
+
+def activate(model: nn.Module, partition: "Partition", stage: Literal["sft", "grpo"]) -> None:
+    """Set each layer's masks to what `stage` may change; a factor with nothing active needs no gradient.
+
+    Raises InputError where the partition does not fit the model (naming the tensor and both shapes) or holds nothing
+    active for the stage.
+    """
+    active = partition.active(stage)
+    parameters = lora_parameters(model)
+    check_fits(parameters, active, "partition")
+    if not any(bool(mask.any()) for mask in active.values()):
+        raise InputError(f"partition: no element is active in {stage}; raise theta, alpha or beta")
+    for name, layer in masked_layers(model).items():
+        a, b = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
+        layer.activate(active[a], active[b])
+        for parameter, mask in ((parameters[a], active[a]), (parameters[b], active[b])):
+            parameter.requires_grad_(bool(mask.any()))
+
+
+def check_fits(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str) -> None:
+    """Raise InputError unless `tensors` has exactly the parameters' names and shapes."""
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise InputError(f"{what}: does not fit the model: it lacks {name} {list(parameter.shape)}")
+        if tensors[name].shape != parameter.shape:
+            raise InputError(
+                f"{what}: does not fit the model: {name} is {list(tensors[name].shape)} there, "
+                f"{list(parameter.shape)} in the model"
+            )
+    for name in tensors:
+        if name not in parameters:
+            raise InputError(f"{what}: does not fit the model: {name} {list(tensors[name].shape)} is not in it")

@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 
-from ..adapter.attach import ADAPTER, check_fits
+from ..adapter.layers import ADAPTER, check_fits
 from ..errors import InputError
 from ..files import read_json, read_jsonl, why_not_whole, write_json
 from ..partitioning.partition import Partition
-from ..scoring.score import load_scores
+from ..scoring.scores import load_scores
 from .rows import to_dataset
 
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")

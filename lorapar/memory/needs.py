@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.rows import encode, load_rows
+from ..data.rows import load_rows
+from ..data.tokens import encode
 from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import read_json, read_jsonl, read_text
 from ..partitioning.partition import Partition
 from ..reporting import charts, elements
-from ..scoring.score import load_scores
+from ..scoring.scores import load_scores
 from .elements import GRANULARITIES, KeepCurve
 
 # How the page names and colours a group of rows.

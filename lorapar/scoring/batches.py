@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import lora_parameters
-from ..adapter.layers import MaskedLayer
-from ..data.rows import encode
+from ..adapter.layers import MaskedLayer, lora_parameters
+from ..data.tokens import encode
 from ..errors import InputError
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers

@@ -21,6 +21,7 @@ from ..adapter.layers import ADAPTER, MaskedLayer
 from ..errors import InputError
 from ..files import load_tensors, save_tensors, sha256_json, sha256_tensors
 from .batches import Example
+from .scores import trainable_mask
 
 log = logging.getLogger("lorapar")
 foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
@@ -140,17 +141,6 @@ def fingerprint_of(
         factors[f"{name}.a"], factors[f"{name}.b"], _ = layer.factors(ADAPTER)
     digest = sha256_tensors({name: factor.detach().cpu().contiguous() for name, factor in factors.items()})
     return sha256_json([digest, [[example.ids, example.targets] for example in examples], plan, facts])
-
-
-def trainable_mask(name: str, like: Tensor, rank: int | None) -> Tensor:
-    """True on the r trainable rows of A (columns of B); everywhere where there is no twin."""
-    mask = torch.ones(like.shape, dtype=torch.bool)
-    if rank is not None:
-        if ".lora_A." in name:
-            mask[rank:] = False
-        else:
-            mask[:, rank:] = False
-    return mask
 
 
 def first_fault(layers: Mapping[str, MaskedLayer]) -> str | None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-from ..data.rows import encode
+from ..data.tokens import encode
 from ..errors import InputError
 from ..memory.switches import default_micro_batch_tokens
 from ..partitioning.partition import Partition

@@ -21,7 +21,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import Snapshot, activate, save_adapter, verify
+from ..adapter.attach import save_adapter
+from ..adapter.layers import activate
+from ..adapter.proof import Snapshot, verify
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
 from ..memory.process import give_back_large_blocks

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import InputError
-from lorapar.adapter.attach import Snapshot, lora_parameters
+from lorapar.adapter.layers import lora_parameters
 from lorapar.adapter.merging import merged_parameters
+from lorapar.adapter.proof import Snapshot
 from lorapar.training.grpo import PartitionedGRPOTrainer, check_engine
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_adapter import config, random_partition

@@ -10,8 +10,8 @@ from torch import nn
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter.attach import Snapshot, lora_parameters, masked_layers, verify
-from lorapar.adapter.layers import MaskedLinear
+from lorapar.adapter.layers import MaskedLinear, lora_parameters, masked_layers
+from lorapar.adapter.proof import Snapshot, verify
 from lorapar.partitioning.partition import Partition
 from tests.lorapar.test_score import large_start, naive_sums, sums_of, worst
 from tests.tiny import TARGETS, tiny_model

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import lorapar
-from lorapar.adapter.attach import ADAPTER, Snapshot, lora_parameters, masked_layers
+from lorapar.adapter.layers import ADAPTER, lora_parameters, masked_layers
+from lorapar.adapter.proof import Snapshot
 from lorapar.errors import InputError
 from lorapar.scoring.batches import IGNORED
 from lorapar.scoring.score import scoring

@@ -11,7 +11,8 @@ from trl import GRPOConfig, SFTConfig
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter.attach import load_adapter, lora_parameters, masked_layers, save_adapter
+from lorapar.adapter.attach import load_adapter, save_adapter
+from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
 from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices

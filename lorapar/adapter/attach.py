@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -156,3 +157,14 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     for layer in masked_layers(peft_model).values():
         layer.trainable_rank = facts["rank"]
     return peft_model
+
+
+def saved_shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """Zeros of the saved adapter's shapes under the names the loaded model gives its parameters."""
+    ends = ((".lora_A.weight", f".lora_A.{ADAPTER}.weight"), (".lora_B.weight", f".lora_B.{ADAPTER}.weight"))
+    shapes = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for saved, loaded in ends:
+            if name.endswith(saved):
+                shapes[name.removesuffix(saved) + loaded] = torch.zeros(tensor.shape)
+    return shapes

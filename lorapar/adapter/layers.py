@@ -9,6 +9,7 @@ has moved still cancels its twin r + i to the last bit, so both are left out of 
 granularity a layer runs at its active rank.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -212,7 +213,7 @@ def activate(model: nn.Module, partition: "Partition", stage: Literal["sft", "gr
             parameter.requires_grad_(bool(mask.any()))
 
 
-def check_fits(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str) -> None:
+def check_fits(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise InputError unless `tensors` has exactly the parameters' names and shapes."""
     for name, parameter in parameters.items():
         if name not in tensors:

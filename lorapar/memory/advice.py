@@ -31,7 +31,7 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     """The plan for a person, and whether every stage fits in `room` bytes (None: what this machine has)."""
     model, lengths = describe(recipe), lengths_of(recipe)
     if model.elements == 0:
-        given = lora_config(recipe).target_modules
+        given = lora_config(recipe.lora).target_modules
         raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
     room = room or available_bytes(model.device)
     rows = needs(recipe, lengths)

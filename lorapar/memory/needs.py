@@ -117,7 +117,7 @@ def _describe(recipe: Recipe) -> Model:
         del plain.quantization_config
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(plain, dtype=dtype)
-    head, lora = model.get_output_embeddings(), lora_config(recipe)
+    head, lora = model.get_output_embeddings(), lora_config(recipe.lora)
     rank = lora.r * (1 if recipe.start in ("paper", "peft") else 2)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     weights = sum(parameter.nbytes for parameter in model.parameters())

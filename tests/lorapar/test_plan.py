@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from lorapar import stage as stages
+from lorapar import stage
+from lorapar.adapter.options import lora_config
 from lorapar.errors import InputError
 from lorapar.memory import advice as remedies
 from lorapar.memory import needs as plan
@@ -55,7 +56,7 @@ def test_what_is_no_size_is_refused(text):
 def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
     recipe = recipe_of(tiny_folder, start=start)
     model = load_model(recipe.model)
-    names = stages.lora_config(recipe).target_modules
+    names = lora_config(recipe.lora).target_modules
     layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
     assert layers
     found = describe(recipe)
@@ -119,7 +120,7 @@ def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
     def loads(*_):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(stages, "load_model", loads)
+    monkeypatch.setattr(stage, "load_model", loads)
     code, out, err = lorapar("plan", recipe_file, "--vram", "100GB")
     assert code == 0, err
     assert out.splitlines()[-1] == "fits"
@@ -185,7 +186,7 @@ def test_several_changes_together_where_none_is_enough(tiny_folder, steady):
 def test_a_recipe_that_cannot_fit_is_refused_before_weights_load(changed_recipe, tmp_path, monkeypatch):
     recipe = changed_recipe(score={"examples": 8, "batch_size": 4096, "max_length": 512})
     monkeypatch.setattr(remedies, "available_bytes", lambda device: resident_bytes() + 10**8)
-    monkeypatch.setattr(stages, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(stage, "load_model", lambda *_: pytest.fail("weights were loaded"))
     said = refused("run", recipe, "--output_dir", tmp_path / "run", says=("score needs", "1. score.batch_size:"))
     assert KEYS.search(said)
     assert not (tmp_path / "run" / "scores.safetensors").exists()

@@ -5,7 +5,7 @@
 masks.
 
 Under a twin start (attach.py) rows r..2r of A and columns r..2r of B are the start's negative. A slice i that no stage
-has moved still cancels its twin r + i to the last bit, so both are left out of every product (`kept_ranks`): at rank
+has moved still cancels its twin r + i to the last bit, so both are left out of every product (`live_ranks`): at rank
 granularity a layer runs at its active rank.
 """
 
@@ -32,18 +32,18 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
 
     Attributes:
         mask_a, mask_b: bool, of lora_A's and lora_B's shape, or None: what the running stage may change.
-        kept_ranks: int64 indices of the slices that do not cancel their twin, or None: all are computed with.
+        live_ranks: int64 indices of the slices that do not cancel their twin, or None: all are computed with.
         trainable_rank: r; rows from there on are the frozen twin.
         scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples.
     """
 
     mask_a: Tensor | None
     mask_b: Tensor | None
-    kept_ranks: Tensor | None
+    live_ranks: Tensor | None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
         super().__init__(base_layer, adapter_name, **kwargs)
-        for name in ("mask_a", "mask_b", "kept_ranks"):
+        for name in ("mask_a", "mask_b", "live_ranks"):
             self.register_buffer(name, None, persistent=False)
         self.trainable_rank: int = self.r[adapter_name]
         self.scoring: lk.ScoreSums | None = None
@@ -62,8 +62,8 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             masks = self.mask_a, self.mask_b
             if name != ADAPTER:
                 masks = None, None
-            elif self.kept_ranks is not None:
-                a, b, masks = kept(a, b, *masks, self.kept_ranks)
+            elif self.live_ranks is not None:
+                a, b, masks = select_ranks(a, b, *masks, self.live_ranks)
             if a.shape[0] > 0:
                 y = self.added(y, x, a, b, scaling, *masks, *self.draw_dropout(name, x.device))
         return self.base_layer(x, *args, **kwargs) if y is None else y
@@ -93,20 +93,20 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         """Take the masks of a stage, and find the slices that cancel their twin and stay so while it runs."""
         a, b, _ = self.factors(ADAPTER)
         self.mask_a, self.mask_b = mask_a.to(a.device), mask_b.to(a.device)
-        self.kept_ranks = None
+        self.live_ranks = None
         r = self.trainable_rank
         if a.shape[0] != 2 * r:
             return
         with torch.no_grad():
             cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
             active = self.mask_a.any(1) | self.mask_b.any(0)
-            kept_slices = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
-        if kept_slices.numel() < r:
-            self.kept_ranks = torch.cat((kept_slices, kept_slices + r))
+            live = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
+        if live.numel() < r:
+            self.live_ranks = torch.cat((live, live + r))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # What is loaded need not cancel; `activate` looks again.
-        self.kept_ranks = None
+        self.live_ranks = None
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -152,7 +152,7 @@ class MaskedLinear(MaskedLayer, Linear):
         return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
 
 
-def kept(
+def select_ranks(
     a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, ranks: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Rows `ranks` of A and its mask, columns `ranks` of B and its mask; gradients go back to their places."""

@@ -17,7 +17,7 @@ log = logging.getLogger("lorapar")
 
 
 def evaluate_stage(run: Run) -> Facts:
-    """The base (adapter off) and the model after each stage, on the same held-out rows."""
+    """Answer the same held-out rows with the base (adapter off) and after each stage, in one load of the model."""
     recipe, folder, config = run.recipe, run.folder, run.recipe.evaluate
     rows = [row for row in cast(Sequence[dict[str, Any]], run.labels()) if row["split"] == "held_out"]
     if config.limit is not None:
@@ -25,9 +25,11 @@ def evaluate_stage(run: Run) -> Facts:
     if not rows:
         raise InputError("data.held_out: no row was held out, so nothing can be evaluated; hold some out")
     results, answers = {}, []
-    for name in ("base", *recipe.stages):
-        adapter = recipe.stages[0] if name == "base" else name
-        model = load_adapter(run.load_model(), folder / adapter)
+    first, *later = recipe.stages
+    model = load_adapter(run.load_model(), folder / first)
+    for name in ("base", first, *later):
+        if name in later:
+            model = load_adapter(model.unload(), folder / name)
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
             result = evaluate(model, run.tokenizer, rows, config.max_new_tokens, config.batch_size, f"evaluate {name}")
         answers += [{"model": name, **answer} for answer in result.pop("answers")]

@@ -100,7 +100,7 @@ def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: 
     return batches
 
 
-def packs(model: nn.Module) -> bool:
+def packs_examples(model: nn.Module) -> bool:
     """Whether batches are packed: the attention is FlashAttention's, and packed examples are shown to stay apart."""
     implementation = str(getattr(cast(Any, model).config, "_attn_implementation", ""))
     return implementation.startswith("flash_attention") and keeps_apart(model)

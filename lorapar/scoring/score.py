@@ -17,7 +17,7 @@ import lorapar_kernels as lk
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
 from ..errors import InputError, require
 from ..progress import Progress
-from .batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
+from .batches import Example, packs_examples, plan_batches, read_examples, score_batch, short_attention
 from .scores import Scores, shuffled, trainable_mask
 from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite
 
@@ -68,7 +68,7 @@ def score(
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
             raise InputError(ALL_ZERO)
-        packed = packs(model)
+        packed = packs_examples(model)
         marks = [] if until_stable is None else marks_of(len(examples))
         plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
         running = RunningSums(layers)
@@ -110,7 +110,7 @@ def _run(
         for batch in plan[running.batches :]:
             running.loss_scale = score_batch(model, running.layers, [examples[i] for i in batch], packed)
             if not running.finite():
-                raise blame(model, running, [examples[i] for i in batch], packed)
+                raise error_of_first_bad_row(model, running, [examples[i] for i in batch], packed)
             running.examples += len(batch)
             running.batches += 1
             jaccard = None
@@ -128,7 +128,7 @@ def _run(
         running.save(checkpoint, key)
 
 
-def blame(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
+def error_of_first_bad_row(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
     """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
     for example in batch:
         for layer in running.layers.values():

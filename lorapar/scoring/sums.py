@@ -54,7 +54,7 @@ class RunningSums:
         self.examples = self.batches = 0
         self.loss_scale = 1.0
         self.looks: list[list[float]] = []
-        self._kept: Tensor | None = None
+        self._kept_before: Tensor | None = None
         self._saved, self._save_took = time.monotonic(), 0.0
 
     @property
@@ -85,7 +85,7 @@ class RunningSums:
     def look(self, theta: float) -> float | None:
         """The Jaccard index of the kept set at θ with that of the look before; None at the first look."""
         kept = torch.cat([mask.reshape(-1) for mask in lk.top_mass(list(self.importance().values()), theta)])
-        before, self._kept = self._kept, kept
+        before, self._kept_before = self._kept_before, kept
         if before is None:
             return None
         jaccard = float((kept & before).sum() / (kept | before).sum())
@@ -101,8 +101,8 @@ class RunningSums:
             for suffix, four in (("", sums), (".rest", sums.rests))
             for field, tensor in zip(lk.ScoreSums._fields, four)
         }
-        if self._kept is not None:
-            tensors["kept"] = lk.pack_mask(self._kept)
+        if self._kept_before is not None:
+            tensors["kept"] = lk.pack_mask(self._kept_before)
         facts = {"fingerprint": fingerprint, "examples": self.examples, "batches": self.batches,
                  "loss_scale": self.loss_scale, "looks": self.looks}  # fmt: skip
         save_tensors(path, tensors, facts)
@@ -128,7 +128,7 @@ class RunningSums:
         self.loss_scale, self.looks = facts["loss_scale"], facts["looks"]
         if "kept" in tensors:
             elements = sum(total.numel() for sums in self.sums.values() for total in (sums.a_gphi, sums.b_gphi))
-            self._kept = lk.unpack_mask(tensors["kept"], [elements])
+            self._kept_before = lk.unpack_mask(tensors["kept"], [elements])
         log.info("score: going on after %d examples", self.examples)
 
 

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from lorapar import stage
+from lorapar import load_recipe, stage
+from lorapar.adapter.attach import load_adapter
 from lorapar.data.answers import is_correct
 from lorapar.data.tokens import prompt_ids
+from lorapar.evaluating import stage as evaluating
 from lorapar.files import read_jsonl
 from lorapar.model.load import answer_greedily, load_model, load_tokenizer
 from lorapar.recipe.sections import ModelConfig
@@ -66,6 +69,37 @@ def test_both_systems_are_scored_in_one_model_load(recipe_file: Path, tmp_path: 
     monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
     succeeds("score", recipe_file, "--output_dir", tmp_path / "run")
     assert loads == [1]
+
+
+def test_base_and_stages_are_evaluated_in_one_model_load(recipe_file: Path, finished: Path, monkeypatch):
+    loads, load, answers = [], stage.load_model, read_jsonl(finished / "answers.jsonl")
+    (finished / "answers.jsonl").unlink()
+    monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
+    succeeds("evaluate", recipe_file, "--output_dir", finished)
+    assert loads == [1]
+    assert read_jsonl(finished / "answers.jsonl") == answers
+
+
+def test_each_model_is_evaluated_with_its_own_adapter(recipe_file: Path, finished: Path, monkeypatch):
+    """By the logits of one row, against each adapter loaded into a model of its own."""
+    seen, evaluate = {}, evaluating.evaluate
+    ids = torch.arange(40, 60)[None]
+
+    def watched(model, tokenizer, rows, max_new_tokens, batch_size, description):
+        with torch.no_grad():
+            seen[description.removeprefix("evaluate ")] = model(ids).logits
+        return evaluate(model, tokenizer, rows, max_new_tokens, batch_size, description)
+
+    monkeypatch.setattr(evaluating, "evaluate", watched)
+    (finished / "answers.jsonl").unlink()
+    succeeds("evaluate", recipe_file, "--output_dir", finished)
+    recipe = load_recipe(recipe_file)
+    with torch.no_grad():
+        for name in ("sft", "grpo"):
+            model = load_adapter(load_model(recipe.model), finished / name)
+            assert torch.equal(seen[name], model(ids).logits)
+        assert torch.equal(seen["base"], load_model(recipe.model)(ids).logits)
+    assert not torch.equal(seen["sft"], seen["grpo"])
 
 
 def test_the_probe_alone_labels_by_what_the_model_gets_right(tiny_folder: Path, changed_recipe: Change, tmp_path: Path):

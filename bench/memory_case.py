@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import lorapar
 from bench.training_cases import TARGETS, Case, draw_factors, load, with_adapter
-from lorapar.adapter.attach import lora_parameters
+from lorapar.adapter.layers import lora_parameters
 from lorapar.memory.process import peak_memory_bytes, release_freed, reset_peak_memory, resident_bytes
 from lorapar.model.load import load_tokenizer
 from lorapar.recipe.sections import ModelConfig

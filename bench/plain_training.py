@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import lorapar
 from bench.training_cases import Case, load, with_adapter
-from lorapar.adapter.attach import lora_parameters
+from lorapar.adapter.layers import lora_parameters
 from lorapar.memory.process import is_out_of_memory, peak_memory_bytes, reset_peak_memory
 from lorapar.partitioning.partition import SETS, Partition
 from lorapar.training.answer_head import AnswerLogProbs

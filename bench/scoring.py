@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lorapar_kernels as lk
-from lorapar.data.rows import encode
+from lorapar.data.tokens import encode
 from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
 from lorapar.model.load import load_tokenizer
 from lorapar.recipe.sections import ModelConfig

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorapar
 import lorapar_kernels as lk
 from bench.conftest import commit, write_whole
-from lorapar.adapter.attach import ADAPTER, lora_parameters
+from lorapar.adapter.layers import ADAPTER, lora_parameters
 from lorapar.scoring.sums import RunningSums
 
 HERE = Path(__file__).parent

@@ -11,16 +11,19 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adapter.attach import activate, attach, load_adapter
+    from .adapter.attach import attach, load_adapter
+    from .adapter.layers import activate
     from .errors import InputError
     from .evaluating.evaluate import evaluate
     from .exporting.export import export
     from .labeling import label
-    from .partitioning.partition import Partition, partition
+    from .partitioning.choose import partition
+    from .partitioning.partition import Partition
     from .pipeline.running import run
     from .recipe.reading import load_recipe
     from .reporting.report import report
-    from .scoring.score import Scores, load_scores, save_scores, score
+    from .scoring.score import score
+    from .scoring.scores import Scores, load_scores, save_scores
     from .training.grpo import grpo
     from .training.optimizer import PartitionedAdamW
     from .training.sft import sft
@@ -38,8 +41,8 @@ _WHERE = {
     "InputError": "errors",
     "Partition": "partitioning.partition",
     "PartitionedAdamW": "training.optimizer",
-    "Scores": "scoring.score",
-    "activate": "adapter.attach",
+    "Scores": "scoring.scores",
+    "activate": "adapter.layers",
     "attach": "adapter.attach",
     "evaluate": "evaluating.evaluate",
     "export": "exporting.export",
@@ -47,11 +50,11 @@ _WHERE = {
     "label": "labeling",
     "load_adapter": "adapter.attach",
     "load_recipe": "recipe.reading",
-    "load_scores": "scoring.score",
-    "partition": "partitioning.partition",
+    "load_scores": "scoring.scores",
+    "partition": "partitioning.choose",
     "report": "reporting.report",
     "run": "pipeline.running",
-    "save_scores": "scoring.score",
+    "save_scores": "scoring.scores",
     "score": "scoring.score",
     "sft": "training.sft",
 }

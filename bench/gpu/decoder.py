@@ -87,7 +87,7 @@ def bare(quantised: bool) -> nn.Module:
 
 def of_lorapar(quantised: bool, lora: Any) -> nn.Module:
     import lorapar
-    from lorapar.adapter.attach import lora_parameters
+    from lorapar.adapter.layers import lora_parameters
 
     network = lorapar.attach(bare(quantised), lora, start="paper")
     # A rehearsal forces Triton's kernels, and selection has none.

@@ -1,6 +1,4 @@
-"""How the LoRA layers are attached, what a stage may change, and the proof that nothing else changed.
-
-The layers themselves are in layers.py.
+"""How the LoRA layers are attached to a model and started, saved and loaded.
 
 A start with a twin (`twin`, `pissa`, `olora`) gives the adapter rank 2r at the same scaling: rows r..2r of A hold A₀,
 and columns r..2r of B hold −B₀, inactive for ever. They cancel the start, so the model's function is the base's until
@@ -11,30 +9,22 @@ so shifts the base before the first step; that start is `paper`.)
 import copy
 import importlib.util
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe.checks import check_lora
 from ..recipe.sections import Start
-from .layers import ADAPTER, MaskedLayer, MaskedLinear
-
-if TYPE_CHECKING:
-    from ..partitioning.partition import Partition
+from .layers import ADAPTER, MaskedLayer, MaskedLinear, masked_layers
 
 TWIN_STARTS = ("twin", "pissa", "olora")
 START_STD = 0.01  # of the paper's re-drawn A and B (released script)
-
-
-class FrozenElementsChanged(RuntimeError):
-    """A stage wrote something it was to leave alone, or moved nothing at all."""
 
 
 def attach(
@@ -141,74 +131,6 @@ def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
     return weight.detach().to(device or weight.device, torch.float32)
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    """Our layers by module name, InputError where an adapter sits on something else or on the output head."""
-    layers = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if not isinstance(module, MaskedLayer):
-            kind = type(module.get_base_layer()).__name__
-            raise InputError(
-                f"lora.target_modules: {name} is a {kind}; only nn.Linear and bitsandbytes' 4-bit and 8-bit layers "
-                "can be partitioned"
-            )
-        if name.split(".")[-1] in ("lm_head", "embed_out"):
-            raise InputError(f"lora.target_modules: {name} is the output head, which takes no adapter; leave it out")
-        layers[name] = module
-    if not layers:
-        raise InputError("lora.target_modules: the model has no LoRA layer; attach an adapter first (lorapar.attach)")
-    return layers
-
-
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """lora_A and lora_B of the trained adapter, by the names of `model.named_parameters()`."""
-    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
-    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
-
-
-def masks_by_parameter(model: nn.Module) -> dict[str, Tensor | None]:
-    """The active mask of every LoRA parameter of the trained adapter; None: no stage is active."""
-    masks = {}
-    for name, layer in masked_layers(model).items():
-        masks[f"{name}.lora_A.{ADAPTER}.weight"] = layer.mask_a
-        masks[f"{name}.lora_B.{ADAPTER}.weight"] = layer.mask_b
-    return masks
-
-
-def activate(model: nn.Module, partition: "Partition", stage: Literal["sft", "grpo"]) -> None:
-    """Set each layer's masks to what `stage` may change; a factor with nothing active needs no gradient.
-
-    Raises InputError where the partition does not fit the model (naming the tensor and both shapes) or holds nothing
-    active for the stage.
-    """
-    active = partition.active(stage)
-    parameters = lora_parameters(model)
-    check_fits(parameters, active, "partition")
-    if not any(bool(mask.any()) for mask in active.values()):
-        raise InputError(f"partition: no element is active in {stage}; raise theta, alpha or beta")
-    for name, layer in masked_layers(model).items():
-        a, b = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
-        layer.activate(active[a], active[b])
-        for parameter, mask in ((parameters[a], active[a]), (parameters[b], active[b])):
-            parameter.requires_grad_(bool(mask.any()))
-
-
-def check_fits(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str) -> None:
-    """Raise InputError unless `tensors` has exactly the parameters' names and shapes."""
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            raise InputError(f"{what}: does not fit the model: it lacks {name} {list(parameter.shape)}")
-        if tensors[name].shape != parameter.shape:
-            raise InputError(
-                f"{what}: does not fit the model: {name} is {list(tensors[name].shape)} there, "
-                f"{list(parameter.shape)} in the model"
-            )
-    for name in tensors:
-        if name not in parameters:
-            raise InputError(f"{what}: does not fit the model: {name} {list(tensors[name].shape)} is not in it")
-
-
 def save_adapter(model: PeftModel, folder: Path, **facts: Any) -> None:
     """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank in lorapar.json."""
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER])
@@ -237,57 +159,12 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     return peft_model
 
 
-@dataclass
-class Snapshot:
-    """What a model held before a stage: the LoRA elements themselves, and a checksum of every other parameter."""
-
-    lora: dict[str, Tensor]
-    others: dict[str, int]
-
-    @classmethod
-    def take(cls, model: nn.Module) -> "Snapshot":
-        lora = {name: parameter.detach().clone() for name, parameter in lora_parameters(model).items()}
-        return cls(lora, checksums(model))
-
-
-def checksums(model: nn.Module) -> dict[str, int]:
-    """An order-sensitive 64-bit checksum of the bits of every parameter that is no adapter's."""
-    return {name: _checksum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name}
-
-
-def _checksum(tensor: Tensor) -> int:
-    total = 0
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.reshape(-1).view(kinds[tensor.element_size()])
-    # In chunks, so that the int64 copies stay small beside the model.
-    for number, chunk in enumerate(flat.split(1 << 22)):
-        weights = torch.arange(1, chunk.numel() + 1, device=chunk.device) * 2654435761 + number
-        total += int((chunk.long() * weights).sum())
-    return total % (1 << 64)
-
-
-def verify(
-    model: nn.Module, before: Snapshot, partition: "Partition", stage: Literal["sft", "grpo"]
-) -> dict[str, float]:
-    """Compare the whole model, bit for bit, with what it was before `stage`.
-
-    Returns {"active": count, "moved": count of active elements that changed}. Raises FrozenElementsChanged where an
-    inactive element or any other parameter differs, or where not one active element moved.
-    """
-    after = checksums(model)
-    for name, checksum in before.others.items():
-        if after.get(name) != checksum:
-            raise FrozenElementsChanged(f"{stage}: {name} of the frozen base changed")
-    n_active = n_moved = 0
-    for name, parameter in lora_parameters(model).items():
-        mask = partition.active(stage)[name].to(parameter.device)
-        changed = parameter.detach().view(torch.uint8) != before.lora[name].to(parameter).view(torch.uint8)
-        changed = changed.view(*parameter.shape, -1).any(-1)
-        stray = int((changed & ~mask).sum())
-        if stray:
-            raise FrozenElementsChanged(f"{stage}: {stray} inactive elements of {name} changed")
-        n_active += int(mask.sum())
-        n_moved += int(changed.sum())
-    if n_moved == 0:
-        raise FrozenElementsChanged(f"{stage}: not one of {n_active} active elements moved; nothing was trained")
-    return {"active": n_active, "moved": n_moved}
+def saved_shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """Zeros of the saved adapter's shapes under the names the loaded model gives its parameters."""
+    ends = ((".lora_A.weight", f".lora_A.{ADAPTER}.weight"), (".lora_B.weight", f".lora_B.{ADAPTER}.weight"))
+    shapes = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for saved, loaded in ends:
+            if name.endswith(saved):
+                shapes[name.removesuffix(saved) + loaded] = torch.zeros(tensor.shape)
+    return shapes

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..data.rows import prompt_ids
+from ..data.answers import is_correct
+from ..data.tokens import prompt_ids
 from ..errors import require
 from ..model.load import answer_greedily
 from ..progress import Progress
-from ..rewards import is_correct
 
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 GROUPS = ("all", "system1", "system2")

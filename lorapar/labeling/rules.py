@@ -7,8 +7,8 @@ accuracy by system, do not depend on what the model got right.
 import re
 from typing import TYPE_CHECKING, Any
 
+from ..data.answers import ANSWER_TAG, BOXED, HASHES, STATED, text_of
 from ..errors import InputError
-from ..rewards import ANSWER_TAG, BOXED, HASHES, STATED, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

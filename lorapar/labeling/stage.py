@@ -1,4 +1,4 @@
-"""The label stage's dealings with teachers: ask, keep what they said, say what remains, let a person correct."""
+"""Stage 1 of a run: `labels.jsonl`, from the voters' and the teachers' votes and a person's corrections."""
 
 import logging
 from collections import Counter
@@ -7,25 +7,102 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.labels import rows_of
+from ..data.rows import load_rows
 from ..errors import InputError, require
-from ..files import write_jsonl
+from ..files import sha256_file, write_jsonl
+from ..recipe.sections import Recipe
+from ..stage import LABELS, Facts, Run, Stage
 from .agreement import fleiss_kappa
 from .asking import ask
 from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_panel, remaining, store_path, table_of
 from .review import read_corrections, write_review
 from .store import VoteStore
-from .voting import decide
+from .voters import Column, make_voters
+from .voting import check_corrections, decide, kept_and_dropped, votes_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..recipe.sections import Recipe
-
 log = logging.getLogger("lorapar")
-KEPT = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls", "cost")
+REVIEW = "review.csv"
+# What votes.jsonl says of each vote.
+VOTE_FACTS = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls", "cost")
 
 
-def panel_of(recipe: "Recipe", voters: Sequence[str] = ()) -> Panel | None:
+def label_stage(run: Run) -> Facts:
+    """Ask every voter about every row; teachers, where there are any, after those that cost nothing."""
+    recipe, folder = run.recipe, run.folder
+    # First of all, so that a key that is not set or a template that cannot serve is refused before a model is loaded.
+    panel = panel_of(recipe, voter_names(recipe))
+    corrections = corrections_of(recipe, folder)
+    rows, counts = load_rows(recipe.data, run.tokenizer)
+    for source, count in counts.items():
+        log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
+    check_corrections(corrections, rows)
+    votes, asked = local_votes(run, rows), {}
+    if panel is not None:
+        given, asked = ask_panel(panel, rows, votes, folder, run.tokenizer)
+        votes |= given
+    labelled, dropped = kept_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
+    needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
+    if recipe.partition.selection != "all":
+        needed |= {1, 2}
+    for system in sorted(needed):
+        rows_of(labelled, [system], "train")
+    write_dropped(folder, dropped)
+    write_jsonl(folder / LABELS, labelled)
+    split_system = list(zip(labelled["split"], labelled["system"]))
+    return {
+        "rows": len(labelled),
+        **({"dropped": len(dropped)} if len(dropped) else {}),
+        "sources": counts,
+        **asked,
+        **decided_otherwise(labelled),
+        **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
+    }
+
+
+def dry_run(run: Run) -> str:
+    """What the teachers have still to be asked, as a table; nobody is asked and nothing is written."""
+    panel = panel_of(run.recipe, voter_names(run.recipe))
+    if panel is None:
+        return "No call remains: the recipe has no teachers."
+    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    return what_remains(panel, rows, run.folder, run.tokenizer)
+
+
+def review(run: Run) -> Path:
+    """Write the rows that the votes so far split on as a CSV for a person; nobody is asked."""
+    panel = panel_of(run.recipe, voter_names(run.recipe))
+    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    path, count = write_split(run.recipe, rows, local_votes(run, rows), panel, run.folder)
+    log.info("label: %d rows to review in %s; write 1 or 2 under corrected and run label again", count, path)
+    return path
+
+
+def local_votes(run: Run, rows: "Dataset") -> dict[str, list[int | None]]:
+    """The votes of the voters that need no network."""
+    label = run.recipe.label
+    if label.column:
+        return votes_of([Column(label.column)], rows)
+    probes = any(_name_of(voter) == "probe" for voter in label.voters or [])
+    return votes_of(make_voters(label.voters or [], run.load_model() if probes else None, run.tokenizer), rows)
+
+
+def voter_names(recipe: Recipe) -> list[str]:
+    """The names that the recipe's voters vote under."""
+    if recipe.label.column:
+        return [f"column:{recipe.label.column}"]
+    return [f"column:{voter.get('column')}" if isinstance(voter, dict) and voter.get("name") == "column"
+            else str(_name_of(voter)) for voter in recipe.label.voters or []]  # fmt: skip
+
+
+def _name_of(voter: str | dict[str, Any]) -> Any:
+    return voter if isinstance(voter, str) else voter.get("name")
+
+
+def panel_of(recipe: Recipe, voters: Sequence[str] = ()) -> Panel | None:
     """The recipe's panel, None where it has no teacher; `voters`: the names of the other voters."""
     if recipe.label.teachers:
         return make_panel(recipe.label, recipe.model.name, voters)
@@ -40,7 +117,7 @@ def ask_panel(
     """Ask what is missing, write `votes.jsonl`; ({teacher: votes}, facts for the stage's record)."""
     with VoteStore(store_path(panel.label, folder)) as store:
         codes = ask(panel, rows, store, local, tokenizer)
-        write_jsonl(folder / "votes.jsonl", _kept(panel, rows, codes, store))
+        write_jsonl(folder / "votes.jsonl", _vote_lines(panel, rows, codes, store))
         calls, cost = store.spent()
     unanswered = sum(votes.count(UNANSWERED) for votes in codes.values())
     if unanswered:
@@ -53,7 +130,7 @@ def ask_panel(
     return votes, facts | {"kappa": kappa and round(kappa, 4)}
 
 
-def _kept(panel: Panel, rows: "Dataset", codes: Mapping[str, Sequence[int]], store: VoteStore) -> Iterator[dict]:
+def _vote_lines(panel: Panel, rows: "Dataset", codes: Mapping[str, Sequence[int]], store: VoteStore) -> Iterator[dict]:
     """A line of `votes.jsonl` a row: what each teacher said of it and what that took."""
     for example in examples(rows):
         said = {}
@@ -62,7 +139,7 @@ def _kept(panel: Panel, rows: "Dataset", codes: Mapping[str, Sequence[int]], sto
             if vote is None or code == UNASKED:
                 said[seat.name] = {"vote": None, "outcome": "not_asked" if code == UNASKED else "unanswered"}
             else:
-                said[seat.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in KEPT}}
+                said[seat.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in VOTE_FACTS}}
         yield {"id": example.id, "votes": said}
 
 
@@ -73,9 +150,9 @@ def what_remains(panel: Panel, rows: "Dataset", folder: Path, tokenizer: Any) ->
         return table_of(panel, remaining(panel, rows, store, tokenizer), store.spent() if store else (0, 0.0))
 
 
-def corrections_of(recipe: "Recipe", folder: Path) -> dict[str, int]:
+def corrections_of(recipe: Recipe, folder: Path) -> dict[str, int]:
     """A person's labels: out of the file the recipe names, else out of the folder's review.csv, where it is there."""
-    path = Path(recipe.label.corrections).expanduser() if recipe.label.corrections else folder / "review.csv"
+    path = Path(recipe.label.corrections).expanduser() if recipe.label.corrections else folder / REVIEW
     if not path.exists() and recipe.label.corrections is None:
         return {}
     corrections = read_corrections(path)
@@ -85,10 +162,10 @@ def corrections_of(recipe: "Recipe", folder: Path) -> dict[str, int]:
 
 
 def write_split(
-    recipe: "Recipe", rows: "Dataset", local: Mapping[str, Sequence[int | None]], panel: Panel | None, folder: Path
+    recipe: Recipe, rows: "Dataset", local: Mapping[str, Sequence[int | None]], panel: Panel | None, folder: Path
 ) -> tuple[Path, int]:
     """Write the rows on which the votes so far differ, or that have none, into review.csv; (its path, their number)."""
-    path = Path(recipe.label.corrections).expanduser() if recipe.label.corrections else folder / "review.csv"
+    path = Path(recipe.label.corrections).expanduser() if recipe.label.corrections else folder / REVIEW
     store_at = store_path(recipe.label, folder)
     if panel is not None and not store_at.is_file():
         raise InputError(f"{store_at}: no such file; run label first, which asks the teachers")
@@ -120,7 +197,37 @@ def write_dropped(folder: Path, dropped: "Dataset") -> None:
         path.unlink(missing_ok=True)
 
 
-def summary(labelled: "Dataset") -> dict[str, int]:
+def decided_otherwise(labelled: "Dataset") -> dict[str, int]:
     """How many labels were decided by what, but by votes."""
     counts = Counter(labelled["decided_by"])
     return {f"by_{by}": counts[by] for by in ("tie", "no_votes", "person") if counts[by]}
+
+
+def check(run: Run) -> None:
+    """Make the voters that need no model, which refuse options that they do not have."""
+    if run.recipe.label.column is None:
+        make_voters([voter for voter in run.recipe.label.voters or [] if _name_of(voter) != "probe"])
+
+
+def inputs(run: Run) -> Facts:
+    """What labels depend on beside the recipe's sections: local data, template and corrections by their content."""
+    recipe, found = run.recipe, {}
+    if recipe.lora.get("base") and "probe" in str(recipe.label.voters):
+        found["base"] = recipe.lora["base"]  # what the probe asks
+    paths = [Path(source.name).expanduser() for source in recipe.data.sources]
+    paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
+    found["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
+    if (run.folder / REVIEW).is_file():
+        found["review"] = read_corrections(run.folder / REVIEW)
+    return found
+
+
+def stage(recipe: Recipe) -> Stage:
+    return Stage(
+        "label",
+        run=label_stage,
+        sections=("model", "data", "label"),
+        writes=(LABELS, *(["votes.jsonl"] if recipe.label.teachers else [])),
+        inputs=inputs,
+        check=check,
+    )

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.rows import prompt_ids
+from ..data.answers import is_correct
+from ..data.tokens import prompt_ids
 from ..errors import InputError, suggestion
 from ..model.load import answer_greedily
 from ..progress import Progress
-from ..rewards import is_correct
 from .rules import Operations, ReasoningSteps
 from .voting import Teacher
 

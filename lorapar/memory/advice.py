@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..adapter.options import lora_config
@@ -43,7 +43,7 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     """The plan for a person, and whether every stage fits in `room` bytes (None: what this machine has)."""
     model, lengths = describe(recipe), lengths_of(recipe)
     if model.elements == 0:
-        given = lora_config(recipe).target_modules
+        given = lora_config(recipe.lora).target_modules
         raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
     room = room or available(recipe)
     rows = needs(recipe, lengths)
@@ -159,7 +159,7 @@ def available(recipe: Recipe) -> int:
     return available_bytes(choose_device(recipe.model.device))
 
 
-def check_memory(stage: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> None:
+def check_memory(stage: str, recipe: Recipe, rows: Iterable[Any]) -> None:
     """Refuse a stage that needs more memory than there is, before its weights are loaded.
 
     `rows`: the labelled ones, with prompt and completion. Raises InputError with the cheapest remedies. A recipe far
@@ -174,7 +174,7 @@ def check_memory(stage: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) 
             raise InputError(" ".join(advice(recipe, lengths, row, room)))
 
 
-def out_of_memory(stage: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> str:
+def out_of_memory(stage: str, recipe: Recipe, rows: Iterable[Any]) -> str:
     """The message when a stage's memory ran out: the cheapest changes that lower its need by a fifth."""
     message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
     if stage not in NEEDS_MODEL:

@@ -9,7 +9,7 @@ come out of the model's own code run without data (step.py); the rest is counted
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.rows import encode, load_rows
+from ..data.rows import load_rows
+from ..data.tokens import encode
 from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
@@ -73,7 +74,7 @@ class Lengths:
     of: str
 
 
-def lengths_of(recipe: Recipe, rows: Sequence[Mapping[str, Any]] | None = None) -> Lengths:
+def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None) -> Lengths:
     """Of `rows` (prompt and completion), else of the recipe's data where that is on this machine, else its limits."""
     longest_prompt = recipe.data.max_prompt_length
     if rows is None and not all(_is_here(source) for source in recipe.data.sources):
@@ -116,7 +117,7 @@ def _describe(recipe: Recipe) -> Model:
         del plain.quantization_config
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(plain, dtype=dtype)
-    head, lora = model.get_output_embeddings(), lora_config(recipe)
+    head, lora = model.get_output_embeddings(), lora_config(recipe.lora)
     rank = lora.r * (1 if recipe.start in ("paper", "peft") else 2)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     weights = sum(parameter.nbytes for parameter in model.parameters())

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..partitioning.partition import TILE_A, TILE_B, Partition
+from ..partitioning.choose import TILE_A, TILE_B
+from ..partitioning.partition import Partition
 
 REGIONS = ("inactive", "System 1 only", "System 2 only", "shared")  # code = kept by 1 + 2 * kept by 2
 GRANULARITIES = ("element", "tile", "rank")

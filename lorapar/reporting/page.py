@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import read_json, read_jsonl, read_text
 from ..partitioning.partition import Partition
 from ..reporting import charts, elements
-from ..scoring.score import load_scores
+from ..scoring.scores import load_scores
 from .elements import GRANULARITIES, KeepCurve
 
 # How the page names and colours a group of rows.
@@ -56,7 +56,7 @@ class Run:
         )
 
 
-def load(folder: Path, figures: Path) -> Run:
+def load(folder: Path, figures: Path, labels: list[dict[str, Any]] | None = None) -> Run:
     files = {
         name: folder / path
         for name, path in {
@@ -75,7 +75,7 @@ def load(folder: Path, figures: Path) -> Run:
     if "recipe" in files:
         run.recipe_text = read_text(files["recipe"])
         run.recipe = yaml.safe_load(run.recipe_text) or {}
-    run.labels = read_jsonl(files["labels"]) if "labels" in files else None
+    run.labels = labels or (read_jsonl(files["labels"]) if "labels" in files else None)
     run.dropped = read_jsonl(files["dropped"]) if "dropped" in files else []
     run.votes = read_jsonl(files["votes"]) if "votes" in files else None
     run.metrics = read_json(files["metrics"]) if "metrics" in files else None

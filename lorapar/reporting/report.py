@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
@@ -33,17 +34,20 @@ from .page import (
 TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 
 
-def report(output_dir: Path | str) -> Path:
+def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -> Path:
     """Write `report.html` and `figures/` into a run's output folder from the artefacts that are there.
 
-    Returns the page's path. Raises InputError where the folder is missing or holds none of a run's artefacts,
-    and, naming the file, where an artefact is corrupt.
+    Args:
+        labels: the rows of labels.jsonl, where they have been read already.
+
+    Returns the page's path. Raises InputError where the folder is missing or holds none of a run's artefacts, and,
+    naming the file, where an artefact is corrupt.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a run's output folder")
     with atomic_folder(folder / "figures") as figures:
-        run = load(folder, figures)
+        run = load(folder, figures, labels)
         parts = [
             ("accuracy", "Accuracy", _accuracy),
             ("importance", "Importance", sections.importance),

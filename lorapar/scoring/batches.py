@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import lora_parameters
-from ..adapter.layers import MaskedLayer
-from ..data.rows import encode
+from ..adapter.layers import MaskedLayer, lora_parameters
+from ..data.tokens import encode
 from ..errors import InputError
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
@@ -101,7 +100,7 @@ def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: 
     return batches
 
 
-def packs(model: nn.Module) -> bool:
+def packs_examples(model: nn.Module) -> bool:
     """Whether batches are packed: the attention is FlashAttention's, and packed examples are shown to stay apart."""
     implementation = str(getattr(cast(Any, model).config, "_attn_implementation", ""))
     return implementation.startswith("flash_attention") and keeps_apart(model)

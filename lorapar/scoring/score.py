@@ -1,44 +1,33 @@
-"""Importance of every LoRA element for one system's rows (paper section 3.3), and the file that holds it.
+"""Importance of every LoRA element for one system's rows (paper section 3.3).
 
-Rows → token batches of like length (score_batches.py) → forward and a backward that carries each example's gradient
-into two sums a factor (`lorapar_kernels.importance`) → running sums (score_sums.py) → I(φ) by parameter name.
+Rows → token batches of like length (batches.py) → forward and a backward that carries each example's gradient
+into two sums a factor (`lorapar_kernels.importance`) → running sums (sums.py) → I(φ) by parameter name.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import lora_parameters, masked_layers
-from ..adapter.layers import ADAPTER, MaskedLayer
+from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
 from ..errors import InputError, require
-from ..files import load_tensors, save_tensors
 from ..progress import Progress
 from ..recipe.checks import check_value
 from ..recipe.sections import ScoreConfig
-from .batches import Example, packs, plan_batches, read_examples, score_batch, short_attention
-from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite, trainable_mask
+from .batches import Example, packs_examples, plan_batches, read_examples, score_batch, short_attention
+from .scores import Scores, shuffled, trainable_mask
+from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite
 
 log = logging.getLogger("lorapar")
-Masks = dict[str, Tensor]
 ALL_ZERO = (
     "start: every score is zero, because an element that is zero scores zero for ever and B = 0 makes A's "
     "gradient zero; use start: twin, pissa, olora or paper"
 )
-
-
-class Scores(dict[str, Tensor]):
-    """{parameter name: fp32 importance of the parameter's shape}, with the facts that made it in `metadata`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]):
-        super().__init__(tensors)
-        self.metadata = dict(metadata)
 
 
 def score(
@@ -80,7 +69,7 @@ def score(
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
             raise InputError(ALL_ZERO)
-        packed = packs(model)
+        packed = packs_examples(model)
         marks = [] if until_stable is None else marks_of(len(examples))
         plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
         running = RunningSums(layers)
@@ -122,7 +111,7 @@ def _run(
         for batch in plan[running.batches :]:
             running.loss_scale = score_batch(model, running.layers, [examples[i] for i in batch], packed)
             if not running.finite():
-                raise blame(model, running, [examples[i] for i in batch], packed)
+                raise error_of_first_bad_row(model, running, [examples[i] for i in batch], packed)
             running.examples += len(batch)
             running.batches += 1
             jaccard = None
@@ -140,7 +129,7 @@ def _run(
         running.save(checkpoint, key)
 
 
-def blame(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
+def error_of_first_bad_row(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
     """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
     for example in batch:
         for layer in running.layers.values():
@@ -150,39 +139,6 @@ def blame(model: nn.Module, running: RunningSums, batch: list[Example], packed: 
         if fault is not None:
             return not_finite(example.name, fault, running.loss_scale != 1.0)
     return not_finite(f"{batch[0].name} to {batch[-1].name}", "the sums leave fp32's range", running.loss_scale != 1.0)
-
-
-def shuffled(by_system: list[Masks], trainable: Masks, seed: int) -> list[Masks]:
-    """Each system's scores moved to the same random places among the trainable elements of the whole model."""
-    names = sorted(trainable)
-    flags = torch.cat([trainable[name].reshape(-1) for name in names])
-    order = torch.randperm(int(flags.sum()), generator=torch.Generator().manual_seed(seed))
-    moved = []
-    for scores in by_system:
-        flat = torch.cat([scores[name].reshape(-1) for name in names])
-        flat[flags] = flat[flags][order]
-        parts = flat.split([scores[name].numel() for name in names])
-        moved.append({name: part.view(scores[name].shape) for name, part in zip(names, parts)})
-    return moved
-
-
-def save_scores(path: Path | str, scores_1: Scores, scores_2: Scores) -> None:
-    """Write `system1/<parameter>` and `system2/<parameter>`, fp32, with both systems' metadata."""
-    tensors = {f"system{i}/{name}": t for i, s in ((1, scores_1), (2, scores_2)) for name, t in s.items()}
-    save_tensors(path, tensors, {"system1": scores_1.metadata, "system2": scores_2.metadata})
-
-
-def load_scores(path: Path | str) -> tuple[Scores, Scores]:
-    """Read what `save_scores` wrote; InputError where it is missing or corrupt."""
-    tensors, metadata = load_tensors(path)
-    both = []
-    for system in ("system1", "system2"):
-        prefix = f"{system}/"
-        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        if not mine or system not in metadata:
-            raise InputError(f"{path}: holds no scores of {system}")
-        both.append(Scores(mine, metadata[system]))
-    return both[0], both[1]
 
 
 @contextlib.contextmanager

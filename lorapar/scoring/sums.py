@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..files import load_tensors, save_tensors, sha256_json, sha256_tensors
 from ..recipe.sections import Method
 from .batches import Example
+from .scores import trainable_mask
 
 log = logging.getLogger("lorapar")
 foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
@@ -53,7 +54,7 @@ class RunningSums:
         self.examples = self.batches = 0
         self.loss_scale = 1.0
         self.looks: list[list[float]] = []
-        self._kept: Tensor | None = None
+        self._kept_before: Tensor | None = None
         self._saved, self._save_took = time.monotonic(), 0.0
 
     @property
@@ -84,7 +85,7 @@ class RunningSums:
     def look(self, theta: float) -> float | None:
         """The Jaccard index of the kept set at θ with that of the look before; None at the first look."""
         kept = torch.cat([mask.reshape(-1) for mask in lk.top_mass(list(self.importance().values()), theta)])
-        before, self._kept = self._kept, kept
+        before, self._kept_before = self._kept_before, kept
         if before is None:
             return None
         jaccard = float((kept & before).sum() / (kept | before).sum())
@@ -100,8 +101,8 @@ class RunningSums:
             for suffix, four in (("", sums), (".rest", sums.rests))
             for field, tensor in zip(lk.ScoreSums._fields, four)
         }
-        if self._kept is not None:
-            tensors["kept"] = lk.pack_mask(self._kept)
+        if self._kept_before is not None:
+            tensors["kept"] = lk.pack_mask(self._kept_before)
         facts = {"fingerprint": fingerprint, "examples": self.examples, "batches": self.batches,
                  "loss_scale": self.loss_scale, "looks": self.looks}  # fmt: skip
         save_tensors(path, tensors, facts)
@@ -127,7 +128,7 @@ class RunningSums:
         self.loss_scale, self.looks = facts["loss_scale"], facts["looks"]
         if "kept" in tensors:
             elements = sum(total.numel() for sums in self.sums.values() for total in (sums.a_gphi, sums.b_gphi))
-            self._kept = lk.unpack_mask(tensors["kept"], [elements])
+            self._kept_before = lk.unpack_mask(tensors["kept"], [elements])
         log.info("score: going on after %d examples", self.examples)
 
 
@@ -140,17 +141,6 @@ def fingerprint_of(
         factors[f"{name}.a"], factors[f"{name}.b"], _ = layer.factors(ADAPTER)
     digest = sha256_tensors({name: factor.detach().cpu().contiguous() for name, factor in factors.items()})
     return sha256_json([digest, [[example.ids, example.targets] for example in examples], plan, facts])
-
-
-def trainable_mask(name: str, like: Tensor, rank: int | None) -> Tensor:
-    """True on the r trainable rows of A (columns of B); everywhere where there is no twin."""
-    mask = torch.ones(like.shape, dtype=torch.bool)
-    if rank is not None:
-        if ".lora_A." in name:
-            mask[rank:] = False
-        else:
-            mask[:, rank:] = False
-    return mask
 
 
 def first_fault(layers: Mapping[str, MaskedLayer]) -> str | None:

@@ -19,12 +19,13 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
+from ..data.labels import rows_of
 from ..errors import InputError
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
-from .trainer import PAPER, PartitionedTrainer, Trained, rows_of, train
+from .trainer import PAPER, PartitionedTrainer, Trained, train
 
 log = logging.getLogger("lorapar")
 # Ours, or the completion that GRPO makes itself; the rest reaches the rewards by name.

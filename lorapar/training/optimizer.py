@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorapar_kernels as lk
 from lorapar_kernels.bitmask import TILE
 
-from ..adapter.attach import lora_parameters, masks_by_parameter
+from ..adapter.layers import lora_parameters, masks_by_parameter
 from ..errors import InputError
 
 MOMENTS = ("fp32", "8bit")

@@ -10,13 +10,14 @@ from peft import PeftModel
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-from ..data.rows import encode
+from ..data.labels import rows_of
+from ..data.tokens import encode
 from ..errors import InputError
 from ..memory.switches import default_micro_batch_tokens
 from ..partitioning.partition import Partition
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
-from .trainer import PAPER, PartitionedTrainer, Trained, rows_of, train
+from .trainer import PAPER, PartitionedTrainer, Trained, train
 
 # transformers counts a step's tokens beforehand only for a model whose forward takes them (remote code may not, Gemma 4
 # and Qwen2.5-VL say no); without that count each part would be a mean of its own. The experts' balancing loss is one.

@@ -8,20 +8,20 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import Snapshot, activate, save_adapter, verify
+from ..adapter.attach import save_adapter
+from ..adapter.layers import activate
+from ..adapter.proof import Snapshot, verify
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
 from ..memory.process import give_back_large_blocks
@@ -30,7 +30,7 @@ from ..progress import TrainingProgress
 from .optimizer import PartitionedAdamW
 
 log = logging.getLogger("lorapar")
-Stage = Literal["sft", "grpo"]
+StageName = Literal["sft", "grpo"]
 # Beside a stage's checkpoints, where there was a GPU to choose for: which product each kind of layer takes.
 CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
@@ -65,7 +65,7 @@ class PartitionedTrainer(Trainer):
     """A mixin ahead of a TRL trainer. `partition` and `stage` are set by `train` before training starts."""
 
     partition: Partition
-    stage: Stage
+    stage: StageName
     longest_first: bool = False
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
@@ -121,7 +121,7 @@ class PartitionedTrainer(Trainer):
         write_json(folder / "lorapar.json", {"stage": self.stage, "partition": self.partition.hash})
 
 
-def train(trainer: PartitionedTrainer, partition: Partition, stage: Stage, rows: int, resume: bool) -> Trained:
+def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, rows: int, resume: bool) -> Trained:
     """Run `trainer` from its last whole checkpoint (where `resume`) to its end and verify the model.
 
     Raises InputError where a checkpoint is of another partition, `FrozenElementsChanged` where the proof fails.
@@ -193,26 +193,6 @@ def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:
             )
         return folder
     return None
-
-
-def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> Dataset:
-    """The rows of a split that carry one of the systems' labels; all rows where there are no such columns.
-
-    Raises InputError where none is left.
-    """
-    columns = dataset.column_names
-    keep = [
-        i
-        for i in range(len(dataset))
-        if ("system" not in columns or dataset[i]["system"] in systems)
-        and ("split" not in columns or dataset[i]["split"] == split)
-    ]
-    if not keep:
-        raise InputError(
-            f"data: no {split} row is labelled System {' or '.join(map(str, systems))}; "
-            "change the labelling rule or its threshold, or give other rows"
-        )
-    return dataset.select(keep)
 
 
 def save_stage(trainer: PartitionedTrainer, folder: Path, facts: dict[str, Any], trained: Trained) -> None:

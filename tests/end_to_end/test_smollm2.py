@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter.attach import ADAPTER, load_adapter
-from lorapar.data.rows import encode
+from lorapar.adapter.attach import load_adapter
+from lorapar.adapter.layers import ADAPTER
+from lorapar.data.tokens import encode
 from lorapar.model.load import load_model, load_tokenizer
 from lorapar.recipe.reading import load_recipe, parse
 from lorapar.recipe.sections import ModelConfig

@@ -9,16 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter.attach import (
-    FrozenElementsChanged,
-    MaskedLinear,
-    Snapshot,
-    load_adapter,
-    lora_parameters,
-    masked_layers,
-    save_adapter,
-    verify,
-)
+from lorapar.adapter.attach import MaskedLinear, load_adapter, save_adapter
+from lorapar.adapter.layers import lora_parameters, masked_layers
+from lorapar.adapter.proof import FrozenElementsChanged, Snapshot, verify
 from lorapar.errors import InputError
 from lorapar.partitioning.partition import Partition
 from tests.tiny import TARGETS, tiny_model

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import InputError
-from lorapar.adapter.attach import Snapshot, load_adapter, lora_parameters, verify
+from lorapar.adapter.attach import load_adapter
+from lorapar.adapter.layers import lora_parameters
 from lorapar.adapter.merging import merge_checkpoint, merged_parameters, merged_weight
+from lorapar.adapter.proof import Snapshot, verify
 from lorapar.doctor import doctor
 from lorapar.memory.process import release_freed
 from lorapar.model.load import load_model

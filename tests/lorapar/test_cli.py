@@ -123,12 +123,12 @@ def test_what_libraries_warn_of_is_in_the_log_and_their_errors_are_on_the_termin
 
 
 def test_a_failure_of_ours_is_not_hidden(recipe_file: Path, tmp_path: Path, monkeypatch):
-    from lorapar import stage as stages
+    from lorapar.labeling import stage
 
     def fails(*_: object, **__: object):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(stages, "kept_and_dropped", fails)
+    monkeypatch.setattr(stage, "kept_and_dropped", fails)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["run", str(recipe_file), "--output_dir", str(tmp_path / "run")])
     assert "ERROR stopped: RuntimeError('a defect')" in (tmp_path / "run" / "run.log").read_text()

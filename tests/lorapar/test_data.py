@@ -9,7 +9,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapar.data.rows import encode, load_rows
+from lorapar.data.rows import load_rows
+from lorapar.data.tokens import encode
 from lorapar.errors import InputError
 from lorapar.model.load import load_tokenizer
 from lorapar.recipe.sections import DataConfig, ModelConfig, SourceConfig

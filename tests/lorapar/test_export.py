@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorapar
-from lorapar.adapter.attach import lora_parameters
+from lorapar.adapter.layers import lora_parameters
 from lorapar.exporting.export import ExportDiffers
 from tests.lorapar.test_adapter import STARTS, config, logits
 from tests.tiny import tiny_tokenizer

@@ -1,6 +1,5 @@
-"""Imports point one way, and the backend knows nothing of the method."""
+"""What importing the packages loads, prints and needs (tests/test_structure.py has what may import what)."""
 
-import ast
 import importlib.metadata
 import logging
 import subprocess
@@ -14,67 +13,6 @@ from lorapar.pipeline import running as pipeline
 from lorapar.recipe.reading import parse
 
 ROOT = Path(__file__).parents[2]
-
-
-def imported(path: Path, package: str) -> set[str]:
-    """Modules of `package` that a file imports when it runs, those for type checking left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typed = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    names = set()
-    depth = len(path.relative_to(ROOT / package).parts)
-    for node in ast.walk(tree):
-        if id(node) in typed or not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level == depth:
-            names |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-    return names
-
-
-def graph(package: str) -> dict[str, set[str]]:
-    edges: dict[str, set[str]] = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        name = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
-        edges.setdefault(name, set()).update(imported(path, package) - {name})
-    return edges
-
-
-def cycle(edges: dict[str, set[str]]) -> list[str] | None:
-    def visit(name: str, trail: list[str]) -> list[str] | None:
-        if name in trail:
-            return [*trail[trail.index(name) :], name]
-        for other in edges.get(name, ()):
-            found = visit(other, [*trail, name])
-            if found:
-                return found
-        return None
-
-    return next((found for name in edges if (found := visit(name, []))), None)
-
-
-def test_the_method_has_no_cycle():
-    edges = graph("lorapar")
-    assert {"stages"} <= edges["pipeline"]
-    assert {"adapter", "score_batches", "score_sums"} <= edges["score"]
-    assert {"adapter", "data"} <= edges["score_batches"]
-    assert cycle({name: to for name, to in edges.items() if name != "__init__"}) is None
-    assert cycle({"a": {"b"}, "b": {"a"}}) == ["a", "b", "a"]
-
-
-def test_the_backend_has_no_cycle_and_knows_nothing_of_the_method():
-    edges = graph("lorapar_kernels")
-    assert cycle({name: to for name, to in edges.items() if name != "__init__"}) is None
-    for path in (ROOT / "lorapar_kernels").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            roots = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            roots += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            # torch and Triton, and nothing else that would have to be installed.
-            allowed = {"torch", "triton", "lorapar_kernels", *sys.stdlib_module_names}
-            assert {root.split(".")[0] for root in roots if root} <= allowed, path
 
 
 def test_importing_the_backend_beside_torch_loads_its_own_modules_alone():

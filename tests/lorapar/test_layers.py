@@ -10,8 +10,8 @@ from torch import nn
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter.attach import Snapshot, lora_parameters, masked_layers, verify
-from lorapar.adapter.layers import MaskedLinear
+from lorapar.adapter.layers import MaskedLinear, lora_parameters, masked_layers
+from lorapar.adapter.proof import Snapshot, verify
 from lorapar.partitioning.partition import Partition
 from tests.lorapar.test_score import large_start, naive_sums, sums_of, worst
 from tests.tiny import TARGETS, tiny_model
@@ -66,8 +66,8 @@ def test_slices_that_cancel_are_left_out_of_every_product(monkeypatch):
     loss, ours = gradients(model)
     assert set(seen) == {4}
     for layer in masked_layers(model).values():
-        assert layer.kept_ranks.tolist() == [1, 3, 5, 7]
-        layer.kept_ranks = None
+        assert layer.live_ranks.tolist() == [1, 3, 5, 7]
+        layer.live_ranks = None
     whole_loss, whole = gradients(model)
     assert set(seen) == {4, 8}
     torch.testing.assert_close(loss, whole_loss, rtol=1e-5, atol=1e-6)
@@ -87,7 +87,7 @@ def test_a_layer_without_an_active_slice_is_its_base(monkeypatch):
     layer = masked_layers(model)[first]
     x = torch.randn(3, layer.in_features)
     assert torch.equal(layer(x), layer.get_base_layer()(x))
-    assert layer.kept_ranks.numel() == 0
+    assert layer.live_ranks.numel() == 0
 
 
 def test_a_slice_that_a_stage_moved_is_computed_with_in_the_next():
@@ -97,7 +97,7 @@ def test_a_slice_that_a_stage_moved_is_computed_with_in_the_next():
         for layer in masked_layers(model).values():
             layer.factors("default")[0][0] += 1.0
     lorapar.activate(model, rank_partition(model, [2]), "grpo")
-    assert all(layer.kept_ranks.tolist() == [0, 2, 4, 6] for layer in masked_layers(model).values())
+    assert all(layer.live_ranks.tolist() == [0, 2, 4, 6] for layer in masked_layers(model).values())
 
 
 def test_loading_other_values_forgets_what_was_left_out():
@@ -105,13 +105,13 @@ def test_loading_other_values_forgets_what_was_left_out():
     lorapar.activate(model, rank_partition(model, [0]), "sft")
     state = {name: tensor + 0.1 for name, tensor in get_peft_model_state_dict(model).items()}
     set_peft_model_state_dict(model, state)
-    assert all(layer.kept_ranks is None for layer in masked_layers(model).values())
+    assert all(layer.live_ranks is None for layer in masked_layers(model).values())
 
 
 def test_element_partition_and_paper_start_leave_nothing_out():
     model = lorapar.attach(tiny_model(), config(), start="paper")
     lorapar.activate(model, rank_partition(model, [0]), "sft")
-    assert all(layer.kept_ranks is None for layer in masked_layers(model).values())
+    assert all(layer.live_ranks is None for layer in masked_layers(model).values())
 
 
 def test_dropout_is_the_same_at_recompute():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from lorapar.data.rows import prompt_ids
+from lorapar.data.tokens import prompt_ids
 from lorapar.errors import InputError
 from lorapar.model import load as models
 from lorapar.model.load import answer_greedily, best_dtype, load_model, load_tokenizer, resolve

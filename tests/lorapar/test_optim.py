@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lorapar
-from lorapar.adapter.attach import Snapshot, lora_parameters, verify
+from lorapar.adapter.layers import lora_parameters
+from lorapar.adapter.proof import Snapshot, verify
 from lorapar.errors import InputError
 from tests.lorapar.test_adapter import TOKENS, config, random_partition
 from tests.tiny import tiny_model

@@ -5,7 +5,7 @@ import torch
 
 import lorapar
 from lorapar.errors import InputError
-from lorapar.scoring.score import Scores
+from lorapar.scoring.scores import Scores
 
 NAMES = [f"m.layers.{i}.{p}.lora_{f}.default.weight" for i in range(3) for p in ("q", "up") for f in "AB"]
 

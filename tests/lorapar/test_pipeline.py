@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import lorapar
 from lorapar import Partition, load_recipe
 from lorapar.files import read_json, read_jsonl
-from lorapar.pipeline.running import plan
+from lorapar.pipeline.order import stages_of
 
 from .driver import records, skipped, succeeds, tree, write_recipe
 from .test_bad_input import rows_file, sums
@@ -161,7 +161,7 @@ def no_pictures(monkeypatch):
     """The report takes half of a tiny run's time, and has its own tests."""
     # By its name: `lorapar.report` is the function.
     module = importlib.import_module("lorapar.reporting.report")
-    monkeypatch.setattr(module, "report", lambda folder: (folder / "report.html").write_text("x"))
+    monkeypatch.setattr(module, "report", lambda folder, *_: (folder / "report.html").write_text("x"))
 
 
 def control(changed_recipe: Change, tmp_path: Path, **changes: object) -> Path:
@@ -280,7 +280,7 @@ def test_control_dropout_and_merged_export(changed_recipe: Change, tmp_path: Pat
 def test_every_stage_has_a_name_of_its_own_and_reads_what_is_made(recipe_file: Path):
     for words in ([], [("stages", "[grpo, sft]")], [("stages", "[sft]")], [("partition.selection", "all")]):
         made: set[str] = set()
-        for stage in plan(load_recipe(recipe_file, words)):
+        for stage in stages_of(load_recipe(recipe_file, words)):
             assert set(stage.reads) <= made, stage.name
             made |= set(stage.writes)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import trl
 
-from lorapar import stage as stages
+from lorapar import stage
+from lorapar.adapter.options import lora_config
 from lorapar.errors import InputError
 from lorapar.files import read_jsonl
 from lorapar.memory import advice as remedies
@@ -59,7 +60,7 @@ def test_what_is_no_size_is_refused(text):
 def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
     recipe = recipe_of(tiny_folder, start=start)
     model = load_model(recipe.model)
-    names = stages.lora_config(recipe).target_modules
+    names = lora_config(recipe.lora).target_modules
     layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
     assert layers
     found = describe(recipe)
@@ -123,7 +124,7 @@ def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
     def loads(*_):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(stages, "load_model", loads)
+    monkeypatch.setattr(stage, "load_model", loads)
     code, out, err = lorapar("plan", recipe_file, "--vram", "100GB")
     assert code == 0, err
     assert out.splitlines()[-1] == "fits"
@@ -189,7 +190,7 @@ def test_several_changes_together_where_none_is_enough(tiny_folder, steady):
 def test_a_recipe_that_cannot_fit_is_refused_before_weights_load(changed_recipe, tmp_path, monkeypatch):
     recipe = changed_recipe(score={"examples": 8, "batch_size": 4096, "max_length": 512})
     monkeypatch.setattr(remedies, "available_bytes", lambda device: resident_bytes() + 10**8)
-    monkeypatch.setattr(stages, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(stage, "load_model", lambda *_: pytest.fail("weights were loaded"))
     said = refused("run", recipe, "--output_dir", tmp_path / "run", says=("score needs", "1. score.batch_size:"))
     assert KEYS.search(said)
     assert not (tmp_path / "run" / "scores.safetensors").exists()
@@ -269,13 +270,13 @@ def test_what_the_recipe_does_not_set_is_trls_default(tiny_folder, steady, monke
 
 def test_recomputing_is_off_on_a_cpu_and_as_trl_has_it_elsewhere(tiny_folder, monkeypatch):
     recipe = recipe_of(tiny_folder)
-    for stage, config in ((recipe.sft, trl.SFTConfig), (recipe.grpo, trl.GRPOConfig)):
-        del stage.trainer["gradient_checkpointing"]
+    for section, config in ((recipe.sft, trl.SFTConfig), (recipe.grpo, trl.GRPOConfig)):
+        del section.trainer["gradient_checkpointing"]
         for default in (True, False):
             monkeypatch.setattr(config.__dataclass_fields__["gradient_checkpointing"], "default", default)
-            assert (checkpointing(stage, "cpu"), checkpointing(stage, "cuda")) == (False, default)
-        stage.trainer["gradient_checkpointing"] = True
-        assert (checkpointing(stage, "cpu"), checkpointing(stage, "cuda")) == (True, True)
+            assert (checkpointing(section, "cpu"), checkpointing(section, "cuda")) == (False, default)
+        section.trainer["gradient_checkpointing"] = True
+        assert (checkpointing(section, "cpu"), checkpointing(section, "cuda")) == (True, True)
 
 
 def test_a_row_that_stage_1_leaves_out_does_not_count(tiny_folder, steady):

@@ -73,9 +73,10 @@ def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
 
 
 def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
-    from lorapar import stage as stages
-    from lorapar.labeling.stage import panel_of
+    from lorapar.labeling.stage import panel_of, voter_names
+    from lorapar.pipeline.running import check_settings
     from lorapar.recipe.reading import parse, parse_yaml
+    from lorapar.stage import Run
 
     page = (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8")
     recipes = [parse(parse_yaml(block)) for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]
@@ -86,8 +87,8 @@ def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
         monkeypatch.setenv(str(teacher.api_key_env), "k")
     # All that is known before a teacher is asked holds of them.
     for recipe, seats, enough in zip(recipes, (1, 6, 1), (1, 3, 2)):
-        stages.check_recipe(recipe, tmp_path, "label")
-        panel = panel_of(recipe, stages._voter_names(recipe))
+        check_settings(Run(recipe, tmp_path), "label")
+        panel = panel_of(recipe, voter_names(recipe))
         assert panel is not None
         assert (len(panel.seats), panel.enough) == (seats, enough)
     for target in re.findall(r"\]\(([^)#:]+)\)", page):

@@ -9,7 +9,7 @@ import trl.trainer.sft_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
 import lorapar
-from lorapar.adapter.attach import lora_parameters
+from lorapar.adapter.layers import lora_parameters
 from lorapar.training.rehearsal import longest
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import ROWS, fresh, grpo_config, letters, losses, sft_config

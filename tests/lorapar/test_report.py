@@ -14,9 +14,10 @@ import torch
 import lorapar.reporting.elements as elements
 from lorapar.errors import InputError
 from lorapar.files import write_json, write_jsonl, write_text
-from lorapar.partitioning.partition import Partition, partition
+from lorapar.partitioning.choose import partition
+from lorapar.partitioning.partition import Partition
 from lorapar.reporting.report import report
-from lorapar.scoring.score import Scores, save_scores
+from lorapar.scoring.scores import Scores, save_scores
 
 SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer", "recipe")
 FIGURES = (

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from lorapar.data.answers import extract_answer, is_correct, marked_answer
 from lorapar.errors import InputError
-from lorapar.rewards import extract_answer, is_correct, marked_answer, resolve_rewards
+from lorapar.rewards import resolve_rewards
 
 RIGHT = [
     # numbers as people write them

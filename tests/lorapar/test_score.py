@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import lorapar
-from lorapar.adapter.attach import ADAPTER, Snapshot, lora_parameters, masked_layers
+from lorapar.adapter.layers import ADAPTER, lora_parameters, masked_layers
+from lorapar.adapter.proof import Snapshot
 from lorapar.errors import InputError
 from lorapar.scoring.batches import IGNORED
 from lorapar.scoring.score import scoring
@@ -251,12 +252,12 @@ def test_a_model_whose_packed_examples_see_one_another_is_not_packed(monkeypatch
     from lorapar.scoring import batches as score_batches
 
     model = lorapar.attach(tiny_model(), config(), start="paper")
-    assert not score_batches.packs(model)  # sdpa: padded
+    assert not score_batches.packs_examples(model)  # sdpa: padded
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     monkeypatch.setattr(score_batches, "keeps_apart", lambda model: True)
-    assert score_batches.packs(model)
+    assert score_batches.packs_examples(model)
     monkeypatch.setattr(score_batches, "keeps_apart", lambda model: False)
-    assert not score_batches.packs(model)
+    assert not score_batches.packs_examples(model)
     monkeypatch.undo()
     inputs = score_batches._inputs
     # Positions that run on through the row, as a model has them that takes no notice of ours.

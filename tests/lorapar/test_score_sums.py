@@ -5,7 +5,7 @@ import torch
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter.attach import lora_parameters, masked_layers
+from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.errors import InputError
 from lorapar.memory.step import LiveBytes
 from lorapar.scoring import sums as score_sums

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from lorapar import stage as stages
-from lorapar.data.rows import prompt_ids
+from lorapar import load_recipe, stage
+from lorapar.adapter.attach import load_adapter
+from lorapar.data.answers import is_correct
+from lorapar.data.tokens import prompt_ids
+from lorapar.evaluating import stage as evaluating
 from lorapar.files import read_jsonl
 from lorapar.model.load import answer_greedily, load_model, load_tokenizer
 from lorapar.recipe.sections import ModelConfig
-from lorapar.rewards import is_correct
+from lorapar.scoring import stage as scoring
+from lorapar.training import stage as training
 from tests.tiny import tiny_tokenizer
 
 from .driver import records, refused, succeeds
@@ -26,7 +31,7 @@ Change = Callable[..., Path]
 def test_no_held_out_row_is_scored_or_trained_on(recipe_file: Path, tmp_path: Path, monkeypatch):
     """By the rows themselves, as `score` and the two trainers are handed them."""
     progress = importlib.import_module("lorapar.progress")
-    scored, trained, score, begin = [], {}, stages.score, progress.TrainingProgress.on_train_begin
+    scored, trained, score, begin = [], {}, scoring.score, progress.TrainingProgress.on_train_begin
 
     def watched_score(model, tokenizer, rows, *rest):
         scored.append(set(rows["id"]))
@@ -38,7 +43,7 @@ def test_no_held_out_row_is_scored_or_trained_on(recipe_file: Path, tmp_path: Pa
         trained[self.what] = list(texts)
         begin(self, args, state, control, **given)
 
-    monkeypatch.setattr(stages, "score", watched_score)
+    monkeypatch.setattr(scoring, "score", watched_score)
     monkeypatch.setattr(progress.TrainingProgress, "on_train_begin", watched_begin)
     for verb in ("label", "score", "partition", "sft", "grpo"):
         succeeds(verb, recipe_file, "--output_dir", tmp_path / "run")
@@ -59,11 +64,42 @@ def test_no_held_out_row_is_scored_or_trained_on(recipe_file: Path, tmp_path: Pa
 
 
 def test_both_systems_are_scored_in_one_model_load(recipe_file: Path, tmp_path: Path, monkeypatch):
-    loads, load = [], stages.load_model
+    loads, load = [], stage.load_model
     succeeds("label", recipe_file, "--output_dir", tmp_path / "run")
-    monkeypatch.setattr(stages, "load_model", lambda *given: loads.append(1) or load(*given))
+    monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
     succeeds("score", recipe_file, "--output_dir", tmp_path / "run")
     assert loads == [1]
+
+
+def test_base_and_stages_are_evaluated_in_one_model_load(recipe_file: Path, finished: Path, monkeypatch):
+    loads, load, answers = [], stage.load_model, read_jsonl(finished / "answers.jsonl")
+    (finished / "answers.jsonl").unlink()
+    monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
+    succeeds("evaluate", recipe_file, "--output_dir", finished)
+    assert loads == [1]
+    assert read_jsonl(finished / "answers.jsonl") == answers
+
+
+def test_each_model_is_evaluated_with_its_own_adapter(recipe_file: Path, finished: Path, monkeypatch):
+    """By the logits of one row, against each adapter loaded into a model of its own."""
+    seen, evaluate = {}, evaluating.evaluate
+    ids = torch.arange(40, 60)[None]
+
+    def watched(model, tokenizer, rows, max_new_tokens, batch_size, description):
+        with torch.no_grad():
+            seen[description.removeprefix("evaluate ")] = model(ids).logits
+        return evaluate(model, tokenizer, rows, max_new_tokens, batch_size, description)
+
+    monkeypatch.setattr(evaluating, "evaluate", watched)
+    (finished / "answers.jsonl").unlink()
+    succeeds("evaluate", recipe_file, "--output_dir", finished)
+    recipe = load_recipe(recipe_file)
+    with torch.no_grad():
+        for name in ("sft", "grpo"):
+            model = load_adapter(load_model(recipe.model), finished / name)
+            assert torch.equal(seen[name], model(ids).logits)
+        assert torch.equal(seen["base"], load_model(recipe.model)(ids).logits)
+    assert not torch.equal(seen["sft"], seen["grpo"])
 
 
 def test_the_probe_alone_labels_by_what_the_model_gets_right(tiny_folder: Path, changed_recipe: Change, tmp_path: Path):
@@ -123,12 +159,12 @@ class Tracker(TrainerCallback):
 def test_report_to_is_trl_s(changed_recipe: Change, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Tracker, "logged", [])
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    monkeypatch.setattr(stages, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["tensorboard"])
     recipe = changed_recipe(sft={"report_to": "tensorboard"}, grpo={"report_to": ["tensorboard"]})
     for verb in ("label", "score", "partition", "sft", "grpo"):
         succeeds(verb, recipe, "--output_dir", tmp_path / "run")
-    for stage, key in (("sft", "loss"), ("grpo", "reward")):
-        assert sum(key in logs for name, logs in Tracker.logged if name == stage) == 4
+    for trained, key in (("sft", "loss"), ("grpo", "reward")):
+        assert sum(key in logs for name, logs in Tracker.logged if name == trained) == 4
     says = "grpo.report_to: 'wandb' is not installed here; allowed: none, tensorboard"
     refused("run", changed_recipe(grpo={"report_to": "wandb"}), "--output_dir", tmp_path / "other", says=(says,))
 

@@ -11,7 +11,9 @@ from trl import GRPOConfig, SFTConfig
 
 import lorapar
 import lorapar_kernels as lk
-from lorapar.adapter.attach import load_adapter, lora_parameters, masked_layers, save_adapter
+from lorapar.adapter.attach import load_adapter, save_adapter
+from lorapar.adapter.layers import lora_parameters, masked_layers
+from lorapar.adapter.proof import FrozenElementsChanged
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
 from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices
@@ -371,7 +373,7 @@ def test_no_row_of_the_system_is_refused(tmp_path):
 
 def test_a_learning_rate_of_zero_is_found_out(tmp_path):
     model, made = fresh()
-    with pytest.raises(lorapar.adapter.FrozenElementsChanged, match="not one of"):
+    with pytest.raises(FrozenElementsChanged, match="not one of"):
         lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, learning_rate=0.0))
 
 

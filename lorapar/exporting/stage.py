@@ -1,0 +1,29 @@
+"""Stage 6 of a run: `adapter/`, and `merged/` where the recipe asks for it."""
+
+import torch
+
+from ..adapter.attach import load_adapter
+from ..recipe.sections import Recipe
+from ..stage import ADAPTED, Facts, Run, Stage, adapter_files, weights_of
+from .export import export
+
+
+def export_stage(run: Run) -> Facts:
+    """Write the last stage's adapter as plain PEFT loads it, and the merged model."""
+    recipe, folder, config = run.recipe, run.folder, run.recipe.export
+    model = load_adapter(run.load_model(), folder / recipe.stages[-1])
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    differences = export(model, run.tokenizer, folder, config.merged, dtype, recipe.model.revision,
+                         recipe.model.trust_remote_code)  # fmt: skip
+    return {f"{what}_logit_difference": value for what, value in differences.items()}
+
+
+def stage(recipe: Recipe) -> Stage:
+    return Stage(
+        "export",
+        run=export_stage,
+        sections=(*ADAPTED, "export"),
+        reads=(weights_of(recipe.stages[-1]),),
+        writes=(*adapter_files("adapter"), *(["merged/config.json"] if recipe.export.merged else [])),
+        folders=("merged",) if recipe.export.merged else (),
+    )

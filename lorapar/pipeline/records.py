@@ -1,0 +1,126 @@
+"""What the stages of a run have written of themselves into `stages.json`, and whether it still holds.
+
+A stage's record is a fingerprint of everything that it read, what it took, and a digest of the weights that it wrote.
+A stage whose fingerprint stands in the record, with its files there, is done.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapter.attach import saved_shapes
+from ..adapter.layers import check_fits
+from ..errors import InputError
+from ..files import read_json, sha256_file, sha256_json, why_not_whole, write_json
+from ..partitioning.partition import Partition
+from ..recipe.sections import changes_result
+from ..scoring.scores import load_scores
+from ..stage import LABELS, PARTITION, SCORES, Run, Stage
+
+
+def fingerprint(stage: Stage, run: Run) -> str:
+    """A digest of the recipe's sections and the files that the stage reads, local data and model files included.
+
+    Model weights go by size and time of change, like a Makefile's: hashing them would cost a run many seconds a stage.
+    """
+    recipe, folder = run.recipe, run.folder
+    values = recipe.as_dict()
+    for name in ("score", "sft", "grpo", "evaluate"):
+        values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
+    inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
+    shown = [name for name in stage.shows if (folder / name).is_file()]
+    inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *shown)}
+    inputs |= stage.inputs(run)
+    if "model" in stage.sections:
+        place = Path(recipe.model.name).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+        stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
+        inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return sha256_json(inputs)
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """What the finished stages wrote of themselves into `stages.json`; empty where none has finished."""
+    path = folder / "stages.json"
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
+        raise InputError(f"{path}: corrupt: it holds no records of stages; delete it to do every stage again")
+    return found
+
+
+def manifest(folder: Path, stage: Stage) -> dict[str, dict[str, Any]]:
+    """{file: {"sha256" | "bytes": ...}} of what a stage has written and nothing else vouches for.
+
+    Adapters' weights by their digest. Files of the folders that it writes whole (a merged model) by their size alone:
+    hashing those would cost every command many seconds. Our other safetensors hold a digest of their own, and labels
+    may be edited.
+    """
+    weights = [name for name in stage.writes if name.endswith("/adapter_model.safetensors")]
+    whole = [path for name in stage.folders for path in sorted((folder / name).iterdir()) if path.is_file()]
+    return {
+        **{name: {"sha256": sha256_file(folder / name)} for name in weights},
+        **{path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in whole},
+    }
+
+
+def recorded_files(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest in a stage's record; older records keep digests and sizes apart."""
+    files = {name: dict(facts) for name, facts in record.get("files", {}).items()}
+    for key in ("sha256", "bytes"):
+        for name, value in record.get(key, {}).items():
+            files.setdefault(name, {})[key] = value
+    return files
+
+
+def cut_short(folder: Path, record: dict[str, Any]) -> str | None:
+    """Which file of a stage's manifest is missing or shorter than it was written; None where all are there."""
+    for name, facts in recorded_files(record).items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size < facts.get("bytes", 0):
+            return f"{folder / name} holds {size} of the {facts['bytes']} bytes that were written"
+    return None
+
+
+def check_whole(run: Run, names: Sequence[str]) -> None:
+    """Read the artefacts that a stage is about to use or has written, and hold partition and adapters together.
+
+    Raises InputError for one that is missing, corrupt, of another model, or, an adapter, not what its stage wrote.
+    """
+    folder = run.folder
+    if LABELS in names:
+        run.labels()
+    for name in names:
+        fault = None if name == LABELS else why_not_whole(folder / name)
+        if fault:
+            raise InputError(f"{folder / name}: {fault}; restore it, or delete it to have it made again")
+    if SCORES in names:
+        load_scores(folder / SCORES)
+    if PARTITION in names:
+        active = Partition.load(folder / PARTITION).active("sft")
+        for name in names:
+            if name.endswith("/adapter_model.safetensors"):
+                check_fits(saved_shapes((folder / name).parent), active, str(folder / PARTITION))
+    for stage, record in records(folder).items():
+        for name, facts in recorded_files(record).items():
+            if name in names and "sha256" in facts and sha256_file(folder / name) != facts["sha256"]:
+                raise InputError(f"{folder / name}: corrupt: not the file that {stage} wrote (another sha256); restore "
+                                 "it, or delete it to have it made again")  # fmt: skip
+
+
+def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
+    """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return
+    done = {name: record for name, record in records.items() if "seconds" in record}
+    write_json(
+        path,
+        read_json(path)
+        | {
+            "optimizer_state_bytes": {n: r["optimizer_state_bytes"] for n, r in done.items() if n in ("sft", "grpo")},
+            "seconds": {name: record["seconds"] for name, record in done.items()},
+            # Of the seconds above, those in which completions were generated.
+            "rollout_seconds": {n: r["rollout_seconds"] for n, r in done.items() if "rollout_seconds" in r},
+            "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in done.items()},
+        },
+    )

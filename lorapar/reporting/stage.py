@@ -1,0 +1,26 @@
+"""The last stage of a run: `report.html` and `figures/`."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from ..recipe.sections import Recipe
+from ..stage import LABELS, PARTITION, SCORES, Facts, Run, Stage
+
+
+def report_stage(run: Run) -> Facts:
+    from .report import report
+
+    report(run.folder, list(cast(Iterable[dict[str, Any]], run.labels())))
+    return {}
+
+
+def stage(recipe: Recipe) -> Stage:
+    # Of a folder with labels alone as well: they want looking at before anything is trained on them.
+    return Stage(
+        "report",
+        run=report_stage,
+        reads=(LABELS,),
+        writes=("report.html",),
+        shows=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION,
+               *(f"{name}/log_history.json" for name in recipe.stages)),
+    )  # fmt: skip

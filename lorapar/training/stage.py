@@ -1,0 +1,151 @@
+"""Stage 4 of a run: `sft/` and `grpo/`, each trained from the adapter that the stage before it wrote."""
+
+import copy
+import logging
+import shutil
+import sys
+from typing import Any
+
+from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations  # pyright: ignore[reportPrivateImportUsage]
+
+from ..adapter.attach import load_adapter
+from ..adapter.layers import lora_parameters
+from ..data.labels import rows_of
+from ..errors import InputError
+from ..memory.switches import check_switches, checkpointing
+from ..model.load import choose_device
+from ..partitioning.partition import Partition
+from ..recipe.sections import Recipe
+from ..rewards import resolve_rewards
+from ..stage import ADAPTED, LABELS, PARTITION, Facts, Run, Stage, adapter_files, is_main_process, weights_of
+from .trainer import StageName, save_stage
+
+log = logging.getLogger("lorapar")
+
+
+def sft_stage(run: Run) -> Facts:
+    from .sft import sft
+
+    set_seed(run.recipe.seed)
+    section, config = run.recipe.sft, trainer_config(run, "sft")
+    model, tokenizer, partition = _to_train(run, "sft")
+    trainer, trained = sft(
+        model, tokenizer, run.labels(), partition, config, section.systems, resume=True,
+        longest_first=section.longest_first, micro_batch_tokens=section.micro_batch_tokens,
+    )  # fmt: skip
+    return _finish(run, "sft", trainer, trained)
+
+
+def grpo_stage(run: Run) -> Facts:
+    from .grpo import grpo
+
+    set_seed(run.recipe.seed)
+    section, rewards, config = run.recipe.grpo, resolve_rewards(run.recipe.grpo.rewards), trainer_config(run, "grpo")
+    model, tokenizer, partition = _to_train(run, "grpo")
+    trainer, trained = grpo(
+        model, tokenizer, run.labels(), partition, config, rewards, section.systems, resume=True,
+        longest_first=section.longest_first, rollout_batch_size=section.rollout_batch_size,
+        logprob_tokens=section.logprob_tokens, activation_offloading=section.activation_offloading,
+    )  # fmt: skip
+    return _finish(run, "grpo", trainer, trained)
+
+
+def _to_train(run: Run, name: StageName) -> tuple[Any, Any, Partition]:
+    """The model with the adapter of the stage before, a tokenizer that the trainer may change, and the partition."""
+    tokenizer = copy.deepcopy(run.tokenizer)
+    model = load_adapter(run.load_model(), run.folder / before(run.recipe, name))
+    return model, tokenizer, Partition.load(run.folder / PARTITION)
+
+
+def before(recipe: Recipe, name: StageName) -> str:
+    """The folder of the adapter that a training stage starts from."""
+    position = recipe.stages.index(name)
+    return recipe.stages[position - 1] if position else "start"
+
+
+def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
+    systems = getattr(run.recipe, name).systems
+    if is_main_process():
+        facts = {"stage": name, "start": run.recipe.start, "partition": trainer.partition.hash, "systems": systems}
+        save_stage(trainer, run.folder / name, facts, trained)
+    return {
+        "rows": trained.rows,
+        "systems": systems,
+        "left_out": trained.left_out,
+        "active": trained.verified["active"],
+        "moved": trained.verified["moved"],
+        "elements": sum(p.numel() for p in lora_parameters(trainer.model).values()),
+        "optimizer_state_bytes": trained.optimizer_state_bytes,
+        "resumed_from": trained.resumed_from,
+        **({"rollout_seconds": round(trained.rollout_seconds, 3)} if name == "grpo" else {}),
+    }
+
+
+def trainer_config(run: Run, name: StageName) -> Any:
+    """The stage's section as TRL's SFTConfig or GRPOConfig."""
+    import trl
+
+    recipe = run.recipe
+    config_class = trl.SFTConfig if name == "sft" else trl.GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
+    ours = {
+        "output_dir": str(run.folder / name),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        # A bar for a person, a line a logging step for a file.
+        "disable_tqdm": not sys.stderr.isatty(),
+        "gradient_checkpointing": checkpointing(getattr(recipe, name), choose_device(recipe.model.device).type),
+    }
+    try:
+        config = config_class(**(ours | getattr(recipe, name).trainer))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}") from error
+    offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
+    check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
+    available = get_available_reporting_integrations()
+    for tracker in config.report_to or ():
+        if tracker not in available:
+            allowed = ", ".join(["none", *available])
+            raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {allowed}")
+    return config
+
+
+def check(run: Run, name: StageName) -> None:
+    """Make the trainer's configuration, and find the rewards."""
+    config = trainer_config(run, name)
+    if name == "grpo":
+        from .grpo import check_engine
+
+        check_engine(config, run.recipe.lora.get("base"))
+        resolve_rewards(run.recipe.grpo.rewards)
+
+
+def discard(run: Run, name: StageName) -> None:
+    """Remove the checkpoints of an attempt that had other inputs.
+
+    Raises InputError, and removes nothing, where the recipe's rows would be refused by the stage itself.
+    """
+    checkpoints = list((run.folder / name).glob("checkpoint-*"))
+    if not checkpoints:
+        return
+    rows = rows_of(run.labels(), getattr(run.recipe, name).systems)
+    if name == "sft":
+        from .sft import rows_that_fit
+
+        rows_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
+    for checkpoint in checkpoints if is_main_process() else ():
+        log.info("%s: made from other inputs, removed", checkpoint)
+        shutil.rmtree(checkpoint)
+
+
+def stage(recipe: Recipe, name: StageName) -> Stage:
+    return Stage(
+        name,
+        run=sft_stage if name == "sft" else grpo_stage,
+        sections=(*ADAPTED, name, "seed"),
+        reads=(LABELS, PARTITION, weights_of(before(recipe, name))),
+        writes=adapter_files(name),
+        check=lambda run: check(run, name),
+        discard=lambda run: discard(run, name),
+        trains=True,
+    )

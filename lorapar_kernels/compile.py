@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ahead_of_time import COMMON_ROOM, FP_FUSION, Variant
+from .triton_kernels.launch import COMMON_ROOM, FP_FUSION, Variant
 
 # The files that hold Triton kernels; each has `ahead_of_time(every)`, its variants. A test finds one left out.
-MODULES = ("dropout_triton", "importance_triton", "lora_passes_triton", "lora_product_triton")
+MODULES = ("dropout", "importance", "lora_passes", "lora_product")
 
 
 # Where a block can have more shared memory than COMMON_ROOM, and a launcher may make use of it: no consumer card has
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     variants = [
         variant
         for module in MODULES
-        for variant in importlib.import_module(f"{__package__}.{module}").ahead_of_time(given.every)
+        for variant in importlib.import_module(f"{__package__}.triton_kernels.{module}").ahead_of_time(given.every)
     ]
     rows = [
         compile_variant(variant, arch)

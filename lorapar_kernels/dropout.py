@@ -80,7 +80,7 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         return old_gpu(device)
-    from . import dropout_triton
+    from .triton_kernels import dropout as dropout_triton
 
     if device.type == "cpu" and dropout_triton.INTERPRETED:
         return None
@@ -103,7 +103,7 @@ def _backend(op: str, device: torch.device) -> str:
 def _dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     backend = _backend("dropout_mask", seed.device)
     if backend == "triton":
-        from . import dropout_triton
+        from .triton_kernels import dropout as dropout_triton
 
         return dropout_triton.dropout_mask(seed, shape, threshold_of(p))
     if backend == "native":

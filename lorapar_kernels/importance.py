@@ -149,7 +149,7 @@ class _LoraLinearScored(torch.autograd.Function):
         of_a = sums.a_gphi, rests.a_gphi, sums.a_gphi_sq, rests.a_gphi_sq
         of_b = sums.b_gphi, rests.b_gphi, sums.b_gphi_sq, rests.b_gphi_sq
         if ctx.backend == "triton":
-            from . import importance_triton
+            from .triton_kernels import importance as importance_triton
 
             importance_triton.add_example_products(of_a, ds, columns, lora_a, False, 1.0, offsets)
             importance_triton.add_example_products(of_b, s, rows, lora_b, True, ctx.scaling, offsets)

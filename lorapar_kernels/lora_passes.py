@@ -116,7 +116,7 @@ def passes_for(op: str, x: Tensor, factors: Sequence[Tensor]) -> ModuleType:
     name = choose(op, {backend: obstacles[backend] for backend in order})
     # Of no tokens there is nothing to launch.
     if name == "triton" and x.numel() > 0:
-        from . import lora_passes_triton
+        from .triton_kernels import lora_passes as lora_passes_triton
 
         return lora_passes_triton
     return sys.modules[__name__]

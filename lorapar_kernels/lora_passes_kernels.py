@@ -13,7 +13,7 @@ specialised, since loads of 16 bytes depend on it; the lengths of splits are alw
 import triton
 import triton.language as tl
 
-from .dropout_triton import keep_tile, store_bits
+from .triton_kernels.dropout import keep_tile, store_bits
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])

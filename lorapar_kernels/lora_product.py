@@ -65,7 +65,7 @@ def outputs(
         return made
 
     def fused() -> list[Tensor]:
-        from . import lora_product_triton
+        from .triton_kernels import lora_product as lora_product_triton
 
         each = zip(weights, biases, columns, lora_bs, scalings)
         return [lora_product_triton.output(x, *of_layer) for of_layer in each]
@@ -95,7 +95,7 @@ def input_gradients(
         return dx, passes.input_gradients(x, dx, *of_layers)
 
     def fused() -> tuple[Tensor, list[Tensor | None]]:
-        from . import lora_product_triton
+        from .triton_kernels import lora_product as lora_product_triton
 
         das: list[Tensor | None] = [None] * len(dys)
         bits = None

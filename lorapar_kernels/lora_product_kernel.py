@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .dropout_triton import keep_tile, kept_bits
+from .triton_kernels.dropout import keep_tile, kept_bits
 
 
 # M counts tokens, as in lora_passes_kernels.py.

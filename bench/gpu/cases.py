@@ -20,7 +20,7 @@ import lorapar_kernels as lk
 from bench.gpu import record, timing
 from bench.lora_layers import FROZEN, OURS, Layer, Made, Results, Way
 from lorapar_kernels import lora_product
-from lorapar_kernels.ahead_of_time import Variant, recording
+from lorapar_kernels.triton_kernels.launch import Variant, recording
 
 # The share of elements that the paper's θ = 0.9 keeps (40.56 %), the rank and dropout that its script trains with.
 ACTIVE, RANK, P = 0.4, 16, 0.05
@@ -223,7 +223,8 @@ def poisoned(large: int | None = None, small: int = 64) -> Iterator[None]:
 @contextmanager
 def recorded() -> Iterator[list[Variant]]:
     """Launches are recorded and not made, for tensors on any device, so on the meta device too."""
-    from lorapar_kernels import importance_triton, lora_passes_triton
+    from lorapar_kernels.triton_kernels import importance as importance_triton
+    from lorapar_kernels.triton_kernels import lora_passes as lora_passes_triton
 
     # By name, since the package holds a function of the same name.
     linear = importlib.import_module("lorapar_kernels.lora_linear")

@@ -89,7 +89,7 @@ def launches(device: str) -> None:
     every = [*layer_cases("plain"), *layer_cases("fused"), *scored_cases()]
     for call in of_layers(every, device).values():
         call()
-    from lorapar_kernels import dropout_triton
+    from lorapar_kernels.triton_kernels import dropout as dropout_triton
 
     dropout_triton.dropout_mask(torch.empty(1, dtype=torch.int64, device=device), (61, 45), 3277)
 

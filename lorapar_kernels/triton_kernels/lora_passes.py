@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ahead_of_time import Variant, launch, recording
-from .lora_passes_kernels import input_kernel, output_kernel, reduce_kernel, shrink_kernel
+from ..lora_passes_kernels import input_kernel, output_kernel, reduce_kernel, shrink_kernel
+from .launch import Variant, launch, recording
 
 # More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3

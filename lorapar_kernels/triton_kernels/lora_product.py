@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .ahead_of_time import COMMON_ROOM, Variant, launch, recording
-from .lora_passes import as_rows
-from .lora_passes_triton import cdiv, precision
-from .lora_product_kernel import product_kernel
+from ..lora_passes import as_rows
+from ..lora_product_kernel import product_kernel
+from .launch import COMMON_ROOM, Variant, launch, recording
+from .lora_passes import cdiv, precision
 
 # Bytes of shared memory for which the wide tiles are made: four stages of 48 KB.
 WIDE_ROOM = 227 << 10

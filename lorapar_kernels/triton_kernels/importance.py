@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant, launch, recording
+from .launch import Variant, launch, recording
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64

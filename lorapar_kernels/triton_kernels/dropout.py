@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant, launch, recording
+from .launch import Variant, launch, recording
 
 # 256 Philox blocks = 2,048 elements a program: 8 bytes a lane and store at 4 warps with 2 blocks each.
 BLOCK = 256

@@ -1,8 +1,8 @@
-"""How a kernel file says with which signatures it is compiled ahead of time (compile.py does it).
+"""Launch a kernel, or record the signature with which it would be launched (compile.py compiles those ahead of time).
 
 A launcher calls `launch`, which goes to the GPU of its tensors. Inside `recording`, the same launcher, called with
-tensors on the meta device, launches nothing and leaves the signatures that it would have launched: what is compiled
-ahead of time is what runs.
+tensors on the meta device, launches nothing and records the signatures instead: what is compiled ahead of time is
+what runs.
 """
 
 import contextlib
@@ -97,6 +97,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
     variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
         variants.append(variant)
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up."""
+    return -(-n // size)
+
+
+def precision(x: torch.Tensor) -> str:
+    """How products of tensors like x are made: IEEE, or TF32 for fp32 where the caller allows it for torch's own.
+
+    torch's older switches (`allow_tf32`, `set_float32_matmul_precision`) set this one too; asking the older one raises
+    once this one has been set.
+    """
+    if x.element_size() != 4:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _cuda_device(arguments: tuple[Any, ...]) -> int | None:

@@ -27,10 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import always, choose
+from .backend import choose, no_obstacle
 from .dropout import triton_obstacle
-from .lora_linear import as_autocast, check_arguments, check_weight
-from .lora_passes import expand, input_gradients, shrink, thin
+from .lora_linear import (
+    as_autocast,
+    check_arguments,
+    check_weight,
+    input_gradients_reference,
+    shrink_reference,
+    transposed_product,
+)
+from .lora_product import expand
 
 
 class _FourSums(NamedTuple):
@@ -105,7 +112,7 @@ def add_example_products_reference(
     phi = phi.double() * scale
     gphi_sum, gphi_sq_sum = total_rest.double() + total, square_rest.double() + square
     for start, end in itertools.pairwise(starts):
-        gphi = thin(left[start:end], right[start:end]).double().mul_(phi)
+        gphi = transposed_product(left[start:end], right[start:end]).double().mul_(phi)
         gphi_sum += gphi
         gphi_sq_sum.addcmul_(gphi, gphi)
     for exact, high, low in ((gphi_sum, total, total_rest), (gphi_sq_sum, square, square_rest)):
@@ -121,7 +128,7 @@ def _triton_obstacle(x: Tensor) -> str | None:
 
 
 def _backend(x: Tensor, op: str) -> str:
-    triton, reference = (lambda: _triton_obstacle(x)), always
+    triton, reference = (lambda: _triton_obstacle(x)), no_obstacle
     # On the CPU the kernels are only ever interpreted, for tests, so they have to be asked for.
     if x.device.type == "cpu":
         return choose(op, {"reference": reference, "triton": triton})
@@ -134,7 +141,7 @@ class _LoraLinearScored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, examples, sums, backend):  # type: ignore[override]
         out = F.linear(x, weight, bias) if y is None else y.clone()
-        (s,) = shrink(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
+        (s,) = shrink_reference(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
         expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)
         ctx.scaling, ctx.examples, ctx.sums, ctx.backend = scaling, examples, sums, backend
@@ -144,7 +151,7 @@ class _LoraLinearScored(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
         rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        ds = thin(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
+        ds = transposed_product(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
         sums, rests, (starts, offsets) = ctx.sums, ctx.sums.rests, ctx.examples
         of_a = sums.a_gphi, rests.a_gphi, sums.a_gphi_sq, rests.a_gphi_sq
         of_b = sums.b_gphi, rests.b_gphi, sums.b_gphi_sq, rests.b_gphi_sq
@@ -159,7 +166,7 @@ class _LoraLinearScored(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = rows @ weight if weight is not None else rows.new_zeros(rows.shape[0], x.shape[-1])
-            input_gradients(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
+            input_gradients_reference(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
             dx = dx.view(x.shape)
         return dx, (dy if ctx.needs_input_grad[1] else None), *(None,) * 8
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from . import native
 from .adamw_reference import Settings, masked_adamw_reference, state_dtype
-from .backend import always, choose
+from .backend import choose, no_obstacle
 from .bitmask import TILE, MaskIndex, index_mask, unpack_mask
 
 # LORAPAR_FLOAT32, LORAPAR_BFLOAT16, LORAPAR_FLOAT16.
@@ -73,7 +73,7 @@ class _Group:
                 return "csrc steps contiguous parameters and moments, one is not"
             return native.obstacle(self.params[0].device)
 
-        chosen = choose("masked_adamw", {"native": native_obstacle, "reference": always})
+        chosen = choose("masked_adamw", {"native": native_obstacle, "reference": no_obstacle})
         run = self._step_native if chosen == "native" else self._step_reference
         return run(grads, grad_scale, settings, skip)
 

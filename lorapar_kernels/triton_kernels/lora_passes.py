@@ -257,9 +257,9 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
     return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
 
 
-def _rows(factor: Tensor) -> Tensor:
-    """The factor with unit column stride, which the kernels take for granted."""
-    return factor if factor.stride(1) == 1 else factor.contiguous()
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The matrix with unit column stride, which the kernels take for granted."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _bits(mask: Tensor | None) -> Tensor | None:
@@ -347,7 +347,7 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
     R = padded_rank(factors)
     group = _group(x, R, p)
     for start in range(0, len(factors), group):
-        members, drawn = list(map(_rows, factors[start : start + group])), seeds[start : start + group]
+        members, drawn = list(map(unit_rows, factors[start : start + group])), seeds[start : start + group]
         tiles = _shrink_tiles(x, R, len(members), p)
         rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
         splits = _splits(rows, steps)
@@ -367,6 +367,11 @@ def shrink(x: Tensor, factors: list[Tensor], p: float, seeds: list[Tensor | None
     return out
 
 
+def shrink_fake(x: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """Tensors as `shrink` returns them, without values."""
+    return [x.new_empty((x.shape[0], padded_rank(factors))) for _ in factors]
+
+
 def output_gradients(
     dy: Tensor, b: Tensor, s: Tensor, scaling: float, p: float, mask: Tensor | None, needs_b: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -378,7 +383,7 @@ def output_gradients(
     splits = cdiv(N, n_split)
     ds_part = torch.empty((splits, T, R), dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
     db_part = torch.empty((rows, N, R) if needs_b else (0,), dtype=torch.float32, device=dy.device)
-    bits, factor = _bits(mask), _rows(b)
+    bits, factor = _bits(mask), unit_rows(b)
     launch(
         output_kernel, (rows, splits),
         dy, factor, s, bits, ds_part, db_part, T, N, b.shape[1], dy.stride(0), factor.stride(0), n_split,
@@ -414,7 +419,7 @@ def input_gradients(
     group = _group(x, R, p)
     for start in range(0, len(pieces), group):
         here = pieces[start : start + group]
-        members = tuple(_rows(factors[g][rows]) for g, rows in here)
+        members = tuple(unit_rows(factors[g][rows]) for g, rows in here)
         actives = tuple(mask if mask is None else mask[rows] for mask, rows in ((active[g], rows) for g, rows in here))
         wanted = tuple(needs_a[g] for g, _ in here)
         tiles = _input_tiles(x, width, len(here), p)

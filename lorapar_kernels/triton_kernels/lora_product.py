@@ -1,4 +1,4 @@
-"""lora_product.py's fused way: a Triton product that carries its expand, for y and for dX.
+"""../lora_product.py's fused way: a Triton product that carries its expand, for y and for dX.
 
     output          x Wᵀ + bias + scaling · S Bᵀ
     input_gradient  dX or 0, + dY W + keep ⊙ (dS A); keep is drawn from the seed (dropout.py)
@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..lora_passes import as_rows
 from .dropout import keep_tile, kept_bits
 from .launch import COMMON_ROOM, Variant, cdiv, launch, precision, recording
+from .lora_passes import unit_rows
 
 # Bytes of shared memory for which the wide tiles are made: four stages of 48 KB.
 WIDE_ROOM = 227 << 10
@@ -182,7 +182,8 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor,
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    _product(as_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
+    rows = unit_rows(x.reshape(-1, x.shape[-1]))
+    _product(rows, weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
     return y
 
 

@@ -131,27 +131,27 @@ def _index_mask(words: Tensor, n: int) -> Tensor:
 
 
 @_pack_mask.register_fake
-def _(mask: Tensor) -> Tensor:
+def _pack_mask_fake(mask: Tensor) -> Tensor:
     return mask.new_empty((mask.numel() + 31) // 32, dtype=torch.int32)
 
 
 @_unpack_mask.register_fake
-def _(words: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack_mask_fake(words: Tensor, shape: Sequence[int]) -> Tensor:
     return words.new_empty(shape, dtype=torch.bool)
 
 
 @_count_mask.register_fake
-def _(words: Tensor, n: int) -> Tensor:
+def _count_mask_fake(words: Tensor, n: int) -> Tensor:
     return words.new_empty((), dtype=torch.int64)
 
 
 @_combine_masks.register_fake
-def _(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
+def _combine_masks_fake(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
     return a.new_empty(a.shape)
 
 
 @_index_mask.register_fake
-def _(words: Tensor, n: int) -> Tensor:
+def _index_mask_fake(words: Tensor, n: int) -> Tensor:
     return words.new_empty((n + TILE - 1) // TILE + 1, dtype=torch.int64)
 
 

@@ -114,7 +114,7 @@ def _dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
 
 
 @_dropout_mask.register_fake
-def _(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+def _dropout_mask_fake(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     return seed.new_empty(shape, dtype=torch.bool)
 
 

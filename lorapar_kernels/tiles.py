@@ -41,7 +41,7 @@ def _tile_sums(scores: Tensor, height: int, width: int) -> Tensor:
 
 
 @_tile_sums.register_fake
-def _(scores: Tensor, height: int, width: int) -> Tensor:
+def _tile_sums_fake(scores: Tensor, height: int, width: int) -> Tensor:
     rows, columns = scores.shape
     return scores.new_empty((rows + height - 1) // height, (columns + width - 1) // width, dtype=torch.float64)
 

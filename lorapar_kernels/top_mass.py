@@ -311,7 +311,7 @@ def _top_mass(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]
 
 
 @_top_mass.register_fake
-def _(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+def _top_mass_fake(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for _ in thetas for score in scores]
 
 
@@ -324,7 +324,7 @@ def _top_count(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) ->
 
 
 @_top_count.register_fake
-def _(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
+def _top_count_fake(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
 
 

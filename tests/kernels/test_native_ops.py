@@ -13,8 +13,8 @@ from lorapar_kernels import (
     top_mass,
     unpack_mask,
 )
-from lorapar_kernels.adamw_reference import decode_moments
 from lorapar_kernels.bitmask import TILE, index_mask_reference, pack_mask_reference
+from lorapar_kernels.masked_adamw import decode_moments
 from lorapar_kernels.top_mass import top_mass_reference
 
 THETAS = [0.1, 0.5, 0.9, 1.0]

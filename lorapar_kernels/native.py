@@ -16,7 +16,7 @@ import torch
 
 from .backend import old_gpu
 
-ABI_VERSION = 5  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 6  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.
@@ -34,8 +34,6 @@ LIBRARY = {
 BITMASK = {
     "lorapar_pack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_unpack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_count_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_combine_masks": ([POINTER, POINTER, SIZE, ctypes.c_int, POINTER, QUEUE], STATUS),
     "lorapar_index_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
 }
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from .triton_kernels.launch import COMMON_ROOM, FP_FUSION, Variant
 
-# The files that hold Triton kernels; each has `ahead_of_time(every)`, its variants. A test finds one left out.
+# In triton_kernels; each has `ahead_of_time(every)`, its kernels' variants. A test finds a module that is left out.
 MODULES = ("dropout", "importance", "lora_passes", "lora_product")
 
 

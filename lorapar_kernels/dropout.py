@@ -80,9 +80,9 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         return old_gpu(device)
-    from .triton_kernels import dropout as dropout_triton
+    from .triton_kernels import dropout as kernels
 
-    if device.type == "cpu" and dropout_triton.INTERPRETED:
+    if device.type == "cpu" and kernels.INTERPRETED:
         return None
     return f"no Triton kernel runs on {device.type} tensors; set TRITON_INTERPRET=1 to interpret it on the CPU"
 
@@ -103,9 +103,9 @@ def _backend(op: str, device: torch.device) -> str:
 def _dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     backend = _backend("dropout_mask", seed.device)
     if backend == "triton":
-        from .triton_kernels import dropout as dropout_triton
+        from .triton_kernels import dropout as kernels
 
-        return dropout_triton.dropout_mask(seed, shape, threshold_of(p))
+        return kernels.dropout_mask(seed, shape, threshold_of(p))
     if backend == "native":
         kept = torch.empty(shape, dtype=torch.bool, device=seed.device)
         native.call("dropout_mask", seed.device, seed.data_ptr(), kept.numel(), threshold_of(p), kept.data_ptr())

@@ -156,10 +156,10 @@ class _LoraLinearScored(torch.autograd.Function):
         of_a = sums.a_gphi, rests.a_gphi, sums.a_gphi_sq, rests.a_gphi_sq
         of_b = sums.b_gphi, rests.b_gphi, sums.b_gphi_sq, rests.b_gphi_sq
         if ctx.backend == "triton":
-            from .triton_kernels import importance as importance_triton
+            from .triton_kernels import importance as kernels
 
-            importance_triton.add_example_products(of_a, ds, columns, lora_a, False, 1.0, offsets)
-            importance_triton.add_example_products(of_b, s, rows, lora_b, True, ctx.scaling, offsets)
+            kernels.add_example_products(of_a, ds, columns, lora_a, False, 1.0, offsets)
+            kernels.add_example_products(of_b, s, rows, lora_b, True, ctx.scaling, offsets)
         else:
             add_example_products_reference(of_a, ds, columns, lora_a, 1.0, starts)
             add_example_products_reference(of_b, rows, s, lora_b, ctx.scaling, starts)

@@ -1,8 +1,7 @@
-"""dropout.py's Triton kernel, in a file of its own so that importing the package does not import Triton.
+"""The dropout mask: the same bits as `dropout_mask_reference` (../dropout.py), which is the specification.
 
-The same bits as `dropout_mask_reference`, which is the specification: a program makes BLOCK Philox blocks of
-8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other kernels that draw the mask where
-they need it.
+A program makes BLOCK Philox blocks of 8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other
+kernels, which draw the mask where they need it.
 """
 
 import math

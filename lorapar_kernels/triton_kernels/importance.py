@@ -1,4 +1,4 @@
-"""importance.py's Triton kernels, in a file of its own so that importing the package does not import Triton.
+"""Each example's Gφ and (Gφ)², added to running sums; `add_example_products_reference` (../importance.py) specifies it.
 
 One factor's G is a product over an example's tokens of something thin and something wide: for A of dS [tokens, r] and x
 [tokens, in], for B of S [tokens, r] and dY [tokens, out]. So one kernel serves both, with the factor read by strides:

@@ -447,7 +447,7 @@ def input_gradients(
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
-    """The kernels' variants, as the launchers launch them on tensors without memory (ahead_of_time.py).
+    """The kernels' variants, as the launchers launch them on tensors without memory (launch.py).
 
     `every`: all dtypes, ranks, numbers of layers, dropouts, masks and wanted gradients in all combinations; else each
     value of each at least once, the widest ones together.

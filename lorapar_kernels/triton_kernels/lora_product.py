@@ -211,7 +211,7 @@ def room_for_bits(x: Tensor, p: float, layers: int) -> list[Tensor] | None:
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
-    """The kernel's variants, as the launchers launch them on tensors without memory (ahead_of_time.py).
+    """The kernel's variants, as the launchers launch them on tensors without memory (launch.py).
 
     `every`: dtypes, sizes, ranks, dropouts, biases and additions in all combinations; else each of them at least once.
     """

@@ -66,7 +66,7 @@ def old_gpu(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[Choice]]:
-    """The list gathers the choices that are made within the block, in their order."""
+    """The choices made within the block, in their order."""
     choices: list[Choice] = []
     token = _heard.set(choices)
     try:

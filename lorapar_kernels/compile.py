@@ -7,8 +7,7 @@ matrix instruction. Exit status 0 when all compiled, none spills and each fits i
 (or Triton is not there); 2 on unusable arguments. `--every` takes each kernel in each way in which it can be launched,
 which is a matter of an hour; without it, each choice that makes a variant is covered at least once.
 
-What is shipped is compiled at run time; this is the check that it will compile, and what it will cost, where
-no such GPU is at hand.
+Users' kernels are compiled at run time; this checks, without the GPU, that they will compile and what they will cost.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def assemble(ptx: str, arch: int) -> str:
 
 
 def compile_variant(variant: Variant, arch: int) -> Row:
-    """Compile one variant for one architecture; what goes wrong is in the row."""
+    """Compile one variant for one architecture; a failure is reported in the row."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -40,7 +40,7 @@ def _multiply(multiplier: int, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors of 32-bit words: 4 of the counter, 2 of the key; gives 4 words."""
+    """Philox4x32-10 on int64 tensors of 32-bit words: 4 of the counter, 2 of the key; returns 4 words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):

@@ -5,7 +5,7 @@ For an example i with tokens T_i, and dS = s · dY B, S = x Aᵀ:
     G_A = Σ_{t in T_i} dS_tᵀ x_t   [r, in],        G_B = s · Σ_{t in T_i} dY_tᵀ S_t   [out, r].
 
 The backward adds Gφ and (Gφ)² of each example to two sums a factor; no per-example gradient outlives the example, and
-no `.grad` is written. The mean over N examples gives, for g = mean G and F = mean G² (per-example squares, the
+no `.grad` is written. The mean over N examples is, for g = mean G and F = mean G² (per-example squares, the
 empirical diagonal Fisher),
 
     I(φ) = | g φ − ½ F φ² | = | Σ Gφ / N − ½ Σ (Gφ)² / N |.
@@ -17,7 +17,7 @@ A sum is kept as an unevaluated pair of fp32, the rounded total and its rest: 48
 nothing, at 16 bytes an element for both sums.
 
 Trade-off: each example's G is made once, [r, in] and [out, r], instead of a batch of them at a time, which costs small
-GEMMs and keeps the extra memory at one example's gradient whatever the batch.
+GEMMs and keeps the extra memory at one example's gradient for any batch.
 """
 
 import itertools
@@ -222,7 +222,7 @@ def lora_linear_scored(
             checks and moves them once for many layers; on a GPU a plain tensor costs a wait a call.
         sums: where to add, one `ScoreSums` a layer. The loss must be the *sum* over examples of each one's own loss.
 
-    Returns [..., out]. x must require a gradient, or a factor must (it gets none), for the backward to come by.
+    Returns [..., out]. x or a factor must require a gradient, or no backward runs here; the factor gets none.
     A backward through the same forward twice adds twice. Squares are of fp32 products whatever x's dtype: an fp16
     square would overflow from |Gφ| = 256. Raises ValueError or TypeError naming the argument.
     """
@@ -248,7 +248,7 @@ def lora_add_scored(
     offsets: Tensor | Examples,
     sums: ScoreSums,
 ) -> Tensor:
-    """`lora_add` for a scoring pass: y + scaling · x Aᵀ Bᵀ, y [..., out] what an opaque base (4-bit, 8-bit) gave for x.
+    """`lora_add` for a scoring pass: y + scaling · x Aᵀ Bᵀ, y [..., out] from an opaque base (4-bit, 8-bit).
 
     Arguments, dtypes and errors as in `lora_linear_scored`; y keeps its dtype, and its gradient is passed through.
     """

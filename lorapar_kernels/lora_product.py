@@ -1,18 +1,18 @@
-"""A LoRA layer's frozen product together with its expand: two ways, and which of them a call takes.
+"""A LoRA layer's frozen product together with its expand, s · S Bᵀ: two ways, and which of them a call takes.
 
-    plain   torch's product, then the expand added to what it gave, so y and dX go through memory once more
+    plain   torch's product, then the expand added to its output, so y and dX go through memory once more
     fused   one product that carries the expand in its accumulator (triton_kernels/lora_product.py), where Triton runs
 
-The same sums, rounded once less by fused. plain is the specification, the only way without Triton's passes, and the
-safe default: whether a product of our own stays near enough to cuBLAS's depends on the GPU and on the shape. So on a
-CUDA device the first call of each kind of call (`_kind`) times both on its own tensors, some milliseconds, and the
-process keeps to the faster. What is timed is the GPU's work, not Python's: a captured graph of each way is replayed.
-Nothing is timed while a CUDA graph is captured, nor under torch.use_deterministic_algorithms, since two processes may
-choose differently: plain then serves.
+Both compute the same sums; fused rounds once less. plain is the specification, the only way without Triton's passes,
+and the safe default: whether our own product is fast enough beside cuBLAS's depends on the GPU and on the shape. So on
+a CUDA device the first call of each kind (`_kind`) times both on its own tensors, which takes some milliseconds, and
+the process keeps the faster. The GPU's work is timed, not Python's: a captured graph of each way is replayed. Nothing
+is timed while a CUDA graph is captured, or under torch.use_deterministic_algorithms, since two processes may choose
+differently: plain then serves.
 
-    LORAPAR_PRODUCT=plain|fused     every lora_linear and lora_linear_grouped of some tokens takes this way, or fails
+    LORAPAR_PRODUCT=plain|fused     every lora_linear and lora_linear_grouped with tokens takes this way, or fails
     choices = product_choices()     what was chosen so far, for a file beside a run's results
-    set_product_choices(choices)    in another process: taken as they are, nothing of them is timed again
+    set_product_choices(choices)    in another process: used as they are, and not timed again
 
 The scoring forms and opaque bases have no such product to choose.
 """
@@ -33,7 +33,7 @@ from .backend import named
 VARIABLE, WAYS = "LORAPAR_PRODUCT", ("plain", "fused")
 # Rounds of timing, and calls a round; the share of plain's time below which fused is taken: less than that is noise.
 ROUNDS, CALLS, MARGIN = 5, 4, 0.98
-# Clock cycles a second that no GPU exceeds, for waits of at least so long.
+# More clock cycles a second than any GPU has, so that a wait is at least as long as asked.
 CYCLES = 3e9
 Choices = dict[str, dict[str, str]]
 # Of this process, by kind of call; and those it was given, by the GPU's name and the kind in words.
@@ -57,7 +57,7 @@ def outputs(
 ) -> list[Tensor]:
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] of each layer, x [..., in], S [T, r or more] of `columns`.
 
-    can_fuse: whether Triton's passes run, which the fused product goes with.
+    can_fuse: whether Triton's passes serve this call; the fused product needs them.
     """
 
     def plain() -> list[Tensor]:
@@ -126,7 +126,7 @@ def _kind(direction: str, x: Tensor, weights: Sequence[Tensor], factors: Sequenc
 
 
 def _run_chosen(ways: Mapping[str, Callable[[], Any]], can_fuse: bool, x: Tensor, kind: tuple[Any, ...]) -> Any:
-    """The result of the way that is forced, or was chosen for this kind of call, or is chosen now."""
+    """The result of the way that is forced, or was chosen for this kind of call earlier, or is chosen now."""
     way = named(VARIABLE, WAYS)
     if x.numel() == 0:
         way = "plain"
@@ -176,8 +176,8 @@ def _name(dtype: torch.dtype) -> str:
 def product_choices() -> Choices:
     """Which product each kind of call takes, as far as it was chosen: {GPU's name: {kind of call: "plain" | "fused"}}.
 
-    It goes into a JSON file as it is. What `set_product_choices` was given is in it, whether it was used or not. Empty
-    where nothing was timed: off CUDA devices, under LORAPAR_PRODUCT, and under torch.use_deterministic_algorithms.
+    It can be written to a JSON file as it is, and includes all that `set_product_choices` was given. Empty where
+    nothing was timed: off CUDA devices, under LORAPAR_PRODUCT, and under torch.use_deterministic_algorithms.
     """
     choices = {gpu: dict(ways) for gpu, ways in _given.items()}
     for kind, way in _chosen.items():
@@ -290,7 +290,7 @@ def _seconds_to_queue(call: Callable[[], object]) -> float:
 
 
 def in_force(device: torch.device, can_fuse: bool) -> str:
-    """Which way a `lora_linear` on this device takes, for people; ValueError where LORAPAR_PRODUCT names no way.
+    """Which way a `lora_linear` on this device takes, in words; ValueError where LORAPAR_PRODUCT names no way.
 
     can_fuse: `fused` of the passes that serve there.
     """

@@ -123,7 +123,7 @@ def _encode(values: Tensor, power: int, scale: float, tile: Tensor, largest: Ten
 
 
 def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, tile: Tensor, random: Tensor):
-    """The reverse of `decode_moments`: gives int8 and uint8 codes, writes `scales`."""
+    """The reverse of `decode_moments`: returns int8 and uint8 codes, writes `scales`."""
     one = _encode(exp_avg.abs(), 2, SCALE_1, tile, scales[0], random & 0xFFFF).clamp_(max=127.0)
     two = _encode(exp_avg_sq, 4, SCALE_2, tile, scales[1], random >> 16)
     valid = (scales[1, tile] > 0.0) & scales[1, tile].isfinite() & (exp_avg_sq > 0.0)

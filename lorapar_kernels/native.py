@@ -135,10 +135,10 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def selection_workspace(device: torch.device, table: ctypes.Array) -> torch.Tensor:
-    """The bytes that csrc's selection works in for this table, which torch's allocator gives.
+    """Working memory for csrc's selection of this table, from torch's allocator.
 
-    It hands them on in the order of the current stream, which is the one that csrc queues its work on: the tensor may
-    be dropped when the call has returned.
+    The allocator reuses memory in the order of the current stream, on which csrc queues its work, so the tensor may be
+    dropped when the call has returned.
     """
     library, reason = load(device.type)
     if library is None:
@@ -148,7 +148,7 @@ def selection_workspace(device: torch.device, table: ctypes.Array) -> torch.Tens
 
 
 def status_of(function: str, device: torch.device, *arguments: object) -> int:
-    """Call lorapar_<function>(*arguments, queue) on `device`; gives its status, 0 for no error.
+    """Call lorapar_<function>(*arguments, queue) on `device`; returns its status, 0 for no error.
 
     On CUDA the queue is torch's current stream, on the CPU the number of threads that torch uses.
     """

@@ -82,7 +82,7 @@ def kept_bits(bits_ptr, i_row, first_column, rows, columns, WIDTH: tl.constexpr)
 # A batch's size makes no kernel of its own, and neither does p: neither is specialised on 1 or on multiples of 16.
 @triton.jit(do_not_specialize=["blocks", "threshold"])
 def _dropout_mask_kernel(seed_ptr, kept_ptr, blocks, threshold, BLOCK: tl.constexpr):
-    """kept_ptr [blocks, 8] bytes; whole blocks, so that their 8 bytes are stored together whatever their number."""
+    """kept_ptr [blocks, 8] bytes; whole blocks, so that the 8 bytes of each are stored together."""
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = keep_lanes(tl.load(seed_ptr), block, threshold.to(tl.uint32))
     i_element = block[:, None] * 8 + tl.arange(0, 8)[None, :]

@@ -34,7 +34,7 @@ NARROW_N = 16
 STEP = {16: (32, 4), 32: (16, 8)}
 # Elements a program of the second kernel: 1,024 take 191 registers.
 BLOCK = 512
-# Programs a multiprocessor should have at hand: four, so that the loads of one hide behind the products of another.
+# Programs a multiprocessor should have to choose from: the loads of one then overlap with the products of another.
 PROGRAMS_PER_SM = 4
 
 

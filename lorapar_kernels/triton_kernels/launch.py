@@ -24,8 +24,8 @@ TYPES = {
 # Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
 # (CUDA C++ Programming Guide, technical specifications).
 COMMON_ROOM = 99 << 10
-# A product and the sum it goes into may be one instruction, which rounds once. Said here, because Triton 3.9 warns
-# where nothing is said, and 3.10 changes what that means: fp32 products would take twice the instructions.
+# A product and the sum it is added to may be one instruction, which rounds once. Set explicitly, because Triton 3.9
+# warns where it is not set, and 3.10 changes the default: fp32 products would take twice the instructions.
 FP_FUSION = True
 
 
@@ -42,14 +42,14 @@ class Variant:
     """One specialisation of one Triton kernel.
 
     Attributes:
-        kernel: what @triton.jit gave.
+        kernel: what @triton.jit returned.
         name: tells this variant from the kernel's others, in the table.
         signature: argument -> Triton type ("*bf16", "i32", "constexpr"; a tuple of them for a tuple), in order.
         constants: the values of the constexpr arguments, by name or by position (argument, entry of the tuple).
         aligned: arguments, by name or by position, that are multiples of 16, as the launcher would find them.
         warps, stages: launch options.
         room: bytes of shared memory that a device has wherever the launcher takes this variant.
-        call: the first launch that recorded it, for `warm`; None where the variant was written by hand.
+        call: the first launch that recorded it, for `warm`; None where the variant was not recorded.
     """
 
     kernel: Any
@@ -80,8 +80,8 @@ def recording() -> Iterator[list[Variant]]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name.
 
-    It goes to the device of the first CUDA tensor. room: of the `Variant`; a launcher that gives another than
-    COMMON_ROOM has asked the device.
+    It runs on the device of the first CUDA tensor. room: the `Variant`'s; a launcher passes more than COMMON_ROOM only
+    where the device has it.
     """
     variants = _recorded.get()
     if variants is None:
@@ -168,9 +168,9 @@ def _variant(kernel: Any, call: Call, room: int) -> Variant:
     ordered = {name: signature[name] for name in names}
     pointers = [kind[1:] for entry in ordered.values() for kind in _flat(entry) if kind.startswith("*")]
     dtypes = "/".join(dict.fromkeys(pointers))
-    said = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
+    shown = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
     warps, stages = options["num_warps"], options["num_stages"]
-    return Variant(kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), warps, stages, room, call)
+    return Variant(kernel, f"{dtypes} {shown}", ordered, values, tuple(aligned), warps, stages, room, call)
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

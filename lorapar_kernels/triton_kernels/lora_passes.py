@@ -33,9 +33,9 @@ from torch import Tensor
 from .dropout import keep_tile, store_bits
 from .launch import Variant, cdiv, launch, precision, recording
 
-# More layers of one x than this go in several launches: three accumulators of 64 ranks still fit in registers.
+# More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3
-# Programs wanted at least: two for each of the 132 multiprocessors of an H100 or H200. Untuned: no GPU was at hand.
+# Launch at least this many programs: two for each multiprocessor of an H100 or H200 (132). Not tuned on a GPU.
 PROGRAMS = 264
 
 

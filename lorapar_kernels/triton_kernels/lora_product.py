@@ -9,7 +9,7 @@ order of sums: deterministic.
 
 bf16 and fp16 of rows of multiples of 16 elements go by tile descriptors, which the hardware fetches, in tiles of
 128 × 256, where the device has the shared memory for it (compute capability 9.0 and 10.0); such rows elsewhere in tiles
-of 128 × 128 by pointers; anything else, fp32 among it, in small ones. Untuned: no GPU was at hand.
+of 128 × 128 by pointers; anything else, fp32 included, in small ones. Not tuned on a GPU.
 """
 
 # Triton's annotations describe the language from outside and differ between its releases.

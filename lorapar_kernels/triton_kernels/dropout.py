@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Variant, launch, recording
+from .launch import Variant, cdiv, launch, meta, recording
 
 # 256 Philox blocks = 2,048 elements a program: 8 bytes a lane and store at 4 warps with 2 blocks each.
 BLOCK = 256
@@ -97,11 +97,11 @@ INTERPRETED = not isinstance(_dropout_mask_kernel, triton.runtime.JITFunction)
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The bool mask of `shape` on the seed's device; a draw below `threshold` is dropped."""
     n = math.prod(shape)
-    blocks = -(-n // 8)
+    blocks = cdiv(n, 8)
     # Up to 7 bytes more than the mask has.
     kept = torch.empty(8 * blocks, dtype=torch.uint8, device=seed.device)
     if n > 0:
-        grid = (-(-blocks // BLOCK),)
+        grid = (cdiv(blocks, BLOCK),)
         launch(_dropout_mask_kernel, grid, seed, kept, blocks, threshold, BLOCK=BLOCK, num_warps=WARPS)
     return kept[:n].view(torch.bool).view(list(shape))
 
@@ -109,7 +109,7 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
 def ahead_of_time(every: bool = False) -> list[Variant]:
     """The kernel's variants: few enough that `every` makes no difference."""
     del every
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    seed = meta(1, dtype=torch.int64)
     with recording() as variants:
         # Numbers of blocks of 32 and of 64 bits.
         for shape in ((2048,), (2**34,)):

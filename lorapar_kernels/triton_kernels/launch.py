@@ -21,6 +21,9 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# x's dtype and the adapter's, in each combination that a layer takes.
+DTYPES = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
 # Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
 # (CUDA C++ Programming Guide, technical specifications).
 COMMON_ROOM = 99 << 10
@@ -102,6 +105,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
 def cdiv(n: int, size: int) -> int:
     """n / size, rounded up."""
     return -(-n // size)
+
+
+def unit_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with unit column stride, which the kernels take for granted."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory, for a launcher inside `recording`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def precision(x: torch.Tensor) -> str:

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile, store_bits
-from .launch import Variant, cdiv, launch, precision, recording
+from .launch import BF16, DTYPES, FP16, FP32, Variant, cdiv, launch, meta, precision, recording, unit_rows
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
 GROUP = 3
@@ -257,11 +257,6 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
     return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
 
 
-def unit_rows(matrix: Tensor) -> Tensor:
-    """The matrix with unit column stride, which the kernels take for granted."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _bits(mask: Tensor | None) -> Tensor | None:
     """The mask as contiguous bytes."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
@@ -459,7 +454,6 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
 
 
 # x's dtype, the adapter's, rank, layers of one x, p, columns, masked, gradients wanted of (x, A and B)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 REPRESENTATIVE = [
     (BF16, FP32, 16, 1, 0.05, 4096, False, (True, True)),
     (BF16, FP32, 16, 3, 0.05, 4096, True, (True, True)),
@@ -485,21 +479,16 @@ REPRESENTATIVE = [
 
 
 def _every_case():
-    dtypes = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
     drops = [(0.0, 4096), (0.05, 4096), (0.05, 4104), (0.05, 61)]
     for rank in (16, 32, 64, 128, 256):
         for group in range(1, GROUP + 1):
-            for (x, a), (p, columns), masked in itertools.product(dtypes, drops, (False, True)):
+            for (x, a), (p, columns), masked in itertools.product(DTYPES, drops, (False, True)):
                 for wanted in ((True, True), (True, False), (False, True)):
                     yield x, a, rank, group, p, columns, masked, wanted
 
 
 def _launch_all(x_dtype, a_dtype, rank, group, p, columns, masked, wanted, tokens=None) -> None:
-    """One layer's passes, of so many tokens; None: so many that they are cut into partial sums, and so few that not."""
-
-    def meta(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    """One layer's passes, of so many tokens; None: so few that they are cut into partial sums, and so many that not."""
     needs_x, needs_factors = wanted
     for T in (512, 65536) if tokens is None else (tokens,):
         x = meta(T, columns, dtype=x_dtype)

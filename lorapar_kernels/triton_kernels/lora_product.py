@@ -26,8 +26,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, kept_bits
-from .launch import COMMON_ROOM, Variant, cdiv, launch, precision, recording
-from .lora_passes import unit_rows
+from .launch import (
+    BF16,
+    COMMON_ROOM,
+    DTYPES,
+    FP16,
+    FP32,
+    Variant,
+    cdiv,
+    launch,
+    meta,
+    precision,
+    recording,
+    unit_rows,
+)
 
 # Bytes of shared memory for which the wide tiles are made: four stages of 48 KB.
 WIDE_ROOM = 227 << 10
@@ -222,7 +234,6 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
 
 
 # x's dtype, the adapter's, rank, tokens, columns in and out, forward, p (backward), bias (forward) or adds, room
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 REPRESENTATIVE = [
     (BF16, FP32, 16, 8192, 4096, True, 0.0, False, WIDE_ROOM),
     (BF16, FP32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM),
@@ -246,9 +257,8 @@ REPRESENTATIVE = [
 
 
 def _every_case():
-    dtypes = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
     for (x, a), rank, tokens, columns, room in itertools.product(
-        dtypes, (8, 16, 64), (512, 8192), (61, 4096, 4104), (COMMON_ROOM, WIDE_ROOM)
+        DTYPES, (8, 16, 64), (512, 8192), (61, 4096, 4104), (COMMON_ROOM, WIDE_ROOM)
     ):
         for more in (False, True):
             yield x, a, rank, tokens, columns, True, 0.0, more, room
@@ -257,14 +267,11 @@ def _every_case():
 
 
 def _launch_case(x_dtype, a_dtype, rank, tokens, columns, forward, p, more, room) -> None:
-    def meta(*shape, dtype=x_dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    left, weight = meta(tokens, columns), meta(columns, columns)
-    thin, factor = meta(tokens, max(16, rank)), meta(columns, rank, dtype=a_dtype)
+    left, weight = meta(tokens, columns, dtype=x_dtype), meta(columns, columns, dtype=x_dtype)
+    thin, factor = meta(tokens, max(16, rank), dtype=x_dtype), meta(columns, rank, dtype=a_dtype)
     seed = meta(1, dtype=torch.int64) if p > 0.0 else None
     if forward:
-        bias = meta(columns) if more else None
+        bias = meta(columns, dtype=x_dtype) if more else None
         _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, None, left, False, room)
     else:
         factor = meta(rank, columns, dtype=a_dtype)

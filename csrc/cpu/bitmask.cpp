@@ -73,13 +73,17 @@ int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *mask, intptr_t
 int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t) {
     if (int status = check_pointer(before, 1)) return status;
     if (int status = check(n, words)) return status;
-    const int64_t all = (n + 31) / 32;
     before[0] = 0;
-    for (int64_t tile = 0; tile < tiles_of(n); ++tile) {
-        const int64_t first = tile * kTileWords, after = std::min(first + kTileWords, all);
-        int64_t set = 0;
-        count(words + first, after - first - 1, &set);
-        before[tile + 1] = before[tile] + set + bits_set(used_word(words, n, after - 1));
+    int64_t set = 0;
+    const int64_t whole = n / LORAPAR_TILE;
+    for (int64_t tile = 0; tile < whole; ++tile) {
+        count(words + tile * kTileWords, kTileWords, &set);
+        before[tile + 1] = before[tile] + set;
+    }
+    if (whole < tiles_of(n)) {
+        const int64_t first = whole * kTileWords, last = (n - 1) / 32;
+        count(words + first, last - first, &set);
+        before[whole + 1] = before[whole] + set + bits_set(used_word(words, n, last));
     }
     return LORAPAR_OK;
 }

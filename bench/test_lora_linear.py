@@ -12,6 +12,7 @@ import torch
 from bench.interleaved import Timed, interleave
 from bench.lora_layers import Layer, launches, peak_bytes
 from lorapar_kernels import lora_product
+from lorapar_kernels.lora_linear import passes_for
 
 # Largest difference over the largest value that rounding may make; bf16 has 8 bits and PEFT rounds at other places.
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -77,7 +78,9 @@ def test_lora_linear(benchmark, report, layer):
         "ours_least_gb_per_s": layer.least_bytes() / seconds / 1e9,
     }
     if on_gpu:
-        timed.facts["product"] = lora_product.in_force(torch.device("cuda"))
+        one = torch.ones(1, 1, device="cuda")
+        can_fuse = passes_for("lora_linear", one, [one]).fused
+        timed.facts["product"] = lora_product.in_force(one.device, can_fuse)
         timed.facts["launches"] = {name: launches(way) for name, way in ways.items()}
         timed.facts["peak_bytes"] = {name: peak_bytes(way) for name, way in ways.items()}
     timed.required = {way: least for way, least in required(layer).items() if way in ways}

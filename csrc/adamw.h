@@ -2,35 +2,15 @@
 // operation is correctly rounded (no contraction, no fast maths), so both give the same bits.
 #pragma once
 
+#include "mask.h"
 #include "status.h"
 
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
-
-#if defined(__CUDACC__)
-#define LORAPAR_BOTH __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define LORAPAR_BOTH inline __attribute__((always_inline))
-#else
-#define LORAPAR_BOTH inline
-#endif
 
 namespace lorapar {
 
-LORAPAR_BOTH uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-LORAPAR_BOTH float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-LORAPAR_BOTH bool is_finite(float value) { return (bits_of(value) & 0x7fffffffu) < 0x7f800000u; }
+LORAPAR_BOTH bool is_finite(float value) { return magnitude(value) < 0x7f800000u; }
 
 // ---- 16-bit floats ----
 
@@ -68,6 +48,14 @@ LORAPAR_BOTH uint16_t to_float16(float value) {
     }
     // Below 2^-14 float16 counts in units of 2^-24; adding 1/2 makes float32 do so too, and round.
     return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
+}
+
+// `type` is LORAPAR_BFLOAT16 or LORAPAR_FLOAT16.
+LORAPAR_BOTH float from_half(uint16_t bits, int type) {
+    return type == LORAPAR_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
+}
+LORAPAR_BOTH uint16_t to_half(float value, int type) {
+    return type == LORAPAR_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
 }
 
 // ---- random bits: a hash of (seed, step, tensor, element), so that they are the same on every device ----
@@ -214,7 +202,5 @@ inline int check_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const
     }
     return LORAPAR_OK;
 }
-
-LORAPAR_BOTH int64_t tiles_of(int64_t n) { return (n + LORAPAR_TILE - 1) / LORAPAR_TILE; }
 
 }  // namespace lorapar

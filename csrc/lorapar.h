@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a meaning below changes; native.py refuses a library of another version. */
-#define LORAPAR_ABI_VERSION 5
+#define LORAPAR_ABI_VERSION 6
 
 #define LORAPAR_OK 0
 #define LORAPAR_ERROR_NULL_POINTER 1 /* a null pointer although n > 0 (or, for a result, at all) */
@@ -38,11 +38,6 @@
 
 /* Elements that share a count in a mask's index, and a scale among 8-bit moments. */
 #define LORAPAR_TILE 512
-
-/* What lorapar_combine_masks does. */
-#define LORAPAR_AND 0
-#define LORAPAR_OR 1
-#define LORAPAR_AND_NOT 2
 
 /* Types of parameters and gradients. */
 #define LORAPAR_FLOAT32 0
@@ -80,13 +75,6 @@ LORAPAR_API int lorapar_pack_mask(const uint8_t *mask, int64_t n, int32_t *words
 
 /* words [ceil(n / 32)] -> mask [n] bytes, each 0 or 1; spare bits are not looked at. */
 LORAPAR_API int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *mask, intptr_t queue);
-
-/* The number of bits set among the first n, into count [1]; spare bits are not looked at. */
-LORAPAR_API int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *count, intptr_t queue);
-
-/* a operation b -> words, all [ceil(n / 32)]; spare bits are written 0. Any of them may be the same memory. */
-LORAPAR_API int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words,
-                                      intptr_t queue);
 
 /* words -> before [ceil(n / LORAPAR_TILE) + 1]: before[t] is the number of bits set among the first t * LORAPAR_TILE, the
  * last one that of all. An active element's place in a compact array is before[its tile] plus the bits set before it in

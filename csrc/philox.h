@@ -4,13 +4,7 @@
 // kept where the draw is at least the threshold.
 #pragma once
 
-#include <stdint.h>
-
-#if defined(__CUDACC__)
-#define LORAPAR_BOTH __host__ __device__
-#else
-#define LORAPAR_BOTH
-#endif
+#include "both.h"
 
 namespace lorapar {
 
@@ -20,7 +14,7 @@ constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
 
 // One round in place on the counter.
-LORAPAR_BOTH inline void philox_round(uint32_t &c0, uint32_t &c1, uint32_t &c2, uint32_t &c3, uint32_t k0, uint32_t k1) {
+LORAPAR_BOTH void philox_round(uint32_t &c0, uint32_t &c1, uint32_t &c2, uint32_t &c3, uint32_t k0, uint32_t k1) {
     const uint64_t product0 = static_cast<uint64_t>(kMultiplier0) * c0;
     const uint64_t product1 = static_cast<uint64_t>(kMultiplier1) * c2;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;

@@ -6,6 +6,7 @@
 // order; those of one bin of the second level are equal. The bins are then added as integers.
 #pragma once
 
+#include "both.h"
 #include "status.h"
 
 #include <algorithm>
@@ -136,6 +137,13 @@ inline lorapar_cut cut_of(const uint32_t *counts, uint32_t upper, const Target &
     // Not come to: the prefix that ends with this upper bin is enough, or it would not have been chosen.
     return {upper << 16, 0, 0};
 }
+
+LORAPAR_BOTH bool takes_part(const lorapar_scores &tensor, int64_t i) {
+    return tensor.among == nullptr || tensor.among[i] != 0;
+}
+
+// Whether a score's bits are those of a negative number, an infinity or a NaN; -0.0 is none of them.
+LORAPAR_BOTH uint32_t is_wrong(uint32_t bits) { return (bits >= 0x7f800000u) & (bits != 0x80000000u); }
 
 // What can be wrong with a list of scores, and how many they are together.
 inline int check_scores(const lorapar_scores *tensors, int64_t count, bool keeps, int64_t &total) {

@@ -12,19 +12,7 @@
 
 #include "selection.h"
 
-#include <new>
-
 namespace lorapar {
-
-// No exception may cross the C interface; memory is all that can be short.
-template <typename Work>
-int guarded(const Work &work) {
-    try {
-        return work();
-    } catch (const std::bad_alloc &) {
-        return LORAPAR_ERROR_MEMORY;
-    }
-}
 
 inline int check_workspace(const lorapar_scores *tensors, int64_t count, const void *workspace, int64_t bytes) {
     const int64_t needed = workspace_of(tensors, count);

@@ -3,7 +3,19 @@
 
 #include "lorapar.h"
 
+#include <new>
+
 namespace lorapar {
+
+// What `work` returns. No exception may cross the C interface; memory is all that can be short.
+template <typename Work>
+int guarded(const Work &work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc &) {
+        return LORAPAR_ERROR_MEMORY;
+    }
+}
 
 // Null, not aligned to T, or fine; memory for no elements may be anything.
 template <typename T>

@@ -1,24 +1,23 @@
 """What is installed, which devices there are, and which implementation of each operation runs here."""
 
-import contextlib
-import importlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import torch
 
 import lorapar_kernels as lk
 import lorapar_kernels.native as native
-from lorapar_kernels import backend, lora_product
+from lorapar_kernels import lora_product
+from lorapar_kernels.backend import listening
+from lorapar_kernels.lora_linear import passes_for
 
 from .memory.switches import switches
 from .model.quantised import QUANTISED, works_here
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
-MODULES = ("lora_passes", "importance", "top_mass", "masked_adamw", "dropout", "bitmask", "tiles")
 
 
 def doctor() -> str:
@@ -34,7 +33,7 @@ def doctor() -> str:
             lines.append("  no device")
             continue
         lines += [f"  {operation:<20} {runs}" for operation, runs in operations(torch.device(device)).items()]
-        lines.append(f"  {'lora_linear, product':<20} {lora_product.in_force(torch.device(device))}")
+        lines.append(f"  {'lora_linear, product':<20} {_product(torch.device(device))}")
         lines += [f"  {f'lora.base: {base}':<20} {works_here(base, torch.device(device))}" for base in QUANTISED]
         lines += [f"  {switch:<22} {said}" for switch, said in switches(device).items()]
     return "\n".join(lines)
@@ -43,7 +42,7 @@ def doctor() -> str:
 def operations(device: torch.device) -> dict[str, str]:
     """{operation: the implementation that serves a small call of it on `device`, and why the others cannot}.
 
-    Each operation is called and what it chose is overheard, so that what is said here is what runs.
+    Each operation is called and its choice recorded, so that what is reported is what runs.
     """
     t, mask = torch.ones(2, 2, device=device), torch.ones(2, 2, dtype=torch.bool, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -62,40 +61,29 @@ def operations(device: torch.device) -> dict[str, str]:
         "pack_mask": lambda: lk.pack_mask(mask),
         "unpack_mask": lambda: lk.unpack_mask(torch.ones(1, dtype=torch.int32, device=device), [2, 2]),
     }  # fmt: skip
-    return {name: _overheard(call) for name, call in calls.items()}
+    return {name: _chosen_by(call) for name, call in calls.items()}
 
 
-def _overheard(call: Callable[[], object]) -> str:
-    with _listening() as heard:
+def _chosen_by(call: Callable[[], object]) -> str:
+    with listening() as choices:
         try:
             call()
         except (ValueError, RuntimeError) as error:
             return f"fails: {error}"
-    if not heard:
+    if not choices:
         return "reference"
-    name, others = heard[0]
-    reasons = [f"{other}: {why}" for other, why in others.items() if why is not None]
-    return name + (f"  ({'; '.join(reasons)})" if reasons else "")
+    first = choices[0]
+    reasons = [f"{other}: {why}" for other, why in first.others.items() if why is not None]
+    return first.chosen + (f"  ({'; '.join(reasons)})" if reasons else "")
 
 
-@contextlib.contextmanager
-def _listening() -> Iterator[list[tuple[str, dict[str, str | None]]]]:
-    """Collect, for every choice made in the block, the backend taken and what stands in the way of each other one."""
-    heard: list[tuple[str, dict[str, str | None]]] = []
-
-    def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
-        name = backend.choose(op, obstacles)
-        heard.append((name, {other: obstacle() for other, obstacle in obstacles.items() if other != name}))
-        return name
-
-    modules = [importlib.import_module(f"lorapar_kernels.{name}") for name in MODULES]
-    for module in modules:
-        module.choose = choose  # type: ignore[attr-defined]
+def _product(device: torch.device) -> str:
+    """Which product a `lora_linear` on `device` takes."""
+    one = torch.ones(1, 1, device=device)
     try:
-        yield heard
-    finally:
-        for module in modules:
-            module.choose = backend.choose  # type: ignore[attr-defined]
+        return lora_product.in_force(device, passes_for("lora_linear", one, [one]).fused)
+    except ValueError as error:
+        return f"fails: {error}"
 
 
 def _version(name: str) -> str:

@@ -4,7 +4,7 @@ Needs torch; Triton is imported when a Triton kernel is first used, and csrc's l
 What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it) and lora_product.py (`LORAPAR_PRODUCT`).
 """
 
-from .bitmask import MaskIndex, combine_masks, count_mask, index_mask, pack_mask, unpack_mask
+from .bitmask import MaskIndex, index_mask, pack_mask, unpack_mask
 from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
@@ -18,8 +18,6 @@ __all__ = [
     "MaskIndex",
     "PreparedAdamW",
     "ScoreSums",
-    "combine_masks",
-    "count_mask",
     "dropout_mask",
     "importance",
     "index_mask",

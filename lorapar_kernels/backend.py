@@ -9,9 +9,12 @@ every call or the call fails: a forced backend never falls back, so a benchmark 
 another one by accident.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +23,17 @@ import torch
 # majors, 12.0 among them (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
 OLDEST = (8, 0)
 BACKENDS = ("reference", "native", "triton")
+
+
+class Choice(NamedTuple):
+    """A backend that `choose` has chosen for a call of `op`, and why each other one cannot serve it (None: it can)."""
+
+    op: str
+    chosen: str
+    others: dict[str, str | None]
+
+
+_heard: ContextVar[list[Choice] | None] = ContextVar("heard", default=None)
 
 
 def named(variable: str, allowed: Sequence[str]) -> str | None:
@@ -35,7 +49,7 @@ def forced() -> str | None:
     return named("LORAPAR_BACKEND", BACKENDS)
 
 
-def always() -> None:
+def no_obstacle() -> None:
     """The obstacle of a backend that has none."""
 
 
@@ -50,6 +64,17 @@ def old_gpu(device: torch.device) -> str | None:
     return f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this GPU has {major}.{minor}"
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[list[Choice]]:
+    """The choices made within the block, in their order."""
+    choices: list[Choice] = []
+    token = _heard.set(choices)
+    try:
+        yield choices
+    finally:
+        _heard.reset(token)
+
+
 def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
     """The backend for one call of `op`.
 
@@ -59,6 +84,15 @@ def choose(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
 
     Raises ValueError, with the obstacle, where LORAPAR_BACKEND forces a backend that cannot serve.
     """
+    chosen = _chosen(op, obstacles)
+    choices = _heard.get()
+    if choices is not None:
+        others = {backend: obstacle() for backend, obstacle in obstacles.items() if backend != chosen}
+        choices.append(Choice(op, chosen, others))
+    return chosen
+
+
+def _chosen(op: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
     name = forced()
     if name is None:
         return next(backend for backend, obstacle in obstacles.items() if obstacle() is None)

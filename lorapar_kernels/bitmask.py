@@ -1,9 +1,8 @@
 """Masks at one bit an element: row-major element i is bit i % 32 of int32 word i // 32; spare bits are 0.
 
-A partition of a 7B's 17.9 M elements is 2.2 MB a mask on disk, where bytes are 17.9 MB. `combine_masks` and
-`count_mask` work on the words. `index_mask` counts the bits set before every tile of 512 elements, so that an
-active element's place in a compact array is that count and a few bits of its tile: what `masked_adamw` keeps its
-moments by.
+A partition of a 7B's 17.9 M elements is 2.2 MB a mask on disk, where bytes are 17.9 MB. `index_mask` counts the bits
+set before every tile of 512 elements, so that an active element's place in a compact array is that count and a few
+bits of its tile: `masked_adamw` finds its moments that way.
 """
 
 import math
@@ -15,15 +14,9 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backend import always, choose
+from .backend import choose, no_obstacle
 
 TILE = 512  # LORAPAR_TILE
-# Operation -> (LORAPAR_AND, ..., the reference on words).
-OPERATIONS = {
-    "and": (0, lambda a, b: a & b),
-    "or": (1, lambda a, b: a | b),
-    "and_not": (2, lambda a, b: a & ~b),
-}
 
 
 class MaskIndex(NamedTuple):
@@ -75,7 +68,7 @@ def check_words(words: Tensor, n: int) -> None:
 
 
 def _backend(op: str, device: torch.device) -> str:
-    return choose(op, {"native": partial(native.obstacle, device), "reference": always})
+    return choose(op, {"native": partial(native.obstacle, device), "reference": no_obstacle})
 
 
 # Ops, so that torch.compile leaves them whole: the backend is chosen when they run.
@@ -99,27 +92,6 @@ def _unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     return mask
 
 
-@torch.library.custom_op("lorapar::count_mask", mutates_args=())
-def _count_mask(words: Tensor, n: int) -> Tensor:
-    if _backend("count_mask", words.device) == "reference":
-        return unpack_mask_reference(words, torch.Size([n])).sum()
-    words = words.contiguous()
-    count = torch.empty((), dtype=torch.int64, device=words.device)
-    native.call("count_mask", words.device, words.data_ptr(), n, count.data_ptr())
-    return count
-
-
-@torch.library.custom_op("lorapar::combine_masks", mutates_args=())
-def _combine_masks(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
-    number, reference = OPERATIONS[operation]
-    if _backend("combine_masks", a.device) == "reference":
-        return reference(a, b)
-    a, b = a.contiguous(), b.contiguous()
-    words = torch.empty_like(a)
-    native.call("combine_masks", a.device, a.data_ptr(), b.data_ptr(), n, number, words.data_ptr())
-    return words
-
-
 @torch.library.custom_op("lorapar::index_mask", mutates_args=())
 def _index_mask(words: Tensor, n: int) -> Tensor:
     if _backend("index_mask", words.device) == "reference":
@@ -131,27 +103,17 @@ def _index_mask(words: Tensor, n: int) -> Tensor:
 
 
 @_pack_mask.register_fake
-def _(mask: Tensor) -> Tensor:
+def _pack_mask_fake(mask: Tensor) -> Tensor:
     return mask.new_empty((mask.numel() + 31) // 32, dtype=torch.int32)
 
 
 @_unpack_mask.register_fake
-def _(words: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack_mask_fake(words: Tensor, shape: Sequence[int]) -> Tensor:
     return words.new_empty(shape, dtype=torch.bool)
 
 
-@_count_mask.register_fake
-def _(words: Tensor, n: int) -> Tensor:
-    return words.new_empty((), dtype=torch.int64)
-
-
-@_combine_masks.register_fake
-def _(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
-    return a.new_empty(a.shape)
-
-
 @_index_mask.register_fake
-def _(words: Tensor, n: int) -> Tensor:
+def _index_mask_fake(words: Tensor, n: int) -> Tensor:
     return words.new_empty((n + TILE - 1) // TILE + 1, dtype=torch.int64)
 
 
@@ -172,29 +134,6 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     """
     check_words(words, math.prod(shape))
     return _unpack_mask(words, list(shape))
-
-
-def count_mask(words: Tensor, n: int) -> int:
-    """How many of the n elements are set, without unpacking where the native library serves.
-
-    Raises ValueError as `unpack_mask` does.
-    """
-    check_words(words, n)
-    return int(_count_mask(words, n))
-
-
-def combine_masks(a: Tensor, b: Tensor, n: int, operation: str) -> Tensor:
-    """The words of "and", "or" or "and_not" (a and not b) of two masks of n elements each.
-
-    Raises ValueError as `unpack_mask` does, for masks on two devices and for any other operation.
-    """
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    check_words(a, n)
-    check_words(b, n)
-    if a.device != b.device:
-        raise ValueError(f"b must be on a's device {a.device}, got {b.device}")
-    return _combine_masks(a, b, n, operation)
 
 
 def index_mask(mask: Tensor) -> MaskIndex:

@@ -7,8 +7,7 @@ matrix instruction. Exit status 0 when all compiled, none spills and each fits i
 (or Triton is not there); 2 on unusable arguments. `--every` takes each kernel in each way in which it can be launched,
 which is a matter of an hour; without it, each choice that makes a variant is covered at least once.
 
-What is shipped is compiled at run time; this is the check that it will compile, and what it will cost, where
-no such GPU is at hand.
+Users' kernels are compiled at run time; this checks, without the GPU, that they will compile and what they will cost.
 """
 
 import argparse
@@ -23,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ahead_of_time import COMMON_ROOM, FP_FUSION, Variant
+from .triton_kernels.launch import COMMON_ROOM, FP_FUSION, Variant
 
-# The files that hold Triton kernels; each has `ahead_of_time(every)`, its variants. A test finds one left out.
-MODULES = ("dropout_triton", "importance_triton", "lora_passes_triton", "lora_product_triton")
+# In triton_kernels; each has `ahead_of_time(every)`, its kernels' variants. A test finds a module that is left out.
+MODULES = ("dropout", "importance", "lora_passes", "lora_product")
 
 
 # Where a block can have more shared memory than COMMON_ROOM, and a launcher may make use of it: no consumer card has
@@ -74,7 +73,7 @@ def assemble(ptx: str, arch: int) -> str:
 
 
 def compile_variant(variant: Variant, arch: int) -> Row:
-    """Compile one variant for one architecture; what goes wrong is in the row."""
+    """Compile one variant for one architecture; a failure is reported in the row."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -152,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     variants = [
         variant
         for module in MODULES
-        for variant in importlib.import_module(f"{__package__}.{module}").ahead_of_time(given.every)
+        for variant in importlib.import_module(f"{__package__}.triton_kernels.{module}").ahead_of_time(given.every)
     ]
     rows = [
         compile_variant(variant, arch)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backend import always, choose, old_gpu
+from .backend import choose, no_obstacle, old_gpu
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,7 +40,7 @@ def _multiply(multiplier: int, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors of 32-bit words: 4 of the counter, 2 of the key; gives 4 words."""
+    """Philox4x32-10 on int64 tensors of 32-bit words: 4 of the counter, 2 of the key; returns 4 words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -80,9 +80,9 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         return old_gpu(device)
-    from . import dropout_triton
+    from .triton_kernels import dropout as kernels
 
-    if device.type == "cpu" and dropout_triton.INTERPRETED:
+    if device.type == "cpu" and kernels.INTERPRETED:
         return None
     return f"no Triton kernel runs on {device.type} tensors; set TRITON_INTERPRET=1 to interpret it on the CPU"
 
@@ -91,7 +91,7 @@ def _backend(op: str, device: torch.device) -> str:
     obstacles = {
         "triton": partial(triton_obstacle, device),
         "native": partial(native.obstacle, device),
-        "reference": always,
+        "reference": no_obstacle,
     }
     # On the CPU the Triton kernel is only ever interpreted, for tests, so it has to be asked for.
     order = ("native", "reference", "triton") if device.type == "cpu" else ("triton", "native", "reference")
@@ -103,9 +103,9 @@ def _backend(op: str, device: torch.device) -> str:
 def _dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     backend = _backend("dropout_mask", seed.device)
     if backend == "triton":
-        from . import dropout_triton
+        from .triton_kernels import dropout as kernels
 
-        return dropout_triton.dropout_mask(seed, shape, threshold_of(p))
+        return kernels.dropout_mask(seed, shape, threshold_of(p))
     if backend == "native":
         kept = torch.empty(shape, dtype=torch.bool, device=seed.device)
         native.call("dropout_mask", seed.device, seed.data_ptr(), kept.numel(), threshold_of(p), kept.data_ptr())
@@ -114,7 +114,7 @@ def _dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
 
 
 @_dropout_mask.register_fake
-def _(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+def _dropout_mask_fake(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     return seed.new_empty(shape, dtype=torch.bool)
 
 

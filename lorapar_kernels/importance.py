@@ -5,7 +5,7 @@ For an example i with tokens T_i, and dS = s · dY B, S = x Aᵀ:
     G_A = Σ_{t in T_i} dS_tᵀ x_t   [r, in],        G_B = s · Σ_{t in T_i} dY_tᵀ S_t   [out, r].
 
 The backward adds Gφ and (Gφ)² of each example to two sums a factor; no per-example gradient outlives the example, and
-no `.grad` is written. The mean over N examples gives, for g = mean G and F = mean G² (per-example squares, the
+no `.grad` is written. The mean over N examples is, for g = mean G and F = mean G² (per-example squares, the
 empirical diagonal Fisher),
 
     I(φ) = | g φ − ½ F φ² | = | Σ Gφ / N − ½ Σ (Gφ)² / N |.
@@ -17,7 +17,7 @@ A sum is kept as an unevaluated pair of fp32, the rounded total and its rest: 48
 nothing, at 16 bytes an element for both sums.
 
 Trade-off: each example's G is made once, [r, in] and [out, r], instead of a batch of them at a time, which costs small
-GEMMs and keeps the extra memory at one example's gradient whatever the batch.
+GEMMs and keeps the extra memory at one example's gradient for any batch.
 """
 
 import itertools
@@ -27,10 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import always, choose
+from .backend import choose, no_obstacle
 from .dropout import triton_obstacle
-from .lora_linear import as_autocast, check_arguments, check_weight
-from .lora_passes import expand, input_gradients, shrink, thin
+from .lora_linear import (
+    as_autocast,
+    check_arguments,
+    check_weight,
+    input_gradients_reference,
+    shrink_reference,
+    transposed_product,
+)
+from .lora_product import expand
 
 
 class _FourSums(NamedTuple):
@@ -105,7 +112,7 @@ def add_example_products_reference(
     phi = phi.double() * scale
     gphi_sum, gphi_sq_sum = total_rest.double() + total, square_rest.double() + square
     for start, end in itertools.pairwise(starts):
-        gphi = thin(left[start:end], right[start:end]).double().mul_(phi)
+        gphi = transposed_product(left[start:end], right[start:end]).double().mul_(phi)
         gphi_sum += gphi
         gphi_sq_sum.addcmul_(gphi, gphi)
     for exact, high, low in ((gphi_sum, total, total_rest), (gphi_sq_sum, square, square_rest)):
@@ -121,7 +128,7 @@ def _triton_obstacle(x: Tensor) -> str | None:
 
 
 def _backend(x: Tensor, op: str) -> str:
-    triton, reference = (lambda: _triton_obstacle(x)), always
+    triton, reference = (lambda: _triton_obstacle(x)), no_obstacle
     # On the CPU the kernels are only ever interpreted, for tests, so they have to be asked for.
     if x.device.type == "cpu":
         return choose(op, {"reference": reference, "triton": triton})
@@ -134,7 +141,7 @@ class _LoraLinearScored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, examples, sums, backend):  # type: ignore[override]
         out = F.linear(x, weight, bias) if y is None else y.clone()
-        (s,) = shrink(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
+        (s,) = shrink_reference(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
         expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)
         ctx.scaling, ctx.examples, ctx.sums, ctx.backend = scaling, examples, sums, backend
@@ -144,22 +151,22 @@ class _LoraLinearScored(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
         rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        ds = thin(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
+        ds = transposed_product(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
         sums, rests, (starts, offsets) = ctx.sums, ctx.sums.rests, ctx.examples
         of_a = sums.a_gphi, rests.a_gphi, sums.a_gphi_sq, rests.a_gphi_sq
         of_b = sums.b_gphi, rests.b_gphi, sums.b_gphi_sq, rests.b_gphi_sq
         if ctx.backend == "triton":
-            from . import importance_triton
+            from .triton_kernels import importance as kernels
 
-            importance_triton.add_example_products(of_a, ds, columns, lora_a, False, 1.0, offsets)
-            importance_triton.add_example_products(of_b, s, rows, lora_b, True, ctx.scaling, offsets)
+            kernels.add_example_products(of_a, ds, columns, lora_a, False, 1.0, offsets)
+            kernels.add_example_products(of_b, s, rows, lora_b, True, ctx.scaling, offsets)
         else:
             add_example_products_reference(of_a, ds, columns, lora_a, 1.0, starts)
             add_example_products_reference(of_b, rows, s, lora_b, ctx.scaling, starts)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = rows @ weight if weight is not None else rows.new_zeros(rows.shape[0], x.shape[-1])
-            input_gradients(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
+            input_gradients_reference(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
             dx = dx.view(x.shape)
         return dx, (dy if ctx.needs_input_grad[1] else None), *(None,) * 8
 
@@ -215,7 +222,7 @@ def lora_linear_scored(
             checks and moves them once for many layers; on a GPU a plain tensor costs a wait a call.
         sums: where to add, one `ScoreSums` a layer. The loss must be the *sum* over examples of each one's own loss.
 
-    Returns [..., out]. x must require a gradient, or a factor must (it gets none), for the backward to come by.
+    Returns [..., out]. x or a factor must require a gradient, or no backward runs here; the factor gets none.
     A backward through the same forward twice adds twice. Squares are of fp32 products whatever x's dtype: an fp16
     square would overflow from |Gφ| = 256. Raises ValueError or TypeError naming the argument.
     """
@@ -241,7 +248,7 @@ def lora_add_scored(
     offsets: Tensor | Examples,
     sums: ScoreSums,
 ) -> Tensor:
-    """`lora_add` for a scoring pass: y + scaling · x Aᵀ Bᵀ, y [..., out] what an opaque base (4-bit, 8-bit) gave for x.
+    """`lora_add` for a scoring pass: y + scaling · x Aᵀ Bᵀ, y [..., out] from an opaque base (4-bit, 8-bit).
 
     Arguments, dtypes and errors as in `lora_linear_scored`; y keeps its dtype, and its gradient is passed through.
     """

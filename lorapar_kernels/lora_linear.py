@@ -11,24 +11,150 @@ paper section 3.4). Saved for backward: x, which q, k and v share, and S of rank
 its seed, so that nothing else of x's or y's size is kept. The scale 1 / (1 − p) is applied at rank r, so that dropping
 an element of x rounds nothing.
 
-Three passes are all that is added to the frozen layer's own products: `shrink` (reads x), `output_gradients` (reads
-dY), `input_gradients` (reads x, adds to dX); lora_passes.py specifies them, lora_passes_triton.py has the kernels. The
-frozen products with their expands are lora_product.py's, which may fuse the two. The rest is here: autograd, and the
-op, which serves one layer and several layers of one x.
+Three passes are all that a LoRA layer adds to the frozen layer's own products: `shrink` (reads x), `output_gradients`
+(reads dY), `input_gradients` (reads x, adds to dX). Their specification is below, in plain PyTorch for any device;
+triton_kernels/lora_passes.py has them as kernels. lora_product.py makes the frozen products and adds S Bᵀ to them. The
+rest is here: autograd, and the op, which serves one layer and several layers of one x.
 
-Trade-off: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a bf16
-x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a layer.
+Trade-offs: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a
+bf16 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a
+layer. The plain passes make a product of r rows for each layer of one x, where the kernels read x once for all of them.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import lora_passes, lora_product
-from .lora_passes import as_rows, expand, passes_for
+from . import lora_product, native
+from .backend import choose, no_obstacle
+from .dropout import triton_obstacle, zero_dropped
+from .lora_product import expand
+
+MAX_RANK = 256  # of the Triton kernels
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., n] -> [T, n] with unit column stride."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def apply_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """keep ⊙ x: x with the seeded dropout applied and nothing scaled."""
+    if p == 0.0:
+        return x
+    assert seed is not None  # checked by `check_arguments`
+    return zero_dropped(x, seed, p)
+
+
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right [m, n] of left [k, m] and right [k, n], multiplied with the smaller of m and n as the rows.
+
+    That is 1.6 to 4.6 times as fast in fp32 on a CPU (r = 8, 265 and 408 tokens, torch 2.13); bf16 is the same.
+    """
+    return left.t() @ right if left.shape[1] <= right.shape[1] else (right.t() @ left).t()
+
+
+def masked(gradient: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient in its parameter's dtype, contiguous, exactly zero (also where it was NaN) outside the mask."""
+    gradient = gradient.to(dtype).contiguous()
+    return gradient if mask is None else gradient.masked_fill_(~mask, 0.0)
+
+
+def shrink_reference(x: Tensor, factors: list[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
+    """S = drop(x) Aᵀ [T, r] of x [T, in] for each A of `factors`, in x's dtype."""
+    # r rows as in `transposed_product`, but whatever T is, so that S has the same strides for any T.
+    columns = [(a.to(x.dtype) @ apply_dropout(x, p, seed).t()).t() for a, seed in zip(factors, seeds)]
+    return columns if p == 0.0 else [s.mul_(1.0 / (1.0 - p)) for s in columns]
+
+
+def _shrink_fake(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as `shrink_reference` returns them, without values."""
+    return [x.new_empty((a.shape[0], x.shape[0])).t() for a in factors]
+
+
+def output_gradients_reference(
+    dy: Tensor, b: Tensor, s: Tensor, scaling: float, p: float, mask: Tensor | None, needs_b: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dS = scaling / (1 − p) · dY B [T, r] in dY's dtype, and dB = mask ⊙ scaling · dYᵀ S in B's."""
+    ds = transposed_product(dy.t(), b.to(dy.dtype)).mul_(scaling / (1.0 - p))
+    return ds, masked(transposed_product(dy, s).mul_(scaling), mask, b.dtype) if needs_b else None
+
+
+def input_gradients_reference(
+    x: Tensor,
+    dx: Tensor | None,
+    factors: list[Tensor],
+    dss: list[Tensor],
+    p: float,
+    seeds: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    needs_a: Sequence[bool],
+) -> list[Tensor | None]:
+    """Add Σ keep ⊙ (dS A) to dx [T, in] in place; dA = mask ⊙ dSᵀ (keep ⊙ x) in A's dtype for each A that needs it."""
+    if dx is not None:
+        for a, ds, seed in zip(factors, dss, seeds):
+            if p == 0.0:
+                dx.addmm_(ds, a.to(x.dtype))
+            else:
+                dx.add_(apply_dropout(ds @ a.to(x.dtype), p, seed))
+    return [
+        masked(ds.t() @ apply_dropout(x, p, seed), mask, a.dtype) if need else None
+        for a, ds, seed, mask, need in zip(factors, dss, seeds, masks, needs_a)
+    ]
+
+
+class Passes(NamedTuple):
+    """One backend's three passes, what its `shrink` returns without values, and whether they go with a fused product
+    (lora_product.py)."""
+
+    shrink: Callable[..., list[Tensor]]
+    shrink_fake: Callable[..., list[Tensor]]
+    output_gradients: Callable[..., tuple[Tensor, Tensor | None]]
+    input_gradients: Callable[..., list[Tensor | None]]
+    fused: bool
+
+
+def reference_passes() -> Passes:
+    """The specification above, which serves any device."""
+    return Passes(shrink_reference, _shrink_fake, output_gradients_reference, input_gradients_reference, False)
+
+
+def triton_passes() -> Passes:
+    """The Triton kernels; imports Triton."""
+    from .triton_kernels import lora_passes
+
+    return Passes(
+        lora_passes.shrink, lora_passes.shrink_fake, lora_passes.output_gradients, lora_passes.input_gradients, True
+    )
+
+
+def triton_obstacle_of(x: Tensor, rank: int) -> str | None:
+    """Why the Triton kernels cannot serve x and this rank; None when they can."""
+    if x.dtype == torch.float64:
+        return "the kernels add in fp32, and x is float64"
+    if rank > MAX_RANK:
+        return f"the kernels hold at most rank {MAX_RANK}, got {rank}"
+    return triton_obstacle(x.device)
+
+
+def passes_for(op: str, x: Tensor, factors: Sequence[Tensor]) -> Passes:
+    """The passes that serve this call of `op`."""
+    rank = max(a.shape[0] for a in factors)
+    obstacles: dict[str, Callable[[], str | None]] = {
+        "triton": partial(triton_obstacle_of, x, rank),
+        # torch's own products around csrc's dropout (dropout.py), or around the reference's.
+        "native": partial(native.obstacle, x.device),
+        "reference": no_obstacle,
+    }
+    order = ("native", "reference", "triton") if x.device.type == "cpu" else ("triton", "reference")
+    name = choose(op, {backend: obstacles[backend] for backend in order})
+    # Without tokens there is nothing to launch.
+    return triton_passes() if name == "triton" and x.numel() > 0 else reference_passes()
 
 
 def _forward(
@@ -44,14 +170,14 @@ def _forward(
     scalings: Sequence[float],
     p: float,
 ) -> list[Tensor]:
-    """One layer, or several of one x; ys: what opaque bases gave for x, and then no weights, else none.
+    """One layer, or several of one x. ys: what opaque bases returned for x, in place of weights.
 
-    Gives each layer's output, and after them each S, which the backward takes.
+    Returns each layer's output, and after them each S, which the backward needs.
     """
     passes = passes_for("lora_linear", x, lora_as)
     columns = passes.shrink(as_rows(x), list(lora_as), p, list(seeds))
     if weights:
-        return lora_product.outputs(passes, x, weights, biases, columns, lora_bs, scalings) + columns
+        return lora_product.outputs(x, weights, biases, columns, lora_bs, scalings, passes.fused) + columns
     outs = [y.clone() for y in ys]
     for out, s, b, scaling in zip(outs, columns, lora_bs, scalings):
         expand(out.view(-1, out.shape[-1]), s, b, scaling)
@@ -72,7 +198,7 @@ def _gradients(
     p: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """needs: of x, of each A, of each B. Gives dX, each dA, each dB; an empty tensor for what is not needed."""
+    """needs: of x, of each A, of each B. Returns dX, each dA, each dB; an empty tensor for what is not needed."""
     n, passes = len(dys), passes_for("lora_linear", x, lora_as)
     needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), needs[n + 1 :]
     flat, rows = as_rows(x), [as_rows(dy) for dy in dys]
@@ -83,7 +209,7 @@ def _gradients(
         dbs.append(db)
     of_x = list(lora_as), dss, p, list(seeds), list(mask_as), needs_a
     if needs_x and weights:
-        dx, das = lora_product.input_gradients(passes, flat, rows, weights, *of_x)
+        dx, das = lora_product.input_gradients(flat, rows, weights, *of_x, passes.input_gradients, passes.fused)
     else:
         dx = torch.zeros_like(flat) if needs_x else None
         das = passes.input_gradients(flat, dx, *of_x)
@@ -117,10 +243,10 @@ def _saved_gradients(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`_forward` and `_gradients` in eager mode.
+    """`_forward` and `_gradients` in eager mode; torch.compile sees the op below, which computes the same.
 
-    The op below computes the same and is what torch.compile sees. torch's own wrapping of an op with lists costs 0.2 ms
-    a forward, more than all else in a small call (bench/LOG.md), hence this class.
+    Neither can serve both (bench/LOG.md): torch's wrapping of an op with lists of tensors makes a small forward 3.4
+    times as slow, and Dynamo refuses an autograd.Function that is given one tensor twice, as tied layers do.
     """
 
     @staticmethod
@@ -150,17 +276,13 @@ _gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradie
 
 
 @_op.register_fake
-def _(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
+def _forward_fake(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
     outs = [torch.empty_like(y) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    tokens = x.numel() // x.shape[-1]
-    passes = passes_for("lora_linear", x, lora_as)
-    if passes is lora_passes:
-        return outs + [x.new_empty((a.shape[0], tokens)).t() for a in lora_as]
-    return outs + [x.new_empty((tokens, passes.padded_rank(lora_as))) for _ in lora_as]
+    return outs + passes_for("lora_linear", x, lora_as).shrink_fake(as_rows(x), lora_as)
 
 
 @_gradients_op.register_fake
-def _(dys, x, columns, weights, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p, needs):
+def _gradients_fake(dys, x, columns, weights, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p, needs):
     return [
         like.new_empty(like.shape) if need else x.new_empty(0) for like, need in zip([x, *lora_as, *lora_bs], needs)
     ]
@@ -311,7 +433,7 @@ def lora_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y + scaling · drop(x) Aᵀ Bᵀ for a base layer that is opaque (4-bit, 8-bit): y [..., out] is what it gave for x.
+    """y + scaling · drop(x) Aᵀ Bᵀ, y [..., out] being what an opaque base layer (4-bit, 8-bit) returned for x.
 
     Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype, and its gradient is passed through.
     """

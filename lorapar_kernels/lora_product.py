@@ -1,18 +1,18 @@
-"""A LoRA layer's frozen product together with its expand: two ways, and which of them a call takes.
+"""A LoRA layer's frozen product together with its expand, s · S Bᵀ: two ways, and which of them a call takes.
 
-    plain   torch's product, then the expand added to what it gave, so y and dX go through memory once more
-    fused   one product that carries the expand in its accumulator (lora_product_triton.py), where Triton's passes run
+    plain   torch's product, then the expand added to its output, so y and dX go through memory once more
+    fused   one product that carries the expand in its accumulator (triton_kernels/lora_product.py), where Triton runs
 
-The same sums, rounded once less by fused. plain is the specification, the only way without Triton's passes, and the
-safe default: whether a product of our own stays near enough to cuBLAS's depends on the GPU and on the shape. So on a
-CUDA device the first call of each kind of call (`_kind`) times both on its own tensors, some milliseconds, and the
-process keeps to the faster. What is timed is the GPU's work, not Python's: a captured graph of each way is replayed.
-Nothing is timed while a CUDA graph is captured, nor under torch.use_deterministic_algorithms, since two processes may
-choose differently: plain then serves.
+Both compute the same sums; fused rounds once less. plain is the specification, the only way without Triton's passes,
+and the safe default: whether our own product is fast enough beside cuBLAS's depends on the GPU and on the shape. So on
+a CUDA device the first call of each kind (`_kind`) times both on its own tensors, which takes some milliseconds, and
+the process keeps the faster. The GPU's work is timed, not Python's: a captured graph of each way is replayed. Nothing
+is timed while a CUDA graph is captured, or under torch.use_deterministic_algorithms, since two processes may choose
+differently: plain then serves.
 
-    LORAPAR_PRODUCT=plain|fused     every lora_linear and lora_linear_grouped of some tokens takes this way, or fails
+    LORAPAR_PRODUCT=plain|fused     every lora_linear and lora_linear_grouped with tokens takes this way, or fails
     choices = product_choices()     what was chosen so far, for a file beside a run's results
-    set_product_choices(choices)    in another process: taken as they are, nothing of them is timed again
+    set_product_choices(choices)    in another process: used as they are, and not timed again
 
 The scoring forms and opaque bases have no such product to choose.
 """
@@ -22,21 +22,18 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lora_passes
 from .backend import named
-from .lora_passes import expand
 
 VARIABLE, WAYS = "LORAPAR_PRODUCT", ("plain", "fused")
 # Rounds of timing, and calls a round; the share of plain's time below which fused is taken: less than that is noise.
 ROUNDS, CALLS, MARGIN = 5, 4, 0.98
-# Clock cycles a second that no GPU exceeds, for waits of at least so long.
+# More clock cycles a second than any GPU has, so that a wait is at least as long as asked.
 CYCLES = 3e9
 Choices = dict[str, dict[str, str]]
 # Of this process, by kind of call; and those it was given, by the GPU's name and the kind in words.
@@ -44,18 +41,23 @@ _chosen: dict[tuple[Any, ...], str] = {}
 _given: Choices = {}
 
 
+def expand(y: Tensor, s: Tensor, b: Tensor, scaling: float) -> None:
+    """Add scaling · S Bᵀ to y [T, out] in place; S [T, r or more]: a kernel's S is padded."""
+    y.addmm_(s[:, : b.shape[1]], b.to(y.dtype).t(), alpha=scaling)
+
+
 def outputs(
-    passes: ModuleType,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     columns: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scalings: Sequence[float],
+    can_fuse: bool,
 ) -> list[Tensor]:
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] of each layer, x [..., in], S [T, r or more] of `columns`.
 
-    passes: what `passes_for` gave for the call.
+    can_fuse: whether Triton's passes serve this call; the fused product needs them.
     """
 
     def plain() -> list[Tensor]:
@@ -65,16 +67,15 @@ def outputs(
         return made
 
     def fused() -> list[Tensor]:
-        from . import lora_product_triton
+        from .triton_kernels import lora_product as kernels
 
         each = zip(weights, biases, columns, lora_bs, scalings)
-        return [lora_product_triton.output(x, *of_layer) for of_layer in each]
+        return [kernels.output(x, *of_layer) for of_layer in each]
 
-    return _take({"plain": plain, "fused": fused}, passes, x, _kind("forward", x, weights, lora_bs, 0.0))
+    return _run_chosen({"plain": plain, "fused": fused}, can_fuse, x, _kind("forward", x, weights, lora_bs, 0.0))
 
 
 def input_gradients(
-    passes: ModuleType,
     x: Tensor,
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -84,32 +85,37 @@ def input_gradients(
     seeds: Sequence[Tensor | None],
     masks: Sequence[Tensor | None],
     needs_a: Sequence[bool],
+    add_input_gradients: Callable[..., list[Tensor | None]],
+    can_fuse: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dX = Σ dY W + keep ⊙ (dS A) [T, in], and each dA as the passes' `input_gradients` gives it; x [T, in]."""
+    """dX = Σ dY W + keep ⊙ (dS A) [T, in], and each dA; x [T, in].
+
+    add_input_gradients: the passes' `input_gradients`, which adds to dX and makes each dA. can_fuse: as in `outputs`.
+    """
     of_layers = lora_as, dss, p, seeds, masks, needs_a
 
     def plain() -> tuple[Tensor, list[Tensor | None]]:
         dx = dys[0] @ weights[0]
         for dy, weight in zip(dys[1:], weights[1:]):
             dx.addmm_(dy, weight)
-        return dx, passes.input_gradients(x, dx, *of_layers)
+        return dx, add_input_gradients(x, dx, *of_layers)
 
     def fused() -> tuple[Tensor, list[Tensor | None]]:
-        from . import lora_product_triton
+        from .triton_kernels import lora_product as kernels
 
         das: list[Tensor | None] = [None] * len(dys)
         bits = None
         if any(needs_a):
-            bits = lora_product_triton.room_for_bits(x, p, len(dys))
-            das = passes.input_gradients(x, None, *of_layers, bits)
+            bits = kernels.room_for_bits(x, p, len(dys))
+            das = add_input_gradients(x, None, *of_layers, bits)
         dx = None
         for i, of_layer in enumerate(zip(dys, weights, dss, lora_as, seeds)):
-            dx = lora_product_triton.input_gradient(dx, *of_layer, p, None if bits is None else bits[i])
+            dx = kernels.input_gradient(dx, *of_layer, p, None if bits is None else bits[i])
         assert dx is not None
         return dx, das
 
     kind = (*_kind("backward", x, weights, lora_as, p), any(needs_a))
-    return _take({"plain": plain, "fused": fused}, passes, x, kind)
+    return _run_chosen({"plain": plain, "fused": fused}, can_fuse, x, kind)
 
 
 def _kind(direction: str, x: Tensor, weights: Sequence[Tensor], factors: Sequence[Tensor], p: float) -> tuple[Any, ...]:
@@ -119,12 +125,12 @@ def _kind(direction: str, x: Tensor, weights: Sequence[Tensor], factors: Sequenc
     return direction, x.device, x.dtype, tokens, p > 0.0, layers
 
 
-def _take(ways: Mapping[str, Callable[[], Any]], passes: ModuleType, x: Tensor, kind: tuple[Any, ...]) -> Any:
-    """The result of the way that is forced, or was chosen for this kind of call, or is chosen now."""
+def _run_chosen(ways: Mapping[str, Callable[[], Any]], can_fuse: bool, x: Tensor, kind: tuple[Any, ...]) -> Any:
+    """The result of the way that is forced, or was chosen for this kind of call earlier, or is chosen now."""
     way = named(VARIABLE, WAYS)
     if x.numel() == 0:
         way = "plain"
-    elif passes is lora_passes:
+    elif not can_fuse:
         if way == "fused":
             raise ValueError(
                 f"{VARIABLE}=fused cannot serve lora_linear: it goes with Triton's passes, which do not run here"
@@ -170,8 +176,8 @@ def _name(dtype: torch.dtype) -> str:
 def product_choices() -> Choices:
     """Which product each kind of call takes, as far as it was chosen: {GPU's name: {kind of call: "plain" | "fused"}}.
 
-    It goes into a JSON file as it is. What `set_product_choices` was given is in it, whether it was used or not. Empty
-    where nothing was timed: off CUDA devices, under LORAPAR_PRODUCT, and under torch.use_deterministic_algorithms.
+    It can be written to a JSON file as it is, and includes all that `set_product_choices` was given. Empty where
+    nothing was timed: off CUDA devices, under LORAPAR_PRODUCT, and under torch.use_deterministic_algorithms.
     """
     choices = {gpu: dict(ways) for gpu, ways in _given.items()}
     for kind, way in _chosen.items():
@@ -283,14 +289,13 @@ def _seconds_to_queue(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_force(device: torch.device) -> str:
-    """Which way a `lora_linear` on this device takes, for people."""
-    t = torch.ones(2, 2, device=device)
-    try:
-        way, passes = named(VARIABLE, WAYS), lora_passes.passes_for("lora_linear", t, [t])
-    except ValueError as error:
-        return f"fails: {error}"
-    if passes is lora_passes:
+def in_force(device: torch.device, can_fuse: bool) -> str:
+    """Which way a `lora_linear` on this device takes, in words; ValueError where LORAPAR_PRODUCT names no way.
+
+    can_fuse: `fused` of the passes that serve there.
+    """
+    way = named(VARIABLE, WAYS)
+    if not can_fuse:
         without = "Triton's passes do not run here"
         return f"fails: {VARIABLE}=fused, and {without}" if way == "fused" else f"plain  (fused: {without})"
     if way is not None:

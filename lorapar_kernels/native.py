@@ -16,7 +16,7 @@ import torch
 
 from .backend import old_gpu
 
-ABI_VERSION = 5  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 6  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.
@@ -34,8 +34,6 @@ LIBRARY = {
 BITMASK = {
     "lorapar_pack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
     "lorapar_unpack_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_count_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
-    "lorapar_combine_masks": ([POINTER, POINTER, SIZE, ctypes.c_int, POINTER, QUEUE], STATUS),
     "lorapar_index_mask": ([POINTER, SIZE, POINTER, QUEUE], STATUS),
 }
 
@@ -137,10 +135,10 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def selection_workspace(device: torch.device, table: ctypes.Array) -> torch.Tensor:
-    """The bytes that csrc's selection works in for this table, which torch's allocator gives.
+    """Working memory for csrc's selection of this table, from torch's allocator.
 
-    It hands them on in the order of the current stream, which is the one that csrc queues its work on: the tensor may
-    be dropped when the call has returned.
+    The allocator reuses memory in the order of the current stream, on which csrc queues its work, so the tensor may be
+    dropped when the call has returned.
     """
     library, reason = load(device.type)
     if library is None:
@@ -150,7 +148,7 @@ def selection_workspace(device: torch.device, table: ctypes.Array) -> torch.Tens
 
 
 def status_of(function: str, device: torch.device, *arguments: object) -> int:
-    """Call lorapar_<function>(*arguments, queue) on `device`; gives its status, 0 for no error.
+    """Call lorapar_<function>(*arguments, queue) on `device`; returns its status, 0 for no error.
 
     On CUDA the queue is torch's current stream, on the CPU the number of threads that torch uses.
     """

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backend import always, choose
+from .backend import choose, no_obstacle
 
 # Elements a step, which bounds most temporaries to about 80 MB. Steps that fit the cache are no faster (30 ms
 # for 17.9 M elements at 2 ** 18 and at 2 ** 20), and every one is several parallel regions, each of which can
@@ -212,7 +212,7 @@ def _native_obstacle(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _backend(op: str, tensors: Sequence[Tensor]) -> str:
-    return choose(op, {"native": partial(_native_obstacle, tensors), "reference": always})
+    return choose(op, {"native": partial(_native_obstacle, tensors), "reference": no_obstacle})
 
 
 def _native_table(scores: list[Tensor], among: list[Tensor] | None, kept: list[Tensor] | None) -> Any:
@@ -311,7 +311,7 @@ def _top_mass(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]
 
 
 @_top_mass.register_fake
-def _(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
+def _top_mass_fake(scores: Sequence[Tensor], thetas: Sequence[float]) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for _ in thetas for score in scores]
 
 
@@ -324,7 +324,7 @@ def _top_count(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) ->
 
 
 @_top_count.register_fake
-def _(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
+def _top_count_fake(scores: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
 
 

@@ -20,8 +20,11 @@ import lorapar_kernels as lk
 from bench.gpu import record, timing
 from bench.lora_layers import FROZEN, OURS, Layer, Made, Results, Way
 from lorapar_kernels import lora_product
-from lorapar_kernels.ahead_of_time import Variant, recording
+from lorapar_kernels.triton_kernels.launch import Variant, recording
 
+# Modules by name, since the package holds functions of the same names.
+linear = importlib.import_module("lorapar_kernels.lora_linear")
+scoring = importlib.import_module("lorapar_kernels.importance")
 # The share of elements that the paper's θ = 0.9 keeps (40.56 %), the rank and dropout that its script trains with.
 ACTIVE, RANK, P = 0.4, 16, 0.05
 # One attention product and one of the MLP of Llama-2-7B's shape, and one of Qwen2.5-7B's; a rehearsal's are two.
@@ -60,8 +63,7 @@ def begin() -> None:
 def products() -> tuple[str, ...]:
     """The ways of LORAPAR_PRODUCT that run here: fused goes with Triton's passes."""
     one = torch.ones(1, 1, device=record.device())
-    passes = importlib.import_module("lorapar_kernels.lora_linear").passes_for("lora_linear", one, [one])
-    return lora_product.WAYS if passes.__name__.endswith("_triton") else ("plain",)
+    return lora_product.WAYS if linear.passes_for("lora_linear", one, [one]).fused else ("plain",)
 
 
 def label(layer: Layer) -> str:
@@ -223,13 +225,10 @@ def poisoned(large: int | None = None, small: int = 64) -> Iterator[None]:
 @contextmanager
 def recorded() -> Iterator[list[Variant]]:
     """Launches are recorded and not made, for tensors on any device, so on the meta device too."""
-    from lorapar_kernels import importance_triton, lora_passes_triton
+    from lorapar_kernels.triton_kernels import importance as importance_triton
 
-    # By name, since the package holds a function of the same name.
-    linear = importlib.import_module("lorapar_kernels.lora_linear")
-    scoring = importlib.import_module("lorapar_kernels.importance")
     put: list[tuple[Any, str, Any]] = [
-        (linear, "passes_for", lambda *_: lora_passes_triton),
+        (linear, "passes_for", lambda *_: linear.triton_passes()),
         (scoring, "_backend", lambda *_: "triton"),
         # The tiles of the scoring pass depend on how many processors there are.
         (importance_triton, "grid", lambda *of, grid=importance_triton.grid: grid(*of[:3], PROCESSORS)),

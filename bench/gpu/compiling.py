@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from bench.gpu import record
-from lorapar_kernels import ahead_of_time, compile
-from lorapar_kernels.ahead_of_time import Variant
+from lorapar_kernels import compile
+from lorapar_kernels.triton_kernels.launch import Variant, warm
 
 # Seconds before the limit at which no further variant is begun: one takes two to ten.
 MARGIN = 12.0
@@ -51,7 +51,7 @@ def _compile(place: int) -> tuple[str, float, str | None]:
         failure = compile.fault(compile.compile_variant(variant, 90))
     else:
         try:
-            ahead_of_time.warm(variant)
+            warm(variant)
             failure = None
         # Whatever the compiler raises: the others are still wanted, and the line makes the exit status 1.
         except Exception as error:

@@ -211,7 +211,7 @@ def missing(case: Case) -> str | None:
 
 
 def launches(device: str) -> None:
-    from lorapar_kernels import dropout_triton
+    from lorapar_kernels.triton_kernels import dropout as dropout_triton
 
     for case in every_case():
         # On the meta device nothing can be quantised; what a 4-bit base leaves to us is what any opaque one does.

@@ -31,15 +31,13 @@ Check = Callable[[int, torch.Generator], tuple[Callable[[str], Found], str]]
 
 
 def masks(n: int, generator: torch.Generator) -> tuple[Callable[[str], Found], str]:
-    one, two = (torch.rand(n, generator=generator) < 0.4 for _ in range(2))
+    drawn = torch.rand(n, generator=generator) < 0.4
 
     def run(device: str) -> Found:
-        a, b = one.to(device), two.to(device)
-        words = lk.pack_mask(a), lk.pack_mask(b)
-        index = lk.index_mask(a)
-        combined = {name: lk.combine_masks(*words, n, name) for name in ("and", "or", "and_not")}
-        return {"pack": words[0], "unpack": lk.unpack_mask(words[0], a.shape), "before": index.before,
-                "active": index.active, "count": lk.count_mask(words[1], n), **combined}  # fmt: skip
+        mask = drawn.to(device)
+        words, index = lk.pack_mask(mask), lk.index_mask(mask)
+        return {"pack": words, "unpack": lk.unpack_mask(words, mask.shape), "before": index.before,
+                "active": index.active}  # fmt: skip
 
     return run, f"{n} elements"
 

@@ -143,7 +143,7 @@ def short(block: str) -> str:
 
 
 def names(block: str, kernel: str) -> bool:
-    """Whether the error names this kernel, and not one whose name ends alike (count_mask_kernel, mask_kernel)."""
+    """Whether the error names this kernel, and not one whose name ends alike (pack_mask_kernel, mask_kernel)."""
     return re.search(rf"(?<![A-Za-z0-9_]){re.escape(kernel)}(?![A-Za-z0-9])", block) is not None
 
 

@@ -78,9 +78,9 @@ GROUPS: dict[str, tuple[Callable[[str], dict[str, Call]], tuple[str, ...]]] = {
     "fused": (lambda device: of_layers(layer_cases("fused"), device), ("product_kernel",)),
     "scoring": (scoring, ("_example_products_kernel", "_add_partial_sums_kernel", "_dropout_mask_kernel")),
     "csrc": (csrc, (
-        "pack_mask_kernel", "unpack_mask_kernel", "combine_masks_kernel", "count_tiles_kernel", "running_sum_kernel",
-        "count_mask_kernel", "weigh_kernel", "count_kernel", "equals_kernel", "keep_kernel", "tile_sums_kernel",
-        "nonfinite_kernel", "step_kernel", "mask_kernel",
+        "pack_mask_kernel", "unpack_mask_kernel", "count_tiles_kernel", "running_sum_kernel", "weigh_kernel",
+        "count_kernel", "equals_kernel", "keep_kernel", "tile_sums_kernel", "nonfinite_kernel", "step_kernel",
+        "mask_kernel",
     )),
 }  # fmt: skip
 
@@ -89,7 +89,7 @@ def launches(device: str) -> None:
     every = [*layer_cases("plain"), *layer_cases("fused"), *scored_cases()]
     for call in of_layers(every, device).values():
         call()
-    from lorapar_kernels import dropout_triton
+    from lorapar_kernels.triton_kernels import dropout as dropout_triton
 
     dropout_triton.dropout_mask(torch.empty(1, dtype=torch.int64, device=device), (61, 45), 3277)
 

@@ -1,6 +1,8 @@
-// Masks at one bit an element on the host: pack, unpack, count.
+// Masks at one bit an element on the host: pack, unpack, index.
 
-#include "common.h"
+#include "../mask.h"
+
+#include "count.h"
 
 #include <cstring>
 
@@ -14,14 +16,6 @@ using namespace lorapar;
 
 // Words a thread is worth starting for: a millisecond of work. Waiting for a second thread whose core is taken costs ten.
 constexpr int64_t kGrain = 1 << 19;
-
-// The bits set in a word, by adding neighbours: C++17 has no popcount of its own (Warren, Hacker's Delight, 5-1), and
-// the compiler turns this into vector code.
-LORAPAR_INLINE uint32_t bits_set(uint32_t bits) {
-    bits = bits - ((bits >> 1) & 0x55555555u);
-    bits = (bits & 0x33333333u) + ((bits >> 2) & 0x33333333u);
-    return (((bits + (bits >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
-}
 
 // The word of `count` mask bytes, one at a time.
 LORAPAR_INLINE uint32_t word_of(const uint8_t *mask, int count) {
@@ -54,31 +48,6 @@ LORAPAR_INLINE void unpack_body(const int32_t *words, int64_t count, uint8_t *ma
 }
 LORAPAR_FOR_EACH_MACHINE(unpack, (const int32_t *words, int64_t count, uint8_t *mask), (words, count, mask))
 
-LORAPAR_INLINE void count_body(const int32_t *words, int64_t count, int64_t *total) {
-    int64_t sum = 0;
-    for (int64_t w = 0; w < count; ++w) sum += bits_set(static_cast<uint32_t>(words[w]));
-    *total = sum;
-}
-LORAPAR_FOR_EACH_MACHINE(count, (const int32_t *words, int64_t count, int64_t *total), (words, count, total))
-
-LORAPAR_INLINE void combine_body(const int32_t *a, const int32_t *b, int64_t count, int operation, int32_t *words) {
-    switch (operation) {
-        case LORAPAR_AND:
-            for (int64_t w = 0; w < count; ++w) words[w] = a[w] & b[w];
-            break;
-        case LORAPAR_OR:
-            for (int64_t w = 0; w < count; ++w) words[w] = a[w] | b[w];
-            break;
-        default:
-            for (int64_t w = 0; w < count; ++w) words[w] = a[w] & ~b[w];
-    }
-}
-LORAPAR_FOR_EACH_MACHINE(combine, (const int32_t *a, const int32_t *b, int64_t count, int operation, int32_t *words),
-                         (a, b, count, operation, words))
-
-// The bits that stand for elements of the last word of n elements.
-uint32_t used_bits(int64_t n) { return n % 32 == 0 ? ~0u : (1u << (n % 32)) - 1; }
-
 }  // namespace
 
 int lorapar_pack_mask(const uint8_t *mask, int64_t n, int32_t *words, intptr_t queue) {
@@ -101,39 +70,20 @@ int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *mask, intptr_t
     return LORAPAR_OK;
 }
 
-int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *result, intptr_t) {
-    if (int status = check_pointer(result, 1)) return status;
-    if (int status = check(n, words)) return status;
-    int64_t total = 0;
-    count(words, n / 32, &total);
-    if (n % 32 != 0) total += bits_set(static_cast<uint32_t>(words[n / 32]) & used_bits(n));
-    *result = total;
-    return LORAPAR_OK;
-}
-
-int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words, intptr_t queue) {
-    if (int status = check(n, a, b, words)) return status;
-    if (operation < LORAPAR_AND || operation > LORAPAR_AND_NOT) return LORAPAR_ERROR_SETTING;
-    const int64_t all = (n + 31) / 32;
-    parallel_ranges(all, 1, threads_for(all, kGrain, queue), [&](int64_t begin, int64_t end) {
-        combine(a + begin, b + begin, end - begin, operation, words + begin);
-    });
-    if (n > 0) words[all - 1] = static_cast<int32_t>(static_cast<uint32_t>(words[all - 1]) & used_bits(n));
-    return LORAPAR_OK;
-}
-
 int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t) {
     if (int status = check_pointer(before, 1)) return status;
     if (int status = check(n, words)) return status;
-    constexpr int64_t kWords = LORAPAR_TILE / 32;
-    const int64_t all = (n + 31) / 32;
     before[0] = 0;
-    for (int64_t tile = 0; tile * kWords < all; ++tile) {
-        int64_t set = 0;
-        count(words + tile * kWords, std::min(kWords, all - tile * kWords), &set);
-        const bool last = (tile + 1) * kWords >= all;
-        if (last) set -= bits_set(static_cast<uint32_t>(words[all - 1]) & ~used_bits(n));
+    int64_t set = 0;
+    const int64_t whole = n / LORAPAR_TILE;
+    for (int64_t tile = 0; tile < whole; ++tile) {
+        count(words + tile * kTileWords, kTileWords, &set);
         before[tile + 1] = before[tile] + set;
+    }
+    if (whole < tiles_of(n)) {
+        const int64_t first = whole * kTileWords, last = (n - 1) / 32;
+        count(words + first, last - first, &set);
+        before[whole + 1] = before[whole] + set + bits_set(used_word(words, n, last));
     }
     return LORAPAR_OK;
 }

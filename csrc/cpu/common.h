@@ -1,6 +1,7 @@
 // What the files of the CPU library share: threads, and code for the vector units of the machine it runs on.
 #pragma once
 
+#include "../both.h"
 #include "../status.h"
 
 #include <algorithm>
@@ -36,10 +37,8 @@ inline bool has_avx2() {
 #endif
 
 #if defined(__GNUC__)
-#define LORAPAR_INLINE inline __attribute__((always_inline))
 #define LORAPAR_LAMBDA __attribute__((always_inline))
 #else
-#define LORAPAR_INLINE inline
 #define LORAPAR_LAMBDA
 #endif
 

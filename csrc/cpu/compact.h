@@ -16,16 +16,6 @@ namespace lorapar {
 template <typename T>
 using Row = std::array<T, LORAPAR_TILE + 8>;
 
-LORAPAR_INLINE int bits_set(uint32_t bits) {
-#if defined(__GNUC__)
-    return __builtin_popcount(bits);
-#else
-    int count = 0;
-    for (; bits != 0; bits &= bits - 1) ++count;
-    return count;
-#endif
-}
-
 LORAPAR_INLINE int lowest_bit(uint32_t bits) {
 #if defined(__GNUC__)
     return __builtin_ctz(bits);
@@ -118,9 +108,7 @@ inline void gather(const void *from, int type, int64_t at, const int32_t *mask, 
         return;
     }
     const uint16_t *row = static_cast<const uint16_t *>(from) + at;
-    for_each_active(mask, (n + 31) / 32, [&](int i) {
-        out[count++] = type == LORAPAR_BFLOAT16 ? from_bfloat16(row[i]) : from_float16(row[i]);
-    });
+    for_each_active(mask, (n + 31) / 32, [&](int i) { out[count++] = from_half(row[i], type); });
 }
 
 inline void scatter(const float *from, const int32_t *mask, int n, float *to) {

@@ -3,9 +3,9 @@
 // prefetching by hand was slower (bench/LOG.md).
 
 #include "compact.h"
+#include "count.h"
 
 #include <atomic>
-#include <new>
 #include <vector>
 
 namespace {
@@ -26,7 +26,7 @@ struct Tile {
     int64_t offset;  // and where they are in compact arrays
 
     int64_t first() const { return tile * LORAPAR_TILE; }
-    const int32_t *mask() const { return tensor->mask + tile * (LORAPAR_TILE / 32); }
+    const int32_t *mask() const { return tensor->mask + tile * kTileWords; }
 };
 
 // The list's tiles in one row.
@@ -56,20 +56,13 @@ private:
     std::vector<int64_t> starts_;
 };
 
-LORAPAR_INLINE void count_row_body(const int32_t *words, int64_t n, int64_t *count) {
-    int64_t sum = 0;
-    for (int64_t w = 0; w < n; ++w) sum += bits_set(static_cast<uint32_t>(words[w]));
-    *count = sum;
-}
-LORAPAR_FOR_EACH_MACHINE(count_row, (const int32_t *words, int64_t n, int64_t *count), (words, n, count))
-
 // Whether a tile's mask has what its index says, in place and number.
 bool consistent(const Tile &tile) {
     const int64_t before = tile.offset, after = tile.tensor->before[tile.tile + 1];
-    int64_t count;
-    count_row(tile.mask(), (tile.n + 31) / 32, &count);
+    int64_t set;
+    count(tile.mask(), (tile.n + 31) / 32, &set);
     const bool spare = tile.n % 32 != 0 && static_cast<uint32_t>(tile.mask()[tile.n / 32]) >> (tile.n % 32) != 0;
-    return !spare && before >= 0 && after <= tile.tensor->active && after >= before && after - before == count;
+    return !spare && before >= 0 && after <= tile.tensor->active && after >= before && after - before == set;
 }
 
 // A tile's working space: 14 KB, of which a plain step touches a third.
@@ -112,7 +105,7 @@ LORAPAR_FOR_EACH_MACHINE(decode,
 // The largest magnitude as bits, which order floats; a NaN is the largest of all.
 LORAPAR_INLINE uint32_t largest(const float *values, int n) {
     int32_t most = 0;
-    for (int j = 0; j < n; ++j) most = std::max(most, static_cast<int32_t>(bits_of(values[j]) & 0x7fffffffu));
+    for (int j = 0; j < n; ++j) most = std::max(most, static_cast<int32_t>(magnitude(values[j])));
     return static_cast<uint32_t>(most);
 }
 
@@ -145,19 +138,17 @@ LORAPAR_FOR_EACH_MACHINE(encode,
 // The stepped parameters of a 16-bit type back into the tile.
 void write_half(const Tile &tile, const lorapar_adamw_settings &settings, uint64_t key, Rows &rows) {
     const int type = settings.param_type;
-    auto nearest = [&](float value) { return type == LORAPAR_BFLOAT16 ? to_bfloat16(value) : to_float16(value); };
-    auto wide = [&](uint16_t bits) { return type == LORAPAR_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits); };
     if (tile.tensor->compensation != nullptr) {
         uint16_t *left_out = static_cast<uint16_t *>(tile.tensor->compensation) + tile.offset;
         for (int j = 0; j < tile.active; ++j) {
-            rows.half[j] = nearest(rows.param[j]);
-            left_out[j] = nearest(rows.param[j] - wide(rows.half[j]));
+            rows.half[j] = to_half(rows.param[j], type);
+            left_out[j] = to_half(rows.param[j] - from_half(rows.half[j], type), type);
         }
     } else if (settings.stochastic) {
         random_row(key, tile.first(), rows.element.data(), tile.active, 0, rows.random.data());
         for (int j = 0; j < tile.active; ++j) rows.half[j] = to_bfloat16_at_random(rows.param[j], rows.random[j]);
     } else {
-        for (int j = 0; j < tile.active; ++j) rows.half[j] = nearest(rows.param[j]);
+        for (int j = 0; j < tile.active; ++j) rows.half[j] = to_half(rows.param[j], type);
     }
     scatter(rows.half.data(), tile.mask(), tile.n, static_cast<uint16_t *>(tile.tensor->param) + tile.first());
 }
@@ -176,8 +167,7 @@ void step_tile(const Tile &tile, const lorapar_adamw_settings &settings, const C
     }
     if (tensor.compensation != nullptr) {
         const uint16_t *left_out = static_cast<const uint16_t *>(tensor.compensation) + tile.offset;
-        const bool brain = settings.param_type == LORAPAR_BFLOAT16;
-        for (int j = 0; j < n; ++j) rows.param[j] += brain ? from_bfloat16(left_out[j]) : from_float16(left_out[j]);
+        for (int j = 0; j < n; ++j) rows.param[j] += from_half(left_out[j], settings.param_type);
     }
     const uint64_t key = key_of(settings.seed, settings.step, tile.number);
     if (tensor.scales != nullptr || settings.stochastic) {
@@ -246,9 +236,5 @@ int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorap
 int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorapar_adamw_settings *settings,
                          intptr_t queue) {
     if (int status = check_adamw(tensors, count, settings)) return status;
-    try {
-        return masked_adamw(tensors, count, *settings, queue);
-    } catch (const std::bad_alloc &) {
-        return LORAPAR_ERROR_MEMORY;
-    }
+    return guarded([&] { return masked_adamw(tensors, count, *settings, queue); });
 }

@@ -4,7 +4,6 @@
 
 #include "common.h"
 
-#include <cstring>
 #include <vector>
 
 namespace {
@@ -20,23 +19,10 @@ struct Chunk {
     int64_t begin, end;
 };
 
-// The bits of a score without its sign: -0.0 is 0.0.
-LORAPAR_INLINE uint32_t magnitude(const float *score) {
-    uint32_t bits;
-    std::memcpy(&bits, score, sizeof bits);
-    return bits & 0x7fffffffu;
-}
-
-bool takes_part(const lorapar_scores &tensor, int64_t i) { return tensor.among == nullptr || tensor.among[i] != 0; }
-
-// Whether all are finite and at least 0: in bits, below infinity's, or -0.0.
+// Whether all are finite and at least 0.
 LORAPAR_INLINE void valid_body(const float *scores, int64_t n, uint32_t *valid) {
     uint32_t wrong = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, scores + i, sizeof bits);
-        wrong |= static_cast<uint32_t>((bits >= 0x7f800000u) & (bits != 0x80000000u));
-    }
+    for (int64_t i = 0; i < n; ++i) wrong |= is_wrong(bits_of(scores[i]));
     *valid = wrong == 0;
 }
 LORAPAR_FOR_EACH_MACHINE(valid, (const float *scores, int64_t n, uint32_t *valid), (scores, n, valid))
@@ -45,14 +31,14 @@ void add_weights(const Chunk &chunk, bool by_mass, double *sums) {
     const lorapar_scores &tensor = *chunk.tensor;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
         if (!takes_part(tensor, i)) continue;
-        sums[magnitude(tensor.scores + i) >> 16] += by_mass ? static_cast<double>(tensor.scores[i]) : 1.0;
+        sums[magnitude(tensor.scores[i]) >> 16] += by_mass ? static_cast<double>(tensor.scores[i]) : 1.0;
     }
 }
 
 void add_counts(const Chunk &chunk, uint32_t upper, uint32_t *counts) {
     const lorapar_scores &tensor = *chunk.tensor;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const uint32_t bits = magnitude(tensor.scores + i);
+        const uint32_t bits = magnitude(tensor.scores[i]);
         if (bits >> 16 == upper && takes_part(tensor, i)) ++counts[bits & 0xffff];
     }
 }
@@ -61,7 +47,7 @@ int64_t count_equals(const Chunk &chunk, uint32_t bits) {
     const lorapar_scores &tensor = *chunk.tensor;
     int64_t found = 0;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        found += magnitude(tensor.scores + i) == bits && takes_part(tensor, i);
+        found += magnitude(tensor.scores[i]) == bits && takes_part(tensor, i);
     }
     return found;
 }
@@ -70,14 +56,14 @@ int64_t count_equals(const Chunk &chunk, uint32_t bits) {
 void keep_ties(const Chunk &chunk, const lorapar_cut &cut, int64_t seen) {
     const lorapar_scores &tensor = *chunk.tensor;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        if (magnitude(tensor.scores + i) == cut.bits && takes_part(tensor, i)) tensor.keep[i] = seen++ < cut.ties;
+        if (magnitude(tensor.scores[i]) == cut.bits && takes_part(tensor, i)) tensor.keep[i] = seen++ < cut.ties;
     }
 }
 
 // 1 where the score is at least `bits`, and takes part.
 LORAPAR_INLINE void keep_from_body(const float *scores, const uint8_t *among, int64_t n, uint32_t bits, uint8_t *keep) {
     const int32_t least = static_cast<int32_t>(bits);
-    for (int64_t i = 0; i < n; ++i) keep[i] = static_cast<int32_t>(magnitude(scores + i)) >= least;
+    for (int64_t i = 0; i < n; ++i) keep[i] = static_cast<int32_t>(magnitude(scores[i])) >= least;
     if (among == nullptr) return;
     for (int64_t i = 0; i < n; ++i) keep[i] &= among[i] != 0;
 }

@@ -1,4 +1,6 @@
-// Masks at one bit an element on the device: pack, unpack, count.
+// Masks at one bit an element on the device: pack, unpack, index.
+
+#include "../mask.h"
 
 #include "common.cuh"
 
@@ -21,30 +23,13 @@ __global__ void unpack_mask_kernel(const int32_t *words, int64_t n, uint8_t *mas
     }
 }
 
-// The word's bits that stand for elements.
-__device__ inline uint32_t used_word(const int32_t *words, int64_t n, int64_t w) {
-    const int64_t left = n - 32 * w;
-    const uint32_t bits = static_cast<uint32_t>(words[w]);
-    return left < 32 ? bits & ((1u << left) - 1) : bits;
-}
-
-__global__ void combine_masks_kernel(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words) {
-    for (int64_t w = global_thread(); 32 * w < n; w += global_threads()) {
-        const uint32_t left = used_word(a, n, w), right = used_word(b, n, w);
-        words[w] = static_cast<int32_t>(operation == LORAPAR_AND  ? left & right
-                                        : operation == LORAPAR_OR ? left | right
-                                                                  : left & ~right);
-    }
-}
-
 // A warp a tile, a lane a word: how many are set, to before[tile + 1].
 __global__ void count_tiles_kernel(const int32_t *words, int64_t n, int64_t *before) {
-    constexpr int kWords = LORAPAR_TILE / 32;
-    static_assert(kWords <= 32, "a warp holds a tile's words");
+    static_assert(kTileWords <= 32, "a warp holds a tile's words");
     const int lane = threadIdx.x % 32;
     for (int64_t tile = global_thread() / 32; tile * LORAPAR_TILE < n; tile += global_threads() / 32) {
-        const int64_t w = tile * kWords + lane;
-        int set = lane < kWords && 32 * w < n ? __popc(used_word(words, n, w)) : 0;
+        const int64_t w = tile * kTileWords + lane;
+        int set = lane < kTileWords && 32 * w < n ? __popc(used_word(words, n, w)) : 0;
         for (int lanes = 16; lanes > 0; lanes /= 2) set += __shfl_down_sync(0xffffffffu, set, lanes);
         if (lane == 0) before[tile + 1] = set;
     }
@@ -76,16 +61,6 @@ __global__ void running_sum_kernel(int64_t *before, int64_t tiles) {
     }
 }
 
-// One thread a word; a warp adds up by shuffles and its first lane adds to the total.
-__global__ void count_mask_kernel(const int32_t *words, int64_t n, unsigned long long *count) {
-    unsigned long long total = 0;
-    for (int64_t w = global_thread(); 32 * w < n; w += global_threads()) {
-        total += __popc(used_word(words, n, w));
-    }
-    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_down_sync(0xffffffffu, total, lanes);
-    if (threadIdx.x % 32 == 0 && total > 0) atomicAdd(count, total);
-}
-
 }  // namespace
 
 int lorapar_pack_mask(const uint8_t *mask, int64_t n, int32_t *words, intptr_t queue) {
@@ -98,26 +73,10 @@ int lorapar_unpack_mask(const int32_t *words, int64_t n, uint8_t *mask, intptr_t
     return n == 0 ? LORAPAR_OK : launch(unpack_mask_kernel, blocks_for(n), queue, words, n, mask);
 }
 
-int lorapar_count_mask(const int32_t *words, int64_t n, int64_t *count, intptr_t queue) {
-    if (int status = check_pointer(count, 1)) return status;
-    if (int status = check(n, words)) return status;
-    if (int status = status_of(cudaMemsetAsync(count, 0, sizeof(int64_t), stream_of(queue)))) return status;
-    if (n == 0) return LORAPAR_OK;
-    return launch(count_mask_kernel, blocks_for((n + 31) / 32), queue, words, n,
-                  reinterpret_cast<unsigned long long *>(count));
-}
-
-int lorapar_combine_masks(const int32_t *a, const int32_t *b, int64_t n, int operation, int32_t *words, intptr_t queue) {
-    if (int status = check(n, a, b, words)) return status;
-    if (operation < LORAPAR_AND || operation > LORAPAR_AND_NOT) return LORAPAR_ERROR_SETTING;
-    return n == 0 ? LORAPAR_OK
-                  : launch(combine_masks_kernel, blocks_for((n + 31) / 32), queue, a, b, n, operation, words);
-}
-
 int lorapar_index_mask(const int32_t *words, int64_t n, int64_t *before, intptr_t queue) {
     if (int status = check_pointer(before, 1)) return status;
     if (int status = check(n, words)) return status;
-    const int64_t tiles = (n + LORAPAR_TILE - 1) / LORAPAR_TILE;
+    const int64_t tiles = tiles_of(n);
     if (tiles > 0) {
         if (int status = launch(count_tiles_kernel, blocks_for(32 * tiles), queue, words, n, before)) return status;
     }

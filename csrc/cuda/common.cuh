@@ -35,6 +35,16 @@ int launch(void (*kernel)(Parameters...), int blocks, intptr_t queue, typename S
     return status_of(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), pointers, 0, stream_of(queue)));
 }
 
+// The last of `count` entries of `firsts`, which rise from 0, that is at most `number`: whose piece of work that is.
+__device__ inline int owner_of(const int64_t *firsts, int count, int64_t number) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        firsts[middle] <= number ? low = middle : high = middle - 1;
+    }
+    return low;
+}
+
 // This thread's number in the grid and the grid's size, for loops that stride over any length.
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 __device__ inline int64_t global_threads() { return static_cast<int64_t>(gridDim.x) * kThreads; }

@@ -22,30 +22,28 @@ __device__ inline bool is_kept(const uint32_t words[4], int lane, int32_t thresh
     return static_cast<int32_t>((words[lane / 2] >> (16 * (lane % 2))) & 0xffffu) >= threshold;
 }
 
-__global__ void mask_kernel(const int64_t *seed, int64_t n, int32_t threshold, uint8_t *kept) {
+// body(element, whether it is kept) for every element that falls to this thread.
+template <typename Body>
+__device__ inline void for_each_element(const int64_t *seed, int64_t n, int32_t threshold, const Body &body) {
     for (int64_t block = global_thread(); kDraws * block < n; block += global_threads()) {
         uint32_t words[4];
         draw(static_cast<uint64_t>(*seed), static_cast<uint64_t>(block), words);
 #pragma unroll
         for (int lane = 0; lane < kDraws; ++lane) {
             const int64_t i = kDraws * block + lane;
-            if (i < n) kept[i] = is_kept(words, lane, threshold);
+            if (i < n) body(i, is_kept(words, lane, threshold));
         }
     }
+}
+
+__global__ void mask_kernel(const int64_t *seed, int64_t n, int32_t threshold, uint8_t *kept) {
+    for_each_element(seed, n, threshold, [=](int64_t i, bool keep) { kept[i] = keep; });
 }
 
 // T: an unsigned integer of the element's size; a dropped element becomes all zero bits, +0.
 template <typename T>
 __global__ void zero_kernel(const T *source, int64_t n, const int64_t *seed, int32_t threshold, T *target) {
-    for (int64_t block = global_thread(); kDraws * block < n; block += global_threads()) {
-        uint32_t words[4];
-        draw(static_cast<uint64_t>(*seed), static_cast<uint64_t>(block), words);
-#pragma unroll
-        for (int lane = 0; lane < kDraws; ++lane) {
-            const int64_t i = kDraws * block + lane;
-            if (i < n) target[i] = is_kept(words, lane, threshold) ? source[i] : T{0};
-        }
-    }
+    for_each_element(seed, n, threshold, [=](int64_t i, bool keep) { target[i] = keep ? source[i] : T{0}; });
 }
 
 template <typename T>

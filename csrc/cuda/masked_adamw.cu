@@ -12,8 +12,7 @@ namespace {
 using namespace lorapar;
 
 constexpr int kEach = LORAPAR_TILE / kThreads;  // elements a thread has of a tile
-constexpr int kWords = LORAPAR_TILE / 32;
-static_assert(LORAPAR_TILE % kThreads == 0 && kWords <= 32, "a warp holds a tile's words, a lane each");
+static_assert(LORAPAR_TILE % kThreads == 0 && kTileWords <= 32, "a warp holds a tile's words, a lane each");
 
 // Tensors a launch takes: their table is the kernel's parameter, 32 KB of which fit since CUDA 12.1, 4 KB before.
 #if CUDART_VERSION >= 12010
@@ -44,16 +43,7 @@ struct Settings {
 
 __device__ inline float load(const void *from, int type, int64_t i) {
     if (type == LORAPAR_FLOAT32) return static_cast<const float *>(from)[i];
-    const uint16_t bits = static_cast<const uint16_t *>(from)[i];
-    return type == LORAPAR_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
-}
-
-__device__ inline uint16_t to_half(float value, int type) {
-    return type == LORAPAR_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
-}
-
-__device__ inline float from_half(uint16_t bits, int type) {
-    return type == LORAPAR_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
+    return from_half(static_cast<const uint16_t *>(from)[i], type);
 }
 
 // Where a thread's elements of a tile are, and in compact arrays; -1 for those that are not active.
@@ -67,21 +57,12 @@ struct Places {
 // Whole warps call it. Nothing is active where the mask and its index disagree, or the index leads out of the moments.
 __device__ inline Places places_of(const Table &table, int64_t number) {
     Places places;
-    int low = 0, high = table.count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        table.first_tile[middle] <= number ? low = middle : high = middle - 1;
-    }
-    const lorapar_adamw_tensor &tensor = table.tensors[low];
-    places.tensor = low;
-    places.tile = number - table.first_tile[low];
+    places.tensor = owner_of(table.first_tile, table.count, number);
+    places.tile = number - table.first_tile[places.tensor];
+    const lorapar_adamw_tensor &tensor = table.tensors[places.tensor];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first = places.tile * LORAPAR_TILE, word = places.tile * kWords + lane;
-    uint32_t mine = 0;
-    if (lane < kWords && word * 32 < tensor.n) {
-        mine = static_cast<uint32_t>(tensor.mask[word]);
-        if (tensor.n - word * 32 < 32) mine &= (1u << (tensor.n - word * 32)) - 1;
-    }
+    const int64_t first = places.tile * LORAPAR_TILE, word = places.tile * kTileWords + lane;
+    const uint32_t mine = lane < kTileWords && word * 32 < tensor.n ? used_word(tensor.mask, tensor.n, word) : 0;
     // Inclusive sums over the lanes' words.
     int sums = __popc(mine);
     for (int step = 1; step < 32; step *= 2) {
@@ -105,7 +86,7 @@ __device__ inline Places places_of(const Table &table, int64_t number) {
 // The largest of the block's values, for all of its threads; `shared` [kThreads / 32] is free again afterwards.
 __device__ inline float block_largest(float value, float *shared) {
     // As bits, which order floats that are not negative; a NaN is the largest of all.
-    uint32_t bits = bits_of(value) & 0x7fffffffu;
+    uint32_t bits = magnitude(value);
     for (int lanes = 16; lanes > 0; lanes /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = float_of(bits);
     __syncthreads();
@@ -189,8 +170,8 @@ __global__ void __launch_bounds__(kThreads)
                 store_half(tensor, settings, key, i, at, param[k]);
             }
             if (kCodes) {
-                most_1 = float_of(max(bits_of(most_1), bits_of(exp_avg[k]) & 0x7fffffffu));
-                most_2 = float_of(max(bits_of(most_2), bits_of(exp_avg_sq[k]) & 0x7fffffffu));
+                most_1 = float_of(max(bits_of(most_1), magnitude(exp_avg[k])));
+                most_2 = float_of(max(bits_of(most_2), magnitude(exp_avg_sq[k])));
             } else {
                 static_cast<float *>(tensor.exp_avg)[at] = exp_avg[k];
                 static_cast<float *>(tensor.exp_avg_sq)[at] = exp_avg_sq[k];

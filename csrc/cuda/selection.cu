@@ -23,22 +23,9 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4000, "the table is a kernel parameter");
 
-// A chunk of a table's tensors: whose it is and where it lies.
+// Whose chunk of a table's tensors that is.
 __device__ inline int tensor_of(const Table &table, int64_t chunk) {
-    int low = 0, high = table.count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        table.first_chunk[middle] <= chunk ? low = middle : high = middle - 1;
-    }
-    return low;
-}
-
-__device__ inline uint32_t magnitude(const lorapar_scores &tensor, int64_t i) {
-    return __float_as_uint(tensor.scores[i]) & 0x7fffffffu;
-}
-
-__device__ inline bool takes_part(const lorapar_scores &tensor, int64_t i) {
-    return tensor.among == nullptr || tensor.among[i] != 0;
+    return owner_of(table.first_chunk, table.count, chunk);
 }
 
 // Every element of every chunk of the table that this block takes, in whole warps: body(tensor, i, inside).
@@ -71,12 +58,12 @@ __global__ void weigh_kernel(const __grid_constant__ Table table, bool by_mass, 
         int bin = -1;
         double weight = 0.0;
         if (inside) {
-            const uint32_t bits = __float_as_uint(tensor.scores[i]);
-            if (bits >= 0x7f800000u && bits != 0x80000000u) {
+            const uint32_t bits = bits_of(tensor.scores[i]);
+            if (is_wrong(bits)) {
                 *wrong = 1;
             } else if (takes_part(tensor, i)) {
                 bin = static_cast<int>((bits & 0x7fffffffu) >> 16);
-                weight = by_mass ? static_cast<double>(__uint_as_float(bits)) : 1.0;
+                weight = by_mass ? static_cast<double>(float_of(bits)) : 1.0;
             }
         }
         add_to_bin(sums, bin, weight);
@@ -87,7 +74,7 @@ __global__ void count_kernel(const __grid_constant__ Table table, uint32_t upper
     for_each_element(table, [&](const lorapar_scores &tensor, int64_t i, bool inside) {
         int bin = -1;
         if (inside) {
-            const uint32_t bits = magnitude(tensor, i);
+            const uint32_t bits = magnitude(tensor.scores[i]);
             if (bits >> 16 == upper && takes_part(tensor, i)) bin = static_cast<int>(bits & 0xffff);
         }
         add_to_bin(counts, bin, bin >= 0 ? 1u : 0u);
@@ -101,7 +88,7 @@ __global__ void equals_kernel(const __grid_constant__ Table table, uint32_t bits
         const int64_t begin = (chunk - table.first_chunk[tensor_of(table, chunk)]) * kChunk;
         int found = 0;
         for (int64_t i = begin + threadIdx.x; i < begin + kChunk; i += kThreads) {
-            found += i < tensor.n && magnitude(tensor, i) == bits && takes_part(tensor, i);
+            found += i < tensor.n && magnitude(tensor.scores[i]) == bits && takes_part(tensor, i);
         }
         for (int lanes = 16; lanes > 0; lanes /= 2) found += __shfl_down_sync(0xffffffffu, found, lanes);
         if (threadIdx.x % 32 == 0 && found > 0) atomicAdd(equals + chunk, static_cast<unsigned long long>(found));
@@ -118,7 +105,7 @@ __global__ void keep_kernel(const __grid_constant__ Table table, uint32_t bits, 
         int64_t seen = before == nullptr ? 0 : before[chunk];
         for (int64_t i = begin + lane; i - lane < min(begin + kChunk, tensor.n); i += 32) {
             const bool inside = i < tensor.n && takes_part(tensor, i);
-            const uint32_t mine = inside ? magnitude(tensor, i) : 0;
+            const uint32_t mine = inside ? magnitude(tensor.scores[i]) : 0;
             const unsigned equal = __ballot_sync(0xffffffffu, inside && mine == bits);
             const int64_t rank = seen + __popc(equal & ((1u << lane) - 1));
             if (i < tensor.n) tensor.keep[i] = inside && (mine > bits || (mine == bits && (!before || rank < ties)));

@@ -70,27 +70,14 @@ static Array<int32_t> words_of(Array<uint8_t> &mask) {
 
 static void masks() {
     const int64_t n = some_size();
-    Array<uint8_t> mask = random_mask(n), other = random_mask(n), back(n, 7);
-    Array<int32_t> expected = words_of(mask), right = words_of(other), words(expected.size, 0x5a5a5a5a);
+    Array<uint8_t> mask = random_mask(n), back(n, 7);
+    Array<int32_t> expected = words_of(mask), words(expected.size, 0x5a5a5a5a);
     EXPECT(lorapar_pack_mask(mask.get(), n, words.get(), some_queue()) == LORAPAR_OK);
     EXPECT(words.bytes() == expected.bytes());
     // Spare bits are not looked at but by those that say so.
     if (n % 32 != 0) words[n / 32] = static_cast<int32_t>(static_cast<uint32_t>(words[n / 32]) | ~0u << (n % 32));
     EXPECT(lorapar_unpack_mask(words.get(), n, back.get(), some_queue()) == LORAPAR_OK);
-    int64_t count = -1, set = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        EXPECT(back[i] == (mask[i] != 0));
-        set += mask[i] != 0;
-    }
-    EXPECT(lorapar_count_mask(words.get(), n, &count, some_queue()) == LORAPAR_OK && count == set);
-    for (int operation : {LORAPAR_AND, LORAPAR_OR, LORAPAR_AND_NOT}) {
-        Array<int32_t> out(expected.size, -1);
-        EXPECT(lorapar_combine_masks(words.get(), right.get(), n, operation, out.get(), some_queue()) == LORAPAR_OK);
-        for (int64_t w = 0; w < out.size; ++w) {
-            const int32_t a = expected[w], b = right[w];
-            EXPECT(out[w] == (operation == LORAPAR_AND ? a & b : operation == LORAPAR_OR ? a | b : a & ~b));
-        }
-    }
+    for (int64_t i = 0; i < n; ++i) EXPECT(back[i] == (mask[i] != 0));
     Array<int64_t> before((n + LORAPAR_TILE - 1) / LORAPAR_TILE + 1, -1);
     EXPECT(lorapar_index_mask(words.get(), n, before.get(), some_queue()) == LORAPAR_OK);
     for (int64_t t = 0, i = 0, sum = 0; t < before.size; ++t) {
@@ -102,13 +89,11 @@ static void masks() {
     for (int64_t wrong : {int64_t{-1}, INT64_MIN, LORAPAR_MAX_SIZE + 1, INT64_MAX}) {
         EXPECT(lorapar_pack_mask(mask.get(), wrong, words.get(), 1) == LORAPAR_ERROR_SIZE);
         EXPECT(lorapar_index_mask(words.get(), wrong, before.get(), 1) == LORAPAR_ERROR_SIZE);
-        EXPECT(lorapar_combine_masks(words.get(), words.get(), wrong, 0, words.get(), 1) == LORAPAR_ERROR_SIZE);
     }
     if (n > 0) {
         EXPECT(lorapar_pack_mask(nullptr, n, words.get(), 1) == LORAPAR_ERROR_NULL_POINTER);
         EXPECT(lorapar_pack_mask(mask.get(), n, misaligned(words.get()), 1) == LORAPAR_ERROR_ALIGNMENT);
         EXPECT(lorapar_index_mask(words.get(), n, misaligned(before.get()), 1) == LORAPAR_ERROR_ALIGNMENT);
-        EXPECT(lorapar_combine_masks(words.get(), right.get(), n, 3, words.get(), 1) == LORAPAR_ERROR_SETTING);
     }
     EXPECT(words.bytes() == kept && before.bytes() == kept_before);
 }

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 
-from lorapar_kernels import dropout, lora_passes, native
-from lorapar_kernels.backend import always, choose, old_gpu
+import lorapar_kernels as lk
+from lorapar_kernels import dropout, native
+from lorapar_kernels.backend import choose, listening, no_obstacle, old_gpu
 from lorapar_kernels.importance import _backend as scoring_backend
+from lorapar_kernels.lora_linear import passes_for, reference_passes
 
 
 def no() -> str:
@@ -17,8 +19,8 @@ def no() -> str:
 
 def test_unset_takes_the_first_that_can_serve(monkeypatch):
     monkeypatch.delenv("LORAPAR_BACKEND", raising=False)
-    assert choose("op", {"native": always, "reference": always}) == "native"
-    assert choose("op", {"native": no, "reference": always}) == "reference"
+    assert choose("op", {"native": no_obstacle, "reference": no_obstacle}) == "native"
+    assert choose("op", {"native": no, "reference": no_obstacle}) == "reference"
 
 
 def test_unset_does_not_ask_those_after_it(monkeypatch):
@@ -27,24 +29,45 @@ def test_unset_does_not_ask_those_after_it(monkeypatch):
     def must_not_be_asked() -> str:
         raise AssertionError
 
-    assert choose("op", {"reference": always, "triton": must_not_be_asked}) == "reference"
+    assert choose("op", {"reference": no_obstacle, "triton": must_not_be_asked}) == "reference"
 
 
 def test_forced_serves_or_raises(monkeypatch):
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
-    assert choose("op", {"native": always, "reference": always}) == "reference"
+    assert choose("op", {"native": no_obstacle, "reference": no_obstacle}) == "reference"
     monkeypatch.setenv("LORAPAR_BACKEND", "native")
     with pytest.raises(ValueError, match="LORAPAR_BACKEND=native cannot serve op: it is broken"):
-        choose("op", {"native": no, "reference": always})
+        choose("op", {"native": no, "reference": no_obstacle})
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     with pytest.raises(ValueError, match="cannot serve op, which has native and reference only"):
-        choose("op", {"native": always, "reference": always})
+        choose("op", {"native": no_obstacle, "reference": no_obstacle})
 
 
 def test_unknown_word_is_refused(monkeypatch):
     monkeypatch.setenv("LORAPAR_BACKEND", "cuda")
     with pytest.raises(ValueError, match="must be one of reference, native, triton, got 'cuda'"):
-        choose("op", {"reference": always})
+        choose("op", {"reference": no_obstacle})
+
+
+def test_listening_gathers_the_choices_of_its_block_alone(monkeypatch):
+    monkeypatch.delenv("LORAPAR_BACKEND", raising=False)
+    obstacles = {"triton": no, "native": no_obstacle, "reference": no_obstacle}
+    choose("before", obstacles)
+    with listening() as choices:
+        choose("op", obstacles)
+        with listening() as inner:
+            choose("another", {"reference": no_obstacle})
+    choose("after", obstacles)
+    assert choices == [("op", "native", {"triton": "it is broken", "reference": None})]
+    assert inner == [("another", "reference", {})]
+
+
+def test_listening_hears_the_ops_choose():
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    with listening() as choices:
+        lk.pack_mask(mask)
+        lk.lora_linear(torch.ones(3, 8), torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2), 1.0)
+    assert [choice.op for choice in choices] == ["pack_mask", "lora_linear"]
 
 
 @pytest.fixture
@@ -71,12 +94,12 @@ def test_a_gpu_that_is_too_old_is_told_and_the_reference_serves(gpu_of, monkeypa
     assert dropout.triton_obstacle(device) == said
     assert native.obstacle(device) == said
     assert native.obstacle(torch.device("cpu")) is None
-    assert lora_passes.passes_for("lora_linear", x, [x]) is lora_passes
+    assert passes_for("lora_linear", x, [x]) == reference_passes()
     assert scoring_backend(x, "lora_linear_scored") == "reference"
     assert dropout._backend("dropout_mask", device) == "reference"
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     with pytest.raises(ValueError, match=f"LORAPAR_BACKEND=triton cannot serve lora_linear: {said}"):
-        lora_passes.passes_for("lora_linear", x, [x])
+        passes_for("lora_linear", x, [x])
     with pytest.raises(ValueError, match=f"LORAPAR_BACKEND=triton cannot serve lora_linear_scored: {said}"):
         scoring_backend(x, "lora_linear_scored")
     monkeypatch.setenv("LORAPAR_BACKEND", "native")

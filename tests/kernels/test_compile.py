@@ -73,7 +73,7 @@ def test_no_kernel_is_left_out():
     import importlib
 
     written = kernels_of([file.read_text() for file in PACKAGE.rglob("*.py")])
-    modules = [importlib.import_module(f"lorapar_kernels.{module}") for module in MODULES]
+    modules = [importlib.import_module(f"lorapar_kernels.triton_kernels.{module}") for module in MODULES]
     compiled = {variant.kernel.__name__ for module in modules for variant in module.ahead_of_time()}
     assert written
     assert compiled == written
@@ -86,9 +86,9 @@ def test_a_kernel_is_found_by_whatever_name():
 
 
 def test_a_kernel_that_does_not_compile_is_told():
-    from lorapar_kernels.ahead_of_time import Variant
     from lorapar_kernels.compile import compile_variant
-    from lorapar_kernels.dropout_triton import ahead_of_time
+    from lorapar_kernels.triton_kernels.dropout import ahead_of_time
+    from lorapar_kernels.triton_kernels.launch import Variant
 
     good = ahead_of_time()[0]
     bad = Variant(good.kernel, "BLOCK:255", good.signature, {"BLOCK": 255})
@@ -102,7 +102,7 @@ def test_whether_a_product_and_its_sum_are_one_instruction_is_said_not_left_to_t
     """Triton 3.9 warns of a default that 3.10 changes, and TRITON_DEFAULT_FP_FUSION would change what fp32 costs."""
     program = (
         "from lorapar_kernels.compile import compile_variant\n"
-        "from lorapar_kernels.importance_triton import ahead_of_time\n"
+        "from lorapar_kernels.triton_kernels.importance import ahead_of_time\n"
         "variant = next(v for v in ahead_of_time() if v.name.startswith('fp32/i64'))\n"
         "row = compile_variant(variant, 90)\n"
         "print(row.failure, row.registers)\n"
@@ -120,7 +120,7 @@ def test_whether_a_product_and_its_sum_are_one_instruction_is_said_not_left_to_t
 
 
 def test_a_launch_says_it_too():
-    from lorapar_kernels.ahead_of_time import launch
+    from lorapar_kernels.triton_kernels.launch import launch
 
     given = {}
 
@@ -155,8 +155,8 @@ def test_what_is_recorded_is_what_is_launched():
     """The recorded signature names types, constants and multiples of 16 as the launcher's specialisation would."""
     import torch
 
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.lora_passes_triton import shrink
+    from lorapar_kernels.triton_kernels.launch import recording
+    from lorapar_kernels.triton_kernels.lora_passes import shrink
 
     x, a = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(8, 4096, device="meta")
     with recording() as variants:
@@ -177,8 +177,8 @@ def test_warming_hands_over_what_a_launch_would(monkeypatch):
     """Of the launch, the first of a variant: the same arguments, constants and options, and so the same key."""
     import torch
 
-    from lorapar_kernels.ahead_of_time import FP_FUSION, Variant, recording, warm
-    from lorapar_kernels.lora_product_triton import WIDE_ROOM, _launch_case
+    from lorapar_kernels.triton_kernels.launch import FP_FUSION, Variant, recording, warm
+    from lorapar_kernels.triton_kernels.lora_product import WIDE_ROOM, _launch_case
 
     with recording() as variants:
         _launch_case(torch.bfloat16, torch.float32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM)
@@ -225,8 +225,8 @@ def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
     """One example would be a constant of the kernel, and 16 a multiple: kernels that nothing had compiled before."""
     import torch
 
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.importance_triton import add_example_products, ahead_of_time
+    from lorapar_kernels.triton_kernels.importance import add_example_products, ahead_of_time
+    from lorapar_kernels.triton_kernels.launch import recording
 
     with recording() as variants:
         for width in (4096, 61):
@@ -246,8 +246,8 @@ RAGGED = (1, 2, 15, 16, 17, 100, 512, 513, 527, 1024, 8191, 8192, 8200, 20000)
 
 def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
     """What few and what many tokens launch, which is compiled ahead of time, is all that any number launches."""
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.lora_passes_triton import REPRESENTATIVE, _launch_all
+    from lorapar_kernels.triton_kernels.launch import recording
+    from lorapar_kernels.triton_kernels.lora_passes import REPRESENTATIVE, _launch_all
 
     for case in REPRESENTATIVE:
         with recording() as ahead:
@@ -262,8 +262,8 @@ def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
 
 
 def test_nor_does_it_for_the_product():
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.lora_product_triton import REPRESENTATIVE, _launch_case
+    from lorapar_kernels.triton_kernels.launch import recording
+    from lorapar_kernels.triton_kernels.lora_product import REPRESENTATIVE, _launch_case
 
     for x, a, rank, _, *rest in REPRESENTATIVE:
         # Narrow tiles, and the wide ones where many tokens are enough of them for the GPU.
@@ -280,8 +280,8 @@ def test_nor_does_it_for_the_product():
 def test_nor_do_the_size_and_the_share_of_a_dropout_mask():
     import torch
 
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.dropout_triton import ahead_of_time, dropout_mask
+    from lorapar_kernels.triton_kernels.dropout import ahead_of_time, dropout_mask
+    from lorapar_kernels.triton_kernels.launch import recording
 
     with recording() as variants:
         for elements in (1, 8, 128, 513, 4096 * 527, 4097 * 61):
@@ -293,8 +293,8 @@ def test_nor_do_the_size_and_the_share_of_a_dropout_mask():
 def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
     import torch
 
-    from lorapar_kernels.ahead_of_time import recording
-    from lorapar_kernels.lora_passes_triton import input_gradients, output_gradients, shrink
+    from lorapar_kernels.triton_kernels.launch import recording
+    from lorapar_kernels.triton_kernels.lora_passes import input_gradients, output_gradients, shrink
 
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lorapar_kernels.ahead_of_time import FP_FUSION, launch
-from lorapar_kernels.lora_passes_triton import precision
+from lorapar_kernels.triton_kernels.launch import FP_FUSION, launch, precision
 
 
 class OnGPU(torch.Tensor):

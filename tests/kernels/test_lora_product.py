@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import lorapar_kernels as lk
-from lorapar_kernels import lora_passes, lora_product
-from lorapar_kernels.lora_product import _kind, _take
+from lorapar_kernels import lora_product
+from lorapar_kernels.lora_product import _kind, _run_chosen
 
-TRITON = object()  # stands for lora_passes_triton: any module but the plain one
 CUDA = torch.device("cuda")
 
 
@@ -47,13 +46,13 @@ def on_gpu(monkeypatch):
         x = torch.ones(4, 8).as_subclass(type("X", (torch.Tensor,), {"device": torch.device("cuda", device)}))
         layer = (torch.Size([6, 8]), torch.Size([6, 2]), torch.float32)
         kind = "forward", x.device, torch.bfloat16, tokens.bit_length(), False, (layer,)
-        return _take({"plain": lambda: "plain", "fused": lambda: "fused"}, TRITON, x, kind)  # type: ignore[arg-type]
+        return _run_chosen({"plain": lambda: "plain", "fused": lambda: "fused"}, True, x, kind)  # type: ignore[arg-type]
 
     return call
 
 
-def take(passes=TRITON, tokens=4, kind=("kind",)):
-    return _take({"plain": lambda: "plain", "fused": lambda: "fused"}, passes, torch.ones(tokens, 8), kind)
+def take(can_fuse=True, tokens=4, kind=("kind",)):
+    return _run_chosen({"plain": lambda: "plain", "fused": lambda: "fused"}, can_fuse, torch.ones(tokens, 8), kind)
 
 
 def layer():
@@ -101,7 +100,7 @@ def test_a_hundredth_is_noise(timed):
 
 
 def test_plain_without_timing_off_tritons_passes_and_for_no_tokens(timed):
-    assert take(passes=lora_passes) == "plain"
+    assert take(can_fuse=False) == "plain"
     assert take(tokens=0) == "plain"
     assert timed["calls"] == 0
     assert take() == "fused"
@@ -149,14 +148,14 @@ def test_a_kind_is_all_but_the_exact_number_of_tokens():
 
 def test_what_is_said_to_be_in_force(monkeypatch):
     cpu = torch.device("cpu")
-    assert lora_product.in_force(cpu) == "plain  (fused: Triton's passes do not run here)"
+    assert lora_product.in_force(cpu, False) == "plain  (fused: Triton's passes do not run here)"
     monkeypatch.setenv("LORAPAR_PRODUCT", "fused")
-    assert lora_product.in_force(cpu).startswith("fails: LORAPAR_PRODUCT=fused")
+    assert lora_product.in_force(cpu, False).startswith("fails: LORAPAR_PRODUCT=fused")
     monkeypatch.setenv("LORAPAR_PRODUCT", "no")
-    assert lora_product.in_force(cpu).startswith("fails: LORAPAR_PRODUCT must be one of")
-    monkeypatch.setattr(lora_passes, "passes_for", lambda *_: TRITON)
+    with pytest.raises(ValueError, match="LORAPAR_PRODUCT must be one of"):
+        lora_product.in_force(cpu, True)
     monkeypatch.setenv("LORAPAR_PRODUCT", "plain")
-    assert lora_product.in_force(cpu) == "plain  (LORAPAR_PRODUCT)"
+    assert lora_product.in_force(cpu, True) == "plain  (LORAPAR_PRODUCT)"
 
 
 FIRST = "forward bfloat16 4+ tokens 6x8+6x2:float32"
@@ -351,7 +350,7 @@ def test_cuda_times_each_kind_once_and_then_repeats_its_bits(monkeypatch):
         runs.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, a, b))])
         assert sorted(kind[0] for kind in lora_product._chosen) == ["backward", "forward"]
     assert all(torch.equal(one, other) for one, other in zip(*runs))
-    assert "so far" in lora_product.in_force(CUDA)
+    assert "so far" in lora_product.in_force(CUDA, True)
     more = torch.randn(4096, 256, device=CUDA, dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():

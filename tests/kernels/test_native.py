@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorapar_kernels import native
-from lorapar_kernels.bitmask import count_mask, pack_mask, pack_mask_reference, unpack_mask
+from lorapar_kernels.bitmask import index_mask, pack_mask, pack_mask_reference, unpack_mask
 
 from .native_build import ROOT, build
 
@@ -47,7 +47,7 @@ def test_equals_the_reference(installed, n, share):
     words = pack_mask(mask)
     assert torch.equal(words, pack_mask_reference(mask))
     assert torch.equal(unpack_mask(words, mask.shape), mask)
-    assert count_mask(words, n) == int(mask.sum())
+    assert index_mask(mask).active == int(mask.sum())
 
 
 def test_takes_any_nonzero_byte_and_writes_only_its_own(library):
@@ -63,24 +63,32 @@ def test_takes_any_nonzero_byte_and_writes_only_its_own(library):
         assert int(back[-1]) == 77
 
 
-def test_count_and_unpack_do_not_look_at_spare_bits(library):
-    words = torch.tensor([-1, -1], dtype=torch.int32)
-    count = torch.full((1,), -5, dtype=torch.int64)
-    for n, expected in ((33, 33), (1, 1), (64, 64), (0, 0)):
-        assert library.lorapar_count_mask(words.data_ptr(), n, count.data_ptr(), 1) == OK
-        assert int(count) == expected
+def test_the_index_does_not_look_at_spare_bits(library):
+    words = torch.full((18,), -1, dtype=torch.int32)
+    for n, expected in (
+        (33, [0, 33]),
+        (1, [0, 1]),
+        (512, [0, 512]),
+        (0, [0]),
+        (545, [0, 512, 545]),
+        (576, [0, 512, 576]),
+    ):
+        before = torch.full((3,), -5, dtype=torch.int64)
+        assert library.lorapar_index_mask(words.data_ptr(), n, before.data_ptr(), 1) == OK
+        assert before.tolist() == [*expected, -5, -5][:3]
 
 
 def test_error_codes(library):
     word, byte = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.uint8)
+    before = torch.zeros(2, dtype=torch.int64)
     assert library.lorapar_pack_mask(None, 1, word.data_ptr(), 1) == NULL_POINTER
     assert library.lorapar_pack_mask(byte.data_ptr(), 1, None, 1) == NULL_POINTER
     assert library.lorapar_pack_mask(None, 0, None, 1) == OK
     assert library.lorapar_pack_mask(byte.data_ptr(), -1, word.data_ptr(), 1) == SIZE
     assert library.lorapar_unpack_mask(None, 1, byte.data_ptr(), 1) == NULL_POINTER
     assert library.lorapar_unpack_mask(word.data_ptr(), -(2**62), byte.data_ptr(), 1) == SIZE
-    assert library.lorapar_count_mask(word.data_ptr(), 1, None, 1) == NULL_POINTER
-    assert library.lorapar_count_mask(None, 1, byte.data_ptr(), 1) == NULL_POINTER
+    assert library.lorapar_index_mask(word.data_ptr(), 1, None, 1) == NULL_POINTER
+    assert library.lorapar_index_mask(None, 1, before.data_ptr(), 1) == NULL_POINTER
     assert library.lorapar_error_string(OK) == b"no error"
     assert library.lorapar_error_string(NULL_POINTER) == b"a null pointer where memory was expected"
     assert library.lorapar_error_string(SIZE) == b"a number of elements below 0 or above 2^48"
@@ -88,11 +96,11 @@ def test_error_codes(library):
 
 
 def test_misaligned_pointers_and_sizes_beyond_the_limit(library):
-    words, count = torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    words, before = torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     byte = torch.zeros(64, dtype=torch.uint8)
     assert library.lorapar_pack_mask(byte.data_ptr(), 5, words.data_ptr() + 2, 1) == ALIGNMENT
     assert library.lorapar_unpack_mask(words.data_ptr() + 1, 5, byte.data_ptr(), 1) == ALIGNMENT
-    assert library.lorapar_count_mask(words.data_ptr(), 5, count.data_ptr() + 4, 1) == ALIGNMENT
+    assert library.lorapar_index_mask(words.data_ptr(), 5, before.data_ptr() + 4, 1) == ALIGNMENT
     for n in (2**48 + 1, 2**62, 2**63 - 1):
         assert library.lorapar_pack_mask(byte.data_ptr(), n, words.data_ptr(), 1) == SIZE
     assert library.lorapar_error_string(ALIGNMENT) == b"a pointer that is not aligned to its type"
@@ -184,7 +192,7 @@ def test_a_library_that_does_not_load_warns(tmp_path, monkeypatch):
 
 def test_a_library_of_another_version_is_refused(library_file, monkeypatch):
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    with pytest.raises(OSError, match="has ABI version 5, expected 99: build it again"):
+    with pytest.raises(OSError, match="has ABI version 6, expected 99: build it again"):
         native.open_library(library_file)
     monkeypatch.setitem(native.SIGNATURES, "lorapar_of_tomorrow", ([], ctypes.c_int))
     with pytest.raises(OSError, match="has no function lorapar_of_tomorrow"):

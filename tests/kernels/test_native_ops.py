@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from lorapar_kernels import (
-    combine_masks,
-    count_mask,
     index_mask,
     masked_adamw,
     pack_mask,
@@ -13,8 +11,8 @@ from lorapar_kernels import (
     top_mass,
     unpack_mask,
 )
-from lorapar_kernels.adamw_reference import decode_moments
 from lorapar_kernels.bitmask import TILE, index_mask_reference, pack_mask_reference
+from lorapar_kernels.masked_adamw import decode_moments
 from lorapar_kernels.top_mass import top_mass_reference
 
 THETAS = [0.1, 0.5, 0.9, 1.0]
@@ -23,24 +21,13 @@ THETAS = [0.1, 0.5, 0.9, 1.0]
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 511, 512, 513, 9 * 512 + 100])
 def test_masks(every_backend, n):
     generator = torch.Generator().manual_seed(n)
-    a, b = (torch.rand(n, generator=generator) < 0.4 for _ in range(2))
-    words = [pack_mask(mask.to(every_backend)) for mask in (a, b)]
-    assert torch.equal(words[0].cpu(), pack_mask_reference(a))
-    assert torch.equal(unpack_mask(words[0], a.shape).cpu(), a)
-    assert count_mask(words[0], n) == int(a.sum())
-    for operation, expected in (("and", a & b), ("or", a | b), ("and_not", a & ~b)):
-        assert torch.equal(combine_masks(*words, n, operation).cpu(), pack_mask_reference(expected)), operation
-    index = index_mask(a.to(every_backend))
-    assert torch.equal(index.before.cpu(), index_mask_reference(pack_mask_reference(a), n))
-    assert (index.active, index.shape) == (int(a.sum()), a.shape)
-
-
-def test_combine_refusals():
-    words = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="operation must be one of and, or, and_not, got 'xor'"):
-        combine_masks(words, words, 5, "xor")
-    with pytest.raises(ValueError, match="words must be 2 for 40 elements, got 1"):
-        combine_masks(words, words, 40, "or")
+    mask = torch.rand(n, generator=generator) < 0.4
+    words = pack_mask(mask.to(every_backend))
+    assert torch.equal(words.cpu(), pack_mask_reference(mask))
+    assert torch.equal(unpack_mask(words, mask.shape).cpu(), mask)
+    index = index_mask(mask.to(every_backend))
+    assert torch.equal(index.before.cpu(), index_mask_reference(pack_mask_reference(mask), n))
+    assert (index.active, index.shape) == (int(mask.sum()), mask.shape)
 
 
 def scores_of(kind: str) -> list[torch.Tensor]:
@@ -222,9 +209,7 @@ def test_codes_are_close_and_never_zero_beneath_a_step(every_backend):
 OPCHECKS = {
     "pack_mask": lambda: (torch.ops.lorapar.pack_mask, (torch.ones(40, dtype=torch.bool),)),
     "unpack_mask": lambda: (torch.ops.lorapar.unpack_mask, (torch.tensor([3, 1], dtype=torch.int32), [5, 8])),
-    "count_mask": lambda: (torch.ops.lorapar.count_mask, (torch.tensor([3, 1], dtype=torch.int32), 40)),
     "index_mask": lambda: (torch.ops.lorapar.index_mask, (torch.tensor([3, 1], dtype=torch.int32), 40)),
-    "combine_masks": lambda: (torch.ops.lorapar.combine_masks, (torch.ones(2, dtype=torch.int32),) * 2 + (40, "or")),
     "top_mass": lambda: (torch.ops.lorapar.top_mass, ([torch.rand(5, 3), torch.rand(7)], [0.5, 0.9])),
     "top_count": lambda: (torch.ops.lorapar.top_count, ([torch.rand(5, 3), torch.rand(7)], 4, [])),
     "tile_sums": lambda: (torch.ops.lorapar.tile_sums, (torch.rand(5, 3), 2, 2)),

@@ -238,16 +238,6 @@ def test_doctor_says_what_is_forced(monkeypatch):
     assert re.search(r"^  lora_linear, product +fails: LORAPAR_PRODUCT=fused", said, re.M)
 
 
-def test_doctor_leaves_the_operations_as_they_were():
-    import importlib
-
-    from lorapar_kernels import backend
-
-    doctor()
-    for name in ("lora_passes", "bitmask", "dropout"):
-        assert importlib.import_module(f"lorapar_kernels.{name}").choose is backend.choose
-
-
 def test_the_version_is_the_projects():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert lorapar.__version__ == project["version"]

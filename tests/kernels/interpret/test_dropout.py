@@ -28,7 +28,7 @@ def test_same_bits_as_the_reference(monkeypatch, shape, seed):
 
 
 def test_what_ran_was_the_kernel(monkeypatch):
-    from lorapar_kernels import dropout_triton
+    from lorapar_kernels.triton_kernels import dropout as dropout_triton
 
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     assert dropout_triton.INTERPRETED

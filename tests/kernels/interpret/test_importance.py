@@ -125,7 +125,7 @@ def test_the_order_of_examples_and_the_cut_into_batches_do_not_matter():
 
 def test_many_batches_lose_nothing():
     """4,000 additions of the same example: plain fp32 sums drift to 1e-5, the pairs stay at the last bit."""
-    from lorapar_kernels.importance_triton import _add_partial_sums_kernel
+    from lorapar_kernels.triton_kernels.importance import _add_partial_sums_kernel
 
     value, n = torch.rand(1, 2, 5), 4000
     totals = [torch.zeros(5) for _ in range(4)]
@@ -147,7 +147,7 @@ def test_many_batches_lose_nothing():
 @pytest.mark.parametrize(("n_examples", "rank", "width"), [(8, 8, 4096), (8, 8, 1024), (1, 8, 4096), (2, 64, 2048),
                                                            (512, 8, 256), (3000, 8, 64), (1, 8, 11008)])  # fmt: skip
 def test_programs_fill_a_gpu_whatever_the_shape(n_examples, rank, width):
-    from lorapar_kernels.importance_triton import BLOCK_N, NARROW_N, PROGRAMS_PER_SM, grid
+    from lorapar_kernels.triton_kernels.importance import BLOCK_N, NARROW_N, PROGRAMS_PER_SM, grid
 
     processors = 132  # of an H100
     block_n, across, down, ranges = grid(n_examples, rank, width, processors)
@@ -161,7 +161,7 @@ def test_programs_fill_a_gpu_whatever_the_shape(n_examples, rank, width):
 
 
 def test_what_ran_was_the_kernel(monkeypatch):
-    from lorapar_kernels import importance_triton
+    from lorapar_kernels.triton_kernels import importance as importance_triton
 
     assert importance_triton.INTERPRETED
     called = []

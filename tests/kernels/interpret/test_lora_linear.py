@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels import lora_passes_triton, lora_product_triton
+from lorapar_kernels.triton_kernels import lora_passes as lora_passes_triton
+from lorapar_kernels.triton_kernels import lora_product as lora_product_triton
 
 DTYPES = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 3e-3}
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

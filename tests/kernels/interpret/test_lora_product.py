@@ -14,9 +14,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels import lora_passes_triton, lora_product, lora_product_triton
-from lorapar_kernels.ahead_of_time import COMMON_ROOM
-from lorapar_kernels.lora_product_triton import WIDE_ROOM, input_gradient, output, room_for_bits
+from lorapar_kernels import lora_product
+from lorapar_kernels.triton_kernels import lora_passes as lora_passes_triton
+from lorapar_kernels.triton_kernels import lora_product as lora_product_triton
+from lorapar_kernels.triton_kernels.launch import COMMON_ROOM
+from lorapar_kernels.triton_kernels.lora_product import WIDE_ROOM, input_gradient, output, room_for_bits
 
 # The interpreter cuts fp32 to bf16 where a GPU rounds: up to a whole unit of 2^-7.
 KINDS = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 8e-3), "fp16": (torch.float16, 1e-3)}

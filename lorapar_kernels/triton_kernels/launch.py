@@ -1,8 +1,8 @@
-"""How a kernel file says with which signatures it is compiled ahead of time (compile.py does it).
+"""Launch a kernel, or record the signature with which it would be launched (compile.py compiles those ahead of time).
 
 A launcher calls `launch`, which goes to the GPU of its tensors. Inside `recording`, the same launcher, called with
-tensors on the meta device, launches nothing and leaves the signatures that it would have launched: what is compiled
-ahead of time is what runs.
+tensors on the meta device, launches nothing and records the signatures instead: what is compiled ahead of time is
+what runs.
 """
 
 import contextlib
@@ -21,11 +21,14 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# x's dtype and the adapter's, in each combination that a layer takes.
+DTYPES = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
 # Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
 # (CUDA C++ Programming Guide, technical specifications).
 COMMON_ROOM = 99 << 10
-# A product and the sum it goes into may be one instruction, which rounds once. Said here, because Triton 3.9 warns
-# where nothing is said, and 3.10 changes what that means: fp32 products would take twice the instructions.
+# A product and the sum it is added to may be one instruction, which rounds once. Set explicitly, because Triton 3.9
+# warns where it is not set, and 3.10 changes the default: fp32 products would take twice the instructions.
 FP_FUSION = True
 
 
@@ -42,14 +45,14 @@ class Variant:
     """One specialisation of one Triton kernel.
 
     Attributes:
-        kernel: what @triton.jit gave.
+        kernel: what @triton.jit returned.
         name: tells this variant from the kernel's others, in the table.
         signature: argument -> Triton type ("*bf16", "i32", "constexpr"; a tuple of them for a tuple), in order.
         constants: the values of the constexpr arguments, by name or by position (argument, entry of the tuple).
         aligned: arguments, by name or by position, that are multiples of 16, as the launcher would find them.
         warps, stages: launch options.
         room: bytes of shared memory that a device has wherever the launcher takes this variant.
-        call: the first launch that recorded it, for `warm`; None where the variant was written by hand.
+        call: the first launch that recorded it, for `warm`; None where the variant was not recorded.
     """
 
     kernel: Any
@@ -80,8 +83,8 @@ def recording() -> Iterator[list[Variant]]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name.
 
-    It goes to the device of the first CUDA tensor. room: of the `Variant`; a launcher that gives another than
-    COMMON_ROOM has asked the device.
+    It runs on the device of the first CUDA tensor. room: the `Variant`'s; a launcher passes more than COMMON_ROOM only
+    where the device has it.
     """
     variants = _recorded.get()
     if variants is None:
@@ -97,6 +100,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
     variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
         variants.append(variant)
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up."""
+    return -(-n // size)
+
+
+def unit_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with unit column stride, which the kernels take for granted."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory, for a launcher inside `recording`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def precision(x: torch.Tensor) -> str:
+    """How products of tensors like x are made: IEEE, or TF32 for fp32 where the caller allows it for torch's own.
+
+    torch's older switches (`allow_tf32`, `set_float32_matmul_precision`) set this one too; asking the older one raises
+    once this one has been set.
+    """
+    if x.element_size() != 4:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _cuda_device(arguments: tuple[Any, ...]) -> int | None:
@@ -152,9 +181,9 @@ def _variant(kernel: Any, call: Call, room: int) -> Variant:
     ordered = {name: signature[name] for name in names}
     pointers = [kind[1:] for entry in ordered.values() for kind in _flat(entry) if kind.startswith("*")]
     dtypes = "/".join(dict.fromkeys(pointers))
-    said = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
+    shown = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
     warps, stages = options["num_warps"], options["num_stages"]
-    return Variant(kernel, f"{dtypes} {said}", ordered, values, tuple(aligned), warps, stages, room, call)
+    return Variant(kernel, f"{dtypes} {shown}", ordered, values, tuple(aligned), warps, stages, room, call)
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""lora_product.py's fused way: a Triton product that carries its expand, for y and for dX.
+"""../lora_product.py's fused way: a Triton product that carries its expand, for y and for dX.
 
     output          x Wᵀ + bias + scaling · S Bᵀ
     input_gradient  dX or 0, + dY W + keep ⊙ (dS A); keep is drawn from the seed (dropout.py)
@@ -9,21 +9,37 @@ order of sums: deterministic.
 
 bf16 and fp16 of rows of multiples of 16 elements go by tile descriptors, which the hardware fetches, in tiles of
 128 × 256, where the device has the shared memory for it (compute capability 9.0 and 10.0); such rows elsewhere in tiles
-of 128 × 128 by pointers; anything else, fp32 among it, in small ones. Untuned: no GPU was at hand.
+of 128 × 128 by pointers; anything else, fp32 included, in small ones. Not tuned on a GPU.
 """
+
+# Triton's annotations describe the language from outside and differ between its releases.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 
 import functools
 import itertools
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .ahead_of_time import COMMON_ROOM, Variant, launch, recording
-from .lora_passes import as_rows
-from .lora_passes_triton import cdiv, precision
-from .lora_product_kernel import product_kernel
+from .dropout import keep_tile, kept_bits
+from .launch import (
+    BF16,
+    COMMON_ROOM,
+    DTYPES,
+    FP16,
+    FP32,
+    Variant,
+    cdiv,
+    launch,
+    meta,
+    precision,
+    recording,
+    unit_rows,
+)
 
 # Bytes of shared memory for which the wide tiles are made: four stages of 48 KB.
 WIDE_ROOM = 227 << 10
@@ -31,6 +47,81 @@ WIDE_ROOM = 227 << 10
 BAND = 8
 # Fewer tiles than this leave multiprocessors of an H100 or H200 without one.
 PROGRAMS = 132
+
+
+# M counts tokens, as in lora_passes.py.
+@triton.jit(do_not_specialize=["M", "threshold"])
+def product_kernel(
+    left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,
+    left_stride, right_stride, thin_stride, factor_stride, out_stride, threshold, scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
+    RIGHT_T: tl.constexpr, FACTOR_T: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, DROPOUT: tl.constexpr,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] <- left [M, K] right + keep ⊙ scale · thin [M, rank] factor (+ bias [N]) (+ out).
+
+    right [K, N] and factor [rank, N] lie in memory so, or the other way round where RIGHT_T and FACTOR_T. DESCRIBED:
+    left_ptr and right_ptr are descriptors of tiles, which the hardware fetches. BITS: the mask is read, not drawn from
+    the seed. A program makes one tile of out; BAND rows of tiles go down before the next column of them, so that
+    programs at work together share what L2 holds.
+    """
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = tl.program_id(0) // (BAND * columns)
+    place = tl.program_id(0) % (BAND * columns)
+    height = tl.minimum(rows - band * BAND, BAND)
+    m = (band * BAND + place % height) * BM
+    n = (place // height) * BN
+    i_m = m + tl.arange(0, BM).to(tl.int64)
+    i_n = n + tl.arange(0, BN)
+    m_m, m_n = i_m < M, i_n < N
+    p_out = out_ptr + i_m[:, None] * out_stride + i_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+
+    # The expand comes first: mask and scale apply to it alone, and the long sum goes on in the same accumulator.
+    acc = tl.zeros((BM, BN), tl.float32)
+    for r in tl.range(0, rank, BR, num_stages=1):
+        i_r = r + tl.arange(0, BR)
+        m_r = i_r < rank
+        b_thin = tl.load(
+            thin_ptr + i_m[:, None] * thin_stride + i_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0
+        )
+        b_factor = _tile(factor_ptr, r, n, rank, N, factor_stride, BR, BN, FACTOR_T, False)
+        acc = tl.dot(b_thin, b_factor.to(b_thin.dtype), acc, input_precision=PRECISION)
+    acc *= scale
+    if DROPOUT:
+        if BITS:
+            keep = kept_bits(bits_ptr, i_m, n, M, N, BN)
+        else:
+            keep = keep_tile(tl.load(seed_ptr), i_m, n, N, threshold.to(tl.uint32), BN, ALIGNED)
+        acc = tl.where(keep, acc, 0.0)
+    if BIAS:
+        acc += tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    for k in range(0, K, BK):
+        b_left = _tile(left_ptr, m, k, M, K, left_stride, BM, BK, False, DESCRIBED)
+        b_right = _tile(right_ptr, k, n, K, N, right_stride, BK, BN, RIGHT_T, DESCRIBED)
+        acc = tl.dot(b_left, b_right, acc, input_precision=PRECISION)
+    if ADDS:
+        acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _tile(
+    ptr, row, column, rows, columns, stride, H: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The tile [H, W] at (row, column) of a matrix [rows, columns], 0 outside it; T: its transpose lies in memory."""
+    if DESCRIBED:
+        tile = ptr.load([column, row]).T if T else ptr.load([row, column])
+    else:
+        i_row = row + tl.arange(0, H)
+        i_column = column + tl.arange(0, W)
+        if T:
+            i_tile = i_column[None, :].to(tl.int64) * stride + i_row[:, None]
+        else:
+            i_tile = i_row[:, None].to(tl.int64) * stride + i_column[None, :]
+        tile = tl.load(ptr + i_tile, mask=(i_row < rows)[:, None] & (i_column < columns)[None, :], other=0.0)
+    return tile
 
 
 @functools.cache
@@ -103,7 +194,8 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor,
     """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    _product(as_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
+    rows = unit_rows(x.reshape(-1, x.shape[-1]))
+    _product(rows, weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
     return y
 
 
@@ -131,7 +223,7 @@ def room_for_bits(x: Tensor, p: float, layers: int) -> list[Tensor] | None:
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
-    """The kernel's variants, as the launchers launch them on tensors without memory (ahead_of_time.py).
+    """The kernel's variants, as the launchers launch them on tensors without memory (launch.py).
 
     `every`: dtypes, sizes, ranks, dropouts, biases and additions in all combinations; else each of them at least once.
     """
@@ -142,7 +234,6 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
 
 
 # x's dtype, the adapter's, rank, tokens, columns in and out, forward, p (backward), bias (forward) or adds, room
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 REPRESENTATIVE = [
     (BF16, FP32, 16, 8192, 4096, True, 0.0, False, WIDE_ROOM),
     (BF16, FP32, 16, 8192, 4096, False, 0.05, False, WIDE_ROOM),
@@ -166,9 +257,8 @@ REPRESENTATIVE = [
 
 
 def _every_case():
-    dtypes = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
     for (x, a), rank, tokens, columns, room in itertools.product(
-        dtypes, (8, 16, 64), (512, 8192), (61, 4096, 4104), (COMMON_ROOM, WIDE_ROOM)
+        DTYPES, (8, 16, 64), (512, 8192), (61, 4096, 4104), (COMMON_ROOM, WIDE_ROOM)
     ):
         for more in (False, True):
             yield x, a, rank, tokens, columns, True, 0.0, more, room
@@ -177,14 +267,11 @@ def _every_case():
 
 
 def _launch_case(x_dtype, a_dtype, rank, tokens, columns, forward, p, more, room) -> None:
-    def meta(*shape, dtype=x_dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    left, weight = meta(tokens, columns), meta(columns, columns)
-    thin, factor = meta(tokens, max(16, rank)), meta(columns, rank, dtype=a_dtype)
+    left, weight = meta(tokens, columns, dtype=x_dtype), meta(columns, columns, dtype=x_dtype)
+    thin, factor = meta(tokens, max(16, rank), dtype=x_dtype), meta(columns, rank, dtype=a_dtype)
     seed = meta(1, dtype=torch.int64) if p > 0.0 else None
     if forward:
-        bias = meta(columns) if more else None
+        bias = meta(columns, dtype=x_dtype) if more else None
         _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, None, left, False, room)
     else:
         factor = meta(rank, columns, dtype=a_dtype)

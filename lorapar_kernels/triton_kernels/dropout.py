@@ -1,8 +1,7 @@
-"""dropout.py's Triton kernel, in a file of its own so that importing the package does not import Triton.
+"""The dropout mask: the same bits as `dropout_mask_reference` (../dropout.py), which is the specification.
 
-The same bits as `dropout_mask_reference`, which is the specification: a program makes BLOCK Philox blocks of
-8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other kernels that draw the mask where
-they need it.
+A program makes BLOCK Philox blocks of 8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other
+kernels, which draw the mask where they need it.
 """
 
 import math
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant, launch, recording
+from .launch import Variant, cdiv, launch, meta, recording
 
 # 256 Philox blocks = 2,048 elements a program: 8 bytes a lane and store at 4 warps with 2 blocks each.
 BLOCK = 256
@@ -83,7 +82,7 @@ def kept_bits(bits_ptr, i_row, first_column, rows, columns, WIDTH: tl.constexpr)
 # A batch's size makes no kernel of its own, and neither does p: neither is specialised on 1 or on multiples of 16.
 @triton.jit(do_not_specialize=["blocks", "threshold"])
 def _dropout_mask_kernel(seed_ptr, kept_ptr, blocks, threshold, BLOCK: tl.constexpr):
-    """kept_ptr [blocks, 8] bytes; whole blocks, so that their 8 bytes are stored together whatever their number."""
+    """kept_ptr [blocks, 8] bytes; whole blocks, so that the 8 bytes of each are stored together."""
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = keep_lanes(tl.load(seed_ptr), block, threshold.to(tl.uint32))
     i_element = block[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -98,11 +97,11 @@ INTERPRETED = not isinstance(_dropout_mask_kernel, triton.runtime.JITFunction)
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The bool mask of `shape` on the seed's device; a draw below `threshold` is dropped."""
     n = math.prod(shape)
-    blocks = -(-n // 8)
+    blocks = cdiv(n, 8)
     # Up to 7 bytes more than the mask has.
     kept = torch.empty(8 * blocks, dtype=torch.uint8, device=seed.device)
     if n > 0:
-        grid = (-(-blocks // BLOCK),)
+        grid = (cdiv(blocks, BLOCK),)
         launch(_dropout_mask_kernel, grid, seed, kept, blocks, threshold, BLOCK=BLOCK, num_warps=WARPS)
     return kept[:n].view(torch.bool).view(list(shape))
 
@@ -110,7 +109,7 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
 def ahead_of_time(every: bool = False) -> list[Variant]:
     """The kernel's variants: few enough that `every` makes no difference."""
     del every
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    seed = meta(1, dtype=torch.int64)
     with recording() as variants:
         # Numbers of blocks of 32 and of 64 bits.
         for shape in ((2048,), (2**34,)):

@@ -1,4 +1,4 @@
-"""importance.py's Triton kernels, in a file of its own so that importing the package does not import Triton.
+"""Each example's Gφ and (Gφ)², added to running sums; `add_example_products_reference` (../importance.py) specifies it.
 
 One factor's G is a product over an example's tokens of something thin and something wide: for A of dS [tokens, r] and x
 [tokens, in], for B of S [tokens, r] and dY [tokens, out]. So one kernel serves both, with the factor read by strides:
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ahead_of_time import Variant, launch, recording
+from .launch import DTYPES, Variant, cdiv, launch, meta, recording
 
 # A tile of 16 × 64 and its three fp32 accumulators take 24 registers a thread at 4 warps; 32 × 64 take 48.
 BLOCK_N = 64
@@ -34,7 +34,7 @@ NARROW_N = 16
 STEP = {16: (32, 4), 32: (16, 8)}
 # Elements a program of the second kernel: 1,024 take 191 registers.
 BLOCK = 512
-# Programs a multiprocessor should have at hand: four, so that the loads of one hide behind the products of another.
+# Programs a multiprocessor should have to choose from: the loads of one then overlap with the products of another.
 PROGRAMS_PER_SM = 4
 
 
@@ -123,10 +123,10 @@ def grid(n_examples: int, rank: int, width: int, processors: int) -> tuple[int, 
 
     A range holds an example at least, so one short of examples gets narrower tiles.
     """
-    down = -(-rank // block_r(rank))
-    block_n = BLOCK_N if n_examples * down * -(-width // BLOCK_N) >= processors else NARROW_N
-    across = -(-width // block_n)
-    return block_n, across, down, min(n_examples, -(-PROGRAMS_PER_SM * processors // (across * down)))
+    down = cdiv(rank, block_r(rank))
+    block_n = BLOCK_N if n_examples * down * cdiv(width, BLOCK_N) >= processors else NARROW_N
+    across = cdiv(width, block_n)
+    return block_n, across, down, min(n_examples, cdiv(PROGRAMS_PER_SM * processors, across * down))
 
 
 @functools.cache
@@ -162,27 +162,19 @@ def add_example_products(
         thin, wide, phi, offsets, partial, float(scale), n_examples, rank, width, rank, width, *strides,
         BLOCK_R=block_r(rank), BLOCK_N=block_n, BLOCK_T=tokens, num_warps=warps,
     )  # fmt: skip
-    launch(_add_partial_sums_kernel, (-(-phi.numel() // BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)
+    launch(_add_partial_sums_kernel, (cdiv(phi.numel(), BLOCK),), partial, *sums, ranges, phi.numel(), BLOCK=BLOCK)
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
     """The kernels' variants, as the launcher launches them on tensors without memory; `every` makes no difference."""
     del every
-    dtypes = [
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.float32, torch.float32),
-    ]
     with recording() as variants:
         # One example of a layer that is one tile wide takes the narrow tile.
         shapes = (65, 4096), (65, 61), (2, 64), (2, 61)
-        for (dtype, factor), rank, (bounds, width) in itertools.product(dtypes, (8, 64), shapes):
+        for (dtype, factor), rank, (bounds, width) in itertools.product(DTYPES, (8, 64), shapes):
             for across in (False, True):
-                phi = torch.empty((width, rank) if across else (rank, width), dtype=factor, device="meta")
-                sums = tuple(torch.empty(phi.shape, device="meta") for _ in range(4))
-                thin, wide = (torch.empty(4096, n, dtype=dtype, device="meta") for n in (rank, width))
-                offsets = torch.empty(bounds, dtype=torch.int64, device="meta")
-                add_example_products(sums, thin, wide, phi, across, 1.0, offsets)  # pyright: ignore[reportArgumentType]
+                phi = meta(width, rank, dtype=factor) if across else meta(rank, width, dtype=factor)
+                sums = meta(*phi.shape), meta(*phi.shape), meta(*phi.shape), meta(*phi.shape)
+                thin, wide = meta(4096, rank, dtype=dtype), meta(4096, width, dtype=dtype)
+                add_example_products(sums, thin, wide, phi, across, 1.0, meta(bounds, dtype=torch.int64))
     return variants

@@ -109,8 +109,12 @@ def input_gradients_reference(
 
 
 class Passes(NamedTuple):
-    """One backend's three passes, what its `shrink` returns without values, and whether they go with a fused product
-    (lora_product.py)."""
+    """The three passes of one backend.
+
+    Attributes:
+        shrink_fake: tensors as `shrink` returns them, without values.
+        fused: whether lora_product.py's fused product can run with them.
+    """
 
     shrink: Callable[..., list[Tensor]]
     shrink_fake: Callable[..., list[Tensor]]
@@ -121,16 +125,14 @@ class Passes(NamedTuple):
 
 def reference_passes() -> Passes:
     """The specification above, which serves any device."""
-    return Passes(shrink_reference, _shrink_fake, output_gradients_reference, input_gradients_reference, False)
+    return Passes(shrink_reference, _shrink_fake, output_gradients_reference, input_gradients_reference, fused=False)
 
 
 def triton_passes() -> Passes:
     """The Triton kernels; imports Triton."""
-    from .triton_kernels import lora_passes
+    from .triton_kernels import lora_passes as kernels
 
-    return Passes(
-        lora_passes.shrink, lora_passes.shrink_fake, lora_passes.output_gradients, lora_passes.input_gradients, True
-    )
+    return Passes(kernels.shrink, kernels.shrink_fake, kernels.output_gradients, kernels.input_gradients, fused=True)
 
 
 def triton_obstacle_of(x: Tensor, rank: int) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..data.rows import prompt_ids
-from ..model.load import answer_greedily
+from ..model.generate import answer_greedily
 from ..progress import Progress
 from ..recipe.sections import require
 from ..rewards import is_correct

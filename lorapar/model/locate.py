@@ -142,7 +142,10 @@ def _resolve_alias() -> Path:
     if not folder.is_dir():
         with _building(folder):
             if not folder.is_dir():
-                with tempfile.TemporaryDirectory(prefix=f".{ALIAS}.", suffix=".tmp", dir=folder.parent) as temporary:
+                # On Windows a file that is still mapped cannot be removed; the next conversion clears it away.
+                with tempfile.TemporaryDirectory(
+                    prefix=f".{ALIAS}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
+                ) as temporary:
                     _convert_gguf(_brought_alias() or _download_alias(Path(temporary)), folder)
     return folder
 

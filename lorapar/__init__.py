@@ -6,37 +6,39 @@ Label → score → partition → SFT → GRPO → evaluate → export: each a f
 
 import importlib
 import logging
-import sys
-import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter.attach import attach, load_adapter
-    from .adapter.layers import activate
-    from .errors import InputError
-    from .evaluating.evaluate import evaluate
-    from .exporting.export import export
-    from .labeling import label
-    from .partitioning.choose import partition
-    from .partitioning.partition import Partition
-    from .pipeline.running import run
-    from .recipe.reading import load_recipe
-    from .reporting.report import report
-    from .scoring.score import score
-    from .scoring.scores import Scores, load_scores, save_scores
-    from .training.grpo import grpo
-    from .training.optimizer import PartitionedAdamW
-    from .training.sft import sft
+    from .adapter.attach import attach as attach
+    from .adapter.attach import load_adapter as load_adapter
+    from .adapter.layers import activate as activate
+    from .errors import InputError as InputError
+    from .evaluating.evaluate import evaluate as evaluate
+    from .exporting.export import export as export
+    from .labeling import label as label
+    from .partitioning.choose import partition as partition
+    from .partitioning.partition import Partition as Partition
+    from .pipeline.running import run as run
+    from .recipe.reading import load_recipe as load_recipe
+    from .reporting.report import report as report
+    from .scoring.score import score as score
+    from .scoring.scores import Scores as Scores
+    from .scoring.scores import load_scores as load_scores
+    from .scoring.scores import save_scores as save_scores
+    from .training.grpo import grpo as grpo
+    from .training.optimizer import PartitionedAdamW as PartitionedAdamW
+    from .training.sft import sft as sft
 
 __version__ = "0.1.0"
 
 # PEFT imports bitsandbytes, which (0.50) warns on a CPU with AVX512-BF16 that a kernel of the package `kernels` is
-# missing. Our layers never call that kernel (layers_bnb.py), so nobody need install it. Said here, before any import of
-# PEFT by this package.
+# missing. Our layers never call that kernel (layers_bnb.py), so nobody need install it. The filter is here because this
+# file runs before any other of the package, and so before PEFT is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 )
 
+# Each public name and the module that defines it. No module directly under lorapar/ shares a name with one of them.
 _WHERE = {
     "InputError": "errors",
     "Partition": "partitioning.partition",
@@ -58,49 +60,15 @@ _WHERE = {
     "score": "scoring.score",
     "sft": "training.sft",
 }
-__all__ = [
-    "InputError",
-    "Partition",
-    "PartitionedAdamW",
-    "Scores",
-    "activate",
-    "attach",
-    "evaluate",
-    "export",
-    "grpo",
-    "label",
-    "load_adapter",
-    "load_recipe",
-    "load_scores",
-    "partition",
-    "report",
-    "run",
-    "save_scores",
-    "score",
-    "sft",
-]
+__all__ = list(_WHERE)
 
 
-def _lazily(name: str) -> property:
-    """The public object `name`, imported when first asked for, so that `lorapar --help` need not load TRL.
-
-    Several functions share their module's name. The import system binds a submodule on its package once it is loaded;
-    the setter ignores that, so that `lorapar.score` is the function always.
-    """
-
-    def get(_: types.ModuleType):
-        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-    def ignore(_: types.ModuleType, value: object) -> None:
-        del value
-
-    return property(get, ignore)
+def __getattr__(name: str) -> Any:
+    """The public object `name`, imported when first asked for, so that `lorapar --help` need not load TRL."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
-class _Package(types.ModuleType):
-    pass
-
-
-for _name in __all__:
-    setattr(_Package, _name, _lazily(_name))
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

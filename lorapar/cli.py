@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import InputError, OutOfMemory
+from .errors import InputError, OutOfMemory, not_installed
 
 if TYPE_CHECKING:
     from .recipe.sections import Recipe
@@ -31,6 +31,9 @@ STABLE_HELP = (
     f"stop scoring once doubling the examples hardly changes the selected elements: a Jaccard index of at least J "
     f"(default {STABLE}); sets score.until_stable"
 )
+# What the extra quickstart brings, by the names that Python imports.
+BROUGHT = {"accelerate", "certifi", "datasets", "filelock", "gguf", "math_verify", "matplotlib", "peft", "psutil",
+           "reasoning_gym", "safetensors", "transformers", "trl", "yaml"}  # fmt: skip
 ANY_KEY = "--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5. docs/recipe.md lists them."
 MORE_OPTIONS = {"label": "[--dry-run | --review] "}
 
@@ -62,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutOfMemory as error:
         print(f"lorapar: error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in BROUGHT:
+            raise
+        print(f"lorapar: error: {not_installed(error.name, 'quickstart')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("lorapar: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -130,22 +138,17 @@ def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "R
     recipe_path = Path(options.recipe)
     if not recipe_path.is_file():
         raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
-    try:
-        from .recipe.reading import load_recipe
+    from .recipe.reading import load_recipe
 
-        return load_recipe(recipe_path, overrides)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
+    return load_recipe(recipe_path, overrides)
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     recipe = _recipe(options, overrides)
     if options.output_dir is not None:
         recipe.output_dir = options.output_dir
-    try:
-        from .pipeline.running import label_only, run
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; pip install 'lorapar[quickstart]'") from error
+    from .pipeline.running import label_only, run
+
     if options.verb == "label" and (options.dry_run or options.review):
         print(label_only(recipe, "dry_run" if options.dry_run else "review"))
         return

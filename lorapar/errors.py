@@ -43,5 +43,10 @@ def suggestion(given: object, allowed: Iterable[str], count: int = 1) -> str:
     return f"nearest: {', '.join(near)}" if near else f"allowed: {', '.join(allowed)}"
 
 
+def not_installed(what: str, extra: str) -> str:
+    """That a package is missing, and which extra of ours brings it; `what` may end in ", which"."""
+    return f"{what} is not installed; pip install 'lorapar[{extra}]'"
+
+
 class OutOfMemory(RuntimeError):
     """A stage ran out of memory; the message says what would lower its need. What was written before stays."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from safetensors.torch import save_file
 
 from .errors import InputError
 
+# Windows has no quotas of this kind.
+FULL_DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 FULL_DISK_WORDS = ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
 TEMPORARY = ".*.tmp"  # what _replacing and atomic_folder call a thing until it is whole
 
@@ -72,13 +75,14 @@ def _full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK_ERRORS:
             raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
         raise
 
 
 def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
+    # Windows flushes only what is open for writing; elsewhere a file that may only be read is flushed too.
+    with open(path, "r+b" if sys.platform == "win32" else "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -94,7 +98,7 @@ def remove_left_over(folder: Path) -> None:
 def disk_is_full(error: BaseException | None, folder: Path) -> bool:
     """Whether a full disk (of `folder`) is behind an error, also where a library wraps it in its own words."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
             return True
         # safetensors names the cause; torch.save says only that its stream failed, or is not as long as was written.
         if any(words in str(error) for words in FULL_DISK_WORDS):
@@ -104,8 +108,9 @@ def disk_is_full(error: BaseException | None, folder: Path) -> bool:
 
 
 def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 with the line ends that `text` has, so that the same text is the same file on every system."""
     with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -113,7 +118,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_jsonl(path: Path | str, rows: Any) -> None:
-    with _replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with _replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
@@ -174,7 +179,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lorapar")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied out of the file, which Windows does not replace while it is mapped into memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: corrupt or truncated safetensors ({error})") from None
     if text is None:

@@ -5,20 +5,20 @@ data set) are off: a long step has one progress line of ours (`progress.py`).
 """
 
 import contextlib
-import fcntl
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import datasets
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError
 
 log = logging.getLogger("lorapar")
+RUN_LOCK = ".run.log.lock"  # beside run.log; stays there, and means nothing once its process has ended
 LIBRARIES = ("transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "torch", "py.warnings")
 
 
@@ -60,23 +60,33 @@ def calm_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Our log on the terminal, one line an event, and in `path`, held against a second run, with times and warnings.
+    """Our log on the terminal, one line an event, and in `path` with times and libraries' warnings.
 
-    In a distributed launch only the main process writes either.
+    A second run in the same folder is refused meanwhile. In a distributed launch only the main process logs.
     """
     if not PartialState().is_main_process:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not run.log itself: Windows lets nobody write or read the bytes that are locked. The system releases the lock
+    # however the process ends.
+    lock = FileLock(path.with_name(RUN_LOCK))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{path.parent}: another lorapar is running there; wait for it, or stop it") from None
+    try:
+        with _logging(path):
+            yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _logging(path: Path) -> Iterator[None]:
     terminal, file = logging.StreamHandler(sys.stderr), _RunLog(path, encoding="utf-8")
     terminal.setFormatter(logging.Formatter("lorapar: %(message)s"))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    try:
-        # Of the open file, so that the system lets go of it however the process ends.
-        fcntl.flock(cast(Any, file.stream), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{path.parent}: another lorapar is running there; wait for it, or stop it") from None
     libraries = [logging.getLogger(name) for name in LIBRARIES]
     before = log.handlers, log.level, log.propagate
     log.handlers, log.propagate = [terminal, file], False

@@ -102,7 +102,7 @@ def join(name: str, pieces: list[Path], digest: str, cache: Path) -> None:
 
 def known_digest(name: str) -> str | None:
     """What lorapar itself holds against a file of that name."""
-    from lorapar.model.load import ALIAS_MEMBER, ALIAS_SHA256
+    from lorapar.model.locate import ALIAS_MEMBER, ALIAS_SHA256
 
     return ALIAS_SHA256 if name == Path(ALIAS_MEMBER).name else None
 

@@ -7,12 +7,13 @@ math-verify. The paper's script compares by regular expression and misses right 
 import functools
 import logging
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 
 # How the final answer is found
 
@@ -206,12 +207,13 @@ def _math_verify(answer: str, gold: str) -> bool:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise InputError("rewards: math-verify is not installed; pip install 'lorapar[train]'") from None
+        raise InputError(f"rewards: {not_installed('math-verify', 'train')}") from None
     if max(len(answer), len(gold)) > LONGEST_EXPRESSION or HUGE_POWER.search(answer) or HUGE_POWER.search(gold):
         return False
-    # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each
-    # call.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each call. On
+    # Windows it is a process, and its way of starting that one fails.
+    limited = threading.current_thread() is threading.main_thread() and sys.platform != "win32"
+    seconds = 5 if limited else None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def parsed(text: str) -> list:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, suggestion
+from ..errors import InputError, not_installed, suggestion
 from ..files import read_json, read_text
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise InputError(
-            f"data.sources: {source.name!r} needs the package reasoning-gym; pip install 'lorapar[quickstart]'"
+            f"data.sources: {source.name!r} needs {not_installed('reasoning-gym, which', 'quickstart')}"
         ) from None
 
     tasks = [task.strip() for task in source.name.partition(":")[2].split(",")]

@@ -9,7 +9,7 @@ from torch import nn
 from ..data.answers import is_correct
 from ..data.tokens import prompt_ids
 from ..errors import require
-from ..model.load import answer_greedily
+from ..model.generate import answer_greedily
 from ..progress import Progress
 
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval

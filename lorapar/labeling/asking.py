@@ -77,7 +77,7 @@ class _Session:
         self.missing = missing(panel, rows, store)
         self.stopped: str | None = None  # the line for the user, once there are to be no more calls
         self.progress: dict[str, Progress] = {}
-        self.promised = 0.0  # what the calls in flight may cost
+        self.promised = 0  # calls in flight that may cost something
 
     async def run(self, tokenizer: Any) -> dict[str, array]:
         seats = self.panel.seats
@@ -228,7 +228,7 @@ class _Session:
             most = seat.cost(len(prompt) / 3, seat.teacher.max_tokens)
             if not await self._may_call(seat, most):
                 return None
-            self.promised += most
+            self.promised += most > 0
             seat.asked += 1
             vote.calls += 1
             # One that is broken off keeps what was promised: it may be paid all the same.
@@ -243,7 +243,7 @@ class _Session:
                 failure.seconds, cost = time.monotonic() - began, 0.0
                 raise
             finally:
-                self.promised -= most
+                self.promised -= most > 0
                 self.store.settle_call(seat.name, most, cost)
                 vote.latency = time.monotonic() - began
         seat.failures = 0

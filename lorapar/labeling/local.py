@@ -6,7 +6,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..model.load import answer_greedily, load_model, load_tokenizer
+from ..model.generate import answer_greedily
+from ..model.load import load_model, load_tokenizer
 from ..recipe.sections import ModelConfig
 from .teachers import CallFailed, Reply
 

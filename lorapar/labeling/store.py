@@ -1,13 +1,11 @@
 """Votes in a database: each written as it arrives, none asked for twice, by however many processes.
 
-A vote's key is the hash of teacher, parameters, template and example. Before a process asks, it claims the key; the
-claim is void once its process has ended, however that ended, because the claimant holds a lock (one byte of
-`<store>.lock`) that the system lets go with the process. A process that is killed therefore costs at most the calls
-that it had in flight, and the next one need not wait. SQLite's write-ahead log needs one machine: a shared path is
-shared by processes of one host, not over a network file system.
+A vote's key is the hash of teacher, parameters, template and example. Before a process asks, it claims the key. The
+claim is void as soon as that process has ended, however it ended: the store knows it by its number and the time when
+it was created. A killed process therefore costs at most the calls that it had in flight, and the next one need not
+wait. A store is shared by processes of one machine (and one container), not over a network file system.
 """
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -16,10 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import psutil
+
 from ..errors import InputError
 
 # How long a writer waits for another process's write, in seconds; a write takes well under a millisecond.
 BUSY_SECONDS = 60
+# How far two readings of a process's creation time may lie apart, in seconds: on Linux it moves when the clock is set.
+# A number is not given to another process within so short a time.
+CREATED_WITHIN = 2.0
 
 
 @dataclass
@@ -49,7 +52,7 @@ COLUMNS = tuple(field.name for field in fields(Vote))
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS votes (key TEXT PRIMARY KEY, {", ".join(COLUMNS[1:])}, at REAL);
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER);
+CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER, created REAL);
 CREATE TABLE IF NOT EXISTS spending (teacher TEXT PRIMARY KEY, calls INTEGER, cost REAL) WITHOUT ROWID;
 """
 
@@ -76,16 +79,18 @@ class VoteStore:
             raise InputError(f"{self.path}: no store of votes that can be opened here ({error})") from None
 
     def _new_owner(self) -> int:
-        owner = self.db.execute("INSERT INTO owners (pid) VALUES (?)", (os.getpid(),)).lastrowid
+        us = os.getpid(), psutil.Process().create_time()
+        with self._writing():
+            if "created" not in [column[1] for column in self.db.execute("PRAGMA table_info(owners)")]:
+                # Made by a version that did not record it.
+                self.db.execute("ALTER TABLE owners ADD COLUMN created REAL")
+            owner = self.db.execute("INSERT INTO owners (pid, created) VALUES (?, ?)", us).lastrowid
         assert owner is not None
-        self.lock = open(f"{self.path}.lock", "ab")  # noqa: SIM115
-        fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
         return owner
 
     def close(self) -> None:
         if self.owner is not None:
             self.db.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
-            self.lock.close()
         self.db.close()
 
     def __enter__(self) -> "VoteStore":
@@ -124,12 +129,20 @@ class VoteStore:
             return True
 
     def _is_alive(self, owner: int) -> bool:
+        pid, created = self.db.execute("SELECT pid, created FROM owners WHERE id = ?", (owner,)).fetchone() or (0, None)
+        # Without a creation time the number may be another process's by now, and waiting for that one might never end;
+        # to ask again costs a call.
+        if created is None:
+            return False
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
-        except OSError:
+            process = psutil.Process(pid)
+            # A zombie has ended, and waits for its parent to notice.
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return not ended and abs(process.create_time() - created) < CREATED_WITHIN
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:
             return True
-        fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, owner)
-        return False
 
     def release(self, key: str) -> None:
         """Let go of a claim that led to no vote."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, not_installed
 from .parsing import SCHEMA
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class EndpointTeacher:
         try:
             import openai
         except ModuleNotFoundError:
-            raise InputError(f"{at}: an endpoint needs the openai client; pip install 'lorapar[teachers]'") from None
+            raise InputError(f"{at}: an endpoint needs {not_installed('openai, which', 'teachers')}") from None
         self.openai = openai
         self.client: Any = None
         self.structured = config.structured != "none"

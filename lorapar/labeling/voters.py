@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.answers import is_correct
 from ..data.tokens import prompt_ids
 from ..errors import InputError, suggestion
-from ..model.load import answer_greedily
+from ..model.generate import answer_greedily
 from ..progress import Progress
 from .rules import Operations, ReasoningSteps
 from .voting import Teacher

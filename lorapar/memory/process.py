@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import resource
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak. Outside Linux the resident set's peak cannot be reset and is the whole process's."""
+    """Start a new peak. Outside Linux the resident set's peak cannot be reset: it is that of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -28,6 +27,10 @@ def peak_memory_bytes() -> int:
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Unix alone has it
+
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -41,8 +44,9 @@ def release_freed() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks
 
 
 def give_back_large_blocks() -> None:
@@ -51,8 +55,9 @@ def give_back_large_blocks() -> None:
     Recomputing keeps each layer's input between blocks that come and go, and the heap then holds three times what lives
     (bench/LOG.md). The price is a tenth of the time on a CPU. Nothing is done where there is no glibc.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 import importlib.util
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 from ..recipe.sections import StageConfig
 
 # What `grpo.logprob_tokens: null` is on a CPU (bench/LOG.md); on a GPU TRL's own tiles are used.
@@ -23,8 +23,10 @@ def obstacle(key: str, device: str) -> str | None:
     """Why a switch cannot be on here, with the remedy; None where it can."""
     _, library, extra, gpu = SWITCHES[key]
     if library is not None and importlib.util.find_spec(library) is None:
-        wanted = f"'lorapar[{extra}]'" if extra else library.replace("_", "-")
-        return f"needs {library.replace('_', '-')}, which is not installed; pip install {wanted}"
+        name = library.replace("_", "-")
+        if extra is None:
+            return f"needs {name}, which is not installed; pip install {name}"
+        return f"needs {not_installed(f'{name}, which', extra)}"
     return f"needs a GPU, the model is on {device}" if gpu and device != "cuda" else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 
 QUANTISED = ("nf4", "int8")
 
@@ -19,7 +19,7 @@ QUANTISED = ("nf4", "int8")
 def quantisation(base: str, dtype: torch.dtype) -> Any:
     """transformers' BitsAndBytesConfig of `base`, computing in `dtype`; InputError where bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"lora.base: {base} needs bitsandbytes, which is not installed; pip install 'lorapar[bnb]'")
+        raise InputError(f"lora.base: {base} needs {not_installed('bitsandbytes, which', 'bnb')}")
     from transformers import BitsAndBytesConfig
 
     if base == "int8":
@@ -45,7 +45,7 @@ def given_form(model_config: Any) -> str | None:
 def works_here(base: str, device: torch.device) -> str:
     """One line for `lorapar doctor`: a small layer is quantised on `device`, and its product and gradient are taken."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return "no: bitsandbytes is not installed (pip install 'lorapar[bnb]')"
+        return f"no: {not_installed('bitsandbytes', 'bnb')}"
     try:
         import bitsandbytes.nn.modules as bnb
 

@@ -28,7 +28,7 @@ from ..files import (
     write_text,
 )
 from ..labeling import stage as labeling
-from ..logs import calm_libraries, logging_to
+from ..logs import RUN_LOCK, calm_libraries, logging_to
 from ..memory.advice import check_memory, out_of_memory
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
@@ -166,7 +166,8 @@ def _check_folder(recipe: Recipe, folder: Path, update: bool) -> None:
             raise InputError(f"output_dir: {place} is a file; give a folder")
     if not path.exists():
         # A process killed at its very start leaves no more than these.
-        strange = [p.name for p in sorted(folder.glob("*")) if p.name != "run.log" and not p.match(TEMPORARY)]
+        ours = ("run.log", RUN_LOCK)
+        strange = [p.name for p in sorted(folder.glob("*")) if p.name not in ours and not p.match(TEMPORARY)]
         if strange:
             raise InputError(f"{folder}: not empty ({strange[0]}) and holds no recipe.yaml; use another --output_dir")
         return

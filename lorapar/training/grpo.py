@@ -20,7 +20,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
-from ..errors import InputError
+from ..errors import InputError, not_installed
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from .answer_head import score_answers_alone
@@ -143,7 +143,7 @@ def check_engine(config: GRPOConfig, base: str | None) -> None:
     if not config.use_vllm:
         return
     if importlib.util.find_spec("vllm") is None:
-        raise InputError("grpo.use_vllm: vLLM is not installed; pip install 'lorapar[vllm]'")
+        raise InputError(f"grpo.use_vllm: {not_installed('vLLM', 'vllm')}")
     if base in ("nf4", "fp4", "int8") and config.vllm_mode == "colocate":
         raise InputError(
             f"grpo.vllm_mode: got colocate with a base in {base}, which vLLM would quantise anew at each sync; serve "

@@ -6,7 +6,7 @@ import pytest
 
 from bench.gpu import pieces
 from bench.gpu.pieces import Refused, keep, main, split
-from lorapar.model import load as models
+from lorapar.model import locate as models
 
 CONTENT = bytes(range(256)) * 20_000 + b"end"  # 5 MB, no multiple of a block
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,40 @@ def test_any_other_failure_is_passed_on_and_leaves_the_old_file(kind: str, tmp_p
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_flush_on_windows_is_of_a_file_open_for_writing(tmp_path: Path, monkeypatch):
+    import fcntl
+
+    def fsync(handle: int) -> None:
+        """As Windows does."""
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "fsync", fsync)
+    for write in WRITERS.values():
+        write(tmp_path / "file")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "one").write_text("1")
+    assert (tmp_path / "folder" / "one").exists()
+
+
+def test_line_ends_do_not_depend_on_the_system(tmp_path: Path, monkeypatch):
+    real = open
+
+    def windows_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **options):
+        """Writes "\\r\\n" for "\\n" where it is not told otherwise."""
+        if newline is None and mode in ("w", "a", "x"):
+            newline = "\r\n"
+        return real(file, mode, buffering, encoding, errors, newline, **options)
+
+    monkeypatch.setattr("io.open", windows_open)
+    monkeypatch.setattr("builtins.open", windows_open)
+    write_text(tmp_path / "text", "a\nb\r\n")
+    write_jsonl(tmp_path / "rows", [{"a": 1}])
+    assert (tmp_path / "text").read_bytes() == b"a\nb\r\n"
+    assert (tmp_path / "rows").read_bytes() == b'{"a": 1}\n'
+
+
 def test_a_row_that_cannot_be_written_leaves_no_half_file(tmp_path: Path):
     def rows():
         yield {"a": 1}
@@ -127,6 +162,15 @@ def test_tensors_come_back_with_their_metadata_and_equal_ones_are_equal_files(tm
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_that_were_read_do_not_hold_their_file(tmp_path: Path):
+    """Windows refuses to replace a file that is mapped into memory."""
+    save_tensors(tmp_path / "scores", {"t": torch.zeros(1000)}, {})
+    tensors, _ = load_tensors(tmp_path / "scores")
+    assert str(tmp_path / "scores") not in Path("/proc/self/maps").read_text()
+    assert tensors["t"].numel() == 1000
 
 
 def test_every_truncation_and_every_flipped_bit_of_a_tensor_file_is_noticed(tmp_path: Path):

@@ -301,7 +301,8 @@ def test_a_folder_that_is_not_ours(recipe_file: Path, tmp_path: Path):
 
 def test_a_folder_where_a_run_was_killed_at_its_very_start_is_ours(recipe_file: Path, tmp_path: Path):
     (tmp_path / ".recipe.yaml.x1.tmp").write_text("mod")
-    (tmp_path / "run.log").write_text("")
+    for name in ("run.log", ".run.log.lock"):
+        (tmp_path / name).write_text("")
     succeeds("label", recipe_file, "--output_dir", tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
 

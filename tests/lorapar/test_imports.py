@@ -1,5 +1,6 @@
 """What importing the packages loads, prints and needs (tests/test_structure.py has what may import what)."""
 
+import ast
 import importlib.metadata
 import logging
 import subprocess
@@ -63,13 +64,48 @@ def test_a_checkout_that_was_never_installed_begins_a_run(tmp_path, monkeypatch)
     assert (tmp_path / "recipe.yaml").is_file()
 
 
-def test_importing_the_method_prints_nothing():
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys, lorapar; assert 'bitsandbytes' not in sys.modules; lorapar.attach; assert 'peft' in sys.modules",
+        "import lorapar.adapter.attach",
+        "import sys, runpy; sys.argv = ['lorapar', 'doctor']; runpy.run_module('lorapar.cli').get('main')()",
+        # A process that multiprocessing starts imports what it is to call.
+        "import multiprocessing, sys; from lorapar.doctor import doctor\n"
+        "if __name__ == '__main__': multiprocessing.get_context('spawn').Pool(1).apply(doctor)",
+    ],
+)
+def test_importing_the_method_prints_nothing(program: str):
     """PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warned of a missing kernel that is never called."""
     pytest.importorskip("bitsandbytes")
-    program = "import sys, lorapar; print('bitsandbytes' in sys.modules); lorapar.attach; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_the_public_names_are_one_table_and_no_module_has_one_of_them():
+    tree = ast.parse((ROOT / "lorapar" / "__init__.py").read_text(encoding="utf-8"))
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == lorapar._WHERE
+    assert lorapar.__all__ == list(lorapar._WHERE) == sorted(lorapar._WHERE)
+    assert [name for name in dir(lorapar) if not name.startswith("__")] == lorapar.__all__
+    beside = {path.stem for path in (ROOT / "lorapar").iterdir()}
+    assert not beside & set(lorapar.__all__)
+    for name in lorapar.__all__:
+        assert getattr(lorapar, name).__name__ == name
+
+
+def test_a_public_name_is_its_function_can_be_replaced_and_others_are_missing(monkeypatch):
+    import lorapar.scoring.score
+
+    assert lorapar.score is lorapar.scoring.score.score
+    monkeypatch.setattr(lorapar, "score", len)
+    assert lorapar.score is len
+    with pytest.raises(AttributeError, match="module 'lorapar' has no attribute 'scroe'"):
+        lorapar.scroe  # noqa: B018
 
 
 def test_of_bitsandbytes_warnings_that_one_alone_is_dropped(caplog):

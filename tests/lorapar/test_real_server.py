@@ -47,7 +47,7 @@ def transformers_serve(folder: Path, log: Path):
 
 @pytest.mark.slow
 def test_fifty_rows_of_gsm8k_by_a_real_server(gsm8k: Path, tmp_path: Path):
-    from lorapar.model.load import resolve
+    from lorapar.model.locate import resolve
 
     model, folder = resolve("smollm2-135m"), tmp_path / "run"
     # A short one, for the time a CPU takes to read it.

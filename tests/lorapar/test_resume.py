@@ -1,9 +1,11 @@
 """A run that was stopped goes on with the same command; nothing that is finished is done again."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -216,9 +218,24 @@ def test_ctrl_c_is_130_and_one_line(recipe_file: Path, tmp_path: Path):
 
 
 def test_two_runs_in_one_folder_are_refused(finished: Path, recipe_file: Path):
-    import fcntl
-
-    with open(finished / "run.log") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        refused("run", recipe_file, "--output_dir", finished, says=("another lorapar is running there",), alone=True)
+    child = multiprocessing.get_context("forkserver").Process(target=_hold_the_log, args=(finished / "run.log",))
+    child.start()
+    held = finished / "held"
+    while not held.exists():
+        assert child.is_alive()
+        time.sleep(0.01)
+    refused("run", recipe_file, "--output_dir", finished, says=("another lorapar is running there",), alone=True)
+    child.kill()
+    child.join(60)
+    held.unlink()
+    # Killed, it holds nothing; the lock's file alone stays.
     succeeds("run", recipe_file, "--output_dir", finished)
+    assert (finished / ".run.log.lock").exists()
+
+
+def _hold_the_log(path: Path) -> None:
+    from lorapar.logs import logging_to
+
+    with logging_to(path):
+        (path.parent / "held").write_text("")
+        time.sleep(60)

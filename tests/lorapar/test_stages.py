@@ -16,7 +16,8 @@ from lorapar.data.answers import is_correct
 from lorapar.data.tokens import prompt_ids
 from lorapar.evaluating import stage as evaluating
 from lorapar.files import read_jsonl
-from lorapar.model.load import answer_greedily, load_model, load_tokenizer
+from lorapar.model.generate import answer_greedily
+from lorapar.model.load import load_model, load_tokenizer
 from lorapar.recipe.sections import ModelConfig
 from lorapar.scoring import stage as scoring
 from lorapar.training import stage as training

@@ -1,15 +1,17 @@
 """The store of votes: what is there is final, a claim ends with its process, and spending is counted once."""
 
+import contextlib
 import multiprocessing
 import os
 import sqlite3
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lorapar.errors import InputError
-from lorapar.labeling.store import Vote, VoteStore
+from lorapar.labeling.store import SCHEMA, Vote, VoteStore
 
 
 def vote(key: str = "k", system: int | None = 1, **values) -> Vote:
@@ -57,10 +59,53 @@ def test_another_process_s_claim_holds_while_it_lives_and_no_longer(tmp_path: Pa
         assert isinstance(store.claim("done"), Vote)
         assert store.claim("other") is True
         child.kill()
-        child.join(60)
+        # Its parent has not noticed: it is a zombie.
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
         began = time.monotonic()
         assert store.claim("held") is True
         assert time.monotonic() - began < 1
+        child.join(60)
+
+
+def _owned(path: Path, pid: int, created: float | None) -> None:
+    """A claim on "held" by an owner of that number and creation time."""
+    with VoteStore(path) as store:
+        owner = store.db.execute("INSERT INTO owners (pid, created) VALUES (?, ?)", (pid, created)).lastrowid
+        store.db.execute("INSERT OR REPLACE INTO claims VALUES ('held', ?)", (owner,))
+
+
+def test_a_claimant_is_known_by_its_number_and_creation_time(tmp_path: Path):
+    path = tmp_path / "v.sqlite"
+    us = psutil.Process()
+    gone = max(psutil.pids()) + 100_000
+    for pid, created, free in [
+        (us.pid, us.create_time(), False),
+        # The clock was set by a second since.
+        (us.pid, us.create_time() - 1, False),
+        # Another process had our number before.
+        (us.pid, us.create_time() - 3600, True),
+        (gone, us.create_time(), True),
+        (us.pid, None, True),
+    ]:
+        _owned(path, pid, created)
+        with VoteStore(path) as store:
+            assert store.claim("held") is free
+
+
+def test_a_store_made_before_creation_times_were_noted_opens(tmp_path: Path):
+    path = tmp_path / "v.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(SCHEMA.replace(", created REAL", ""))
+        db.execute("INSERT INTO owners (pid) VALUES (?)", (os.getpid(),))
+        db.execute("INSERT INTO claims VALUES ('held', 1)")
+        db.commit()
+    with VoteStore(path, read_only=True) as store:
+        assert store.get("held") is None
+    for _ in range(2):
+        with VoteStore(path) as store:
+            assert store.claim("held") is True
+            store.release("held")
 
 
 def test_a_budget_is_of_every_process_s_calls(tmp_path: Path):

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .voting import majority
+
 Votes = Mapping[str, int | None]
 
 
@@ -12,7 +14,8 @@ Votes = Mapping[str, int | None]
 class Agreement:
     """Of n rows: `kappa` is Fleiss' κ over rows with two votes or more, None where it is not defined; `pairs` holds for
     two voters (rows on which both voted, rows on which they voted alike); `confusion` for a voter and a majority (1, 2)
-    how often it voted 1, 2 or None; `split` the places of the rows on which votes differ."""
+    how often it voted 1, 2 or None; `split` the places of the rows on which votes differ. The majority is by weight, as
+    it is for the labels; the rest counts every vote alike."""
 
     voters: list[str]
     kappa: float | None = None
@@ -31,8 +34,8 @@ class Agreement:
         return sum(self.confusion[voter, system][system] for system in (1, 2)) / cast if cast else None
 
 
-def measure(rows: Sequence[Votes]) -> Agreement:
-    """The agreement of the voters of `rows`, each row's votes by voter (1, 2 or None)."""
+def measure(rows: Sequence[Votes], weights: Mapping[str, float] | None = None) -> Agreement:
+    """The agreement of the voters of `rows`, each row's votes by voter (1, 2 or None); `weights` of voters, else 1."""
     voters = list(dict.fromkeys(name for votes in rows for name in votes))
     found = Agreement(voters)
     found.pairs = {pair: (0, 0) for pair in itertools.combinations(voters, 2)}
@@ -48,9 +51,10 @@ def measure(rows: Sequence[Votes]) -> Agreement:
             if a is not None and b is not None:
                 both, alike = found.pairs[one, other]
                 found.pairs[one, other] = both + 1, alike + (a == b)
-        if first != second:
+        system = majority(votes, weights or {})
+        if system is not None:
             for voter in voters:
-                found.confusion[voter, 1 if first > second else 2][votes.get(voter)] += 1
+                found.confusion[voter, system][votes.get(voter)] += 1
     found.kappa = fleiss_kappa(ratings)
     return found
 

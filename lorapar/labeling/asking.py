@@ -33,6 +33,7 @@ from .panel import (
 from .parsing import KEPT, read_answer
 from .store import Vote, VoteStore
 from .teachers import CallFailed, Gate, Reply
+from .voting import majority, weigh
 
 log = logging.getLogger("lorapar")
 
@@ -136,26 +137,21 @@ class _Session:
                 given = await asyncio.gather(*(self._vote(seat, example) for seat in turn))
                 counted |= {seat.name: vote for seat, vote in zip(turn, given)}
             for seat in self.panel.reserves if self.panel.label.ties == "ask" else []:
-                first, second = self._weights(counted)
-                if abs(first - second) > 1e-9:
+                if majority(counted, self.panel.label.weights) is not None:
                     break
                 counted[seat.name] = await self._vote(seat, example)
         finally:
             under_way.release()
 
-    def _weights(self, counted: Mapping[str, int | None]) -> tuple[float, float]:
-        weights = [(vote, self.panel.weight(name)) for name, vote in counted.items()]
-        return sum(w for vote, w in weights if vote == 1), sum(w for vote, w in weights if vote == 2)
-
     def _decided(self, counted: Mapping[str, int | None]) -> bool:
         stop = self.panel.label.stop_early
-        return stop is not None and max(self._weights(counted)) >= stop - 1e-9
+        return stop is not None and max(weigh(counted, self.panel.label.weights)) >= stop - 1e-9
 
     def _needed(self, counted: Mapping[str, int | None], seats: list[Seat]) -> int:
         """How many more must be asked at once: all, or as few as could settle it if they agree."""
         if self.panel.label.stop_early is None:
             return len(seats)
-        weight, needed = max(self._weights(counted)), 0
+        weight, needed = max(weigh(counted, self.panel.label.weights)), 0
         while needed < len(seats) and weight < self.panel.label.stop_early - 1e-9:
             weight += self.panel.weight(seats[needed].name)
             needed += 1

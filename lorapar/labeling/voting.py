@@ -119,10 +119,24 @@ def votes_of(teachers: Sequence[Teacher], dataset: "Dataset") -> dict[str, list[
 
 def decide(votes: Mapping[str, int | None], ties: str, weights: Mapping[str, float]) -> tuple[int, float, str]:
     """(1 or 2, or 0 for a row to drop; the majority's share of the cast votes; "votes", "tie" or "no_votes")."""
-    first = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 1)
-    second = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 2)
+    first, second = weigh(votes, weights)
     agreement = max(first, second) / (first + second) if first + second else 0.0
-    # Weights such as 0.1 + 0.2 and 0.3 are equal but for rounding.
-    if abs(first - second) > 1e-9:
-        return (1 if first > second else 2), agreement, "votes"
+    system = majority(votes, weights)
+    if system is not None:
+        return system, agreement, "votes"
     return {"system1": 1, "system2": 2, "ask": 2, "drop": 0}[ties], agreement, "tie" if first else "no_votes"
+
+
+def majority(votes: Mapping[str, int | None], weights: Mapping[str, float]) -> int | None:
+    """The system with the greater weight of votes, 1 or 2; None at a tie, and where no vote was cast."""
+    first, second = weigh(votes, weights)
+    # Weights such as 0.1 + 0.2 and 0.3 are equal but for rounding.
+    if abs(first - second) <= 1e-9:
+        return None
+    return 1 if first > second else 2
+
+
+def weigh(votes: Mapping[str, int | None], weights: Mapping[str, float]) -> tuple[float, float]:
+    """(weight of the votes for System 1, weight of those for System 2); a voter without a weight counts 1."""
+    first, second = (sum(weights.get(name, 1.0) for name, vote in votes.items() if vote == system) for system in (1, 2))
+    return first, second

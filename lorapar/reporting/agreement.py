@@ -32,7 +32,8 @@ def agreement(run: Run) -> str:
     # Those that a tie left out were voted on like the others.
     rows = [*run.labels, *run.dropped]
     votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in rows]
-    found = measure(votes)
+    weights = (run.recipe.get("label") or {}).get("weights") or {}
+    found = measure(votes, weights)
     if len(found.voters) < 2:
         return "<p>Fewer than two voters: there is nothing to agree with.</p>"
     panels = [_pairs_panel(found), _majority_panel(found)]
@@ -40,19 +41,24 @@ def agreement(run: Run) -> str:
         "Left: the share of their common rows on which two voters voted alike; the stronger, the more. Right: how "
         "often a voter's votes were the majority's, over rows that have one."
     )
-    said = _said(found, len(votes))
+    if weights:
+        caption += " The majority is by the recipe's weights, as it is for the labels."
+    said = _said(found, len(votes), bool(weights))
     used = _usage(run)
-    return run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found)
+    return (
+        run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found, bool(weights))
+    )
 
 
-def _said(found: Agreement, rows: int) -> str:
+def _said(found: Agreement, rows: int, weighted: bool) -> str:
     split = f"{number(len(found.split))} of {number(rows)} rows ({percent(len(found.split) / max(1, rows))})"
     if found.kappa is None:
         kappa = "Fleiss' κ is not defined here: no row has two votes, or every vote is for one system."
     else:
         word = next(word for bound, word in WORDS if found.kappa <= bound)
         kappa = f"Fleiss' κ is <b>{found.kappa:.3f}</b> ({word}): agreement beyond what chance would give, 1 at most."
-    return f"<p>{kappa} The voters split on {split}.</p>"
+    alike = " It counts every vote alike, whatever its weight." if weighted else ""
+    return f"<p>{kappa}{alike} The voters split on {split}.</p>"
 
 
 def _short(name: str, letters: int = 18) -> str:
@@ -152,7 +158,7 @@ def _sum(votes: Sequence[dict[str, Any]], key: str) -> float:
     return sum(vote.get(key) or 0 for vote in votes)
 
 
-def _split(rows: list[dict], found: Agreement) -> str:
+def _split(rows: list[dict], found: Agreement, weighted: bool) -> str:
     if not found.split:
         return "<p>No two votes on a row differ.</p>"
     # The closest first; of equals, those that come first.
@@ -162,7 +168,7 @@ def _split(rows: list[dict], found: Agreement) -> str:
         row = rows[place]
         one, two = (", ".join(escaped(_short(name)) for name, vote in row["votes"].items() if vote == side)
                     for side in (1, 2))  # fmt: skip
-        share = f"{100 * float(row.get('agreement') or 0):.0f} % of votes"
+        share = f"{100 * float(row.get('agreement') or 0):.0f} % of {'weight' if weighted else 'votes'}"
         by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
         label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
         shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'

@@ -230,7 +230,7 @@ def labels(run: Run) -> str:
     agreement = [float(row["agreement"]) for row in rows if row.get("agreement") is not None]
     unanimous = sum(value == 1 for value in agreement)
     said = (
-        f"<p>Mean agreement with the label is <b>{percent(sum(agreement) / len(agreement))}</b>; "
+        f"<p>On average the majority has <b>{percent(sum(agreement) / len(agreement))}</b> of a row's votes; "
         f"{number(unanimous)} of {number(len(agreement))} rows ({percent(unanimous / len(agreement))}) were "
         "unanimous.</p>"
         if agreement

@@ -32,7 +32,7 @@ from .panel import (
 )
 from .parsing import KEPT, read_answer
 from .store import Vote, VoteStore
-from .teachers import CallFailed, Gate, Reply
+from .endpoint import CallFailed, Gate, Reply
 from .voting import majority, weigh
 
 log = logging.getLogger("lorapar")

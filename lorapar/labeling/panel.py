@@ -15,7 +15,7 @@ from ..files import sha256_json
 from ..recipe.label import LabelConfig, PriceConfig, TeacherConfig, check_label
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
-from .teachers import Asked, make_teacher
+from .endpoint import Asked, make_teacher
 
 # English has about 4 letters a token; for where no tokenizer is at hand and the endpoint does not count.
 LETTERS_PER_TOKEN = 4

@@ -12,6 +12,7 @@ import random
 import time
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .panel import (
 )
 from .parsing import KEPT, read_answer
 from .store import Vote, VoteStore
-from .endpoint import CallFailed, Gate, Reply
+from .teacher import CallFailed, Reply
 from .voting import majority, weigh
 
 log = logging.getLogger("lorapar")
@@ -312,3 +313,36 @@ class _Session:
 
 def _plus(total: int | None, count: int | None) -> int | None:
     return total if count is None else count + (total or 0)
+
+
+@dataclass
+class Gate:
+    """Lets calls of one teacher start: so many in flight, so many a minute (evenly spaced), none while it pauses."""
+
+    in_flight: int
+    per_minute: float | None
+    paused_until: float = 0.0
+    next_start: float = 0.0
+    semaphore: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.semaphore = asyncio.Semaphore(self.in_flight)
+
+    def pause(self, seconds: float) -> None:
+        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
+
+    async def __aenter__(self) -> None:
+        await self.semaphore.acquire()
+        try:
+            while (wait := self.paused_until - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            if self.per_minute is not None:
+                start = max(time.monotonic(), self.next_start)
+                self.next_start = start + 60.0 / self.per_minute
+                await asyncio.sleep(start - time.monotonic())
+        except BaseException:
+            self.semaphore.release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self.semaphore.release()

@@ -12,12 +12,12 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..errors import InputError
 from .parsing import SCHEMA
+from .teacher import CallFailed, Reply
 
 if TYPE_CHECKING:
     from ..recipe.label import TeacherConfig
@@ -32,59 +32,6 @@ DEFAULT_MAX_TOKENS = 256
 TOO_LONG = re.compile(
     r"context.{0,12}(?:length|window|size)|maximum context|too many tokens|(?:prompt|input) is too long"
 )
-
-
-@dataclass
-class Reply:
-    """What a teacher said; token counts are None where the endpoint does not give them."""
-
-    text: str
-    refusal: str | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-
-
-@dataclass
-class CallFailed(Exception):
-    """A call without a reply, and why.
-
-    `retry`: another try may help, after `retry_after` seconds where the server says so; `fatal`: no call of this
-    teacher will; `too_long`: this example exceeds its context; `again`: no failure, ask at once in the teacher's way.
-    """
-
-    what: str
-    retry: bool = True
-    retry_after: float | None = None
-    fatal: bool = False
-    too_long: bool = False
-    again: bool = False
-    seconds: float = 0.0  # that the call took
-
-    def __str__(self) -> str:
-        return self.what
-
-
-class Asked(Protocol):
-    """A teacher: its `name`, the `identity` that its votes are stored under, and `max_tokens` it may answer with."""
-
-    name: str
-    identity: dict[str, Any]
-    max_tokens: int
-    context: int | None
-
-    async def ask(self, prompt: str) -> Reply: ...
-    async def check(self) -> None: ...
-    async def close(self) -> None: ...
-    def hide(self, text: str) -> str: ...
-
-
-def make_teacher(config: "TeacherConfig", at: str) -> Asked:
-    """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
-    if config.base_url is None:
-        from .local import LocalTeacher
-
-        return LocalTeacher(config, at)
-    return EndpointTeacher(config, at)
 
 
 class EndpointTeacher:
@@ -254,36 +201,3 @@ def retry_after(headers: Any) -> float | None:
         except (ValueError, TypeError):
             continue
     return None
-
-
-@dataclass
-class Gate:
-    """Lets calls of one teacher start: so many in flight, so many a minute (evenly spaced), none while it pauses."""
-
-    in_flight: int
-    per_minute: float | None
-    paused_until: float = 0.0
-    next_start: float = 0.0
-    semaphore: asyncio.Semaphore = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.semaphore = asyncio.Semaphore(self.in_flight)
-
-    def pause(self, seconds: float) -> None:
-        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
-
-    async def __aenter__(self) -> None:
-        await self.semaphore.acquire()
-        try:
-            while (wait := self.paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            if self.per_minute is not None:
-                start = max(time.monotonic(), self.next_start)
-                self.next_start = start + 60.0 / self.per_minute
-                await asyncio.sleep(start - time.monotonic())
-        except BaseException:
-            self.semaphore.release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self.semaphore.release()

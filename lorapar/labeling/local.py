@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..model.load import answer_greedily, load_model, load_tokenizer
 from ..recipe.sections import ModelConfig
-from .endpoint import CallFailed, Reply
+from .teacher import CallFailed, Reply
 
 if TYPE_CHECKING:
     from ..recipe.label import TeacherConfig

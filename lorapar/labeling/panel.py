@@ -13,9 +13,11 @@ import numpy as np
 from ..errors import InputError
 from ..files import sha256_json
 from ..recipe.label import LabelConfig, PriceConfig, TeacherConfig, check_label
+from .endpoint import EndpointTeacher
+from .local import LocalTeacher
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
-from .endpoint import Asked, make_teacher
+from .teacher import Asked
 
 # English has about 4 letters a token; for where no tokenizer is at hand and the endpoint does not count.
 LETTERS_PER_TOKEN = 4
@@ -121,6 +123,13 @@ def make_panel(label: LabelConfig, target: str, local: Sequence[str] = ()) -> Pa
     panel = Panel(label, prompt, seats, tuple(local))
     _check_rules(panel, names)
     return panel
+
+
+def make_teacher(config: TeacherConfig, at: str) -> Asked:
+    """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
+    if config.base_url is None:
+        return LocalTeacher(config, at)
+    return EndpointTeacher(config, at)
 
 
 def check_weights(label: LabelConfig, names: Sequence[str]) -> None:

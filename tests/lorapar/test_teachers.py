@@ -13,9 +13,10 @@ import pytest
 
 from lorapar.errors import InputError
 from lorapar.labeling import ask, make_panel
+from lorapar.labeling.endpoint import retry_after
 from lorapar.labeling.panel import UNANSWERED, UNASKED, remaining
 from lorapar.labeling.store import VoteStore
-from lorapar.labeling.endpoint import CallFailed, Reply, retry_after
+from lorapar.labeling.teacher import CallFailed, Reply
 from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
 from lorapar.recipe.label import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 

@@ -10,7 +10,7 @@ from .asking import ask
 from .panel import make_panel
 from .rules import Operations, ReasoningSteps
 from .voters import Column, Probe, make_voters
-from .voting import Teacher, label, votes_of
+from .voting import Voter, label, votes_of
 
-__all__ = ["Column", "LabelConfig", "Operations", "Probe", "ReasoningSteps", "Teacher", "TeacherConfig", "ask", "label",
+__all__ = ["Column", "LabelConfig", "Operations", "Probe", "ReasoningSteps", "TeacherConfig", "Voter", "ask", "label",
            "make_panel", "make_voters", "votes_of"]  # fmt: skip

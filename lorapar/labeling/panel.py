@@ -17,7 +17,7 @@ from .endpoint import EndpointTeacher
 from .local import LocalTeacher
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
-from .teacher import Asked
+from .teacher import Teacher
 
 # English has about 4 letters a token; for where no tokenizer is at hand and the endpoint does not count.
 LETTERS_PER_TOKEN = 4
@@ -42,7 +42,7 @@ class Example:
 class Seat:
     """One teacher on the panel, under the key `prefix` of its votes; `failures` in a row, and why it was set aside."""
 
-    teacher: Asked
+    teacher: Teacher
     config: TeacherConfig
     at: str
     prefix: str
@@ -125,7 +125,7 @@ def make_panel(label: LabelConfig, target: str, local: Sequence[str] = ()) -> Pa
     return panel
 
 
-def make_teacher(config: TeacherConfig, at: str) -> Asked:
+def make_teacher(config: TeacherConfig, at: str) -> Teacher:
     """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
     if config.base_url is None:
         return LocalTeacher(config, at)

@@ -19,7 +19,7 @@ from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_pan
 from .review import read_corrections, write_review
 from .store import VoteStore
 from .voters import Column, make_voters
-from .voting import check_corrections, decide, kept_and_dropped, votes_of
+from .voting import check_corrections, decide, labelled_and_dropped, votes_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,7 @@ def label_stage(run: Run) -> Facts:
     if panel is not None:
         given, asked = ask_panel(panel, rows, votes, folder, run.tokenizer)
         votes |= given
-    labelled, dropped = kept_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
+    labelled, dropped = labelled_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
         needed |= {1, 2}

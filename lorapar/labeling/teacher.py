@@ -34,7 +34,7 @@ class CallFailed(Exception):
         return self.what
 
 
-class Asked(Protocol):
+class Teacher(Protocol):
     """A teacher: its `name`, the `identity` that its votes are stored under, and `max_tokens` it may answer with."""
 
     name: str

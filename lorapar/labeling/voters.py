@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..model.load import answer_greedily
 from ..progress import Progress
 from .rules import Operations, ReasoningSteps
-from .voting import Teacher
+from .voting import Voter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +89,7 @@ def make_voters(
     specs: Sequence[str | dict[str, Any]],
     model: "PreTrainedModel | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-) -> list[Teacher]:
+) -> list[Voter]:
     """The voters that a recipe names: "operations", or {"name": "operations", "threshold": 2}.
 
     Options are the arguments of the voter's class. "probe" asks `model` with `tokenizer`.
@@ -97,7 +97,7 @@ def make_voters(
     return [_make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer) for spec in specs]
 
 
-def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
+def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Voter:
     name = options.pop("name", None)
     if name not in VOTERS:
         near = difflib.get_close_matches(str(name), VOTERS, n=1)

@@ -13,7 +13,7 @@ TIES = ("system1", "system2", "drop", "ask")
 LABEL_COLUMNS = ("system", "votes", "agreement", "teachers", "decided_by")
 
 
-class Teacher(Protocol):
+class Voter(Protocol):
     """Anything that votes: 1 (System 1), 2 (System 2) or None (no vote) for each row."""
 
     name: str
@@ -23,7 +23,7 @@ class Teacher(Protocol):
 
 def label(
     dataset: "Dataset",
-    teachers: Sequence[Teacher],
+    teachers: Sequence[Voter],
     votes: Mapping[str, Sequence[int | None]] | None = None,
     ties: str = "system2",
     weights: Mapping[str, float] | None = None,
@@ -39,12 +39,12 @@ def label(
     `id`, which win. `agreement` is the share of the cast votes, by weight, that the majority has: 0.5 at a tie, 0
     where no vote was cast. Labels that the data set has already are replaced.
     """
-    return kept_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
+    return labelled_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
 
 
-def kept_and_dropped(
+def labelled_and_dropped(
     dataset: "Dataset",
-    teachers: Sequence[Teacher],
+    teachers: Sequence[Voter],
     votes: Mapping[str, Sequence[int | None]] | None = None,
     ties: str = "system2",
     weights: Mapping[str, float] | None = None,
@@ -56,7 +56,7 @@ def kept_and_dropped(
     if ties not in TIES:
         raise InputError(f"label.ties: unknown rule {ties!r}; allowed: {', '.join(TIES)}")
     cast = {name: list(given) for name, given in (votes or {}).items()}
-    cast |= votes_of([teacher for teacher in teachers if teacher.name not in cast], dataset)
+    cast |= votes_of([voter for voter in teachers if voter.name not in cast], dataset)
     if not cast:
         raise InputError("label.voters: expected at least one voter or votes that were cast already, got none")
     for name, given in cast.items():
@@ -96,8 +96,9 @@ def kept_and_dropped(
     )
     bare = dataset.remove_columns([name for name in LABEL_COLUMNS if name in dataset.column_names])
     labelled = concatenate_datasets([bare, added], axis=1)
-    kept, dropped = ([i for i, system in enumerate(systems) if bool(system) is there] for there in (True, False))
-    return labelled.select(kept), labelled.select(dropped)
+    with_label = [index for index, system in enumerate(systems) if system]
+    dropped = [index for index, system in enumerate(systems) if not system]
+    return labelled.select(with_label), labelled.select(dropped)
 
 
 def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> list[str]:
@@ -109,12 +110,12 @@ def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> lis
     return ids
 
 
-def votes_of(teachers: Sequence[Teacher], dataset: "Dataset") -> dict[str, list[int | None]]:
-    """{name: votes on every row}; InputError for two teachers of one name."""
-    for name, count in Counter(teacher.name for teacher in teachers).items():
+def votes_of(voters: Sequence[Voter], dataset: "Dataset") -> dict[str, list[int | None]]:
+    """{name: votes on every row}; InputError for two voters of one name."""
+    for name, count in Counter(voter.name for voter in voters).items():
         if count > 1:
             raise InputError(f"label.voters: {count} voters are called {name!r}; each needs a name of its own")
-    return {teacher.name: list(teacher.vote(dataset)) for teacher in teachers}
+    return {voter.name: list(voter.vote(dataset)) for voter in voters}
 
 
 def decide(votes: Mapping[str, int | None], ties: str, weights: Mapping[str, float]) -> tuple[int, float, str]:

@@ -17,8 +17,8 @@ SCHEMA = {
     "required": ["reason", "system"],
     "additionalProperties": False,
 }
-# Reasons and raw answers are kept to this many characters.
-KEPT = 2000
+# Reasons and raw answers are stored up to this length.
+STORED_LETTERS = 2000
 LABEL_KEYS = ("system", "label", "vote", "answer", "class", "classification")
 REASON_KEYS = ("reason", "explanation", "rationale")
 LABEL = re.compile(r"(?:system|s)?[\s_-]*([12])(?:\.0?)?", re.IGNORECASE)
@@ -52,7 +52,7 @@ class Reading:
 def read_answer(text: str, refusal: str | None = None) -> Reading:
     """The vote in a teacher's answer. `refusal`: what the endpoint itself marks as one."""
     if refusal:
-        return Reading(None, "refused", refusal[:KEPT])
+        return Reading(None, "refused", refusal[:STORED_LETTERS])
     text = re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL).strip()
     found = [reading for reading in map(_of_object, _objects(text)) if reading is not None]
     votes = {reading.vote for reading in found if reading.vote} | {int(m[1]) for m in LABEL_FIELD.finditer(text)}
@@ -106,8 +106,8 @@ def _of_object(value: dict) -> Reading | None:
         return None
     match = LABEL.fullmatch(str(lower[key]).strip())
     reason = next((lower[key] for key in REASON_KEYS if isinstance(lower.get(key), str)), "")
-    return Reading(int(match[1]) if match else None, "answered" if match else "unparseable", reason[:KEPT])
+    return Reading(int(match[1]) if match else None, "answered" if match else "unparseable", reason[:STORED_LETTERS])
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:KEPT]
+    return " ".join(text.split())[:STORED_LETTERS]

@@ -122,7 +122,7 @@ def ask_panel(
     unanswered = sum(votes.count(UNANSWERED) for votes in codes.values())
     if unanswered:
         log.warning("label: %d of %d votes are unanswered; votes.jsonl says why", unanswered,
-                    len(rows) * len(panel.seats))  # fmt: skip
+                    len(rows) * len(panel.members))  # fmt: skip
     votes = {name: [code if code in (1, 2) else None for code in given] for name, given in codes.items()}
     facts = {"calls": calls, "cost": round(cost, 6), "unanswered": unanswered}
     cast = {**local, **votes}
@@ -134,12 +134,12 @@ def _vote_lines(panel: Panel, rows: "Dataset", codes: Mapping[str, Sequence[int]
     """A line of `votes.jsonl` a row: what each teacher said of it and what that took."""
     for example in examples(rows):
         said = {}
-        for seat in panel.seats:
-            vote, code = store.get(seat.key(example)), codes[seat.name][example.index]
+        for member in panel.members:
+            vote, code = store.get(member.key(example)), codes[member.name][example.index]
             if vote is None or code == UNASKED:
-                said[seat.name] = {"vote": None, "outcome": "not_asked" if code == UNASKED else "unanswered"}
+                said[member.name] = {"vote": None, "outcome": "not_asked" if code == UNASKED else "unanswered"}
             else:
-                said[seat.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in VOTE_FACTS}}
+                said[member.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in VOTE_FACTS}}
         yield {"id": example.id, "votes": said}
 
 
@@ -169,11 +169,11 @@ def write_split(
     store_at = store_path(recipe.label, folder)
     if panel is not None and not store_at.is_file():
         raise InputError(f"{store_at}: no such file; run label first, which asks the teachers")
-    seats = panel.seats if panel else []
+    members = panel.members if panel else []
     with VoteStore(store_at, read_only=True) if panel else nullcontext() as store:
         found = []
         for example in examples(rows):
-            stored = {seat.name: store.get(seat.key(example)) for seat in seats} if store else {}
+            stored = {member.name: store.get(member.key(example)) for member in members} if store else {}
             votes = {name: given[example.index] for name, given in local.items()}
             votes |= {name: vote.vote if vote else None for name, vote in stored.items()}
             system, agreement, by = decide(votes, recipe.label.ties, recipe.label.weights)
@@ -183,7 +183,7 @@ def write_split(
                               "system": system or "dropped", "agreement": f"{agreement:.2f}", "decided_by": by,
                               "votes": votes, "reasons": reasons})  # fmt: skip
     found.sort(key=lambda row: row["agreement"])
-    voters = [*local, *(seat.name for seat in seats)]
+    voters = [*local, *(member.name for member in members)]
     return path, write_review(path, found, voters)
 
 

@@ -2,8 +2,9 @@
 
     example → the members still needed → claim → gate (in flight, per minute, pauses) → call → read → store
 
-A call that fails is tried again, later each time; a teacher whose calls keep failing is set aside and the vote goes on
-while enough are left. The number of examples under way is bounded, so memory does not grow with their number.
+A call that fails is tried again after a pause that doubles each time. A teacher whose calls keep failing is set aside,
+and labelling continues while enough voters are left. The number of examples under way is bounded, so memory does not
+grow with the number of rows.
 """
 
 import asyncio
@@ -40,9 +41,9 @@ log = logging.getLogger("lorapar")
 
 # The longest pause of our own between two tries, in seconds; a server's Retry-After may ask for a longer one.
 LONGEST_BACKOFF = 60.0
-# From the next failure in a row on, all calls of the teacher wait, twice as long each time.
+# After this many failures in a row, every further one pauses all calls of the teacher, twice as long each time.
 FAILURES_WITHOUT_PAUSE = 3
-# How often to look whether another process has its vote, in seconds: at first, and at most.
+# Between two looks at whether another process has stored the vote it claimed, in seconds: at first, and at most.
 POLL_SECONDS = (0.05, 1.0)
 AGAIN = ('\n\nA reply to this could not be read as one label. Reply with one JSON object and nothing else: {"reason": '
          '"one short sentence", "system": "System1" or "System2"}')  # fmt: skip
@@ -58,12 +59,12 @@ def ask(
     """The panel's votes on the rows: by teacher, for each row 1, 2, UNASKED or UNANSWERED.
 
     Args:
-        rows: with `id`, `prompt` and `completion`, gone through several times. store: where votes are and go; what is
+        rows: with `id`, `prompt` and `completion`; read several times. store: votes are written there, and what is
         there is not asked again. local: the votes of voters that need no asking. tokenizer: counts tokens where a
         teacher's context is known.
 
-    Raises InputError where ids come twice, a row is too long, no teacher can be reached, too few are left or the
-    budget is spent; every vote that has arrived is in the store by then, and the same call goes on from there.
+    Raises InputError where two rows have one id, a row is too long, no teacher can be reached, too few voters are left
+    or the budget is spent. By then every vote that has arrived is in the store, and the same call resumes from there.
     """
     if not isinstance(store, VoteStore):
         with VoteStore(store) as opened:
@@ -73,11 +74,13 @@ def ask(
 
 
 class _Asking:
+    """One call of `ask`: its panel and rows, the votes so far, and why it stopped."""
+
     def __init__(self, panel: Panel, rows: Rows, store: VoteStore, local: Mapping[str, Sequence[int | None]]):
         self.panel, self.rows, self.store, self.local = panel, rows, store, local
         self.votes = empty_votes(panel, len(rows))
         self.missing = missing(panel, rows, store)
-        self.stopped: str | None = None  # the line for the user, once there are to be no more calls
+        self.stopped: str | None = None  # why no more calls are made, for the user to read
         self.progress: dict[str, Progress] = {}
         self.promised = 0.0  # what the calls in flight may cost
 
@@ -89,7 +92,7 @@ class _Asking:
             check_context(self.panel, self.rows, self.store, tokenizer)
             self.progress = {member.name: Progress(f"label: {member.name}", self.missing[member.name], "vote")
                              for member in members if self.missing[member.name] and not member.aside}  # fmt: skip
-            # Twice what can be in flight, so that gates stay full while some examples wait for their next try.
+            # Twice what can be in flight, so that calls do not run out while some examples wait for their next try.
             under_way = asyncio.Semaphore(max(64, 2 * sum(member.config.in_flight for member in members)))
             async with asyncio.TaskGroup() as tasks:
                 for example in examples(self.rows):
@@ -114,7 +117,7 @@ class _Asking:
         return self.votes
 
     async def _check_teachers(self) -> None:
-        """A look at every teacher that has votes to give, before any is paid."""
+        """Check every teacher that has a vote missing, before any call is paid for."""
         asked = [member for member in self.panel.members if self.missing[member.name]]
         results = await asyncio.gather(*(member.teacher.check() for member in asked), return_exceptions=True)
         unusable = [result for result in results if isinstance(result, BaseException)]
@@ -151,7 +154,7 @@ class _Asking:
         return stop is not None and max(weigh(counted, self.panel.label.weights)) >= stop - 1e-9
 
     def _needed(self, counted: Mapping[str, int | None], members: list[Member]) -> int:
-        """How many more must be asked at once: all, or as few as could settle it if they agree."""
+        """How many more to ask together: all, or as few as could decide the row if they agree."""
         if self.panel.label.stop_early is None:
             return len(members)
         weight, needed = max(weigh(counted, self.panel.label.weights)), 0
@@ -161,7 +164,7 @@ class _Asking:
         return needed
 
     async def _vote(self, member: Member, example: Example) -> int | None:
-        """The member's vote on the example: out of the store, else by asking; None where there is none."""
+        """The member's vote on the example, from the store or by asking; None where there is none."""
         key = member.key(example)
         vote = self.store.get(key)
         if vote is None:
@@ -190,7 +193,7 @@ class _Asking:
         return None
 
     async def _ask(self, member: Member, example: Example, key: str) -> Vote | None:
-        """Calls until there is a vote, the teacher has nothing better to say, or its tries are used up."""
+        """Call until a reply can be read as a vote, or the tries or repeated questions are used up."""
         prompt = self.panel.prompt.fill(example.question, example.answer)
         vote = Vote(key, example.id, member.name, None, "", calls=0)
         failures, unread = 0, 0
@@ -222,7 +225,7 @@ class _Asking:
         return vote
 
     async def _call(self, member: Member, prompt: str, vote: Vote) -> Reply | None:
-        """One call, its tokens, cost and latency added to `vote`; None where no more calls are to be made."""
+        """One call, its tokens, cost and latency added to `vote`; None where no more calls may be made."""
         async with self.gates[member.name]:
             most = member.cost(len(prompt) / 3, member.teacher.max_tokens)
             if not await self._may_call(member, most):
@@ -230,11 +233,11 @@ class _Asking:
             self.promised += most
             member.calls += 1
             vote.calls += 1
-            # One that is broken off keeps what was promised: it may be paid all the same.
+            # An interrupted call stays counted at its highest cost: it may be charged all the same.
             began, cost = time.monotonic(), most
             try:
                 reply = await member.teacher.ask(prompt)
-                # An endpoint that counts no tokens costs money all the same.
+                # An endpoint that does not count tokens charges for them all the same.
                 tokens_in = len(prompt) / LETTERS_PER_TOKEN if reply.tokens_in is None else reply.tokens_in
                 tokens_out = len(reply.text) / LETTERS_PER_TOKEN if reply.tokens_out is None else reply.tokens_out
                 cost = member.cost(tokens_in, tokens_out)
@@ -255,14 +258,14 @@ class _Asking:
         member.failed_calls += 1
         member.last_failure = str(failure)
         if member.failed_calls == 1:
-            log.info("label: %s: a call failed, as some do: row %s: %s", member.name, example.id, failure)
+            log.info("label: %s: first failed call, row %s: %s", member.name, example.id, failure)
         gate, now = self.gates[member.name], time.monotonic()
         if failure.retry_after is not None:
-            # For all its calls: the next one would be refused as well.
+            # All calls of this teacher wait: the next one would be refused as well.
             if failure.retry_after > LONGEST_BACKOFF:
                 log.warning("label: %s asks to wait %.0f s (%s)", member.name, failure.retry_after, failure)
             gate.pause(failure.retry_after * random.uniform(1.0, 1.1))
-        # Calls that were in flight together fail together: one failure in a row.
+        # Calls that were in flight together fail together, and count as one failure in a row.
         if now - failure.seconds >= member.last_failed_at:
             member.failures_in_a_row += 1
             member.last_failed_at = now
@@ -288,8 +291,8 @@ class _Asking:
             )
 
     async def _may_call(self, member: Member, most: float) -> bool:
-        """Whether a call that may cost `most` is within the budget; counted, if so. Waits for what calls in flight turn
-        out to cost, where that decides it."""
+        """Whether a call that may cost `most` is within the budget, and count it if so. Where that depends on what the
+        calls in flight will cost, wait for them."""
         budget = self.panel.label.budget
         while not (self.stopped or member.aside):
             if self.store.spend_call(member.name, budget.calls, budget.cost, most):
@@ -319,7 +322,7 @@ def _plus(total: int | None, count: int | None) -> int | None:
 
 @dataclass
 class Gate:
-    """Lets calls of one teacher start: so many in flight, so many a minute (evenly spaced), none while it pauses."""
+    """Lets calls of one teacher start: at most `in_flight` together, `per_minute` evenly spaced, none while paused."""
 
     in_flight: int
     per_minute: float | None

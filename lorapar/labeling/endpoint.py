@@ -1,8 +1,7 @@
-"""Teachers that are asked in words: a model behind an OpenAI-compatible endpoint, or a local transformers model.
+"""A teacher behind an OpenAI-compatible endpoint.
 
-Both answer `await ask(prompt)` with what the model said, or raise `CallFailed`, which says whether another try may help
-and when. Keys come from environment variables, are handed to the client and to nothing else; every text that comes back
-passes `hide`, because servers repeat keys in their errors.
+Its key comes from an environment variable and goes to the client alone; every text that comes back passes `hide`,
+because servers repeat keys in their errors.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorapar")
 
-# How long the free look at an endpoint's list of models may take, in seconds.
+# How long reading an endpoint's list of models, which is free, may take, in seconds.
 CHECK_SECONDS = 10.0
 # What endpoints call a model's context in their list of models: vLLM, OpenRouter, Groq, llama.cpp's proxy.
 CONTEXT_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length")
@@ -60,7 +59,7 @@ class EndpointTeacher:
 
     def _client(self) -> Any:
         if self.client is None:
-            # Its own retries are off: ours know the teacher's other calls, and honour Retry-After for all of them.
+            # The client's own retries are off: ours apply Retry-After to all calls of the teacher.
             self.client = self.openai.AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.config.base_url,
@@ -68,7 +67,7 @@ class EndpointTeacher:
                 timeout=self.config.timeout,
             )
             if not (urlsplit(self.config.base_url or "").hostname or "").endswith("openai.com"):
-                # What the client reads out of OPENAI_ORG_ID and its like is not for other hosts.
+                # What the client reads from OPENAI_ORG_ID and its like is not for other hosts.
                 self.client.organization = self.client.project = self.client.admin_api_key = None
         return self.client
 
@@ -81,14 +80,16 @@ class EndpointTeacher:
         return text.replace(self.key, "[key]") if self.key else text
 
     async def check(self) -> None:
-        """Look at the endpoint's list of models, which costs nothing. InputError for a key or model that it does not
-        take, CallFailed where it cannot be reached; an endpoint without a list is taken at its word."""
+        """Read the endpoint's list of models, which is free. InputError for a key or model that it does not accept,
+        CallFailed where it cannot be reached; an endpoint without a list passes."""
         openai = self.openai
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 page = await self._client().models.list()
         except openai.AuthenticationError as error:
-            raise InputError(f"{self._key_place()} is refused by {self.config.base_url}: {self._said(error)}") from None
+            raise InputError(
+                f"{self._key_place()} is refused by {self.config.base_url}: {self._message(error)}"
+            ) from None
         except (openai.APIConnectionError, TimeoutError) as error:
             raise CallFailed(self._connection(error)) from None
         except (openai.OpenAIError, ValueError):
@@ -112,13 +113,13 @@ class EndpointTeacher:
             schema = {"name": "vote", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
-            # The client's own timeout is of each read; this one is of the whole call. `post`, not
-            # `chat.completions.create`, which spends half of a call's CPU time on turning a body that is plain already
-            # into plain values, and the reply into objects.
+            # The client's own timeout is for each read, this one for the whole call. `post` in place of
+            # `chat.completions.create`, which spends half of a call's CPU time on converting a body that is plain
+            # already, and on turning the reply into objects.
             async with asyncio.timeout(self.config.timeout):
                 reply = await self._client().post("/chat/completions", cast_to=object, body=body)
         except openai.APIStatusError as error:
-            return self._status(error, structured)
+            return self._outcome_of(error, structured)
         except (openai.APIConnectionError, TimeoutError) as error:
             raise CallFailed(self._connection(error)) from None
         # ValueError: a body that is no JSON, or JSON cut short.
@@ -138,14 +139,14 @@ class EndpointTeacher:
         tokens_in, tokens_out = (count if isinstance(count, int) else None for count in counts)
         return Reply(self.hide(content or ""), self.hide(refusal) if refusal else None, tokens_in, tokens_out)
 
-    def _status(self, error: Any, structured: bool) -> Reply:
-        """What an HTTP error means: another try, another way, or none. A content filter's is an answer of a kind."""
-        status, said = error.status_code, self._said(error)
+    def _outcome_of(self, error: Any, structured: bool) -> Reply:
+        """Raise whether an HTTP error allows another try, and how; a content filter's error is a reply, a refusal."""
+        status, message = error.status_code, self._message(error)
         code, lower = str(error.code or ""), f"{error.code} {error.message}".casefold()
-        what = f"HTTP {status}: {said}"
+        what = f"HTTP {status}: {message}"
         if status in (400, 404, 413, 422):
             if code == "content_filter" or "content_filter" in lower:
-                return Reply("", refusal=said)
+                return Reply("", refusal=message)
             if "context_length" in code or TOO_LONG.search(lower):
                 raise CallFailed(what, retry=False, too_long=True) from None
             if structured and self.config.structured == "auto" and re.search(r"response_format|json_schema", lower):
@@ -160,7 +161,7 @@ class EndpointTeacher:
         retry = status in (408, 409, 425, 429) or status >= 500
         raise CallFailed(what, retry=retry, retry_after=retry_after(error.response.headers)) from None
 
-    def _said(self, error: Any) -> str:
+    def _message(self, error: Any) -> str:
         return self.hide(" ".join(str(error.message).split()))[:300]
 
     def _connection(self, error: BaseException) -> str:

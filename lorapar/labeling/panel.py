@@ -1,4 +1,4 @@
-"""Who sits on the panel, what each is asked, and what remains to be asked: all that is known before a call is made."""
+"""The panel of teachers, what each is asked, and what remains to be asked: all that is known before the first call."""
 
 import hashlib
 from array import array
@@ -19,7 +19,7 @@ from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
 from .teacher import Teacher
 
-# English has about 4 letters a token; for where no tokenizer is at hand and the endpoint does not count.
+# English has about 4 letters a token; used where there is no tokenizer and the endpoint does not count.
 LETTERS_PER_TOKEN = 4
 UNASKED, UNANSWERED = 0, -1
 
@@ -100,10 +100,10 @@ class Panel:
 
 
 def make_panel(label: LabelConfig, target: str, local: Sequence[str] = ()) -> Panel:
-    """The panel of a recipe's section `label`; InputError for what cannot serve, before anybody is asked.
+    """The panel of a recipe's section `label`; InputError for what cannot work, before anybody is asked.
 
     Args:
-        target: the model that the teachers play, where the section names none. local: names of the other voters.
+        target: the model that the teachers act as, where the section names none. local: names of the other voters.
     """
     check_label(label)
     prompt = make_prompt(label.template, label.role_play, label.target or target, label.habits)
@@ -162,7 +162,7 @@ def _check_rules(panel: Panel, names: list[str]) -> None:
 
 
 class Rows(Protocol):
-    """Rows that can be gone through more than once: a data set, a list."""
+    """Rows that can be read more than once: a data set, a list."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -175,7 +175,7 @@ def examples(rows: Rows) -> Iterator[Example]:
 
 
 def check_ids(rows: Rows) -> None:
-    """InputError for an id that comes twice."""
+    """InputError where two rows have one id."""
     hashes = array("Q")  # 8 bytes a row, where a set of the ids would take a hundred
     for row in rows:
         hashes.append(int.from_bytes(hashlib.blake2b(str(row["id"]).encode(), digest_size=8).digest(), "little"))
@@ -214,7 +214,7 @@ def check_context(panel: Panel, rows: Rows, store: VoteStore | None, tokenizer: 
 
 @dataclass
 class Remaining:
-    """What a teacher has still to be asked, at most: `calls`, estimated tokens, `cost`; `stored` votes are there."""
+    """What a teacher still has to be asked, at most: calls, estimated tokens and cost; and the votes already stored."""
 
     calls: int = 0
     stored: int = 0
@@ -224,17 +224,17 @@ class Remaining:
 
 
 def remaining(panel: Panel, rows: Rows, store: VoteStore | None, tokenizer: Any = None) -> dict[str, Remaining]:
-    """By teacher, what is not in the store and what it may come to.
+    """By teacher, what is not in the store and what it may cost.
 
-    Tokens are counted with the target's `tokenizer`, or taken as 4 letters each; a teacher whose endpoint has counted
-    before is expected to go on as it did.
+    Tokens are counted with the target's `tokenizer`, or estimated at 4 letters each; where an endpoint has counted
+    tokens before, its mean is used.
     """
-    found = {member.name: Remaining() for member in panel.members}
+    by_teacher = {member.name: Remaining() for member in panel.members}
     means = {member.name: store.means(member.name) if store else None for member in panel.members}
     for example in examples(rows):
         prompt_tokens: int | None = None
         for member in panel.members:
-            mine = found[member.name]
+            mine = by_teacher[member.name]
             if store is not None and store.get(member.key(example)) is not None:
                 mine.stored += 1
                 continue
@@ -245,7 +245,7 @@ def remaining(panel: Panel, rows: Rows, store: VoteStore | None, tokenizer: Any 
             mine.tokens_in += tokens_in
             mine.tokens_out += tokens_out
             mine.cost += member.cost(tokens_in, tokens_out)
-    return found
+    return by_teacher
 
 
 def count_tokens(text: str, tokenizer: Any = None) -> int:
@@ -254,10 +254,10 @@ def count_tokens(text: str, tokenizer: Any = None) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def table_of(panel: Panel, found: Mapping[str, Remaining], spent: tuple[int, float]) -> str:
+def table_of(panel: Panel, by_teacher: Mapping[str, Remaining], spent: tuple[int, float]) -> str:
     """What remains, as a table to print."""
     lines = [f"{'teacher':24} {'stored':>8} {'calls':>8} {'tokens in':>12} {'tokens out':>12} {'cost':>10}"]
-    rows = [(member.name, found[member.name], member.config.price is not None) for member in panel.members]
+    rows = [(member.name, by_teacher[member.name], member.config.price is not None) for member in panel.members]
     total = Remaining(*(sum(getattr(r, f) for _, r, _ in rows) for f in ("calls", "stored", "tokens_in", "tokens_out")),
                       cost=sum(r.cost for _, r, _ in rows))  # fmt: skip
     for name, r, priced in [*rows, ("all", total, any(priced for _, _, priced in rows))]:

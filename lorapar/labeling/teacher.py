@@ -1,4 +1,7 @@
-"""What every teacher is: a model that is asked in words, with a reply or a failed call as the outcome."""
+"""A teacher: a model that is asked in words. `await ask(prompt)` returns its reply or raises `CallFailed`.
+
+endpoint.py has the one behind a `base_url`, local.py the one that runs here; `panel.make_teacher` chooses.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -6,7 +9,7 @@ from typing import Any, Protocol
 
 @dataclass
 class Reply:
-    """What a teacher said; token counts are None where the endpoint does not give them."""
+    """A teacher's reply; token counts are None where the endpoint does not report them."""
 
     text: str
     refusal: str | None = None
@@ -19,7 +22,8 @@ class CallFailed(Exception):
     """A call without a reply, and why.
 
     `retry`: another try may help, after `retry_after` seconds where the server says so; `fatal`: no call of this
-    teacher will; `too_long`: this example exceeds its context; `again`: no failure, ask at once in the teacher's way.
+    teacher will succeed; `too_long`: this example exceeds its context; `again`: not a failure, call again immediately
+    (the teacher has changed how it asks).
     """
 
     what: str
@@ -35,7 +39,10 @@ class CallFailed(Exception):
 
 
 class Teacher(Protocol):
-    """A teacher: its `name`, the `identity` that its votes are stored under, and `max_tokens` it may answer with."""
+    """`identity` is what its votes are stored under, `max_tokens` the longest reply, `context` None where unknown.
+
+    `check` refuses a teacher that cannot work before any call is paid for; `hide` removes its key from a text.
+    """
 
     name: str
     identity: dict[str, Any]

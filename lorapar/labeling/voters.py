@@ -1,5 +1,4 @@
-"""Voters that ask something other than the text: the target model, or a column of labels. And all of them by
-name."""
+"""Voters that look beyond the worked answer, at the target model or at a column of labels; and all voters by name."""
 
 import difflib
 import inspect
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 class Probe:
     """System 1 if the target model's greedy short answer is right, else System 2.
 
-    What the model can say at once needs no deliberation. A row that has no answer to compare with gets no
-    vote.
+    What the model answers without working needs no deliberation. A row without an answer to compare with gets no vote.
     """
 
     name = "probe"
@@ -56,8 +54,7 @@ class Probe:
 
 
 class Column:
-    """The label that a column holds already: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no
-    vote."""
+    """The label in a column of the data: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no vote."""
 
     def __init__(self, column: str):
         self.column = column
@@ -82,6 +79,7 @@ class Column:
         return votes
 
 
+# Every voter that a recipe can list, by name; the arguments of its class are its options.
 VOTERS = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
 
 

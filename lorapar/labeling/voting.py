@@ -1,4 +1,4 @@
-"""From votes to labels: the majority of the votes cast, ties by a stated rule; every vote kept, a person's wins."""
+"""From votes to labels: the majority by weight, ties by a rule, a person's correction before both; votes are kept."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,14 @@ def label(
     """`dataset` with the columns `system` (1 | 2), `votes` ({name: 1 | 2 | None}), `agreement`, `teachers` and
     `decided_by` ("votes" | "tie" | "no_votes" | "person").
 
-    `votes` holds votes that were cast already, by teacher's name; a teacher of that name is not asked again.
-    A row with as many votes for one system as for the other, or with none at all, goes by `ties`: to
-    "system1", to "system2", or out of the data ("drop"); "ask" is "system2" where asking once more has not
-    broken the tie. A vote weighs what `weights` says of its teacher, else 1. `corrections` are a person's labels by
-    `id`, which win. `agreement` is the share of the cast votes, by weight, that the majority has: 0.5 at a tie, 0
-    where no vote was cast. Labels that the data set has already are replaced.
+    Args:
+        teachers: voters of any kind. votes: votes cast already, by the voter's name; that voter is not asked again.
+        ties: what becomes of a row with equal weight for both systems, or with no vote: "system1", "system2", or left
+        out of the data ("drop"); "ask" is "system2" where the reserves have not broken the tie.
+        weights: of a voter's vote, else 1. corrections: a person's labels by `id`, which override the votes.
+
+    `agreement` is the majority's share of the cast votes, by weight: 0.5 at a tie, 0 where no vote was cast. Labels
+    that the data set already has are replaced.
     """
     return labelled_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
 

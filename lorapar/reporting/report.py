@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
 from ..reporting import charts, sections
 from .agreement import agreement
-from .page import (
+from .artefacts import (
     SYSTEMS,
     Run,
     absent,

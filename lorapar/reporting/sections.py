@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 
 from ..reporting import charts, elements
+from .artefacts import Run, absent, active_counts, byte_size, duration, escaped, html_table, number, percent
 from .elements import GRANULARITIES, REGIONS
-from .page import Run, absent, active_counts, byte_size, duration, escaped, html_table, number, percent
 
 STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "export")
 SCATTER_POINTS = 20_000

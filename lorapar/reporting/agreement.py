@@ -8,7 +8,8 @@ import numpy as np
 
 from ..labeling.agreement import Agreement, measure
 from ..reporting import charts
-from .artefacts import Run, absent, duration, escaped, html_table, number, percent
+from .artefacts import Run
+from .html import absent, duration, escaped, html_table, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

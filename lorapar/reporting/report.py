@@ -6,32 +6,17 @@ A section whose artefact is missing says which stage has not run.
 """
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
-from ..reporting import charts, sections
+from . import sections
 from .agreement import agreement
-from .artefacts import (
-    SYSTEMS,
-    Run,
-    absent,
-    active_counts,
-    duration,
-    escaped,
-    evaluated,
-    html_table,
-    load,
-    model_name,
-    number,
-    percent,
-    signed_points,
-)
-
-TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+from .artefacts import Run, active_counts, evaluated, load, model_name
+from .html import duration, escaped, percent
+from .sections import SYSTEMS, TITLES, second_stage_cost
 
 
 def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -> Path:
@@ -49,7 +34,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     with atomic_folder(folder / "figures") as figures:
         run = load(folder, figures, labels)
         parts = [
-            ("accuracy", "Accuracy", _accuracy),
+            ("accuracy", "Accuracy", sections.accuracy),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),
             ("theta", "θ and granularity", sections.theta),
@@ -108,7 +93,7 @@ def _result(run: Run) -> str:
             change = f"from {percent(old)} to {percent(new)}" if new != old else f"at {percent(new)}"
             parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} accuracy {change}")
     said = "; ".join(parts) or "No system was evaluated before and after a stage"
-    cost = _second_stage_cost(run)
+    cost = second_stage_cost(run)
     if cost is not None:
         name, points = cost
         verb = "cost" if points < 0 else "gave"
@@ -132,73 +117,3 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if run.metrics is not None and run.metrics.get("seconds"):
         tiles.append((duration(sum(run.metrics["seconds"].values())), "all stages together", ""))
     return tiles
-
-
-def _accuracy(run: Run) -> str:
-    if run.metrics is None:
-        return absent("metrics.json", "evaluate")
-    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
-    intervals = run.metrics.get("interval", {})
-    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
-
-    def interval(step: str, key: str) -> Sequence[float] | None:
-        return intervals.get(step, {}).get(key)
-
-    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
-    top = min(109.0, 100 * highest * 1.12 + 1)
-    panels = [
-        charts.accuracy_panel(
-            *SYSTEMS[key],
-            labels=[TITLES[step] for step in steps],
-            values=[accuracy[step][key] for step in steps],
-            intervals=[interval(step, key) for step in steps],
-            top=top,
-            n=counts.get(key),
-        )
-        for key in present
-    ]
-    rows = []
-    for key in present:
-        n = counts.get(key)
-        cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
-        for step in steps:
-            value, bounds = accuracy[step][key], interval(step, key)
-            of = f"{round(value * n)}/{n}" if n else ""
-            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
-            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
-        cells += [
-            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
-        ]
-        rows.append("".join(cells))
-    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
-    table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
-    cost = _second_stage_cost(run)
-    said = ""
-    if cost is not None:
-        name, points = cost
-        first, second = steps[1].upper(), steps[2].upper()
-        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
-        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
-        key = name.lower().replace(" ", "")
-        a, b = interval(steps[1], key), interval(steps[2], key)
-        apart = a and b and (a[1] < b[0] or b[1] < a[0])
-        note = "the two intervals do not overlap" if apart else "the two intervals overlap"
-        said = (
-            f"<p>What stage 2 did to stage 1: {second} {verb} {name}, which {first} had trained, <b>{how}</b>"
-            f"{f' ({note})' if a and b else ''}.</p>"
-        )
-    caption = (
-        "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
-        "is its 95 % Wilson interval, and the number above it the share that was right."
-    )
-    return run.figure("accuracy", panels, caption) + said + table
-
-
-def _second_stage_cost(run: Run) -> tuple[str, float] | None:
-    """(the first stage's system, what the second stage did to its accuracy); None unless two stages ran."""
-    if run.metrics is None or len(evaluated(run)) < 3:
-        return None
-    _, first, second = evaluated(run)
-    key = "system1" if first == "sft" else "system2"
-    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
-    return None if old is None or new is None else (SYSTEMS[key][0], new - old)

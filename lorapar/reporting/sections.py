@@ -1,14 +1,24 @@
 """The report's sections after accuracy: each takes the run, draws its figure, and returns its HTML."""
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..reporting import charts, elements
-from .artefacts import Run, absent, active_counts, byte_size, duration, escaped, html_table, number, percent
+from .artefacts import Run, active_counts, evaluated
 from .elements import GRANULARITIES, REGIONS
+from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
 
+# How the page names and colours a group of rows.
+SYSTEMS = {
+    "system1": ("System 1", charts.S1),
+    "system2": ("System 2", charts.S2),
+    "all": ("All", charts.MUTED),
+}
+TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "export")
 SCATTER_POINTS = 20_000
 STATE_BYTES = 8  # two fp32 moments an element
@@ -25,6 +35,76 @@ LOGGED = {
         ("grad_norm", "gradient norm", None),
     ),
 }
+
+
+def accuracy(run: Run) -> str:
+    if run.metrics is None:
+        return absent("metrics.json", "evaluate")
+    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
+    intervals = run.metrics.get("interval", {})
+    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
+
+    def interval(step: str, key: str) -> Sequence[float] | None:
+        return intervals.get(step, {}).get(key)
+
+    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
+    top = min(109.0, 100 * highest * 1.12 + 1)
+    panels = [
+        charts.accuracy_panel(
+            *SYSTEMS[key],
+            labels=[TITLES[step] for step in steps],
+            values=[accuracy[step][key] for step in steps],
+            intervals=[interval(step, key) for step in steps],
+            top=top,
+            n=counts.get(key),
+        )
+        for key in present
+    ]
+    rows = []
+    for key in present:
+        n = counts.get(key)
+        cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
+        for step in steps:
+            value, bounds = accuracy[step][key], interval(step, key)
+            of = f"{round(value * n)}/{n}" if n else ""
+            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
+            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
+        cells += [
+            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
+        ]
+        rows.append("".join(cells))
+    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
+    table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
+    cost = second_stage_cost(run)
+    said = ""
+    if cost is not None:
+        name, points = cost
+        first, second = steps[1].upper(), steps[2].upper()
+        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
+        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
+        key = name.lower().replace(" ", "")
+        a, b = interval(steps[1], key), interval(steps[2], key)
+        apart = a and b and (a[1] < b[0] or b[1] < a[0])
+        note = "the two intervals do not overlap" if apart else "the two intervals overlap"
+        said = (
+            f"<p>What stage 2 did to stage 1: {second} {verb} {name}, which {first} had trained, <b>{how}</b>"
+            f"{f' ({note})' if a and b else ''}.</p>"
+        )
+    caption = (
+        "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
+        "is its 95 % Wilson interval, and the number above it the share that was right."
+    )
+    return run.figure("accuracy", panels, caption) + said + table
+
+
+def second_stage_cost(run: Run) -> tuple[str, float] | None:
+    """(the first stage's system, what the second stage did to its accuracy); None unless two stages ran."""
+    if run.metrics is None or len(evaluated(run)) < 3:
+        return None
+    _, first, second = evaluated(run)
+    key = "system1" if first == "sft" else "system2"
+    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
+    return None if old is None or new is None else (SYSTEMS[key][0], new - old)
 
 
 def importance(run: Run) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..labeling.agreement import Agreement, measure
-from ..reporting import charts
-from .artefacts import Run
+from . import charts
+from .artefacts import Artefacts
+from .charts import Figures
 from .html import absent, duration, escaped, html_table, number, percent
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ WORDS = (
 )
 
 
-def agreement(run: Run) -> str:
+def agreement(run: Artefacts, figures: Figures) -> str:
     if run.labels is None:
         return absent("labels.jsonl", "label")
     # Those that a tie left out were voted on like the others.
@@ -47,7 +48,11 @@ def agreement(run: Run) -> str:
     said = _said(found, len(votes), bool(weights))
     used = _usage(run)
     return (
-        run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found, bool(weights))
+        figures.draw("agreement", panels, caption)
+        + said
+        + _confusion(found)
+        + used
+        + _split(rows, found, bool(weights))
     )
 
 
@@ -127,7 +132,7 @@ def _confusion(found: Agreement) -> str:
     return html_table(heads, rows)
 
 
-def _usage(run: Run) -> str:
+def _usage(run: Artefacts) -> str:
     """What each teacher's votes took, where teachers were asked."""
     if not run.votes:
         return ""

@@ -45,6 +45,23 @@ class Panel:
     margins: tuple[float, float, float, float] = (0.5, 0.18, 0.42, 0.36)  # left, right, bottom, top
 
 
+class Figures:
+    """Draws the page's figures, numbered from 1, and keeps each as a PNG in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.drawn = folder, 0
+
+    def draw(self, name: str, panels: Sequence[Panel], caption: str, columns: int = 3) -> str:
+        """Write `<name>.png` and return the same panels as an HTML figure; `caption` is HTML."""
+        png(panels, self.folder / f"{name}.png", columns)
+        self.drawn += 1
+        pictures = "\n".join(svg(panel, f"{name}{i}") for i, panel in enumerate(panels))
+        return (
+            f'<figure id="fig-{name}"><div class="panels">{pictures}</div>'
+            f"<figcaption><b>Figure {self.drawn}.</b> {caption}</figcaption></figure>"
+        )
+
+
 def svg(panel: Panel, prefix: str) -> str:
     """The panel as an `<svg>` element for HTML, its ids under `prefix` and its colours as CSS variables."""
     buffer = io.StringIO()

@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
 from . import sections
 from .agreement import agreement
-from .artefacts import Run, active_counts, evaluated, load, model_name
+from .artefacts import Artefacts, active_counts, evaluated, model_name, read_artefacts
+from .charts import Figures
 from .html import duration, escaped, percent
 from .sections import SYSTEMS, TITLES, second_stage_cost
 
@@ -31,8 +32,8 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     folder = Path(output_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a run's output folder")
-    with atomic_folder(folder / "figures") as figures:
-        run = load(folder, figures, labels)
+    with atomic_folder(folder / "figures") as drawn:
+        run, figures = read_artefacts(folder, labels), Figures(drawn)
         parts = [
             ("accuracy", "Accuracy", sections.accuracy),
             ("importance", "Importance", sections.importance),
@@ -48,7 +49,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
         contents = " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
         body = [f"{_header(run)}<nav>{contents}</nav>"]
         for key, title, write in parts:
-            body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run)}</section>')
+            body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run, figures)}</section>')
         body.append("<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>")
     template = Template(read_text(Path(__file__).with_name("report.html")))
     page = folder / "report.html"
@@ -56,7 +57,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     return page
 
 
-def _header(run: Run) -> str:
+def _header(run: Artefacts) -> str:
     sources = run.recipe.get("data", {}).get("sources", [])
     names = [source["name"] if isinstance(source, dict) else str(source) for source in sources]
     facts = {"Model": model_name(run), "Data": ", ".join(dict.fromkeys(names)) or "not recorded"}
@@ -78,7 +79,7 @@ def _header(run: Run) -> str:
     )
 
 
-def _result(run: Run) -> str:
+def _result(run: Artefacts) -> str:
     """One sentence: what each stage did to its system, and what the second stage cost the first's."""
     if run.metrics is None:
         return "This run has not been evaluated, so there is no accuracy to report."
@@ -95,13 +96,14 @@ def _result(run: Run) -> str:
     said = "; ".join(parts) or "No system was evaluated before and after a stage"
     cost = second_stage_cost(run)
     if cost is not None:
-        name, points = cost
+        key, points = cost
+        name = SYSTEMS[key][0]
         verb = "cost" if points < 0 else "gave"
         said += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
     return escaped(said + ".")
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
+def _tiles(run: Artefacts) -> list[tuple[str, str, str]]:
     tiles = []
     if run.metrics is not None:
         last = evaluated(run)[-1]

@@ -1,4 +1,7 @@
-"""The report's sections after accuracy: each takes the run, draws its figure, and returns its HTML."""
+"""The report's sections in the order of the page: each takes what the run left, draws its figures, returns its HTML.
+
+The agreement of the voters, between `labels` and `cost` on the page, is in agreement.py.
+"""
 
 import itertools
 import math
@@ -7,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..reporting import charts, elements
-from .artefacts import Run, active_counts, evaluated
+from . import charts, elements
+from .artefacts import Artefacts, active_counts, evaluated
+from .charts import Figures
 from .elements import GRANULARITIES, REGIONS
 from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
 
@@ -37,7 +41,7 @@ LOGGED = {
 }
 
 
-def accuracy(run: Run) -> str:
+def accuracy(run: Artefacts, figures: Figures) -> str:
     if run.metrics is None:
         return absent("metrics.json", "evaluate")
     steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
@@ -78,36 +82,35 @@ def accuracy(run: Run) -> str:
     cost = second_stage_cost(run)
     said = ""
     if cost is not None:
-        name, points = cost
+        key, points = cost
         first, second = steps[1].upper(), steps[2].upper()
         verb = "cost" if points < 0 else "gave" if points > 0 else "left"
         how = f"{abs(100 * points):.1f} points" if points else "unchanged"
-        key = name.lower().replace(" ", "")
         a, b = interval(steps[1], key), interval(steps[2], key)
         apart = a and b and (a[1] < b[0] or b[1] < a[0])
         note = "the two intervals do not overlap" if apart else "the two intervals overlap"
         said = (
-            f"<p>What stage 2 did to stage 1: {second} {verb} {name}, which {first} had trained, <b>{how}</b>"
-            f"{f' ({note})' if a and b else ''}.</p>"
+            f"<p>What stage 2 did to stage 1: {second} {verb} {SYSTEMS[key][0]}, which {first} had trained, "
+            f"<b>{how}</b>{f' ({note})' if a and b else ''}.</p>"
         )
     caption = (
         "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
         "is its 95 % Wilson interval, and the number above it the share that was right."
     )
-    return run.figure("accuracy", panels, caption) + said + table
+    return figures.draw("accuracy", panels, caption) + said + table
 
 
-def second_stage_cost(run: Run) -> tuple[str, float] | None:
-    """(the first stage's system, what the second stage did to its accuracy); None unless two stages ran."""
+def second_stage_cost(run: Artefacts) -> tuple[str, float] | None:
+    """(the first stage's system, a key of SYSTEMS; how stage 2 changed its accuracy); None without two stages."""
     if run.metrics is None or len(evaluated(run)) < 3:
         return None
     _, first, second = evaluated(run)
     key = "system1" if first == "sft" else "system2"
     old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
-    return None if old is None or new is None else (SYSTEMS[key][0], new - old)
+    return None if old is None or new is None else (key, new - old)
 
 
-def importance(run: Run) -> str:
+def importance(run: Artefacts, figures: Figures) -> str:
     if run.scores is None:
         return absent("scores.safetensors", "score")
     names = list(run.scores[1])
@@ -145,7 +148,7 @@ def importance(run: Run) -> str:
         caption += " Colours are the regions; here single elements do not decide them, so they mix."
     if not counted:
         counted = absent("partition.safetensors", "partition")
-    return f'<div class="beside">{run.figure("importance", [panel], caption)}<div>{counted}</div></div>'
+    return f'<div class="beside">{figures.draw("importance", [panel], caption)}<div>{counted}</div></div>'
 
 
 def _region_table(regions: elements.RegionMap) -> str:
@@ -168,7 +171,7 @@ def _region_table(regions: elements.RegionMap) -> str:
     )
 
 
-def layer_map(run: Run) -> str:
+def layer_map(run: Artefacts, figures: Figures) -> str:
     if run.codes is None:
         return absent("partition.safetensors", "partition")
     regions = elements.region_map(run.codes)
@@ -199,10 +202,10 @@ def layer_map(run: Run) -> str:
         cells = "".join(f"<td>{percent(counts[code] / counts.sum())}</td>" for code, _ in order)
         rows.append(f"<th>{escaped(module)}</th><td>{number(counts.sum())}</td>{cells}")
     table = html_table(["module, all layers", "elements", *(REGIONS[code] for code, _ in order)], rows)
-    return run.figure("map", panels, caption, columns=4) + table
+    return figures.draw("map", panels, caption, columns=4) + table
 
 
-def theta(run: Run) -> str:
+def theta(run: Artefacts, figures: Figures) -> str:
     if run.scores is None:
         return absent("scores.safetensors", "score")
     metadata = {} if run.partition is None else run.partition.metadata
@@ -241,10 +244,10 @@ def theta(run: Run) -> str:
         f"that {granularity} granularity needs for θ = {mark:g}; lower curves there are what coarser choices "
         "give up."
     )
-    return run.figure("theta", panels, caption) + said + html_table(["granularity", *heads], rows)
+    return figures.draw("theta", panels, caption) + said + html_table(["granularity", *heads], rows)
 
 
-def training(run: Run) -> str:
+def training(run: Artefacts, figures: Figures) -> str:
     parts = []
     for stage, plan in LOGGED.items():
         name = stage.upper()
@@ -276,11 +279,11 @@ def training(run: Run) -> str:
             caption += f" Thin lines are as logged, thick ones a running mean over {window} logged values."
         if stage == "grpo":
             caption += " The band is one standard deviation of the reward within a logged batch."
-        parts.append(run.figure(f"training_{stage}", panels, escaped(caption + "".join(notes))))
+        parts.append(figures.draw(f"training_{stage}", panels, escaped(caption + "".join(notes))))
     return "".join(parts)
 
 
-def labels(run: Run) -> str:
+def labels(run: Artefacts, figures: Figures) -> str:
     if run.labels is None:
         return absent("labels.jsonl", "label")
     rows = run.labels
@@ -333,11 +336,11 @@ def labels(run: Run) -> str:
             f"<td>{number(sum(c.values()) - cast)}</td><td>{right}</td>"
         )
     voters = html_table(["voter", "System 1", "System 2", "no vote", "votes equal to the label"], by_voter)
-    figure = run.figure("labels", [panel], caption)
+    figure = figures.draw("labels", [panel], caption)
     return f'<div class="beside">{figure}<div>{counted}{said}</div></div>{voters}'
 
 
-def cost(run: Run) -> str:
+def cost(run: Artefacts, figures: Figures) -> str:
     if run.metrics is None:
         return absent("metrics.json", "evaluate")
     seconds, memory = run.metrics.get("seconds", {}), run.metrics.get("peak_memory_bytes", {})
@@ -367,7 +370,7 @@ def cost(run: Run) -> str:
             alt = f"{title} of each stage: " + ", ".join(f"{s} {t}" for s, t in zip(shown, texts))
             numbers = [values[stage] for stage in shown]
             panels.append(charts.bars_panel(title, charts.MUTED, shown, numbers, texts, alt))
-    figure = run.figure("cost", panels, "Wall time and peak memory of each stage.", columns=2)
+    figure = figures.draw("cost", panels, "Wall time and peak memory of each stage.", columns=2)
     table = html_table(["stage", "time", "share", "peak memory"], rows)
     said = ""
     rollout = run.metrics.get("rollout_seconds", {}).get("grpo")
@@ -377,7 +380,7 @@ def cost(run: Run) -> str:
     return f'<div class="beside">{figure}<div>{table}{said}</div></div>'
 
 
-def optimizer(run: Run) -> str:
+def optimizer(run: Artefacts, figures: Figures) -> str:
     held = {} if run.metrics is None else run.metrics.get("optimizer_state_bytes", {})
     held = {stage: held[stage] for stage in ("sft", "grpo") if held.get(stage) is not None}
     if not held:
@@ -401,10 +404,10 @@ def optimizer(run: Run) -> str:
     panel = charts.bars_panel("Optimizer state", list(colours), list(names), list(sizes), texts, alt)
     caption = "AdamW's two fp32 moments, 8 bytes an element: for all that could train, and as each stage held it."
     table = html_table(["state for", "elements", "bytes", "of full"], rows)
-    return f'<div class="beside">{run.figure("optimizer", [panel], caption)}<div>{table}</div></div>'
+    return f'<div class="beside">{figures.draw("optimizer", [panel], caption)}<div>{table}</div></div>'
 
 
-def recipe(run: Run) -> str:
+def recipe(run: Artefacts, figures: Figures) -> str:
     if run.recipe_text is None:
         return '<p class="absent">recipe.yaml was not found in this folder.</p>'
     return f"<p>As resolved, every default written out.</p><pre><code>{escaped(run.recipe_text)}</code></pre>"
@@ -415,7 +418,7 @@ def _pick(arrays: dict[str, np.ndarray], names: list[str], places: np.ndarray) -
     return np.concatenate([arrays[name].reshape(-1) for name in names])[places]
 
 
-def _threshold(run: Run, system: int) -> float:
+def _threshold(run: Artefacts, system: int) -> float:
     """The lowest score that the system's kept set holds."""
     assert run.scores is not None
     assert run.codes is not None

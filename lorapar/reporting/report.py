@@ -1,7 +1,7 @@
 """One run's results as a page to read and pictures to keep: `report.html` and `figures/*.png`.
 
-Every number comes out of the run's artefacts; nothing is measured here. The page is one file: styles, SVG and
-pictures are inside it, it asks for nothing from a network, and it follows the reader's light or dark scheme.
+Every number comes from the run's artefacts; nothing is measured here. The page is one file: styles, SVG and pictures
+are inside it, it loads nothing from a network, and it follows the reader's light or dark scheme.
 A section whose artefact is missing says which stage has not run.
 """
 
@@ -93,14 +93,14 @@ def _result(run: Artefacts) -> str:
             verb = "raised" if new > old else "lowered" if new < old else "left"
             change = f"from {percent(old)} to {percent(new)}" if new != old else f"at {percent(new)}"
             parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} accuracy {change}")
-    said = "; ".join(parts) or "No system was evaluated before and after a stage"
+    result = "; ".join(parts) or "No system was evaluated before and after a stage"
     cost = second_stage_cost(run)
     if cost is not None:
         key, points = cost
         name = SYSTEMS[key][0]
         verb = "cost" if points < 0 else "gave"
-        said += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
-    return escaped(said + ".")
+        result += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
+    return escaped(result + ".")
 
 
 def _tiles(run: Artefacts) -> list[tuple[str, str, str]]:

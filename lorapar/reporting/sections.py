@@ -80,7 +80,7 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
     changes = [f"change by {step.upper()}, points" for step in steps[1:]]
     table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
     cost = second_stage_cost(run)
-    said = ""
+    summary = ""
     if cost is not None:
         key, points = cost
         first, second = steps[1].upper(), steps[2].upper()
@@ -89,15 +89,15 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
         a, b = interval(steps[1], key), interval(steps[2], key)
         apart = a and b and (a[1] < b[0] or b[1] < a[0])
         note = "the two intervals do not overlap" if apart else "the two intervals overlap"
-        said = (
+        summary = (
             f"<p>What stage 2 did to stage 1: {second} {verb} {SYSTEMS[key][0]}, which {first} had trained, "
             f"<b>{how}</b>{f' ({note})' if a and b else ''}.</p>"
         )
     caption = (
-        "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
-        "is its 95 % Wilson interval, and the number above it the share that was right."
+        "Accuracy on held-out rows. The colour gets stronger from the base to the last stage; the line on a bar "
+        "is its 95 % Wilson interval, and the number above it the share of right answers."
     )
-    return figures.draw("accuracy", panels, caption) + said + table
+    return figures.draw("accuracy", panels, caption) + summary + table
 
 
 def second_stage_cost(run: Artefacts) -> tuple[str, float] | None:
@@ -115,7 +115,7 @@ def importance(run: Artefacts, figures: Figures) -> str:
         return absent("scores.safetensors", "score")
     names = list(run.scores[1])
     total = sum(array.size for array in run.scores[1].values())
-    # Every element is as likely as any other, and the same ones come again.
+    # Every element is equally likely, and the same ones are drawn each time.
     chosen = np.sort(np.random.default_rng(0).permutation(total)[:SCATTER_POINTS])
     one, two = (_pick(run.scores[system], names, chosen) for system in (1, 2))
     visible = (one > 0) & (two > 0)
@@ -232,7 +232,7 @@ def theta(run: Artefacts, figures: Figures) -> str:
         cells += [f"<td>{percent(run.curves[s, g].needed(mark))}</td>" for s in (1, 2)]
         rows.append("".join(cells))
     heads = ["kept, System 1", "kept, System 2", "needed, System 1", "needed, System 2"]
-    said = (
+    summary = (
         f"<p>Kept: the share of score held when as many elements are active as {granularity} granularity "
         f"needs for θ = {mark:g} ({percent(chosen[1])} for System 1, {percent(chosen[2])} for System 2). "
         f"Needed: the share of elements that holds θ = {mark:g}.</p>"
@@ -244,7 +244,7 @@ def theta(run: Artefacts, figures: Figures) -> str:
         f"that {granularity} granularity needs for θ = {mark:g}; lower curves there are what coarser choices "
         "give up."
     )
-    return figures.draw("theta", panels, caption) + said + html_table(["granularity", *heads], rows)
+    return figures.draw("theta", panels, caption) + summary + html_table(["granularity", *heads], rows)
 
 
 def training(run: Artefacts, figures: Figures) -> str:
@@ -312,7 +312,7 @@ def labels(run: Artefacts, figures: Figures) -> str:
         return counted + "<p>No votes are recorded: the labels came with the data.</p>"
     agreement = [float(row["agreement"]) for row in rows if row.get("agreement") is not None]
     unanimous = sum(value == 1 for value in agreement)
-    said = (
+    summary = (
         f"<p>On average the majority has <b>{percent(sum(agreement) / len(agreement))}</b> of a row's votes; "
         f"{number(unanimous)} of {number(len(agreement))} rows ({percent(unanimous / len(agreement))}) were "
         "unanimous.</p>"
@@ -337,7 +337,7 @@ def labels(run: Artefacts, figures: Figures) -> str:
         )
     voters = html_table(["voter", "System 1", "System 2", "no vote", "votes equal to the label"], by_voter)
     figure = figures.draw("labels", [panel], caption)
-    return f'<div class="beside">{figure}<div>{counted}{said}</div></div>{voters}'
+    return f'<div class="beside">{figure}<div>{counted}{summary}</div></div>{voters}'
 
 
 def cost(run: Artefacts, figures: Figures) -> str:
@@ -372,12 +372,14 @@ def cost(run: Artefacts, figures: Figures) -> str:
             panels.append(charts.bars_panel(title, charts.MUTED, shown, numbers, texts, alt))
     figure = figures.draw("cost", panels, "Wall time and peak memory of each stage.", columns=2)
     table = html_table(["stage", "time", "share", "peak memory"], rows)
-    said = ""
+    summary = ""
     rollout = run.metrics.get("rollout_seconds", {}).get("grpo")
     if rollout is not None and seconds.get("grpo"):
         share = percent(rollout / seconds["grpo"])
-        said = f"<p>Rollouts, the completions that GRPO learns from, took {duration(rollout)}, {share} of its time.</p>"
-    return f'<div class="beside">{figure}<div>{table}{said}</div></div>'
+        summary = (
+            f"<p>Rollouts, the completions that GRPO learns from, took {duration(rollout)}, {share} of its time.</p>"
+        )
+    return f'<div class="beside">{figure}<div>{table}{summary}</div></div>'
 
 
 def optimizer(run: Artefacts, figures: Figures) -> str:

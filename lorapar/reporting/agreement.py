@@ -8,7 +8,7 @@ import numpy as np
 
 from ..labeling.agreement import Agreement, measure
 from . import charts
-from .artefacts import Artefacts
+from .artefacts import Artefacts, vote_weights
 from .charts import Figures
 from .html import absent, duration, escaped, html_table, number, percent
 
@@ -34,7 +34,7 @@ def agreement(run: Artefacts, figures: Figures) -> str:
     # Rows left out at a tie were voted on like the others.
     rows = [*run.labels, *run.dropped]
     votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in rows]
-    weights = (run.recipe.get("label") or {}).get("weights") or {}
+    weights = vote_weights(run)
     measured = measure(votes, weights)
     if len(measured.voters) < 2:
         return "<p>There are fewer than two voters, so there is no agreement to measure.</p>"
@@ -56,7 +56,7 @@ def _summary(measured: Agreement, rows: int, weighted: bool) -> str:
     else:
         word = next(word for bound, word in WORDS if measured.kappa <= bound)
         kappa = f"Fleiss' κ is <b>{measured.kappa:.3f}</b> ({word}): agreement beyond chance, 1 at most."
-    alike = " It counts every vote alike, whatever its weight." if weighted else ""
+    alike = " κ counts every vote alike, whatever its weight." if weighted else ""
     return f"<p>{kappa}{alike} The voters split on {split}.</p>"
 
 
@@ -167,7 +167,7 @@ def _split(rows: list[dict], measured: Agreement, weighted: bool) -> str:
         row = rows[place]
         one, two = (", ".join(escaped(_short(name)) for name, vote in row["votes"].items() if vote == side)
                     for side in (1, 2))  # fmt: skip
-        share = f"{100 * float(row.get('agreement') or 0):.0f} % of {'weight' if weighted else 'votes'}"
+        share = f"{100 * float(row.get('agreement') or 0):.0f} % {'by weight' if weighted else 'of votes'}"
         by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
         label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
         shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'

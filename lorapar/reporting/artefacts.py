@@ -93,3 +93,8 @@ def active_counts(run: Artefacts) -> dict[str, int]:
 def model_name(run: Artefacts) -> str:
     model = run.recipe.get("model", "model not recorded")
     return str(model["name"] if isinstance(model, dict) else model)
+
+
+def vote_weights(run: Artefacts) -> dict[str, float]:
+    """The recipe's weights of voters, by which the labels were decided; a voter without one counts 1."""
+    return (run.recipe.get("label") or {}).get("weights") or {}

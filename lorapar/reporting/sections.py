@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import charts, elements
-from .artefacts import Artefacts, active_counts, evaluated
+from .artefacts import Artefacts, active_counts, evaluated, vote_weights
 from .charts import Figures
 from .elements import GRANULARITIES, REGIONS
 from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
@@ -310,10 +310,11 @@ def labels(run: Artefacts, figures: Figures) -> str:
     counted = html_table(heads, table)
     if not votes:
         return counted + "<p>No votes are recorded: the labels came with the data.</p>"
+    weighted = ", by weight" if vote_weights(run) else ""
     agreement = [float(row["agreement"]) for row in rows if row.get("agreement") is not None]
     unanimous = sum(value == 1 for value in agreement)
     summary = (
-        f"<p>On average the majority has <b>{percent(sum(agreement) / len(agreement))}</b> of a row's votes; "
+        f"<p>On average the majority has <b>{percent(sum(agreement) / len(agreement))}</b> of a row's votes{weighted}; "
         f"{number(unanimous)} of {number(len(agreement))} rows ({percent(unanimous / len(agreement))}) were "
         "unanimous.</p>"
         if agreement

@@ -310,15 +310,16 @@ def test_agreement_has_the_majority_that_made_the_labels(tmp_path):
     panel = [str(a["aria-label"]) for tag, a in page.elements if tag == "svg"][-1]
     assert panel == "Votes equal to the majority: a 100.0 %; b 33.3 %; c 33.3 %."
     assert row_of(page, "a", section="labels")[-1] == "100.0 %"
-    assert row_of(page, "x", section="agreement") == ["a", "b, c", "System\xa01", "60 % of weight"]
+    assert row_of(page, "x", section="agreement") == ["a", "b, c", "System\xa01", "60 % by weight"]
+    assert "On average the majority has 73.3 % of a row's votes, by weight; 1 of 3 rows" in page.text["labels"]
     text = page.text["agreement"]
     assert "The majority is by the recipe's weights" in text
-    assert "It counts every vote alike, whatever its weight." in text
+    assert "κ counts every vote alike, whatever its weight." in text
     # Without weights the votes of two are the majority, and the page does not speak of weights.
     write_json(tmp_path / "recipe.yaml", {"model": "m", "label": None})
     page = Page(report(tmp_path).read_text(encoding="utf-8"))
     assert row_of(page, "a", section="agreement")[-1] == "33.3 %"
-    assert "weight" not in page.text["agreement"]
+    assert "weight" not in page.text["agreement"] + page.text["labels"]
 
 
 def test_agreement_says_what_teachers_took(tmp_path):

@@ -40,10 +40,10 @@ def label_stage(run: Run) -> Facts:
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
     check_corrections(corrections, rows)
-    votes, asked = local_votes(run, rows), {}
+    votes, facts = local_votes(run, rows), {}
     if panel is not None:
-        given, asked = ask_panel(panel, rows, votes, folder, run.tokenizer)
-        votes |= given
+        from_teachers, facts = ask_panel(panel, rows, votes, folder, run.tokenizer)
+        votes |= from_teachers
     labelled, dropped = labelled_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
@@ -57,7 +57,7 @@ def label_stage(run: Run) -> Facts:
         "rows": len(labelled),
         **({"dropped": len(dropped)} if len(dropped) else {}),
         "sources": counts,
-        **asked,
+        **facts,
         **decided_otherwise(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
     }

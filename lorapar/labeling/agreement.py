@@ -1,9 +1,11 @@
-"""How far voters agree: by pairs, by chance-corrected agreement of them all, and each with the majority."""
+"""How far voters agree: in pairs, all together beyond chance (Fleiss' κ), and each with the majority."""
 
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from .voting import majority
 
 Votes = Mapping[str, int | None]
 
@@ -12,7 +14,8 @@ Votes = Mapping[str, int | None]
 class Agreement:
     """Of n rows: `kappa` is Fleiss' κ over rows with two votes or more, None where it is not defined; `pairs` holds for
     two voters (rows on which both voted, rows on which they voted alike); `confusion` for a voter and a majority (1, 2)
-    how often it voted 1, 2 or None; `split` the places of the rows on which votes differ."""
+    how often it voted 1, 2 or None; `split` the places of the rows on which votes differ. The majority is by weight, as
+    it is for the labels; the rest counts every vote alike."""
 
     voters: list[str]
     kappa: float | None = None
@@ -21,7 +24,7 @@ class Agreement:
     split: list[int] = field(default_factory=list)
 
     def pair(self, one: str, other: str) -> float | None:
-        """The share of their common rows on which two voters voted alike."""
+        """The share of their common rows on which two voters cast the same vote."""
         both, alike = self.pairs.get((one, other)) or self.pairs[other, one]
         return alike / both if both else None
 
@@ -31,36 +34,37 @@ class Agreement:
         return sum(self.confusion[voter, system][system] for system in (1, 2)) / cast if cast else None
 
 
-def measure(rows: Sequence[Votes]) -> Agreement:
-    """The agreement of the voters of `rows`, each row's votes by voter (1, 2 or None)."""
+def measure(rows: Sequence[Votes], weights: Mapping[str, float] | None = None) -> Agreement:
+    """The agreement of the voters of `rows`, each row's votes by voter (1, 2 or None); `weights` of voters, else 1."""
     voters = list(dict.fromkeys(name for votes in rows for name in votes))
-    found = Agreement(voters)
-    found.pairs = {pair: (0, 0) for pair in itertools.combinations(voters, 2)}
-    found.confusion = {(voter, system): Counter() for voter in voters for system in (1, 2)}
+    measured = Agreement(voters)
+    measured.pairs = {pair: (0, 0) for pair in itertools.combinations(voters, 2)}
+    measured.confusion = {(voter, system): Counter() for voter in voters for system in (1, 2)}
     ratings = []
     for place, votes in enumerate(rows):
         first, second = (sum(vote == system for vote in votes.values()) for system in (1, 2))
         ratings.append((first, second))
         if first and second:
-            found.split.append(place)
-        for one, other in found.pairs:
+            measured.split.append(place)
+        for one, other in measured.pairs:
             a, b = votes.get(one), votes.get(other)
             if a is not None and b is not None:
-                both, alike = found.pairs[one, other]
-                found.pairs[one, other] = both + 1, alike + (a == b)
-        if first != second:
+                both, alike = measured.pairs[one, other]
+                measured.pairs[one, other] = both + 1, alike + (a == b)
+        system = majority(votes, weights or {})
+        if system is not None:
             for voter in voters:
-                found.confusion[voter, 1 if first > second else 2][votes.get(voter)] += 1
-    found.kappa = fleiss_kappa(ratings)
-    return found
+                measured.confusion[voter, system][votes.get(voter)] += 1
+    measured.kappa = fleiss_kappa(ratings)
+    return measured
 
 
 def fleiss_kappa(ratings: Sequence[tuple[int, ...]]) -> float | None:
     """Fleiss' κ of items by how many raters chose each category; None where it is undefined.
 
-    Items with fewer than two ratings say nothing and are left out; the number of ratings may differ between items, as
-    teachers that did not answer make it. Source: Fleiss 1971, with each item's agreement over its own pairs of ratings.
-    None where nothing is left, and where all ratings are of one category, which is 0/0.
+    Items with fewer than two ratings are left out. The number of ratings may differ between items, because some
+    teachers do not answer. Source: Fleiss 1971, with each item's agreement over its own pairs of ratings. None where no
+    item is left, and where all ratings are of one category (0/0).
     """
     counted = [row for row in ratings if sum(row) >= 2]
     if not counted:

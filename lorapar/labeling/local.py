@@ -1,4 +1,4 @@
-"""A teacher that runs here: a transformers model that answers greedily, the questions that wait as one batch."""
+"""A teacher that runs here: a transformers model that answers greedily; waiting questions are answered as one batch."""
 
 import asyncio
 import re
@@ -9,19 +9,19 @@ from ..errors import InputError
 from ..model.generate import answer_greedily
 from ..model.load import load_model, load_tokenizer
 from ..recipe.sections import ModelConfig
-from .teachers import CallFailed, Reply
+from .teacher import CallFailed, Reply
 
 if TYPE_CHECKING:
     from ..recipe.sections import TeacherConfig
 
-# How long a batch that is not full waits for more, in seconds; while one batch runs the next fills up anyway.
+# How long a batch that is not full waits for more questions, in seconds; while a batch runs, the next one fills up.
 GATHER_SECONDS = 0.02
 
 
 class LocalTeacher:
     """A model by its name (a folder, a hub id, a .gguf file, an alias), loaded when it is first asked.
 
-    `in_flight` is its batch size, `parameters.max_tokens` (128) how much it may say; there are no other parameters.
+    `in_flight` is its batch size, `parameters.max_tokens` (128) how long a reply may be; there are no other parameters.
     """
 
     def __init__(self, config: "TeacherConfig", at: str):
@@ -57,14 +57,14 @@ class LocalTeacher:
         return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     async def check(self) -> None:
-        """Load the model, so that one that is not there is refused before another teacher is paid."""
+        """Load the model, so that a missing one is refused before another teacher is paid."""
         self.closed.clear()
         try:
             self.tokens("")
             self.model = await asyncio.to_thread(load_model, ModelConfig(self.config.model))
         except InputError as error:
-            said = re.sub(r"^model\.(\w+)", rf"{self.at}.\1", str(error))
-            raise InputError(f"{said}; a teacher without base_url is a local model") from None
+            message = re.sub(r"^model\.(\w+)", rf"{self.at}.\1", str(error))
+            raise InputError(f"{message}; a teacher without base_url is a local model") from None
         if self.context is None:
             self.context = getattr(self.model.config, "max_position_embeddings", None)
 
@@ -90,7 +90,7 @@ class LocalTeacher:
                     stopped=self.closed.is_set,
                 )  # fmt: skip
             except Exception as error:
-                # Raised where each is awaited, and so not here.
+                # Raised where each reply is awaited, not here.
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)

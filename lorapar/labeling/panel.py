@@ -1,4 +1,4 @@
-"""Who sits on the panel, what each is asked, and what remains to be asked: all that is known before a call is made."""
+"""The panel of teachers, what each is asked, and what remains to be asked: all that is known before the first call."""
 
 import hashlib
 from array import array
@@ -14,11 +14,13 @@ from ..errors import InputError
 from ..files import sha256_json
 from ..recipe.checks import check_label
 from ..recipe.sections import LabelConfig, PriceConfig, TeacherConfig
+from .endpoint import EndpointTeacher
+from .local import LocalTeacher
 from .prompt import Prompt, make_prompt, question_and_answer
 from .store import VoteStore
-from .teachers import Asked, make_teacher
+from .teacher import Teacher
 
-# English has about 4 letters a token; for where no tokenizer is at hand and the endpoint does not count.
+# English has about 4 letters a token; used where there is no tokenizer and the endpoint does not count.
 LETTERS_PER_TOKEN = 4
 UNASKED, UNANSWERED = 0, -1
 
@@ -38,17 +40,20 @@ class Example:
 
 
 @dataclass
-class Seat:
-    """One teacher on the panel, under the key `prefix` of its votes; `failures` in a row, and why it was set aside."""
+class Member:
+    """One teacher on the panel: its settings, what its votes' keys begin with (`prefix`), and how its calls went.
 
-    teacher: Asked
+    `at`: its key in the recipe. `aside`: why it was set aside, None while it is asked.
+    """
+
+    teacher: Teacher
     config: TeacherConfig
     at: str
     prefix: str
-    asked: int = 0
-    failed: int = 0
-    failures: int = 0
-    failed_at: float = 0.0
+    calls: int = 0
+    failed_calls: int = 0
+    failures_in_a_row: int = 0
+    last_failed_at: float = 0.0
     last_failure: str = ""
     aside: str | None = None
 
@@ -73,7 +78,7 @@ class Panel:
 
     label: LabelConfig
     prompt: Prompt
-    seats: list[Seat]
+    members: list[Member]
     local: tuple[str, ...] = ()
     enough: int = field(init=False)
 
@@ -84,44 +89,53 @@ class Panel:
             raise InputError(f"label.enough: got {self.enough}, but {first} voters are asked first")
 
     @property
-    def first(self) -> list[Seat]:
-        return [seat for seat in self.seats if not seat.config.reserve]
+    def first(self) -> list[Member]:
+        return [member for member in self.members if not member.config.reserve]
 
     @property
-    def reserves(self) -> list[Seat]:
-        return [seat for seat in self.seats if seat.config.reserve]
+    def reserves(self) -> list[Member]:
+        return [member for member in self.members if member.config.reserve]
 
     def weight(self, name: str) -> float:
         return self.label.weights.get(name, 1.0)
 
 
 def make_panel(label: LabelConfig, target: str, local: Sequence[str] = ()) -> Panel:
-    """The panel of a recipe's section `label`; InputError for what cannot serve, before anybody is asked.
+    """The panel of a recipe's section `label`; InputError for what cannot work, before anybody is asked.
 
     Args:
-        target: the model that the teachers play, where the section names none. local: names of the other voters.
+        target: the model that the teachers act as, where the section names none. local: names of the other voters.
     """
     check_label(label)
     prompt = make_prompt(label.template, label.role_play, label.target or target, label.habits)
-    seats = []
+    members = []
     for i, config in enumerate(label.teachers):
         at = f"label.teachers[{i}]"
         teacher = make_teacher(config, at)
-        seats.append(Seat(teacher, config, at, sha256_json([teacher.identity, prompt.digest])))
-    names = [*local, *(seat.name for seat in seats)]
+        members.append(Member(teacher, config, at, sha256_json([teacher.identity, prompt.digest])))
+    names = [*local, *(member.name for member in members)]
     for name, count in Counter(names).items():
         if count > 1:
             raise InputError(f"label.teachers: {count} voters are called {name!r}; give each a name of its own")
     twins = {}
-    for seat in seats:
-        other = twins.setdefault(seat.prefix, seat)
-        if other is not seat:
-            raise InputError(f"{seat.at}: the same model, place and parameters as {other.at}, so its vote would be the "
-                             "same; give it parameters of its own, such as a seed")  # fmt: skip
+    for member in members:
+        other = twins.setdefault(member.prefix, member)
+        if other is not member:
+            raise InputError(
+                f"{member.at}: the same model, place and parameters as {other.at}, so its vote would be the same; "
+                "give it parameters of its own, such as a seed"
+            )
     check_weights(label, names)
-    panel = Panel(label, prompt, seats, tuple(local))
+    panel = Panel(label, prompt, members, tuple(local))
     _check_rules(panel, names)
     return panel
+
+
+def make_teacher(config: TeacherConfig, at: str) -> Teacher:
+    """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
+    if config.base_url is None:
+        return LocalTeacher(config, at)
+    return EndpointTeacher(config, at)
 
 
 def check_weights(label: LabelConfig, names: Sequence[str]) -> None:
@@ -138,17 +152,18 @@ def _check_rules(panel: Panel, names: list[str]) -> None:
     if panel.reserves and label.ties != "ask":
         raise InputError(f"{panel.reserves[0].at}.reserve: true, but label.ties is {label.ties}, so it would never be "
                          "asked; allowed with label.ties: ask")  # fmt: skip
-    total = sum(map(panel.weight, [name for name in names if name not in {s.name for s in panel.reserves}]))
+    reserves = {member.name for member in panel.reserves}
+    total = sum(map(panel.weight, [name for name in names if name not in reserves]))
     if label.stop_early is not None and label.stop_early > total + 1e-9:
         raise InputError(f"label.stop_early: got {label.stop_early:g}, but all votes together weigh {total:g}")
-    if label.budget.cost is not None and not any(seat.config.price for seat in panel.seats):
+    if label.budget.cost is not None and not any(member.config.price for member in panel.members):
         raise InputError(
             "label.budget.cost: no teacher has a price, so no cost can be known; give label.teachers[].price"
         )
 
 
 class Rows(Protocol):
-    """Rows that can be gone through more than once: a data set, a list."""
+    """Rows that can be read more than once: a data set, a list."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -161,7 +176,7 @@ def examples(rows: Rows) -> Iterator[Example]:
 
 
 def check_ids(rows: Rows) -> None:
-    """InputError for an id that comes twice."""
+    """InputError where two rows have one id."""
     hashes = array("Q")  # 8 bytes a row, where a set of the ids would take a hundred
     for row in rows:
         hashes.append(int.from_bytes(hashlib.blake2b(str(row["id"]).encode(), digest_size=8).digest(), "little"))
@@ -174,31 +189,33 @@ def check_ids(rows: Rows) -> None:
 
 def missing(panel: Panel, rows: Rows, store: VoteStore | None) -> dict[str, int]:
     """By teacher, how many votes are not in the store."""
-    counts = dict.fromkeys((seat.name for seat in panel.seats), 0)
+    counts = dict.fromkeys((member.name for member in panel.members), 0)
     for example in examples(rows):
-        for seat in panel.seats:
-            counts[seat.name] += store is None or store.get(seat.key(example)) is None
+        for member in panel.members:
+            counts[member.name] += store is None or store.get(member.key(example)) is None
     return counts
 
 
 def check_context(panel: Panel, rows: Rows, store: VoteStore | None, tokenizer: Any = None) -> None:
     """InputError for the first row that is not in the store and too long for a teacher whose context is known."""
-    limited = [(seat, seat.teacher.context) for seat in panel.seats if seat.teacher.context and not seat.aside]
+    limited = [
+        (member, member.teacher.context) for member in panel.members if member.teacher.context and not member.aside
+    ]
     for example in examples(rows) if limited else ():
         tokens = count_tokens(panel.prompt.fill(example.question, example.answer), tokenizer)
-        for seat, context in limited:
-            room = seat.teacher.max_tokens
-            if tokens + room > context and (store is None or store.get(seat.key(example)) is None):
+        for member, context in limited:
+            room = member.teacher.max_tokens
+            if tokens + room > context and (store is None or store.get(member.key(example)) is None):
                 raise InputError(
-                    f"{seat.at}.context: row {example.id} needs about {tokens} tokens and {room} for the reply, and "
-                    f"{seat.name} has {context}; leave such rows out (data.max_prompt_length), or choose a "
+                    f"{member.at}.context: row {example.id} needs about {tokens} tokens and {room} for the reply, and "
+                    f"{member.name} has {context}; leave such rows out (data.max_prompt_length), or choose a "
                     "teacher with a longer context"
                 )
 
 
 @dataclass
 class Remaining:
-    """What a teacher has still to be asked, at most: `calls`, estimated tokens, `cost`; `stored` votes are there."""
+    """What a teacher still has to be asked, at most: calls, estimated tokens and cost; and the votes already stored."""
 
     calls: int = 0
     stored: int = 0
@@ -208,28 +225,28 @@ class Remaining:
 
 
 def remaining(panel: Panel, rows: Rows, store: VoteStore | None, tokenizer: Any = None) -> dict[str, Remaining]:
-    """By teacher, what is not in the store and what it may come to.
+    """By teacher, what is not in the store and what it may cost.
 
-    Tokens are counted with the target's `tokenizer`, or taken as 4 letters each; a teacher whose endpoint has counted
-    before is expected to go on as it did.
+    Tokens are counted with the target's `tokenizer`, or estimated at 4 letters each; where an endpoint has counted
+    tokens before, its mean is used.
     """
-    found = {seat.name: Remaining() for seat in panel.seats}
-    means = {seat.name: store.means(seat.name) if store else None for seat in panel.seats}
+    by_teacher = {member.name: Remaining() for member in panel.members}
+    means = {member.name: store.means(member.name) if store else None for member in panel.members}
     for example in examples(rows):
         prompt_tokens: int | None = None
-        for seat in panel.seats:
-            mine = found[seat.name]
-            if store is not None and store.get(seat.key(example)) is not None:
+        for member in panel.members:
+            mine = by_teacher[member.name]
+            if store is not None and store.get(member.key(example)) is not None:
                 mine.stored += 1
                 continue
             if prompt_tokens is None:
                 prompt_tokens = count_tokens(panel.prompt.fill(example.question, example.answer), tokenizer)
-            tokens_in, tokens_out = means[seat.name] or (prompt_tokens, seat.teacher.max_tokens)
+            tokens_in, tokens_out = means[member.name] or (prompt_tokens, member.teacher.max_tokens)
             mine.calls += 1
             mine.tokens_in += tokens_in
             mine.tokens_out += tokens_out
-            mine.cost += seat.cost(tokens_in, tokens_out)
-    return found
+            mine.cost += member.cost(tokens_in, tokens_out)
+    return by_teacher
 
 
 def count_tokens(text: str, tokenizer: Any = None) -> int:
@@ -238,10 +255,10 @@ def count_tokens(text: str, tokenizer: Any = None) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def table_of(panel: Panel, found: Mapping[str, Remaining], spent: tuple[int, float]) -> str:
+def table_of(panel: Panel, by_teacher: Mapping[str, Remaining], spent: tuple[int, float]) -> str:
     """What remains, as a table to print."""
     lines = [f"{'teacher':24} {'stored':>8} {'calls':>8} {'tokens in':>12} {'tokens out':>12} {'cost':>10}"]
-    rows = [(seat.name, found[seat.name], seat.config.price is not None) for seat in panel.seats]
+    rows = [(member.name, by_teacher[member.name], member.config.price is not None) for member in panel.members]
     total = Remaining(*(sum(getattr(r, f) for _, r, _ in rows) for f in ("calls", "stored", "tokens_in", "tokens_out")),
                       cost=sum(r.cost for _, r, _ in rows))  # fmt: skip
     for name, r, priced in [*rows, ("all", total, any(priced for _, _, priced in rows))]:
@@ -259,7 +276,7 @@ def table_of(panel: Panel, found: Mapping[str, Remaining], spent: tuple[int, flo
 
 def empty_votes(panel: Panel, rows: int) -> dict[str, array]:
     """One byte a row for each teacher: 1, 2, UNASKED or UNANSWERED."""
-    return {seat.name: array("b", bytes(rows)) for seat in panel.seats}
+    return {member.name: array("b", bytes(rows)) for member in panel.members}
 
 
 def store_path(label: LabelConfig, folder: Path) -> Path:

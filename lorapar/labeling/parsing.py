@@ -1,7 +1,7 @@
-"""What a teacher said, read as a vote: JSON where it kept to the schema, and whatever else names one system plainly.
+"""Reads a teacher's reply as a vote: JSON that follows the schema, or any text that clearly names one system.
 
-Nothing is guessed. An answer that names both systems, that says which one it is *not*, or whose JSON was cut off
-before the label, is no vote; the reason why is kept.
+Nothing is guessed. A reply that names both systems, that says which one it is *not*, or whose JSON was cut off before
+the label, is no vote, and its outcome says why.
 """
 
 import json
@@ -17,8 +17,8 @@ SCHEMA = {
     "required": ["reason", "system"],
     "additionalProperties": False,
 }
-# Reasons and raw answers are kept to this many characters.
-KEPT = 2000
+# Reasons and raw answers are stored up to this length.
+STORED_LETTERS = 2000
 LABEL_KEYS = ("system", "label", "vote", "answer", "class", "classification")
 REASON_KEYS = ("reason", "explanation", "rationale")
 LABEL = re.compile(r"(?:system|s)?[\s_-]*([12])(?:\.0?)?", re.IGNORECASE)
@@ -50,19 +50,19 @@ class Reading:
 
 
 def read_answer(text: str, refusal: str | None = None) -> Reading:
-    """The vote in a teacher's answer. `refusal`: what the endpoint itself marks as one."""
+    """The vote in a teacher's reply. `refusal`: the text that the endpoint itself marks as a refusal."""
     if refusal:
-        return Reading(None, "refused", refusal[:KEPT])
+        return Reading(None, "refused", refusal[:STORED_LETTERS])
     text = re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL).strip()
-    found = [reading for reading in map(_of_object, _objects(text)) if reading is not None]
-    votes = {reading.vote for reading in found if reading.vote} | {int(m[1]) for m in LABEL_FIELD.finditer(text)}
+    readings = [reading for reading in map(_of_object, _objects(text)) if reading is not None]
+    votes = {reading.vote for reading in readings if reading.vote} | {int(m[1]) for m in LABEL_FIELD.finditer(text)}
     if len(votes) > 1:
         return Reading(None, "both", _short(text))
     if votes:
-        whole = next((reading for reading in found if reading.vote), None)
+        whole = next((reading for reading in readings if reading.vote), None)
         return whole or Reading(votes.pop(), "answered")
-    if found or re.match(r"(?:```\w*\s*)?\{", text):
-        both = found and len({match[1] for match in NAMED.finditer(text)}) > 1
+    if readings or re.match(r"(?:```\w*\s*)?\{", text):
+        both = readings and len({match[1] for match in NAMED.finditer(text)}) > 1
         outcome = "both" if both else "refused" if REFUSED.search(text) else "unparseable"
         return Reading(None, outcome, _short(text))
     return _of_prose(text)
@@ -85,7 +85,7 @@ def _of_prose(text: str) -> Reading:
 
 def _objects(text: str) -> list[dict]:
     """Every JSON object in the text that is not inside another."""
-    decoder, found, at = json.JSONDecoder(strict=False), [], text.find("{")
+    decoder, objects, at = json.JSONDecoder(strict=False), [], text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -93,21 +93,21 @@ def _objects(text: str) -> list[dict]:
         except (ValueError, RecursionError):
             end = at + 1
         else:
-            found.append(value)
+            objects.append(value)
         at = text.find("{", end)
-    return found
+    return objects
 
 
 def _of_object(value: dict) -> Reading | None:
-    """The vote of an object with a label; None for one that has no key of a label."""
+    """The vote of a JSON object; None where it has no key that could hold a label."""
     lower = {str(key).casefold(): item for key, item in value.items()}
     key = next((key for key in LABEL_KEYS if key in lower), None)
     if key is None:
         return None
     match = LABEL.fullmatch(str(lower[key]).strip())
     reason = next((lower[key] for key in REASON_KEYS if isinstance(lower.get(key), str)), "")
-    return Reading(int(match[1]) if match else None, "answered" if match else "unparseable", reason[:KEPT])
+    return Reading(int(match[1]) if match else None, "answered" if match else "unparseable", reason[:STORED_LETTERS])
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:KEPT]
+    return " ".join(text.split())[:STORED_LETTERS]

@@ -1,7 +1,7 @@
 """The prompt that a teacher gets: a template file with {question} and {answer}, and {target}, {habits} for role-play.
 
-The teacher plays the target model (paper section 3.1); without role-play it judges the question as such. The wording is
-ours, in `teacher.txt` and `teacher_plain.txt` beside this file; a recipe may name a file of its own.
+The teacher acts as the target model (paper section 3.1); without role-play it judges the question itself. The wording
+is ours, in `teacher.txt` and `teacher_plain.txt` beside this file; a recipe may name a file of its own.
 """
 
 import string
@@ -34,7 +34,7 @@ class Prompt:
 
 
 def make_prompt(template: str | None, role_play: bool, target: str, habits: str | None) -> Prompt:
-    """The template file `template`, or ours; InputError, naming the field, for one that cannot serve."""
+    """The template file `template`, or ours; InputError, naming the field, for one that cannot work."""
     path = (
         Path(template).expanduser() if template else TEMPLATES / ("teacher.txt" if role_play else "teacher_plain.txt")
     )
@@ -53,9 +53,9 @@ def make_prompt(template: str | None, role_play: bool, target: str, habits: str 
                              f"{_braced((*NEEDED, *(ROLE[:1] if role_play else ())))}")  # fmt: skip
     if habits and "habits" not in fields:
         raise InputError(f"label.habits: given, but {path} has no field {{habits}}")
-    # Habits only colour the role: without role-play they are no part of the prompt, nor of a vote's key.
-    said = f" Its habits: {habits.strip().rstrip('.')}." if habits else ""
-    return Prompt(text.strip(), target if role_play else "", said)
+    # Habits only describe the role: without role-play they are part of neither the prompt nor a vote's key.
+    sentence = f" Its habits: {habits.strip().rstrip('.')}." if habits else ""
+    return Prompt(text.strip(), target if role_play else "", sentence)
 
 
 def _braced(names: tuple[str, ...]) -> str:
@@ -63,7 +63,7 @@ def _braced(names: tuple[str, ...]) -> str:
 
 
 def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
-    """A row's prompt and completion as text; of a chat, the turns with their roles where there are several."""
+    """A row's prompt and completion as text; a chat of several turns has the role before each."""
     return _plain(row["prompt"]), _plain(row["completion"])
 
 

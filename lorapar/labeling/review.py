@@ -1,8 +1,8 @@
-"""The rows that voters split on as a CSV for a person: correct what is wrong, and it wins over every vote.
+"""The rows that voters split on, as a CSV for a person to correct; a correction overrides every vote.
 
     id, question, answer, system, agreement, <one column a voter>, reasons, corrected
 
-`corrected` is empty; a person writes 1, 2, System1 or System2 there. Writing the file again keeps what stands in it.
+`corrected` is empty; a person writes 1, 2, System1 or System2 there. Writing the file again keeps the corrections.
 """
 
 import csv
@@ -21,30 +21,30 @@ CORRECTED = "corrected"
 
 
 def write_review(path: Path, rows: Iterable[Mapping[str, Any]], voters: list[str]) -> int:
-    """Write the rows, each with FIRST's keys, `votes` and `reasons`; what was corrected stays. Returns their number."""
+    """Write the rows, each with FIRST's keys, `votes` and `reasons`, and return their number; corrections stay."""
     before = read_rows(path) if path.exists() else {}
     columns = [*FIRST, *voters, "reasons", CORRECTED]
     out, count = io.StringIO(newline=""), 0
     writer = csv.DictWriter(out, columns, restval="")
     writer.writeheader()
     for row in rows:
-        kept = before.pop(row["id"], {}).get(CORRECTED, "")
+        correction = before.pop(row["id"], {}).get(CORRECTED, "")
         votes = {voter: row["votes"].get(voter) for voter in voters}
-        said = "\n".join(f"{voter}: {reason}" for voter, reason in row["reasons"].items())
-        writer.writerow({**{key: row[key] for key in FIRST}, **votes, "reasons": said, CORRECTED: kept})
+        reasons = "\n".join(f"{voter}: {reason}" for voter, reason in row["reasons"].items())
+        writer.writerow({**{key: row[key] for key in FIRST}, **votes, "reasons": reasons, CORRECTED: correction})
         count += 1
-    # What a person corrected and is not split any more.
+    # Rows that a person corrected and that are no longer split.
     for row in before.values():
         if row[CORRECTED].strip():
             writer.writerow({key: row.get(key, "") for key in columns})
             count += 1
-    # With the mark by which spreadsheets know UTF-8.
+    # The byte-order mark tells spreadsheets that this is UTF-8.
     write_text(path, "\ufeff" + out.getvalue())
     return count
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
-    # csv's own limit, 131,072 letters a cell, is less than a long row has.
+    # A long row exceeds csv's own limit of 131,072 letters a cell.
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
     for column in ("id", CORRECTED):

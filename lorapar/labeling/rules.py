@@ -1,7 +1,7 @@
-"""Voters that read the worked answer: how many steps it takes, how many operations it does.
+"""Voters that read the worked answer: rules by the number of its steps or of its arithmetic operations.
 
-Both are rules that anyone can check by eye. They do not ask the model, so the labels, and with them the
-accuracy by system, do not depend on what the model got right.
+Anyone can check them by eye. They do not ask the model, so the labels, and with them the accuracy by system, do not
+depend on what the model got right.
 """
 
 import re
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=\S)")
-# An operator between two numbers. Up to four words of unit may follow the first (8 large pies x 3, $6/day *
-# 5), then with space around the operator (not 5 well-known 3s); a bracket or currency may stand before the
-# second. Held against the calculator marks of GSM8K's 7,473 training answers: 77 % agree exactly, 91 % within
-# one.
+# An operator between two numbers. Up to four words of unit may follow the first number (8 large pies x 3, $6/day * 5),
+# and then the operator needs space around it (not 5 well-known 3s); a bracket or currency may precede the second.
+# Against the calculator marks of GSM8K's 7,473 training answers: 77 % agree exactly, 91 % within one.
 OPERATION = re.compile(
     r"(?<=[\d)%])"
     r"(?:\s*(?:\*\*|[-+*/×÷·^−–xX])|(?:(?:\s*/\s*|\s+)[A-Za-z]+){1,4}\s+[-+*/×÷·−–xX]\s)"
@@ -26,8 +25,7 @@ OPERATION = re.compile(
 
 
 def reasoning_of(row: dict[str, Any]) -> str:
-    r"""The completion up to its final answer (####, \boxed{}, <answer>, "answer is"); "" for a bare
-    answer."""
+    r"""The completion up to its final answer (####, \boxed{}, <answer>, "answer is"); "" for a bare answer."""
     text = text_of(row["completion"]).strip()
     if text.casefold().rstrip(".") == str(row.get("answer") or "").strip().casefold().rstrip("."):
         return ""
@@ -47,8 +45,7 @@ def count_steps(row: dict[str, Any]) -> int:
 
 
 def count_operations(row: dict[str, Any]) -> int:
-    """The arithmetic operators between numbers in the worked answer, or in the question where the answer is
-    bare."""
+    """The arithmetic operators between numbers in the worked answer, or in the question where the answer is bare."""
     text = reasoning_of(row)
     if not text:
         prompt = row["prompt"]
@@ -65,8 +62,7 @@ def _check_threshold(name: str, threshold: Any) -> int:
 class ReasoningSteps:
     """System 1 if the worked answer has at most `threshold` steps before the final answer, else System 2.
 
-    A step is a non-empty line, or a sentence where all stands on one line. A bare answer shows no steps: no
-    vote.
+    A step is a non-empty line, or a sentence where there is only one line. A bare answer has no steps and gets no vote.
     """
 
     name = "steps"
@@ -80,8 +76,7 @@ class ReasoningSteps:
 
 
 class Operations:
-    """System 1 if at most `threshold` arithmetic operations (+ − × ÷ ^ between numbers) are done, else System
-    2.
+    """System 1 if there are at most `threshold` arithmetic operations (+ − × ÷ ^ between numbers), else System 2.
 
     They are counted in the worked answer, or in the question where the answer is bare.
     """

@@ -19,32 +19,32 @@ from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_pan
 from .review import read_corrections, write_review
 from .store import VoteStore
 from .voters import Column, make_voters
-from .voting import check_corrections, decide, kept_and_dropped, votes_of
+from .voting import check_corrections, decide, labelled_and_dropped, votes_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("lorapar")
 REVIEW = "review.csv"
-# What votes.jsonl says of each vote.
+# What votes.jsonl records of each vote.
 VOTE_FACTS = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls", "cost")
 
 
 def label_stage(run: Run) -> Facts:
-    """Ask every voter about every row; teachers, where there are any, after those that cost nothing."""
+    """Ask every voter about every row, the teachers after the voters that cost nothing."""
     recipe, folder = run.recipe, run.folder
-    # First of all, so that a key that is not set or a template that cannot serve is refused before a model is loaded.
+    # First, so that a missing key or an unusable template is refused before a model is loaded.
     panel = panel_of(recipe, voter_names(recipe))
     corrections = corrections_of(recipe, folder)
     rows, counts = load_rows(recipe.data, run.tokenizer)
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
     check_corrections(corrections, rows)
-    votes, asked = local_votes(run, rows), {}
+    votes, facts = local_votes(run, rows), {}
     if panel is not None:
-        given, asked = ask_panel(panel, rows, votes, folder, run.tokenizer)
-        votes |= given
-    labelled, dropped = kept_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
+        from_teachers, facts = ask_panel(panel, rows, votes, folder, run.tokenizer)
+        votes |= from_teachers
+    labelled, dropped = labelled_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
         needed |= {1, 2}
@@ -57,14 +57,14 @@ def label_stage(run: Run) -> Facts:
         "rows": len(labelled),
         **({"dropped": len(dropped)} if len(dropped) else {}),
         "sources": counts,
-        **asked,
+        **facts,
         **decided_otherwise(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
     }
 
 
 def dry_run(run: Run) -> str:
-    """What the teachers have still to be asked, as a table; nobody is asked and nothing is written."""
+    """A table of what the teachers still have to be asked; nobody is asked and nothing is written."""
     panel = panel_of(run.recipe, voter_names(run.recipe))
     if panel is None:
         return "No call remains: the recipe has no teachers."
@@ -73,7 +73,7 @@ def dry_run(run: Run) -> str:
 
 
 def review(run: Run) -> Path:
-    """Write the rows that the votes so far split on as a CSV for a person; nobody is asked."""
+    """Write the rows on which the votes so far differ as a CSV for a person; nobody is asked."""
     panel = panel_of(run.recipe, voter_names(run.recipe))
     rows, _ = load_rows(run.recipe.data, run.tokenizer)
     path, count = write_split(run.recipe, rows, local_votes(run, rows), panel, run.folder)
@@ -91,7 +91,7 @@ def local_votes(run: Run, rows: "Dataset") -> dict[str, list[int | None]]:
 
 
 def voter_names(recipe: Recipe) -> list[str]:
-    """The names that the recipe's voters vote under."""
+    """The names of the recipe's voters."""
     if recipe.label.column:
         return [f"column:{recipe.label.column}"]
     return [f"column:{voter.get('column')}" if isinstance(voter, dict) and voter.get("name") == "column"
@@ -122,7 +122,7 @@ def ask_panel(
     unanswered = sum(votes.count(UNANSWERED) for votes in codes.values())
     if unanswered:
         log.warning("label: %d of %d votes are unanswered; votes.jsonl says why", unanswered,
-                    len(rows) * len(panel.seats))  # fmt: skip
+                    len(rows) * len(panel.members))  # fmt: skip
     votes = {name: [code if code in (1, 2) else None for code in given] for name, given in codes.items()}
     facts = {"calls": calls, "cost": round(cost, 6), "unanswered": unanswered}
     cast = {**local, **votes}
@@ -131,16 +131,16 @@ def ask_panel(
 
 
 def _vote_lines(panel: Panel, rows: "Dataset", codes: Mapping[str, Sequence[int]], store: VoteStore) -> Iterator[dict]:
-    """A line of `votes.jsonl` a row: what each teacher said of it and what that took."""
+    """The lines of `votes.jsonl`, one a row: each teacher's vote and what it cost."""
     for example in examples(rows):
-        said = {}
-        for seat in panel.seats:
-            vote, code = store.get(seat.key(example)), codes[seat.name][example.index]
+        votes = {}
+        for member in panel.members:
+            vote, code = store.get(member.key(example)), codes[member.name][example.index]
             if vote is None or code == UNASKED:
-                said[seat.name] = {"vote": None, "outcome": "not_asked" if code == UNASKED else "unanswered"}
+                votes[member.name] = {"vote": None, "outcome": "not_asked" if code == UNASKED else "unanswered"}
             else:
-                said[seat.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in VOTE_FACTS}}
-        yield {"id": example.id, "votes": said}
+                votes[member.name] = {"vote": vote.vote, **{key: getattr(vote, key) for key in VOTE_FACTS}}
+        yield {"id": example.id, "votes": votes}
 
 
 def what_remains(panel: Panel, rows: "Dataset", folder: Path, tokenizer: Any) -> str:
@@ -151,7 +151,7 @@ def what_remains(panel: Panel, rows: "Dataset", folder: Path, tokenizer: Any) ->
 
 
 def corrections_of(recipe: Recipe, folder: Path) -> dict[str, int]:
-    """A person's labels: out of the file the recipe names, else out of the folder's review.csv, where it is there."""
+    """A person's labels, from the file that the recipe names or else from the folder's review.csv, if there is one."""
     path = Path(recipe.label.corrections).expanduser() if recipe.label.corrections else folder / REVIEW
     if not path.exists() and recipe.label.corrections is None:
         return {}
@@ -169,22 +169,22 @@ def write_split(
     store_at = store_path(recipe.label, folder)
     if panel is not None and not store_at.is_file():
         raise InputError(f"{store_at}: no such file; run label first, which asks the teachers")
-    seats = panel.seats if panel else []
+    members = panel.members if panel else []
     with VoteStore(store_at, read_only=True) if panel else nullcontext() as store:
-        found = []
+        split = []
         for example in examples(rows):
-            stored = {seat.name: store.get(seat.key(example)) for seat in seats} if store else {}
+            stored = {member.name: store.get(member.key(example)) for member in members} if store else {}
             votes = {name: given[example.index] for name, given in local.items()}
             votes |= {name: vote.vote if vote else None for name, vote in stored.items()}
             system, agreement, by = decide(votes, recipe.label.ties, recipe.label.weights)
             if len(set(votes.values()) - {None}) != 1:
                 reasons = {name: vote.reason or vote.outcome for name, vote in stored.items() if vote}
-                found.append({"id": example.id, "question": example.question, "answer": example.answer,
+                split.append({"id": example.id, "question": example.question, "answer": example.answer,
                               "system": system or "dropped", "agreement": f"{agreement:.2f}", "decided_by": by,
                               "votes": votes, "reasons": reasons})  # fmt: skip
-    found.sort(key=lambda row: row["agreement"])
-    voters = [*local, *(seat.name for seat in seats)]
-    return path, write_review(path, found, voters)
+    split.sort(key=lambda row: row["agreement"])
+    voters = [*local, *(member.name for member in members)]
+    return path, write_review(path, split, voters)
 
 
 def write_dropped(folder: Path, dropped: "Dataset") -> None:
@@ -198,28 +198,28 @@ def write_dropped(folder: Path, dropped: "Dataset") -> None:
 
 
 def decided_otherwise(labelled: "Dataset") -> dict[str, int]:
-    """How many labels were decided by what, but by votes."""
+    """How many labels were decided by something other than votes: {"by_tie": 3, ...}."""
     counts = Counter(labelled["decided_by"])
     return {f"by_{by}": counts[by] for by in ("tie", "no_votes", "person") if counts[by]}
 
 
 def check(run: Run) -> None:
-    """Make the voters that need no model, which refuse options that they do not have."""
+    """Make the voters that need no model: each refuses options that it does not have."""
     if run.recipe.label.column is None:
         make_voters([voter for voter in run.recipe.label.voters or [] if _name_of(voter) != "probe"])
 
 
 def inputs(run: Run) -> Facts:
     """What labels depend on beside the recipe's sections: local data, template and corrections by their content."""
-    recipe, found = run.recipe, {}
+    recipe, facts = run.recipe, {}
     if recipe.lora.get("base") and "probe" in str(recipe.label.voters):
-        found["base"] = recipe.lora["base"]  # what the probe asks
+        facts["base"] = recipe.lora["base"]  # what the probe asks
     paths = [Path(source.name).expanduser() for source in recipe.data.sources]
     paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
-    found["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
+    facts["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
     if (run.folder / REVIEW).is_file():
-        found["review"] = read_corrections(run.folder / REVIEW)
-    return found
+        facts["review"] = read_corrections(run.folder / REVIEW)
+    return facts
 
 
 def stage(recipe: Recipe) -> Stage:

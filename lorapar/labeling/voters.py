@@ -1,5 +1,4 @@
-"""Voters that ask something other than the text: the target model, or a column of labels. And all of them by
-name."""
+"""Voters that look beyond the worked answer, at the target model or at a column of labels; and all voters by name."""
 
 import inspect
 import re
@@ -12,7 +11,7 @@ from ..errors import InputError, suggestion
 from ..model.generate import answer_greedily
 from ..progress import Progress
 from .rules import Operations, ReasoningSteps
-from .voting import Teacher
+from .voting import Voter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 class Probe:
     """System 1 if the target model's greedy short answer is right, else System 2.
 
-    What the model can say at once needs no deliberation. A row that has no answer to compare with gets no
-    vote.
+    What the model answers without working needs no deliberation. A row without an answer to compare with gets no vote.
     """
 
     name = "probe"
@@ -55,8 +53,7 @@ class Probe:
 
 
 class Column:
-    """The label that a column holds already: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no
-    vote."""
+    """The label in a column of the data: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no vote."""
 
     def __init__(self, column: str):
         self.column = column
@@ -81,6 +78,7 @@ class Column:
         return votes
 
 
+# Every voter that a recipe can list, by name; the arguments of its class are its options.
 VOTERS = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
 
 
@@ -88,7 +86,7 @@ def make_voters(
     specs: Sequence[str | dict[str, Any]],
     model: "PreTrainedModel | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-) -> list[Teacher]:
+) -> list[Voter]:
     """The voters that a recipe names: "operations", or {"name": "operations", "threshold": 2}.
 
     Options are the arguments of the voter's class. "probe" asks `model` with `tokenizer`.
@@ -96,7 +94,7 @@ def make_voters(
     return [_make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer) for spec in specs]
 
 
-def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Teacher:
+def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Voter:
     name = options.pop("name", None)
     if name not in VOTERS:
         raise InputError(f"label.voters: unknown voter {name!r}; {suggestion(name, VOTERS)}")

@@ -1,4 +1,4 @@
-"""From votes to labels: the majority of the votes cast, ties by a stated rule; every vote kept, a person's wins."""
+"""From votes to labels: the majority by weight, ties by a rule, a person's correction before both; votes are kept."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ TIES = ("system1", "system2", "drop", "ask")
 LABEL_COLUMNS = ("system", "votes", "agreement", "teachers", "decided_by")
 
 
-class Teacher(Protocol):
+class Voter(Protocol):
     """Anything that votes: 1 (System 1), 2 (System 2) or None (no vote) for each row."""
 
     name: str
@@ -23,7 +23,7 @@ class Teacher(Protocol):
 
 def label(
     dataset: "Dataset",
-    teachers: Sequence[Teacher],
+    teachers: Sequence[Voter],
     votes: Mapping[str, Sequence[int | None]] | None = None,
     ties: str = "system2",
     weights: Mapping[str, float] | None = None,
@@ -32,19 +32,21 @@ def label(
     """`dataset` with the columns `system` (1 | 2), `votes` ({name: 1 | 2 | None}), `agreement`, `teachers` and
     `decided_by` ("votes" | "tie" | "no_votes" | "person").
 
-    `votes` holds votes that were cast already, by teacher's name; a teacher of that name is not asked again.
-    A row with as many votes for one system as for the other, or with none at all, goes by `ties`: to
-    "system1", to "system2", or out of the data ("drop"); "ask" is "system2" where asking once more has not
-    broken the tie. A vote weighs what `weights` says of its teacher, else 1. `corrections` are a person's labels by
-    `id`, which win. `agreement` is the share of the cast votes, by weight, that the majority has: 0.5 at a tie, 0
-    where no vote was cast. Labels that the data set has already are replaced.
+    Args:
+        teachers: voters of any kind. votes: votes cast already, by the voter's name; that voter is not asked again.
+        ties: what becomes of a row with equal weight for both systems, or with no vote: "system1", "system2", or left
+        out of the data ("drop"); "ask" is "system2" where the reserves have not broken the tie.
+        weights: of a voter's vote, else 1. corrections: a person's labels by `id`, which override the votes.
+
+    `agreement` is the majority's share of the cast votes, by weight: 0.5 at a tie, 0 where no vote was cast. Labels
+    that the data set already has are replaced.
     """
-    return kept_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
+    return labelled_and_dropped(dataset, teachers, votes, ties, weights, corrections)[0]
 
 
-def kept_and_dropped(
+def labelled_and_dropped(
     dataset: "Dataset",
-    teachers: Sequence[Teacher],
+    teachers: Sequence[Voter],
     votes: Mapping[str, Sequence[int | None]] | None = None,
     ties: str = "system2",
     weights: Mapping[str, float] | None = None,
@@ -56,7 +58,7 @@ def kept_and_dropped(
     if ties not in TIES:
         raise InputError(f"label.ties: unknown rule {ties!r}; allowed: {', '.join(TIES)}")
     cast = {name: list(given) for name, given in (votes or {}).items()}
-    cast |= votes_of([teacher for teacher in teachers if teacher.name not in cast], dataset)
+    cast |= votes_of([voter for voter in teachers if voter.name not in cast], dataset)
     if not cast:
         raise InputError("label.voters: expected at least one voter or votes that were cast already, got none")
     for name, given in cast.items():
@@ -96,8 +98,9 @@ def kept_and_dropped(
     )
     bare = dataset.remove_columns([name for name in LABEL_COLUMNS if name in dataset.column_names])
     labelled = concatenate_datasets([bare, added], axis=1)
-    kept, dropped = ([i for i, system in enumerate(systems) if bool(system) is there] for there in (True, False))
-    return labelled.select(kept), labelled.select(dropped)
+    with_label = [index for index, system in enumerate(systems) if system]
+    dropped = [index for index, system in enumerate(systems) if not system]
+    return labelled.select(with_label), labelled.select(dropped)
 
 
 def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> list[str]:
@@ -109,20 +112,34 @@ def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> lis
     return ids
 
 
-def votes_of(teachers: Sequence[Teacher], dataset: "Dataset") -> dict[str, list[int | None]]:
-    """{name: votes on every row}; InputError for two teachers of one name."""
-    for name, count in Counter(teacher.name for teacher in teachers).items():
+def votes_of(voters: Sequence[Voter], dataset: "Dataset") -> dict[str, list[int | None]]:
+    """{name: votes on every row}; InputError for two voters of one name."""
+    for name, count in Counter(voter.name for voter in voters).items():
         if count > 1:
             raise InputError(f"label.voters: {count} voters are called {name!r}; each needs a name of its own")
-    return {teacher.name: list(teacher.vote(dataset)) for teacher in teachers}
+    return {voter.name: list(voter.vote(dataset)) for voter in voters}
 
 
 def decide(votes: Mapping[str, int | None], ties: str, weights: Mapping[str, float]) -> tuple[int, float, str]:
     """(1 or 2, or 0 for a row to drop; the majority's share of the cast votes; "votes", "tie" or "no_votes")."""
-    first = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 1)
-    second = sum(weights.get(name, 1) for name, vote in votes.items() if vote == 2)
+    first, second = weigh(votes, weights)
     agreement = max(first, second) / (first + second) if first + second else 0.0
-    # Weights such as 0.1 + 0.2 and 0.3 are equal but for rounding.
-    if abs(first - second) > 1e-9:
-        return (1 if first > second else 2), agreement, "votes"
+    system = majority(votes, weights)
+    if system is not None:
+        return system, agreement, "votes"
     return {"system1": 1, "system2": 2, "ask": 2, "drop": 0}[ties], agreement, "tie" if first else "no_votes"
+
+
+def majority(votes: Mapping[str, int | None], weights: Mapping[str, float]) -> int | None:
+    """The system with the greater weight of votes, 1 or 2; None at a tie, and where no vote was cast."""
+    first, second = weigh(votes, weights)
+    # Weights such as 0.1 + 0.2 and 0.3 are equal but for rounding.
+    if abs(first - second) <= 1e-9:
+        return None
+    return 1 if first > second else 2
+
+
+def weigh(votes: Mapping[str, int | None], weights: Mapping[str, float]) -> tuple[float, float]:
+    """(weight of the votes for System 1, weight of those for System 2); a voter without a weight counts 1."""
+    first, second = (sum(weights.get(name, 1.0) for name, vote in votes.items() if vote == system) for system in (1, 2))
+    return first, second

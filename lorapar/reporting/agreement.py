@@ -1,4 +1,4 @@
-"""The report's section on how far the voters agree: κ, pairs, each against the majority, the rows they split on."""
+"""The report's section on how far the voters agree: κ, pairs, each voter and the majority, the rows they split on."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..labeling.agreement import Agreement, measure
-from ..reporting import charts
-from .page import Run, absent, duration, escaped, html_table, number, percent
+from . import charts
+from .artefacts import Artefacts, vote_weights
+from .charts import Figures
+from .html import absent, duration, escaped, html_table, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPLIT_SHOWN = 20
 LETTERS_SHOWN = 160
-# What Landis and Koch (Biometrics 1977) call κ up to each bound.
+# Landis and Koch's words (Biometrics 1977) for κ up to each bound.
 WORDS = (
     (0.0, "poor"),
     (0.2, "slight"),
@@ -26,45 +28,48 @@ WORDS = (
 )
 
 
-def agreement(run: Run) -> str:
+def agreement(run: Artefacts, figures: Figures) -> str:
     if run.labels is None:
         return absent("labels.jsonl", "label")
-    # Those that a tie left out were voted on like the others.
+    # Rows left out at a tie were voted on like the others.
     rows = [*run.labels, *run.dropped]
     votes: list[dict[str, int | None]] = [row.get("votes") or {} for row in rows]
-    found = measure(votes)
-    if len(found.voters) < 2:
-        return "<p>Fewer than two voters: there is nothing to agree with.</p>"
-    panels = [_pairs_panel(found), _majority_panel(found)]
+    weights = vote_weights(run)
+    measured = measure(votes, weights)
+    if len(measured.voters) < 2:
+        return "<p>There are fewer than two voters, so there is no agreement to measure.</p>"
+    panels = [_pairs_panel(measured), _majority_panel(measured)]
     caption = (
-        "Left: the share of their common rows on which two voters voted alike; the stronger, the more. Right: how "
-        "often a voter's votes were the majority's, over rows that have one."
+        "Left: the share of their common rows on which two voters cast the same vote; stronger colour means more. "
+        "Right: how often a voter's vote was the majority's, over rows that have a majority."
     )
-    said = _said(found, len(votes))
-    used = _usage(run)
-    return run.figure("agreement", panels, caption) + said + _confusion(found) + used + _split(rows, found)
+    if weights:
+        caption += " The majority is by the recipe's weights, as it is for the labels."
+    figure, summary = figures.draw("agreement", panels, caption), _summary(measured, len(votes), bool(weights))
+    return figure + summary + _confusion(measured) + _usage(run) + _split(rows, measured, bool(weights))
 
 
-def _said(found: Agreement, rows: int) -> str:
-    split = f"{number(len(found.split))} of {number(rows)} rows ({percent(len(found.split) / max(1, rows))})"
-    if found.kappa is None:
+def _summary(measured: Agreement, rows: int, weighted: bool) -> str:
+    split = f"{number(len(measured.split))} of {number(rows)} rows ({percent(len(measured.split) / max(1, rows))})"
+    if measured.kappa is None:
         kappa = "Fleiss' κ is not defined here: no row has two votes, or every vote is for one system."
     else:
-        word = next(word for bound, word in WORDS if found.kappa <= bound)
-        kappa = f"Fleiss' κ is <b>{found.kappa:.3f}</b> ({word}): agreement beyond what chance would give, 1 at most."
-    return f"<p>{kappa} The voters split on {split}.</p>"
+        word = next(word for bound, word in WORDS if measured.kappa <= bound)
+        kappa = f"Fleiss' κ is <b>{measured.kappa:.3f}</b> ({word}): agreement beyond chance, 1 at most."
+    alike = " κ counts every vote alike, whatever its weight." if weighted else ""
+    return f"<p>{kappa}{alike} The voters split on {split}.</p>"
 
 
 def _short(name: str, letters: int = 18) -> str:
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
-def _pairs_panel(found: Agreement) -> charts.Panel:
-    names = found.voters
+def _pairs_panel(measured: Agreement) -> charts.Panel:
+    names = measured.voters
     shares = np.full((len(names), len(names)), np.nan)
     for i, one in enumerate(names):
         for j, other in enumerate(names):
-            share = found.pair(one, other) if i != j else None
+            share = measured.pair(one, other) if i != j else None
             shares[i, j] = np.nan if share is None else share
 
     def draw(axes: "Axes") -> None:
@@ -76,7 +81,7 @@ def _pairs_panel(found: Agreement) -> charts.Panel:
             if np.isnan(share):
                 axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=charts.MUTED)
                 continue
-            # Two voters that toss coins agree on half, which is the page itself.
+            # Two voters that toss coins agree on half of the rows, which is drawn in the page's own colour.
             strength = 0.85 * max(0.0, 2 * share - 1)
             axes.add_patch(
                 Rectangle((j + 0.02, i + 0.03), 0.96, 0.94, color=charts.SHARED, alpha=strength, linewidth=0)
@@ -90,29 +95,29 @@ def _pairs_panel(found: Agreement) -> charts.Panel:
         for side in axes.spines.values():
             side.set_visible(False)
 
-    said = "; ".join(
-        f"{a} and {b} {100 * share:.0f} %" for a, b in found.pairs if (share := found.pair(a, b)) is not None
+    shares_text = "; ".join(
+        f"{a} and {b} {100 * share:.0f} %" for a, b in measured.pairs if (share := measured.pair(a, b)) is not None
     )
     left = 0.2 + 0.068 * max(len(_short(name)) for name in names[1:])
     width = left + 0.15 + max(1.2, 0.62 * (len(names) - 1))
-    return charts.Panel("Alike by pairs, %", f"Share of votes alike: {said}.", draw, width=width,
-                        height=0.5 + 0.24 * len(names), margins=(left, 0.15, 0.22, 0.36))  # fmt: skip
+    return charts.Panel("Same vote, by pairs, %", f"Share of rows with the same vote: {shares_text}.", draw,
+                        width=width, height=0.5 + 0.24 * len(names), margins=(left, 0.15, 0.22, 0.36))  # fmt: skip
 
 
-def _majority_panel(found: Agreement) -> charts.Panel:
-    shares = [found.with_majority(name) for name in found.voters]
+def _majority_panel(measured: Agreement) -> charts.Panel:
+    shares = [measured.with_majority(name) for name in measured.voters]
     values = [100 * (share or 0.0) for share in shares]
     texts = ["no votes" if share is None else f"{100 * share:.1f} %" for share in shares]
-    alt = "; ".join(f"{name} {text}" for name, text in zip(found.voters, texts))
-    return charts.bars_panel("Votes equal to the majority", charts.SHARED, [_short(name) for name in found.voters],
+    alt = "; ".join(f"{name} {text}" for name, text in zip(measured.voters, texts))
+    return charts.bars_panel("Votes equal to the majority", charts.SHARED, [_short(name) for name in measured.voters],
                              values, texts, f"Votes equal to the majority: {alt}.")  # fmt: skip
 
 
-def _confusion(found: Agreement) -> str:
+def _confusion(measured: Agreement) -> str:
     rows = []
-    for voter in found.voters:
-        cells = [found.confusion[voter, system][vote] for system in (1, 2) for vote in (1, 2, None)]
-        share = found.with_majority(voter)
+    for voter in measured.voters:
+        cells = [measured.confusion[voter, system][vote] for system in (1, 2) for vote in (1, 2, None)]
+        share = measured.with_majority(voter)
         rows.append(f"<th>{escaped(voter)}</th>" + "".join(f"<td>{number(cell)}</td>" for cell in cells)
                     + f"<td>{'–' if share is None else percent(share)}</td>")  # fmt: skip
     heads = ["voter", *(f"majority System {system}: voted {vote}" for system in (1, 2) for vote in ("1", "2", "none")),
@@ -120,8 +125,8 @@ def _confusion(found: Agreement) -> str:
     return html_table(heads, rows)
 
 
-def _usage(run: Run) -> str:
-    """What each teacher's votes took, where teachers were asked."""
+def _usage(run: Artefacts) -> str:
+    """Calls, time, tokens and cost of each teacher's votes, where teachers were asked."""
     if not run.votes:
         return ""
     teachers: dict[str, list[dict[str, Any]]] = {}
@@ -143,34 +148,34 @@ def _usage(run: Run) -> str:
 
 def _others(outcomes: Counter) -> str:
     names = {"not_asked": "not asked", "too_long": "too long", "both": "named both"}
-    said = [f"<small>{number(n)} {names.get(outcome, outcome)}</small>" for outcome, n in outcomes.most_common()
+    lines = [f"<small>{number(n)} {names.get(outcome, outcome)}</small>" for outcome, n in outcomes.most_common()
             if outcome != "answered"]  # fmt: skip
-    return number(outcomes.total() - outcomes["answered"]) + "".join(said)
+    return number(outcomes.total() - outcomes["answered"]) + "".join(lines)
 
 
 def _sum(votes: Sequence[dict[str, Any]], key: str) -> float:
     return sum(vote.get(key) or 0 for vote in votes)
 
 
-def _split(rows: list[dict], found: Agreement) -> str:
-    if not found.split:
-        return "<p>No two votes on a row differ.</p>"
-    # The closest first; of equals, those that come first.
-    places = sorted(found.split, key=lambda place: float(rows[place].get("agreement") or 0.0))
+def _split(rows: list[dict], measured: Agreement, weighted: bool) -> str:
+    if not measured.split:
+        return "<p>On no row do two votes differ.</p>"
+    # The closest first; equally close ones in the order of the data.
+    places = sorted(measured.split, key=lambda place: float(rows[place].get("agreement") or 0.0))
     shown = []
     for place in places[:SPLIT_SHOWN]:
         row = rows[place]
         one, two = (", ".join(escaped(_short(name)) for name, vote in row["votes"].items() if vote == side)
                     for side in (1, 2))  # fmt: skip
-        share = f"{100 * float(row.get('agreement') or 0):.0f} % of votes"
+        share = f"{100 * float(row.get('agreement') or 0):.0f} % {'by weight' if weighted else 'of votes'}"
         by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
         label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
         shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
                      f'<td class="text s2">{two}</td><td>{label}</td><td>{by}</td>')  # fmt: skip
     heads = ["row", "voted System 1", "voted System 2", "label", "decided by"]
     which = f"the {SPLIT_SHOWN} closest of {number(len(places))}" if len(places) > SPLIT_SHOWN else "all of them"
-    return (f"<h3>Rows that they split on</h3><p>Here {which}; <code>lorapar label --review</code> writes every one to "
-            f"a file for a person to correct.</p>{html_table(heads, shown)}")  # fmt: skip
+    return (f"<h3>Rows that they split on</h3><p>Shown: {which}. <code>lorapar label --review</code> writes all of "
+            f"them to a file for a person to correct.</p>{html_table(heads, shown)}")  # fmt: skip
 
 
 def _question(prompt: str | list[dict[str, Any]]) -> str:

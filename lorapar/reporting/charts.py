@@ -1,9 +1,8 @@
-"""The report's pictures: what each panel draws, and how a panel becomes inline SVG and PNG.
+"""The report's pictures: figures, what each panel draws, and how a panel becomes inline SVG and PNG.
 
-A figure is a row of panels with fixed margins. The page shows each panel as an SVG of its own, so that a
-narrow screen stacks them at the same text size; the PNG holds them side by side. Colours in the SVG become
-CSS variables, which is how one drawing serves the light and the dark scheme. matplotlib is imported only
-where something is drawn.
+A figure is a row of panels with fixed margins. The page shows each panel as an SVG of its own, so that a narrow screen
+stacks them at the same text size; the PNG has them side by side. Colours in the SVG become CSS variables, so that one
+drawing serves the light and the dark scheme. matplotlib is imported only where something is drawn.
 """
 
 import io
@@ -43,6 +42,23 @@ class Panel:
     width: float = 3.3
     height: float = 2.5
     margins: tuple[float, float, float, float] = (0.5, 0.18, 0.42, 0.36)  # left, right, bottom, top
+
+
+class Figures:
+    """Draws the page's figures, numbered from 1, and keeps each as a PNG in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.drawn = folder, 0
+
+    def draw(self, name: str, panels: Sequence[Panel], caption: str, columns: int = 3) -> str:
+        """Write `<name>.png` and return the same panels as an HTML figure; `caption` is HTML."""
+        png(panels, self.folder / f"{name}.png", columns)
+        self.drawn += 1
+        pictures = "\n".join(svg(panel, f"{name}{i}") for i, panel in enumerate(panels))
+        return (
+            f'<figure id="fig-{name}"><div class="panels">{pictures}</div>'
+            f"<figcaption><b>Figure {self.drawn}.</b> {caption}</figcaption></figure>"
+        )
 
 
 def svg(panel: Panel, prefix: str) -> str:
@@ -89,7 +105,7 @@ def _save(panels: Sequence[Panel], columns: int, target: Any, **options: Any) ->
     width = max(sum(panel.width for panel in row) for row in rows)
     height = sum(max(panel.height for panel in row) for row in rows)
     with matplotlib.rc_context(style):
-        # The page shows through an SVG; a PNG may be looked at on any ground, so it brings its own.
+        # The page shows through an SVG; a PNG may be shown on any background, so it has its own.
         figure = Figure(figsize=(width, height), facecolor="none" if options["format"] == "svg" else PAGE)
         top = height
         for row in rows:
@@ -121,9 +137,7 @@ def accuracy_panel(
     top: float,
     n: int | None,
 ) -> Panel:
-    """Bars in % with their intervals, one for the base and for each stage; `top` is the panels' common upper
-    end.
-    """
+    """Bars in % with their intervals, one for the base and for each stage; `top`: the panels' common upper end."""
 
     def draw(axes: "Axes") -> None:
         for i, (value, interval) in enumerate(zip(values, intervals)):
@@ -143,9 +157,9 @@ def accuracy_panel(
         axes.tick_params(axis="x", length=0)
         axes.spines["left"].set_visible(False)
 
-    said = "; ".join(f"{label} {100 * value:.1f} %" for label, value in zip(labels, values))
+    bars = "; ".join(f"{label} {100 * value:.1f} %" for label, value in zip(labels, values))
     rows = "" if n is None else f" (n = {n})"
-    return Panel(f"{title}{rows}, % right", f"Accuracy on {title}{rows}: {said}.", draw, height=2.3,
+    return Panel(f"{title}{rows}, % right", f"Accuracy on {title}{rows}: {bars}.", draw, height=2.3,
                  margins=(0.42, 0.18, 0.26, 0.36))  # fmt: skip
 
 
@@ -198,9 +212,7 @@ def scatter_panel(
 def heat_panel(
     title: str, colour: str, layers: Sequence[str], modules: Sequence[str], shares: np.ndarray, alt: str
 ) -> Panel:
-    """Shares (layers x modules, NaN where a layer lacks a module) as cells from nothing to the panel's own
-    highest.
-    """
+    """Shares (layers x modules, NaN where a layer lacks a module) as cells from 0 to the panel's own highest."""
     cell = 0.165 if len(layers) <= 48 else 0.09
 
     def draw(axes: "Axes") -> None:
@@ -288,9 +300,7 @@ def _percent_axes(axes: "Axes") -> None:
 
 
 def curve_panel(title: str, colour: str, steps: np.ndarray, values: np.ndarray, spread: np.ndarray | None) -> Panel:
-    """One logged quantity by step, its running mean where the log is long, `spread` as a band of ± one
-    deviation.
-    """
+    """One logged quantity by step, its running mean where the log is long, `spread` as a band of ± one deviation."""
     window = running_window(len(values))
     finite = np.isfinite(values)
     last = values[finite][-1] if finite.any() else np.nan
@@ -320,9 +330,7 @@ def running_window(count: int) -> int:
 
 
 def running_mean(steps: np.ndarray, values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of each `window` consecutive values, at the middle step; a value that is not finite stays a
-    gap.
-    """
+    """The mean of each `window` consecutive values, at the middle step; a value that is not finite leaves a gap."""
     means = np.convolve(values, np.full(window, 1 / window), mode="valid")
     return steps[(window - 1) // 2 :][: len(means)], means
 

@@ -1,7 +1,7 @@
 """The numbers behind the report's pictures of scores and partition: plain arrays over the trainable elements.
 
-Everything here leaves a twin's rows out (rows r.. of A, columns r.. of B, where the artefact says the rank),
-so that counts and shares are of what could train at all.
+A twin's rows (rows r.. of A, columns r.. of B, where the artefact has the rank) are left out, so that counts and shares
+are of what could train at all.
 """
 
 import re
@@ -20,9 +20,7 @@ GRANULARITIES = ("element", "tile", "rank")
 
 @dataclass
 class RegionMap:
-    """Counts by place: `counts` [layers, modules, 4 regions] of int64, zero everywhere where a layer lacks a
-    module.
-    """
+    """Counts by place: `counts` [layers, modules, 4 regions] of int64, all zero where a layer lacks a module."""
 
     layers: list[str]
     modules: list[str]
@@ -69,14 +67,12 @@ def region_codes(partition: Partition) -> dict[str, np.ndarray]:
 
 
 def region_map(codes: Mapping[str, np.ndarray]) -> RegionMap:
-    """Count the regions of every layer and module; layers in numeric order, modules in the order of the
-    model.
-    """
+    """Count the regions of every layer and module; layers in numeric order, modules in the order of the model."""
     places = {name: place(name) for name in codes}
     layers = sorted({layer for layer, _ in places.values()}, key=lambda layer: (not layer.isdecimal(), layer.zfill(6)))
-    found = {module for _, module in places.values()}
-    order = [m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in found]
-    modules = order + sorted(found - set(order))
+    present = {module for _, module in places.values()}
+    order = [m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in present]
+    modules = order + sorted(present - set(order))
     counts = np.zeros((len(layers), len(modules), len(REGIONS)), dtype=np.int64)
     for name, array in codes.items():
         layer, module = places[name]
@@ -86,9 +82,7 @@ def region_map(codes: Mapping[str, np.ndarray]) -> RegionMap:
 
 @dataclass
 class KeepCurve:
-    """Units in order of falling score: `active` and `score`, the shares of elements and of score up to each
-    unit.
-    """
+    """Units in order of falling score: `active` and `score`, the shares of elements and of score up to each unit."""
 
     active: np.ndarray
     score: np.ndarray
@@ -110,9 +104,7 @@ class KeepCurve:
 
 
 def keep_curve(scores: Mapping[str, np.ndarray], granularity: str) -> KeepCurve:
-    """How much score the best elements, tiles (16 x 64 in A, 64 x 16 in B) or rank slices hold, by their
-    summed score.
-    """
+    """How much score the best elements, tiles (16 x 64 in A, 64 x 16 in B) or rank slices hold, by summed score."""
     if granularity == "element":
         sums = np.sort(np.concatenate([array.reshape(-1) for array in scores.values()]))[::-1].astype(np.float64)
         sizes = np.ones(len(sums))

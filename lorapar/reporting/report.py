@@ -1,37 +1,23 @@
 """One run's results as a page to read and pictures to keep: `report.html` and `figures/*.png`.
 
-Every number comes out of the run's artefacts; nothing is measured here. The page is one file: styles, SVG and
-pictures are inside it, it asks for nothing from a network, and it follows the reader's light or dark scheme.
+Every number comes from the run's artefacts; nothing is measured here. The page is one file: styles, SVG and pictures
+are inside it, it loads nothing from a network, and it follows the reader's light or dark scheme.
 A section whose artefact is missing says which stage has not run.
 """
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
-from ..reporting import charts, sections
+from . import sections
 from .agreement import agreement
-from .page import (
-    SYSTEMS,
-    Run,
-    absent,
-    active_counts,
-    duration,
-    escaped,
-    evaluated,
-    html_table,
-    load,
-    model_name,
-    number,
-    percent,
-    signed_points,
-)
-
-TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+from .artefacts import Artefacts, active_counts, evaluated, model_name, read_artefacts
+from .charts import Figures
+from .html import duration, escaped, percent
+from .sections import SYSTEMS, TITLES, second_stage_cost
 
 
 def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -> Path:
@@ -46,10 +32,10 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     folder = Path(output_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a run's output folder")
-    with atomic_folder(folder / "figures") as figures:
-        run = load(folder, figures, labels)
+    with atomic_folder(folder / "figures") as drawn:
+        run, figures = read_artefacts(folder, labels), Figures(drawn)
         parts = [
-            ("accuracy", "Accuracy", _accuracy),
+            ("accuracy", "Accuracy", sections.accuracy),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),
             ("theta", "θ and granularity", sections.theta),
@@ -63,7 +49,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
         contents = " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
         body = [f"{_header(run)}<nav>{contents}</nav>"]
         for key, title, write in parts:
-            body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run)}</section>')
+            body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run, figures)}</section>')
         body.append("<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>")
     template = Template(read_text(Path(__file__).with_name("report.html")))
     page = folder / "report.html"
@@ -71,7 +57,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     return page
 
 
-def _header(run: Run) -> str:
+def _header(run: Artefacts) -> str:
     sources = run.recipe.get("data", {}).get("sources", [])
     names = [source["name"] if isinstance(source, dict) else str(source) for source in sources]
     facts = {"Model": model_name(run), "Data": ", ".join(dict.fromkeys(names)) or "not recorded"}
@@ -93,7 +79,7 @@ def _header(run: Run) -> str:
     )
 
 
-def _result(run: Run) -> str:
+def _result(run: Artefacts) -> str:
     """One sentence: what each stage did to its system, and what the second stage cost the first's."""
     if run.metrics is None:
         return "This run has not been evaluated, so there is no accuracy to report."
@@ -107,16 +93,17 @@ def _result(run: Run) -> str:
             verb = "raised" if new > old else "lowered" if new < old else "left"
             change = f"from {percent(old)} to {percent(new)}" if new != old else f"at {percent(new)}"
             parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} accuracy {change}")
-    said = "; ".join(parts) or "No system was evaluated before and after a stage"
-    cost = _second_stage_cost(run)
+    result = "; ".join(parts) or "No system was evaluated before and after a stage"
+    cost = second_stage_cost(run)
     if cost is not None:
-        name, points = cost
+        key, points = cost
+        name = SYSTEMS[key][0]
         verb = "cost" if points < 0 else "gave"
-        said += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
-    return escaped(said + ".")
+        result += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
+    return escaped(result + ".")
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
+def _tiles(run: Artefacts) -> list[tuple[str, str, str]]:
     tiles = []
     if run.metrics is not None:
         last = evaluated(run)[-1]
@@ -132,73 +119,3 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if run.metrics is not None and run.metrics.get("seconds"):
         tiles.append((duration(sum(run.metrics["seconds"].values())), "all stages together", ""))
     return tiles
-
-
-def _accuracy(run: Run) -> str:
-    if run.metrics is None:
-        return absent("metrics.json", "evaluate")
-    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
-    intervals = run.metrics.get("interval", {})
-    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
-
-    def interval(step: str, key: str) -> Sequence[float] | None:
-        return intervals.get(step, {}).get(key)
-
-    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
-    top = min(109.0, 100 * highest * 1.12 + 1)
-    panels = [
-        charts.accuracy_panel(
-            *SYSTEMS[key],
-            labels=[TITLES[step] for step in steps],
-            values=[accuracy[step][key] for step in steps],
-            intervals=[interval(step, key) for step in steps],
-            top=top,
-            n=counts.get(key),
-        )
-        for key in present
-    ]
-    rows = []
-    for key in present:
-        n = counts.get(key)
-        cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
-        for step in steps:
-            value, bounds = accuracy[step][key], interval(step, key)
-            of = f"{round(value * n)}/{n}" if n else ""
-            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
-            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
-        cells += [
-            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
-        ]
-        rows.append("".join(cells))
-    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
-    table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
-    cost = _second_stage_cost(run)
-    said = ""
-    if cost is not None:
-        name, points = cost
-        first, second = steps[1].upper(), steps[2].upper()
-        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
-        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
-        key = name.lower().replace(" ", "")
-        a, b = interval(steps[1], key), interval(steps[2], key)
-        apart = a and b and (a[1] < b[0] or b[1] < a[0])
-        note = "the two intervals do not overlap" if apart else "the two intervals overlap"
-        said = (
-            f"<p>What stage 2 did to stage 1: {second} {verb} {name}, which {first} had trained, <b>{how}</b>"
-            f"{f' ({note})' if a and b else ''}.</p>"
-        )
-    caption = (
-        "Accuracy on held-out rows. Bars grow stronger from the base through each stage; the line on a bar "
-        "is its 95 % Wilson interval, and the number above it the share that was right."
-    )
-    return run.figure("accuracy", panels, caption) + said + table
-
-
-def _second_stage_cost(run: Run) -> tuple[str, float] | None:
-    """(the first stage's system, what the second stage did to its accuracy); None unless two stages ran."""
-    if run.metrics is None or len(evaluated(run)) < 3:
-        return None
-    _, first, second = evaluated(run)
-    key = "system1" if first == "sft" else "system2"
-    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
-    return None if old is None or new is None else (SYSTEMS[key][0], new - old)

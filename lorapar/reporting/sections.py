@@ -1,14 +1,28 @@
-"""The report's sections after accuracy: each takes the run, draws its figure, and returns its HTML."""
+"""The report's sections in the order of the page: each takes what the run left, draws its figures, returns its HTML.
 
+The agreement of the voters, between `labels` and `cost` on the page, is in agreement.py.
+"""
+
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
-from ..reporting import charts, elements
+from . import charts, elements
+from .artefacts import Artefacts, active_counts, evaluated, vote_weights
+from .charts import Figures
 from .elements import GRANULARITIES, REGIONS
-from .page import Run, absent, active_counts, byte_size, duration, escaped, html_table, number, percent
+from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
 
+# How the page names and colours a group of rows.
+SYSTEMS = {
+    "system1": ("System 1", charts.S1),
+    "system2": ("System 2", charts.S2),
+    "all": ("All", charts.MUTED),
+}
+TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "export")
 SCATTER_POINTS = 20_000
 STATE_BYTES = 8  # two fp32 moments an element
@@ -27,12 +41,81 @@ LOGGED = {
 }
 
 
-def importance(run: Run) -> str:
+def accuracy(run: Artefacts, figures: Figures) -> str:
+    if run.metrics is None:
+        return absent("metrics.json", "evaluate")
+    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
+    intervals = run.metrics.get("interval", {})
+    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
+
+    def interval(step: str, key: str) -> Sequence[float] | None:
+        return intervals.get(step, {}).get(key)
+
+    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
+    top = min(109.0, 100 * highest * 1.12 + 1)
+    panels = [
+        charts.accuracy_panel(
+            *SYSTEMS[key],
+            labels=[TITLES[step] for step in steps],
+            values=[accuracy[step][key] for step in steps],
+            intervals=[interval(step, key) for step in steps],
+            top=top,
+            n=counts.get(key),
+        )
+        for key in present
+    ]
+    rows = []
+    for key in present:
+        n = counts.get(key)
+        cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
+        for step in steps:
+            value, bounds = accuracy[step][key], interval(step, key)
+            of = f"{round(value * n)}/{n}" if n else ""
+            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
+            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
+        cells += [
+            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
+        ]
+        rows.append("".join(cells))
+    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
+    table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
+    cost = second_stage_cost(run)
+    summary = ""
+    if cost is not None:
+        key, points = cost
+        first, second = steps[1].upper(), steps[2].upper()
+        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
+        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
+        a, b = interval(steps[1], key), interval(steps[2], key)
+        apart = a and b and (a[1] < b[0] or b[1] < a[0])
+        note = "the two intervals do not overlap" if apart else "the two intervals overlap"
+        summary = (
+            f"<p>What stage 2 did to stage 1: {second} {verb} {SYSTEMS[key][0]}, which {first} had trained, "
+            f"<b>{how}</b>{f' ({note})' if a and b else ''}.</p>"
+        )
+    caption = (
+        "Accuracy on held-out rows. The colour gets stronger from the base to the last stage; the line on a bar "
+        "is its 95 % Wilson interval, and the number above it the share of right answers."
+    )
+    return figures.draw("accuracy", panels, caption) + summary + table
+
+
+def second_stage_cost(run: Artefacts) -> tuple[str, float] | None:
+    """(the first stage's system, a key of SYSTEMS; how stage 2 changed its accuracy); None without two stages."""
+    if run.metrics is None or len(evaluated(run)) < 3:
+        return None
+    _, first, second = evaluated(run)
+    key = "system1" if first == "sft" else "system2"
+    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
+    return None if old is None or new is None else (key, new - old)
+
+
+def importance(run: Artefacts, figures: Figures) -> str:
     if run.scores is None:
         return absent("scores.safetensors", "score")
     names = list(run.scores[1])
     total = sum(array.size for array in run.scores[1].values())
-    # Every element is as likely as any other, and the same ones come again.
+    # Every element is equally likely, and the same ones are drawn each time.
     chosen = np.sort(np.random.default_rng(0).permutation(total)[:SCATTER_POINTS])
     one, two = (_pick(run.scores[system], names, chosen) for system in (1, 2))
     visible = (one > 0) & (two > 0)
@@ -65,7 +148,7 @@ def importance(run: Run) -> str:
         caption += " Colours are the regions; here single elements do not decide them, so they mix."
     if not counted:
         counted = absent("partition.safetensors", "partition")
-    return f'<div class="beside">{run.figure("importance", [panel], caption)}<div>{counted}</div></div>'
+    return f'<div class="beside">{figures.draw("importance", [panel], caption)}<div>{counted}</div></div>'
 
 
 def _region_table(regions: elements.RegionMap) -> str:
@@ -88,7 +171,7 @@ def _region_table(regions: elements.RegionMap) -> str:
     )
 
 
-def layer_map(run: Run) -> str:
+def layer_map(run: Artefacts, figures: Figures) -> str:
     if run.codes is None:
         return absent("partition.safetensors", "partition")
     regions = elements.region_map(run.codes)
@@ -119,10 +202,10 @@ def layer_map(run: Run) -> str:
         cells = "".join(f"<td>{percent(counts[code] / counts.sum())}</td>" for code, _ in order)
         rows.append(f"<th>{escaped(module)}</th><td>{number(counts.sum())}</td>{cells}")
     table = html_table(["module, all layers", "elements", *(REGIONS[code] for code, _ in order)], rows)
-    return run.figure("map", panels, caption, columns=4) + table
+    return figures.draw("map", panels, caption, columns=4) + table
 
 
-def theta(run: Run) -> str:
+def theta(run: Artefacts, figures: Figures) -> str:
     if run.scores is None:
         return absent("scores.safetensors", "score")
     metadata = {} if run.partition is None else run.partition.metadata
@@ -149,7 +232,7 @@ def theta(run: Run) -> str:
         cells += [f"<td>{percent(run.curves[s, g].needed(mark))}</td>" for s in (1, 2)]
         rows.append("".join(cells))
     heads = ["kept, System 1", "kept, System 2", "needed, System 1", "needed, System 2"]
-    said = (
+    summary = (
         f"<p>Kept: the share of score held when as many elements are active as {granularity} granularity "
         f"needs for θ = {mark:g} ({percent(chosen[1])} for System 1, {percent(chosen[2])} for System 2). "
         f"Needed: the share of elements that holds θ = {mark:g}.</p>"
@@ -161,10 +244,10 @@ def theta(run: Run) -> str:
         f"that {granularity} granularity needs for θ = {mark:g}; lower curves there are what coarser choices "
         "give up."
     )
-    return run.figure("theta", panels, caption) + said + html_table(["granularity", *heads], rows)
+    return figures.draw("theta", panels, caption) + summary + html_table(["granularity", *heads], rows)
 
 
-def training(run: Run) -> str:
+def training(run: Artefacts, figures: Figures) -> str:
     parts = []
     for stage, plan in LOGGED.items():
         name = stage.upper()
@@ -196,11 +279,11 @@ def training(run: Run) -> str:
             caption += f" Thin lines are as logged, thick ones a running mean over {window} logged values."
         if stage == "grpo":
             caption += " The band is one standard deviation of the reward within a logged batch."
-        parts.append(run.figure(f"training_{stage}", panels, escaped(caption + "".join(notes))))
+        parts.append(figures.draw(f"training_{stage}", panels, escaped(caption + "".join(notes))))
     return "".join(parts)
 
 
-def labels(run: Run) -> str:
+def labels(run: Artefacts, figures: Figures) -> str:
     if run.labels is None:
         return absent("labels.jsonl", "label")
     rows = run.labels
@@ -227,10 +310,11 @@ def labels(run: Run) -> str:
     counted = html_table(heads, table)
     if not votes:
         return counted + "<p>No votes are recorded: the labels came with the data.</p>"
+    weighted = ", by weight" if vote_weights(run) else ""
     agreement = [float(row["agreement"]) for row in rows if row.get("agreement") is not None]
     unanimous = sum(value == 1 for value in agreement)
-    said = (
-        f"<p>Mean agreement with the label is <b>{percent(sum(agreement) / len(agreement))}</b>; "
+    summary = (
+        f"<p>On average the majority has <b>{percent(sum(agreement) / len(agreement))}</b> of a row's votes{weighted}; "
         f"{number(unanimous)} of {number(len(agreement))} rows ({percent(unanimous / len(agreement))}) were "
         "unanimous.</p>"
         if agreement
@@ -253,11 +337,11 @@ def labels(run: Run) -> str:
             f"<td>{number(sum(c.values()) - cast)}</td><td>{right}</td>"
         )
     voters = html_table(["voter", "System 1", "System 2", "no vote", "votes equal to the label"], by_voter)
-    figure = run.figure("labels", [panel], caption)
-    return f'<div class="beside">{figure}<div>{counted}{said}</div></div>{voters}'
+    figure = figures.draw("labels", [panel], caption)
+    return f'<div class="beside">{figure}<div>{counted}{summary}</div></div>{voters}'
 
 
-def cost(run: Run) -> str:
+def cost(run: Artefacts, figures: Figures) -> str:
     if run.metrics is None:
         return absent("metrics.json", "evaluate")
     seconds, memory = run.metrics.get("seconds", {}), run.metrics.get("peak_memory_bytes", {})
@@ -287,17 +371,19 @@ def cost(run: Run) -> str:
             alt = f"{title} of each stage: " + ", ".join(f"{s} {t}" for s, t in zip(shown, texts))
             numbers = [values[stage] for stage in shown]
             panels.append(charts.bars_panel(title, charts.MUTED, shown, numbers, texts, alt))
-    figure = run.figure("cost", panels, "Wall time and peak memory of each stage.", columns=2)
+    figure = figures.draw("cost", panels, "Wall time and peak memory of each stage.", columns=2)
     table = html_table(["stage", "time", "share", "peak memory"], rows)
-    said = ""
+    summary = ""
     rollout = run.metrics.get("rollout_seconds", {}).get("grpo")
     if rollout is not None and seconds.get("grpo"):
         share = percent(rollout / seconds["grpo"])
-        said = f"<p>Rollouts, the completions that GRPO learns from, took {duration(rollout)}, {share} of its time.</p>"
-    return f'<div class="beside">{figure}<div>{table}{said}</div></div>'
+        summary = (
+            f"<p>Rollouts, the completions that GRPO learns from, took {duration(rollout)}, {share} of its time.</p>"
+        )
+    return f'<div class="beside">{figure}<div>{table}{summary}</div></div>'
 
 
-def optimizer(run: Run) -> str:
+def optimizer(run: Artefacts, figures: Figures) -> str:
     held = {} if run.metrics is None else run.metrics.get("optimizer_state_bytes", {})
     held = {stage: held[stage] for stage in ("sft", "grpo") if held.get(stage) is not None}
     if not held:
@@ -321,10 +407,10 @@ def optimizer(run: Run) -> str:
     panel = charts.bars_panel("Optimizer state", list(colours), list(names), list(sizes), texts, alt)
     caption = "AdamW's two fp32 moments, 8 bytes an element: for all that could train, and as each stage held it."
     table = html_table(["state for", "elements", "bytes", "of full"], rows)
-    return f'<div class="beside">{run.figure("optimizer", [panel], caption)}<div>{table}</div></div>'
+    return f'<div class="beside">{figures.draw("optimizer", [panel], caption)}<div>{table}</div></div>'
 
 
-def recipe(run: Run) -> str:
+def recipe(run: Artefacts, figures: Figures) -> str:
     if run.recipe_text is None:
         return '<p class="absent">recipe.yaml was not found in this folder.</p>'
     return f"<p>As resolved, every default written out.</p><pre><code>{escaped(run.recipe_text)}</code></pre>"
@@ -335,7 +421,7 @@ def _pick(arrays: dict[str, np.ndarray], names: list[str], places: np.ndarray) -
     return np.concatenate([arrays[name].reshape(-1) for name in names])[places]
 
 
-def _threshold(run: Run, system: int) -> float:
+def _threshold(run: Artefacts, system: int) -> float:
     """The lowest score that the system's kept set holds."""
     assert run.scores is not None
     assert run.codes is not None

@@ -15,7 +15,7 @@ def report_stage(run: Run) -> Facts:
 
 
 def stage(recipe: Recipe) -> Stage:
-    # Of a folder with labels alone as well: they want looking at before anything is trained on them.
+    # Labels alone are enough: they should be looked at before anything is trained on them.
     return Stage(
         "report",
         run=report_stage,

@@ -60,3 +60,15 @@ def test_pairs_confusion_and_split():
     assert dict(found.confusion["c", 2]) == {2: 1}
     assert [found.with_majority(voter) for voter in "abc"] == [1.0, 1.0, 0.5]
     assert measure([{"a": 1, "b": None}]).pair("a", "b") is None
+
+
+def test_the_majority_is_by_weight_and_kappa_is_not():
+    rows = [{"a": 1, "b": 2, "c": 2}, {"a": None, "b": 1, "c": 2}, {"a": 2, "b": 1, "c": 1}]
+    plain, weighted = measure(rows), measure(rows, {"a": 3.0})
+    assert [plain.with_majority(voter) for voter in "abc"] == [0.0, 1.0, 1.0]
+    assert [weighted.with_majority(voter) for voter in "abc"] == [1.0, 0.0, 0.0]
+    assert dict(weighted.confusion["b", 1]) == {2: 1}
+    assert dict(weighted.confusion["b", 2]) == {1: 1}
+    assert (weighted.kappa, weighted.pairs, weighted.split) == (plain.kappa, plain.pairs, plain.split)
+    # 0.1 + 0.2 against 0.3: a tie, which has no majority.
+    assert measure(rows[:1], {"a": 0.3, "b": 0.1, "c": 0.2}).with_majority("a") is None

@@ -128,7 +128,7 @@ def test_a_failure_of_ours_is_not_hidden(recipe_file: Path, tmp_path: Path, monk
     def fails(*_: object, **__: object):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(stage, "kept_and_dropped", fails)
+    monkeypatch.setattr(stage, "labelled_and_dropped", fails)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["run", str(recipe_file), "--output_dir", str(tmp_path / "run")])
     assert "ERROR stopped: RuntimeError('a defect')" in (tmp_path / "run" / "run.log").read_text()

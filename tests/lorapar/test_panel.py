@@ -84,7 +84,7 @@ def test_names_and_teachers_come_once():
         panel({"model": "operations"}, local=["operations"])
     with pytest.raises(InputError, match=r"teachers\[1\]: the same model, place and parameters as label.teachers\[0\]"):
         panel({"model": "a"}, {"model": "a", "name": "b"})
-    assert len(panel({"model": "a"}, {"model": "a", "name": "b", "parameters": {"seed": 1}}).seats) == 2
+    assert len(panel({"model": "a"}, {"model": "a", "name": "b", "parameters": {"seed": 1}}).members) == 2
     with pytest.raises(InputError, match="label.teachers.0..reserve: true, but label.ties is system2"):
         panel({"model": "a", "reserve": True}, {"model": "b"})
 

@@ -86,11 +86,11 @@ def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
     for teacher in recipes[1].label.teachers:
         monkeypatch.setenv(str(teacher.api_key_env), "k")
     # All that is known before a teacher is asked holds of them.
-    for recipe, seats, enough in zip(recipes, (1, 6, 1), (1, 3, 2)):
+    for recipe, members, enough in zip(recipes, (1, 6, 1), (1, 3, 2)):
         check_settings(Run(recipe, tmp_path), "label")
         panel = panel_of(recipe, voter_names(recipe))
         assert panel is not None
-        assert (len(panel.seats), panel.enough) == (seats, enough)
+        assert (len(panel.members), panel.enough) == (members, enough)
     for target in re.findall(r"\]\(([^)#:]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target
 

@@ -10,10 +10,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import lorapar.reporting.elements as elements
 from lorapar.errors import InputError
 from lorapar.files import write_json, write_jsonl, write_text
+from lorapar.labeling import label
 from lorapar.partitioning.choose import partition
 from lorapar.partitioning.partition import Partition
 from lorapar.reporting.report import report
@@ -290,6 +292,34 @@ def test_agreement_is_that_of_the_votes(run):
     assert row_of(page, "a<script>$b$", section="agreement") == ["20", "0", "20", "0", "0", "10", "100.0 %"]
     assert row_of(page, "What is 3 + 3?") == ["a<script>$b$", "operations", "System\xa02", "50 % of votes"]
     assert "teacher" not in [row[0] for row in page.rows if row]
+
+
+def test_agreement_has_the_majority_that_made_the_labels(tmp_path):
+    """One voter of weight 3 against two: majority panel, confusion table, split rows and label agree."""
+    votes = [{"a": 1, "b": 2, "c": 2}, {"a": 2, "b": 1, "c": 1}, {"a": 1, "b": 1, "c": 1}]
+    weights = {"a": 3.0}
+    cast = {name: [row[name] for row in votes] for name in "abc"}
+    plain = Dataset.from_dict({"id": list("xyz"), "prompt": list("xyz"), "split": ["train"] * 3})
+    labelled = label(plain, [], cast, weights=weights)
+    assert labelled["system"] == [1, 2, 1]
+    write_jsonl(tmp_path / "labels.jsonl", labelled)
+    write_json(tmp_path / "recipe.yaml", {"model": "m", "label": {"weights": weights}})
+    page = Page(report(tmp_path).read_text(encoding="utf-8"))
+    assert row_of(page, "a", section="agreement") == ["2", "0", "0", "0", "1", "0", "100.0 %"]
+    assert row_of(page, "b", section="agreement") == ["1", "1", "0", "1", "0", "0", "33.3 %"]
+    panel = [str(a["aria-label"]) for tag, a in page.elements if tag == "svg"][-1]
+    assert panel == "Votes equal to the majority: a 100.0 %; b 33.3 %; c 33.3 %."
+    assert row_of(page, "a", section="labels")[-1] == "100.0 %"
+    assert row_of(page, "x", section="agreement") == ["a", "b, c", "System\xa01", "60 % by weight"]
+    assert "On average the majority has 73.3 % of a row's votes, by weight; 1 of 3 rows" in page.text["labels"]
+    text = page.text["agreement"]
+    assert "The majority is by the recipe's weights" in text
+    assert "κ counts every vote alike, whatever its weight." in text
+    # Without weights the votes of two are the majority, and the page does not speak of weights.
+    write_json(tmp_path / "recipe.yaml", {"model": "m", "label": None})
+    page = Page(report(tmp_path).read_text(encoding="utf-8"))
+    assert row_of(page, "a", section="agreement")[-1] == "33.3 %"
+    assert "weight" not in page.text["agreement"] + page.text["labels"]
 
 
 def test_agreement_says_what_teachers_took(tmp_path):

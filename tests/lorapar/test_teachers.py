@@ -13,9 +13,10 @@ import pytest
 
 from lorapar.errors import InputError
 from lorapar.labeling import ask, make_panel
+from lorapar.labeling.endpoint import retry_after
 from lorapar.labeling.panel import UNANSWERED, UNASKED, remaining
 from lorapar.labeling.store import VoteStore
-from lorapar.labeling.teachers import CallFailed, Reply, retry_after
+from lorapar.labeling.teacher import CallFailed, Reply
 from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
 from lorapar.recipe.sections import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
 
@@ -85,14 +86,14 @@ def test_a_server_that_fails_in_every_way_still_labels_every_row(tmp_path: Path)
         assert requests_of(tally(url)) == requests_of(found)
     with VoteStore(tmp_path / "v.sqlite", read_only=True) as store:
         assert store.spent()[0] == requests_of(found)
-        for seat in panel.seats:
+        for member in panel.members:
             for i in (0, 50):
                 from lorapar.labeling.panel import examples
 
                 example = next(e for e in examples(rows) if e.index == i)
-                vote = store.get(seat.key(example))
+                vote = store.get(member.key(example))
                 assert vote is not None
-                assert vote.calls == len(found["said"][seat.name][i])
+                assert vote.calls == len(found["said"][member.name][i])
                 assert vote.latency > 0.005
                 assert vote.tokens_out is None or vote.tokens_out % 20 == 0
 

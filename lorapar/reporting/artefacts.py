@@ -1,7 +1,5 @@
-"""A run's artefacts as the report reads them, and the small pieces of HTML that all its sections use."""
+"""A run's artefacts as the report reads them."""
 
-import html
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,24 +11,16 @@ import yaml
 from ..errors import InputError
 from ..files import read_json, read_jsonl, read_text
 from ..partitioning.partition import Partition
-from ..reporting import charts, elements
 from ..scoring.scores import load_scores
+from . import elements
 from .elements import GRANULARITIES, KeepCurve
-
-# How the page names and colours a group of rows.
-SYSTEMS = {
-    "system1": ("System 1", charts.S1),
-    "system2": ("System 2", charts.S2),
-    "all": ("All", charts.MUTED),
-}
 
 
 @dataclass
-class Run:
-    """What a run's folder holds, None where a file is missing, and the figures drawn so far."""
+class Artefacts:
+    """What a run's folder holds; None or empty where a file is missing."""
 
     folder: Path
-    figures: Path
     newest: datetime  # of the artefacts read
     recipe_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -43,20 +33,13 @@ class Run:
     codes: dict[str, np.ndarray] | None = None  # region of every trainable element
     scores: dict[int, dict[str, np.ndarray]] | None = None
     curves: dict[tuple[int, str], KeepCurve] = field(default_factory=dict)
-    drawn: int = 0
-
-    def figure(self, name: str, panels: Sequence[charts.Panel], caption: str, columns: int = 3) -> str:
-        """Write `figures/<name>.png` and return the same panels as an HTML figure; `caption` is HTML."""
-        charts.png(panels, self.figures / f"{name}.png", columns)
-        self.drawn += 1
-        pictures = "\n".join(charts.svg(panel, f"{name}{i}") for i, panel in enumerate(panels))
-        return (
-            f'<figure id="fig-{name}"><div class="panels">{pictures}</div>'
-            f"<figcaption><b>Figure {self.drawn}.</b> {caption}</figcaption></figure>"
-        )
 
 
-def load(folder: Path, figures: Path, labels: list[dict[str, Any]] | None = None) -> Run:
+def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> Artefacts:
+    """Read what is there; `labels` are the rows of labels.jsonl, where they have been read already.
+
+    Raises InputError where nothing is there, and, naming the file, where an artefact is corrupt.
+    """
     files = {
         name: folder / path
         for name, path in {
@@ -71,7 +54,7 @@ def load(folder: Path, figures: Path, labels: list[dict[str, Any]] | None = None
     if not files:
         raise InputError(f"{folder}: holds no artefact of a run (recipe.yaml, labels.jsonl, scores.safetensors, …)")
     newest = max(path.stat().st_mtime for path in files.values())
-    run = Run(folder, figures, datetime.fromtimestamp(newest, UTC))
+    run = Artefacts(folder, datetime.fromtimestamp(newest, UTC))
     if "recipe" in files:
         run.recipe_text = read_text(files["recipe"])
         run.recipe = yaml.safe_load(run.recipe_text) or {}
@@ -95,63 +78,23 @@ def load(folder: Path, figures: Path, labels: list[dict[str, Any]] | None = None
     return run
 
 
-def evaluated(run: Run) -> list[str]:
+def evaluated(run: Artefacts) -> list[str]:
     """ "base" and the stages that were evaluated, in the order in which they ran."""
     assert run.metrics is not None
     order = run.recipe.get("stages") or ["sft", "grpo"]
     return [step for step in ("base", *order) if step in run.metrics["accuracy"]]
 
 
-def active_counts(run: Run) -> dict[str, int]:
+def active_counts(run: Artefacts) -> dict[str, int]:
     assert run.partition is not None
     return {s: sum(int(mask.sum()) for mask in run.partition.active(s).values()) for s in ("sft", "grpo")}
 
 
-def model_name(run: Run) -> str:
+def model_name(run: Artefacts) -> str:
     model = run.recipe.get("model", "model not recorded")
     return str(model["name"] if isinstance(model, dict) else model)
 
 
-def absent(file: str, stage: str) -> str:
-    return (
-        f'<p class="absent">Not in this run: <code>{file}</code> is missing, because stage '
-        f"<code>{stage}</code> has not run.</p>"
-    )
-
-
-def html_table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    """`rows` hold finished cells; the first of each is its header."""
-    head = "".join(f"<th>{cell.replace('System ', 'System&nbsp;')}</th>" for cell in heads)
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def escaped(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def number(value: float) -> str:
-    return f"{int(value):,}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def signed_points(change: float) -> str:
-    return f"{100 * change:+.1f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def byte_size(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}" if size < 100 * scale else f"{size / scale:.0f} {unit}"
-    return f"{size:.0f} B"
+def vote_weights(run: Artefacts) -> dict[str, float]:
+    """The recipe's weights of voters, by which the labels were decided; a voter without one counts 1."""
+    return (run.recipe.get("label") or {}).get("weights") or {}

@@ -1,8 +1,7 @@
-"""Teachers that are asked in words: a model behind an OpenAI-compatible endpoint, or a local transformers model.
+"""A teacher behind an OpenAI-compatible endpoint.
 
-Both answer `await ask(prompt)` with what the model said, or raise `CallFailed`, which says whether another try may help
-and when. Keys come from environment variables, are handed to the client and to nothing else; every text that comes back
-passes `hide`, because servers repeat keys in their errors.
+Its key comes from an environment variable and goes to the client alone; every text that comes back passes `hide`,
+because servers repeat keys in their errors.
 """
 
 import asyncio
@@ -11,19 +10,19 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..errors import InputError, nearest, not_installed
 from .parsing import SCHEMA
+from .teacher import CallFailed, Reply
 
 if TYPE_CHECKING:
     from ..recipe.sections import TeacherConfig
 
 log = logging.getLogger("lorapar")
 
-# How long the free look at an endpoint's list of models may take, in seconds.
+# How long reading an endpoint's list of models, which is free, may take, in seconds.
 CHECK_SECONDS = 10.0
 # What endpoints call a model's context in their list of models: vLLM, OpenRouter, Groq, llama.cpp's proxy.
 CONTEXT_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length")
@@ -31,59 +30,6 @@ DEFAULT_MAX_TOKENS = 256
 TOO_LONG = re.compile(
     r"context.{0,12}(?:length|window|size)|maximum context|too many tokens|(?:prompt|input) is too long"
 )
-
-
-@dataclass
-class Reply:
-    """What a teacher said; token counts are None where the endpoint does not give them."""
-
-    text: str
-    refusal: str | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-
-
-@dataclass
-class CallFailed(Exception):
-    """A call without a reply, and why.
-
-    `retry`: another try may help, after `retry_after` seconds where the server says so; `fatal`: no call of this
-    teacher will; `too_long`: this example exceeds its context; `again`: no failure, ask at once in the teacher's way.
-    """
-
-    what: str
-    retry: bool = True
-    retry_after: float | None = None
-    fatal: bool = False
-    too_long: bool = False
-    again: bool = False
-    seconds: float = 0.0  # that the call took
-
-    def __str__(self) -> str:
-        return self.what
-
-
-class Asked(Protocol):
-    """A teacher: its `name`, the `identity` that its votes are stored under, and `max_tokens` it may answer with."""
-
-    name: str
-    identity: dict[str, Any]
-    max_tokens: int
-    context: int | None
-
-    async def ask(self, prompt: str) -> Reply: ...
-    async def check(self) -> None: ...
-    async def close(self) -> None: ...
-    def hide(self, text: str) -> str: ...
-
-
-def make_teacher(config: "TeacherConfig", at: str) -> Asked:
-    """The teacher that a recipe describes under the key `at`; InputError for what can be known before any call."""
-    if config.base_url is None:
-        from .local import LocalTeacher
-
-        return LocalTeacher(config, at)
-    return EndpointTeacher(config, at)
 
 
 class EndpointTeacher:
@@ -112,7 +58,7 @@ class EndpointTeacher:
 
     def _client(self) -> Any:
         if self.client is None:
-            # Its own retries are off: ours know the teacher's other calls, and honour Retry-After for all of them.
+            # The client's own retries are off: ours apply Retry-After to all calls of the teacher.
             self.client = self.openai.AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.config.base_url,
@@ -120,7 +66,7 @@ class EndpointTeacher:
                 timeout=self.config.timeout,
             )
             if not (urlsplit(self.config.base_url or "").hostname or "").endswith("openai.com"):
-                # What the client reads out of OPENAI_ORG_ID and its like is not for other hosts.
+                # What the client reads from OPENAI_ORG_ID and its like is not for other hosts.
                 self.client.organization = self.client.project = self.client.admin_api_key = None
         return self.client
 
@@ -133,14 +79,16 @@ class EndpointTeacher:
         return text.replace(self.key, "[key]") if self.key else text
 
     async def check(self) -> None:
-        """Look at the endpoint's list of models, which costs nothing. InputError for a key or model that it does not
-        take, CallFailed where it cannot be reached; an endpoint without a list is taken at its word."""
+        """Read the endpoint's list of models, which is free. InputError for a key or model that it does not accept,
+        CallFailed where it cannot be reached; an endpoint without a list passes."""
         openai = self.openai
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 page = await self._client().models.list()
         except openai.AuthenticationError as error:
-            raise InputError(f"{self._key_place()} is refused by {self.config.base_url}: {self._said(error)}") from None
+            raise InputError(
+                f"{self._key_place()} is refused by {self.config.base_url}: {self._message(error)}"
+            ) from None
         except (openai.APIConnectionError, TimeoutError) as error:
             raise CallFailed(self._connection(error)) from None
         except (openai.OpenAIError, ValueError):
@@ -164,13 +112,13 @@ class EndpointTeacher:
             schema = {"name": "vote", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
-            # The client's own timeout is of each read; this one is of the whole call. `post`, not
-            # `chat.completions.create`, which spends half of a call's CPU time on turning a body that is plain already
-            # into plain values, and the reply into objects.
+            # The client's own timeout is for each read, this one for the whole call. `post` in place of
+            # `chat.completions.create`, which spends half of a call's CPU time on converting a body that is plain
+            # already, and on turning the reply into objects.
             async with asyncio.timeout(self.config.timeout):
                 reply = await self._client().post("/chat/completions", cast_to=object, body=body)
         except openai.APIStatusError as error:
-            return self._status(error, structured)
+            return self._outcome_of(error, structured)
         except (openai.APIConnectionError, TimeoutError) as error:
             raise CallFailed(self._connection(error)) from None
         # ValueError: a body that is no JSON, or JSON cut short.
@@ -190,14 +138,14 @@ class EndpointTeacher:
         tokens_in, tokens_out = (count if isinstance(count, int) else None for count in counts)
         return Reply(self.hide(content or ""), self.hide(refusal) if refusal else None, tokens_in, tokens_out)
 
-    def _status(self, error: Any, structured: bool) -> Reply:
-        """What an HTTP error means: another try, another way, or none. A content filter's is an answer of a kind."""
-        status, said = error.status_code, self._said(error)
+    def _outcome_of(self, error: Any, structured: bool) -> Reply:
+        """Raise whether an HTTP error allows another try, and how; a content filter's error is a reply, a refusal."""
+        status, message = error.status_code, self._message(error)
         code, lower = str(error.code or ""), f"{error.code} {error.message}".casefold()
-        what = f"HTTP {status}: {said}"
+        what = f"HTTP {status}: {message}"
         if status in (400, 404, 413, 422):
             if code == "content_filter" or "content_filter" in lower:
-                return Reply("", refusal=said)
+                return Reply("", refusal=message)
             if "context_length" in code or TOO_LONG.search(lower):
                 raise CallFailed(what, retry=False, too_long=True) from None
             if structured and self.config.structured == "auto" and re.search(r"response_format|json_schema", lower):
@@ -212,7 +160,7 @@ class EndpointTeacher:
         retry = status in (408, 409, 425, 429) or status >= 500
         raise CallFailed(what, retry=retry, retry_after=retry_after(error.response.headers)) from None
 
-    def _said(self, error: Any) -> str:
+    def _message(self, error: Any) -> str:
         return self.hide(" ".join(str(error.message).split()))[:300]
 
     def _connection(self, error: BaseException) -> str:
@@ -253,36 +201,3 @@ def retry_after(headers: Any) -> float | None:
         except (ValueError, TypeError):
             continue
     return None
-
-
-@dataclass
-class Gate:
-    """Lets calls of one teacher start: so many in flight, so many a minute (evenly spaced), none while it pauses."""
-
-    in_flight: int
-    per_minute: float | None
-    paused_until: float = 0.0
-    next_start: float = 0.0
-    semaphore: asyncio.Semaphore = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.semaphore = asyncio.Semaphore(self.in_flight)
-
-    def pause(self, seconds: float) -> None:
-        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
-
-    async def __aenter__(self) -> None:
-        await self.semaphore.acquire()
-        try:
-            while (wait := self.paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            if self.per_minute is not None:
-                start = max(time.monotonic(), self.next_start)
-                self.next_start = start + 60.0 / self.per_minute
-                await asyncio.sleep(start - time.monotonic())
-        except BaseException:
-            self.semaphore.release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self.semaphore.release()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar import InputError
-from lorapar.adapter.attach import Snapshot, lora_parameters
+from lorapar.adapter.attach import Snapshot, lora_parameters, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.training.grpo import PartitionedGRPOTrainer, check_engine
 from tests.lorapar.driver import refused, succeeds
@@ -116,7 +116,7 @@ def engine_of(trainer):
 def test_vllm_gets_base_plus_delta_under_its_own_names(vllm, tmp_path, mode, start, dtype):
     model = moved(lorapar.attach(tiny_model().to(dtype), config(), start=start))
     expected = {n: p.detach().double() for n, p in tiny_model().to(dtype).named_parameters()}
-    for name, layer in lorapar.adapter.masked_layers(model).items():
+    for name, layer in masked_layers(model).items():
         a, b, scaling = layer.factors("default")
         expected[f"{name}.weight".removeprefix("base_model.model.")] += scaling * b.detach().double() @ a.double()
     trainer = trainer_of(model, tmp_path, vllm_mode=mode)
@@ -177,7 +177,7 @@ def test_of_a_quantised_base_vllm_gets_the_dequantised_sum_in_the_model_s_dtype(
 
     model = moved(lorapar.attach(load(tiny_folder, kind, dtype="bfloat16"), config(), start="twin"))
     handed = {name: tensor.clone() for name, tensor in merged_parameters(model)}
-    for name, layer in lorapar.adapter.masked_layers(model).items():
+    for name, layer in masked_layers(model).items():
         a, b, scaling = layer.factors("default")
         wide = dequantised(layer.get_base_layer(), torch.float32).double() + scaling * b.double() @ a.double()
         given = handed[f"{name}.weight".removeprefix("base_model.model.")]

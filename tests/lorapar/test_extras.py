@@ -63,7 +63,7 @@ def test_a_package_that_the_quickstart_brings_is_named_and_no_other(verb: str, r
 
 
 def test_an_endpoint_without_its_client_names_the_extra(monkeypatch):
-    from lorapar.recipe.label import TeacherConfig
+    from lorapar.recipe.sections import TeacherConfig
 
     from lorapar.labeling.teachers import EndpointTeacher
 

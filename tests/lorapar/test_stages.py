@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from lorapar import load_recipe, stage
+from lorapar import files, load_recipe, stage
 from lorapar.adapter.attach import load_adapter
 from lorapar.data.answers import is_correct
 from lorapar.data.tokens import prompt_ids
@@ -70,6 +70,15 @@ def test_both_systems_are_scored_in_one_model_load(recipe_file: Path, tmp_path: 
     monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
     succeeds("score", recipe_file, "--output_dir", tmp_path / "run")
     assert loads == [1]
+
+
+def test_labels_and_tokenizer_are_read_once_a_run(recipe_file: Path, tmp_path: Path, monkeypatch):
+    reads, tokenizers, read, load = [], [], files.read_text, stage.load_tokenizer
+    monkeypatch.setattr(files, "read_text", lambda path: reads.append(Path(path).name) or read(path))
+    monkeypatch.setattr(stage, "load_tokenizer", lambda config: tokenizers.append(1) or load(config))
+    succeeds("run", recipe_file, "--output_dir", tmp_path / "run")
+    assert reads.count("labels.jsonl") == 1
+    assert tokenizers == [1]
 
 
 def test_base_and_stages_are_evaluated_in_one_model_load(recipe_file: Path, finished: Path, monkeypatch):

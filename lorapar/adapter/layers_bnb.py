@@ -112,12 +112,12 @@ def _forward(base: Any, x: Tensor) -> Tensor:
     return cast(Tensor, FrozenProduct.apply(x.to(dtype), base)).to(out_dtype)
 
 
-def unexplained(weight: Tensor, made: Tensor, kind: str, block: int) -> str | None:
-    """Why `made` cannot be `weight` quantised as `kind` in blocks of `block` elements; None where it can."""
+def unexplained(weight: Tensor, restored: Tensor, kind: str, block: int) -> str | None:
+    """Why `restored` cannot be `weight` quantised as `kind` in blocks of `block` elements; None where it can."""
     slack, worst = 0.0 if kind == "int8" else NESTED_ROUNDING * weight.abs().max().float(), 0.0
     # A piece at a time: beside a model that just fits, there is no room for several copies of its largest weight.
     size = block * max(1, (1 << 22) // block)
-    for wide, ours in zip(weight.reshape(-1).split(size), made.reshape(-1).split(size)):
+    for wide, ours in zip(weight.reshape(-1).split(size), restored.reshape(-1).split(size)):
         of_block = F.pad(wide.float().abs(), (0, -wide.numel() % block)).view(-1, block).amax(1)
         of_block = of_block.repeat_interleave(block)[: wide.numel()]
         excess = (ours.float() - wide.float()).abs() - slack
@@ -144,10 +144,10 @@ def held_to_their_weights() -> Iterator[None]:
     faults: list[str] = []
 
     def held_4bit(A: Tensor, *arguments: Any, **options: Any) -> Any:
-        made, state = cast(Any, quantize_4bit(A, *arguments, **options))
-        fault = unexplained(A, bnb_functional.dequantize_4bit(made, state), state.quant_type, state.blocksize)
+        codes, state = cast(Any, quantize_4bit(A, *arguments, **options))
+        fault = unexplained(A, bnb_functional.dequantize_4bit(codes, state), state.quant_type, state.blocksize)
         faults.extend([] if fault is None else [fault])
-        return made, state
+        return codes, state
 
     def held_8bit(A: Tensor, *arguments: Any, **options: Any) -> Any:
         codes, scales, outliers = int8_vectorwise_quant(A, *arguments, **options)
@@ -169,8 +169,8 @@ def held_to_their_weights() -> Iterator[None]:
 def _probe(kind: str, columns: int, block: int, nested: bool, dtype: torch.dtype, device: torch.device) -> str | None:
     """What `unexplained` says of 64 rows of normal weights that are quantised and dequantised."""
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    made, state = bnb_functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
-    return unexplained(weight, bnb_functional.dequantize_4bit(made, state), kind, block)
+    codes, state = bnb_functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
+    return unexplained(weight, bnb_functional.dequantize_4bit(codes, state), kind, block)
 
 
 def check_four_bits(model: nn.Module) -> None:

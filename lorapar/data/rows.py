@@ -243,7 +243,7 @@ def load_rows(
         formed[name] = [_form_row(raw, columns, config, chat, f"{name}: row {i}") for i, raw in enumerate(raws, 1)]
 
     report = {name: {"read": len(rows), "duplicates": 0, "too_long": 0} for name, rows in formed.items()}
-    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    distinct: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     seen: set[str] = set()
     limit = config.max_prompt_length
     for name, _ in sorted(zip(names, shares), key=lambda pair: pair[1] is not True):  # stable: else in given order
@@ -254,17 +254,17 @@ def load_rows(
                 report[name]["too_long"] += 1
             else:
                 seen.add(row["id"])
-                kept[name].append(row)
+                distinct[name].append(row)
 
-    if not any(kept.values()):
+    if not any(distinct.values()):
         raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
     rows = []
     for name, share in zip(names, shares):
-        held_out = _choose_held_out([row["id"] for row in kept[name]], share, config.seed, name)
-        report[name]["train"] = len(kept[name]) - len(held_out)
+        held_out = _choose_held_out([row["id"] for row in distinct[name]], share, config.seed, name)
+        report[name]["train"] = len(distinct[name]) - len(held_out)
         report[name]["held_out"] = len(held_out)
-        report[name]["no_answer"] = sum(not row["answer"] for row in kept[name])
-        for row in kept[name]:
+        report[name]["no_answer"] = sum(not row["answer"] for row in distinct[name])
+        for row in distinct[name]:
             rows.append({**row, "split": "held_out" if row["id"] in held_out else "train", "source": name})
     return to_dataset(rows), report
 

@@ -92,15 +92,15 @@ def load_config(config: "ModelConfig") -> Any:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     place = str(resolve(config.name))
     with _as_input_error(config):
-        made = AutoConfig.from_pretrained(place, **options)
-        own = (getattr(made, "auto_map", None) or {}).get("AutoModelForCausalLM")
+        loaded = AutoConfig.from_pretrained(place, **options)
+        own = (getattr(loaded, "auto_map", None) or {}).get("AutoModelForCausalLM")
         if config.trust_remote_code and own is not None:
             # As transformers does when it loads the weights, so that the plan can make the model without them.
             model_class = get_class_from_dynamic_module(own, place, revision=config.revision)
-            AutoModelForCausalLM.register(type(made), model_class, exist_ok=True)
+            AutoModelForCausalLM.register(type(loaded), model_class, exist_ok=True)
     if config.attn_implementation is not None:
-        made._attn_implementation = config.attn_implementation
-    return made
+        loaded._attn_implementation = config.attn_implementation
+    return loaded
 
 
 def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedModel":

@@ -63,9 +63,8 @@ def test_a_package_that_the_quickstart_brings_is_named_and_no_other(verb: str, r
 
 
 def test_an_endpoint_without_its_client_names_the_extra(monkeypatch):
+    from lorapar.labeling.endpoint import EndpointTeacher
     from lorapar.recipe.sections import TeacherConfig
-
-    from lorapar.labeling.teachers import EndpointTeacher
 
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     says = r"needs openai, which is not installed; pip install 'lorapar\[teachers\]'"

@@ -38,7 +38,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 )
 
-# Each public name and the module that defines it. No module directly under lorapar/ shares a name with one of them.
+# Each public name and the module that has it. No module directly under lorapar/ shares a name with one of them.
 _WHERE = {
     "InputError": "errors",
     "Partition": "partitioning.partition",

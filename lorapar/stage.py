@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from .memory.needs import Lengths
     from .recipe.sections import Recipe
 
 Facts = dict[str, Any]  # what a stage records of itself in stages.json
@@ -33,10 +34,11 @@ class Run:
     def __init__(self, recipe: "Recipe", folder: Path):
         self.recipe, self.folder = recipe, folder
         self._labels: tuple[int, Dataset] | None = None
+        self._lengths: tuple[Dataset, Lengths] | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer. It is everybody's: a trainer, which changes its own, takes a copy."""
+        """The model's tokenizer, shared by the stages; a trainer changes its tokenizer, so it takes a copy."""
         return load_tokenizer(self.recipe.model)
 
     def labels(self) -> "Dataset":
@@ -47,8 +49,17 @@ class Run:
             self._labels = changed, load_labels(path)
         return self._labels[1]
 
+    def lengths(self) -> "Lengths":
+        """Tokens of the longest labelled row and of the longest prompt, counted once."""
+        from .memory.needs import lengths_of
+
+        labels = self.labels()
+        if self._lengths is None or self._lengths[0] is not labels:
+            self._lengths = labels, lengths_of(self.recipe, labels, self.tokenizer)
+        return self._lengths[1]
+
     def load_model(self) -> "PreTrainedModel":
-        """The base model, loaded anew: a stage takes one, and what it has done to it ends with the stage."""
+        """The base model, loaded for one stage: what the stage does to it (adapters, trainers' hooks) ends with it."""
         from accelerate import PartialState
 
         config = self.recipe.model
@@ -87,7 +98,7 @@ class Stage:
         run: does the work and gives the facts for the record.
         sections: the recipe's sections that the outcome depends on. inputs: what else it depends on, beside the files.
         reads, writes: files in the output folder. folders: those that it writes whole, with files of any name.
-        shows: files that it reads where they are there.
+        shows: files that it reads if they exist.
         check: refuses settings that it could not follow, before anything is done.
         discard: removes what an attempt with other inputs has left unfinished.
         trains: every process of a distributed launch takes part; the other stages run on the first one.

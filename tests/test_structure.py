@@ -33,7 +33,7 @@ ARROWS = {
     "evaluating": "adapter data errors files model partitioning progress recipe stage",
     "exporting": "adapter errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
-    "stage": "data model",
+    "stage": "data memory model",
     # What runs them.
     "pipeline": (
         "adapter errors evaluating exporting files labeling logs memory partitioning recipe reporting scoring stage "
@@ -46,7 +46,7 @@ ARROWS = {
 # The files that know a whole recipe: a stage's own, the order of the stages, the command line, and the plan, which is
 # of a recipe. All others take the values that they need.
 KNOW_RECIPE = ("recipe/", "stage.py", "pipeline/", "memory/needs.py", "memory/advice.py", "cli.py", "__init__.py")
-# Values, which no process may stand below.
+# Values, and all that they may import: nothing that does work on them.
 VALUES = {
     "recipe/sections.py": {"errors", "files", "recipe"},
     "scoring/scores.py": {"errors", "files"},
@@ -174,6 +174,21 @@ def test_values_stand_below_processes():
     for name, allowed in VALUES.items():
         found = imports(ROOT / "lorapar" / name, "lorapar")
         assert all(other in allowed or other.split(".")[0] in allowed for other in found), f"{name} imports {found}"
+
+
+def test_kernels_import_one_another_and_triton_alone():
+    """A kernel file may import torch, Triton, the standard library, launch.py and its siblings; nobody else Triton."""
+    for path in sorted((ROOT / "lorapar_kernels").rglob("*.py")):
+        name, tree = module_of(path, "lorapar_kernels"), ast.parse(path.read_text(encoding="utf-8"))
+        roots = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                 for alias in node.names}  # fmt: skip
+        roots |= {(node.module or "").split(".")[0] for node in ast.walk(tree)
+                  if isinstance(node, ast.ImportFrom) and not node.level}  # fmt: skip
+        if name.startswith("triton_kernels"):
+            assert all(other.startswith("triton_kernels.") for other in imports(path, "lorapar_kernels")), name
+        else:
+            assert "triton" not in roots or name == "compile", f"{name} imports Triton"
+    assert not imports(ROOT / "lorapar_kernels" / "triton_kernels" / "__init__.py", "lorapar_kernels")
 
 
 def test_the_backend_knows_nothing_of_the_method():

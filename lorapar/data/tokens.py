@@ -1,4 +1,8 @@
-"""A row's text as tokens, by the tokenizer's chat template or as plain text, the same for every stage."""
+"""A row's text as tokens, by the tokenizer's chat template or as plain text.
+
+Scoring, evaluation, length limits and the plan take their tokens from here. SFT and GRPO hand TRL the text, which makes
+the same tokens of it (a test holds the two equal).
+"""
 
 import json
 from typing import TYPE_CHECKING, Any

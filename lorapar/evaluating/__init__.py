@@ -1,1 +1,1 @@
-"""Stage 5: accuracy on the rows that were held out."""
+"""Accuracy on the rows that were held out, after label, score, partition and training."""

@@ -63,5 +63,5 @@ def wilson(successes: int, trials: int) -> list[float]:
     share, z2 = successes / trials, Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # Rounding must not put the interval beside the share it is of, at 0 and at 1.
+    # At 0 and at 1 rounding could leave the share itself just outside.
     return [min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))]

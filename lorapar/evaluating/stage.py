@@ -1,4 +1,4 @@
-"""Stage 5 of a run: `metrics.json` and `answers.jsonl`."""
+"""The evaluate stage of a run: `metrics.json` and `answers.jsonl`."""
 
 import contextlib
 import logging

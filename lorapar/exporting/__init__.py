@@ -1,1 +1,1 @@
-"""Stage 6: the finished adapter, and the merged model."""
+"""The finished adapter, and the merged model."""

@@ -1,4 +1,4 @@
-"""Stage 6 of a run: `adapter/`, and `merged/` where the recipe asks for it."""
+"""The export stage of a run: `adapter/`, and `merged/` where the recipe asks for it."""
 
 import torch
 

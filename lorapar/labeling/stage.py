@@ -1,4 +1,4 @@
-"""Stage 1 of a run: `labels.jsonl`, from the voters' and the teachers' votes and a person's corrections."""
+"""The label stage of a run: `labels.jsonl`, from the voters' and the teachers' votes and a person's corrections."""
 
 import logging
 from collections import Counter
@@ -18,7 +18,7 @@ from .asking import ask
 from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_panel, remaining, store_path, table_of
 from .review import read_corrections, write_review
 from .store import VoteStore
-from .voters import Column, make_voters
+from .voters import Column, asks_model, make_voters
 from .voting import check_corrections, decide, labelled_and_dropped, votes_of
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ def local_votes(run: Run, rows: "Dataset") -> dict[str, list[int | None]]:
     label = run.recipe.label
     if label.column:
         return votes_of([Column(label.column)], rows)
-    probes = any(_name_of(voter) == "probe" for voter in label.voters or [])
-    return votes_of(make_voters(label.voters or [], run.load_model() if probes else None, run.tokenizer), rows)
+    voters = label.voters or []
+    model = run.load_model() if any(map(asks_model, voters)) else None
+    return votes_of(make_voters(voters, model, run.tokenizer), rows)
 
 
 def voter_names(recipe: Recipe) -> list[str]:
@@ -206,14 +207,14 @@ def decided_otherwise(labelled: "Dataset") -> dict[str, int]:
 def check(run: Run) -> None:
     """Make the voters that need no model: each refuses options that it does not have."""
     if run.recipe.label.column is None:
-        make_voters([voter for voter in run.recipe.label.voters or [] if _name_of(voter) != "probe"])
+        make_voters([voter for voter in run.recipe.label.voters or [] if not asks_model(voter)])
 
 
 def inputs(run: Run) -> Facts:
     """What labels depend on beside the recipe's sections: local data, template and corrections by their content."""
     recipe, facts = run.recipe, {}
-    if recipe.lora.get("base") and "probe" in str(recipe.label.voters):
-        facts["base"] = recipe.lora["base"]  # what the probe asks
+    if recipe.lora.get("base") and any(map(asks_model, recipe.label.voters or [])):
+        facts["base"] = recipe.lora["base"]
     paths = [Path(source.name).expanduser() for source in recipe.data.sources]
     paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
     facts["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}

@@ -25,6 +25,7 @@ class Probe:
     """
 
     name = "probe"
+    asks_model = True
 
     def __init__(
         self,
@@ -78,8 +79,15 @@ class Column:
         return votes
 
 
-# Every voter that a recipe can list, by name; the arguments of its class are its options.
-VOTERS = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
+# Every voter that a recipe can list, by name; the arguments of its class are its options. A class with `asks_model` is
+# given the target model and its tokenizer first.
+VOTERS: dict[str, Any] = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
+
+
+def asks_model(spec: str | dict[str, Any]) -> bool:
+    """Whether the voter that a recipe names asks the target model."""
+    name = spec if isinstance(spec, str) else spec.get("name")
+    return getattr(VOTERS.get(str(name)), "asks_model", False)
 
 
 def make_voters(
@@ -89,7 +97,7 @@ def make_voters(
 ) -> list[Voter]:
     """The voters that a recipe names: "operations", or {"name": "operations", "threshold": 2}.
 
-    Options are the arguments of the voter's class. "probe" asks `model` with `tokenizer`.
+    Options are the arguments of the voter's class. `model` and `tokenizer` are for voters that ask the target model.
     """
     return [_make_voter({"name": spec} if isinstance(spec, str) else dict(spec), model, tokenizer) for spec in specs]
 
@@ -103,10 +111,10 @@ def _make_voter(options: dict[str, Any], model: Any, tokenizer: Any) -> Voter:
     for key in options:
         if key not in allowed:
             raise InputError(f"label.voters: {name} has no option {key!r}; allowed: {', '.join(allowed)}")
-    if voter is Probe:
+    if asks_model(name):
         if model is None or tokenizer is None:
-            raise InputError("label.voters: probe asks the target model, so it needs a model and a tokenizer")
-        return Probe(model, tokenizer, **options)
+            raise InputError(f"label.voters: {name} asks the target model, so it needs a model and a tokenizer")
+        return voter(model, tokenizer, **options)
     if voter is Column and "column" not in options:
         raise InputError("label.voters: column needs the option 'column', the name of the column with the labels")
     return voter(**options)

@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..adapter.options import lora_config
@@ -159,27 +159,27 @@ def available(recipe: Recipe) -> int:
     return available_bytes(choose_device(recipe.model.device))
 
 
-def check_memory(stage: str, recipe: Recipe, rows: Iterable[Any]) -> None:
+def check_memory(stage: str, recipe: Recipe, lengths: Lengths) -> None:
     """Refuse a stage that needs more memory than there is, before its weights are loaded.
 
-    `rows`: the labelled ones, with prompt and completion. Raises InputError with the cheapest remedies. A recipe far
-    from the limit is not simulated.
+    `lengths`: of the labelled rows. Raises InputError with the cheapest remedies. A recipe far from the limit is not
+    simulated.
     """
-    if stage not in NEEDS_MODEL:
-        return
-    lengths, room = lengths_of(recipe, rows), available(recipe)
+    room = available(recipe)
     if _at_most(recipe, lengths, describe(recipe)) >= room:
         row = need(recipe, lengths, stage)
         if row.total > room:
             raise InputError(" ".join(advice(recipe, lengths, row, room)))
 
 
-def out_of_memory(stage: str, recipe: Recipe, rows: Iterable[Any]) -> str:
-    """The message when a stage's memory ran out: the cheapest changes that lower its need by a fifth."""
+def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
+    """The message when a stage's memory ran out: the cheapest changes that lower its need by a fifth.
+
+    `lengths`: of the labelled rows; None for a stage that is not planned for.
+    """
     message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
-    if stage not in NEEDS_MODEL:
+    if lengths is None:
         return message
-    lengths = lengths_of(recipe, rows)
     row = need(recipe, lengths, stage)
     room = min(available(recipe), row.total * 4 // 5)
     return "\n".join([message, *advice(recipe, lengths, row, room)])

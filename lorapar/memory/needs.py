@@ -74,14 +74,14 @@ class Lengths:
     of: str
 
 
-def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None) -> Lengths:
+def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any = None) -> Lengths:
     """Of `rows` (prompt and completion), else of the recipe's data where that is on this machine, else its limits."""
     longest_prompt = recipe.data.max_prompt_length
     if rows is None and not all(_is_here(source) for source in recipe.data.sources):
         whole = max_length(recipe)
         prompt = longest_prompt or recipe.sft.trainer_default("max_length")
         return Lengths(min(prompt, whole), whole, "the recipe's limits, as its data is not on this machine")
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
     taken: Any = load_rows(recipe.data, tokenizer)[0] if rows is None else rows
     encoded = [encode(row, tokenizer) for row in taken]
     prompt, whole = max(n for _, n in encoded), max(len(ids) for ids, _ in encoded)

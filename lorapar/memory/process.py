@@ -14,16 +14,16 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak_memory() -> None:
     """Start a new peak. Outside Linux the resident set's peak cannot be reset: it is that of the whole process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # proc(5): 5 resets VmHWM
 
 
 def peak_memory_bytes() -> int:
-    """Bytes at the peak since the last reset."""
+    """Bytes at the peak since the last reset; with GPUs, of the one of which this process took most."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024

@@ -1,1 +1,1 @@
-"""Stage 3: from two scores to which elements each stage trains."""
+"""From two scores to which elements each stage trains: `Partition` in partition.py, `partition()` in choose.py."""

@@ -1,4 +1,4 @@
-"""Stage 3 of a run: `partition.safetensors`."""
+"""The partition stage of a run: `partition.safetensors`."""
 
 import dataclasses
 

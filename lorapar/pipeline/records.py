@@ -1,7 +1,7 @@
 """What the stages of a run have written of themselves into `stages.json`, and whether it still holds.
 
-A stage's record is a fingerprint of everything that it read, what it took, and a digest of the weights that it wrote.
-A stage whose fingerprint stands in the record, with its files there, is done.
+A stage's record holds a fingerprint of everything that it read, its time and memory, and digests of the weights
+it wrote. A stage with the same fingerprint in its record, and its files in the folder, is done.
 """
 
 from collections.abc import Sequence

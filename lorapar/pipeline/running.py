@@ -9,7 +9,7 @@ import errno
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from ..files import (
 )
 from ..labeling import stage as labeling
 from ..logs import RUN_LOCK, calm_libraries, logging_to
-from ..memory.advice import check_memory, out_of_memory
+from ..memory.advice import NEEDS_MODEL, check_memory, out_of_memory
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
-from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
+from ..stage import Run, Stage, is_main_process, wait_for_everyone
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
 
@@ -81,8 +81,8 @@ def label_only(recipe: Recipe, what: str) -> str:
 def check_settings(run: Run, only: str | None = None) -> None:
     """Have every stage refuse settings that it could not follow, before any work is done.
 
-    `only` "label" or "report": but for the trainers' settings, which a machine that does no more need not be able to
-    follow (bf16).
+    With `only` "label" or "report" the trainers' settings are not checked: a machine that only labels may lack what
+    they need (bf16).
     """
     try:
         backend.forced()
@@ -113,8 +113,9 @@ def _run_stage(stage: Stage, run: Run) -> None:
     check_whole(run, stage.reads)
     main = is_main_process()
     release_freed()
-    if main or stage.trains:
-        check_memory(stage.name, run.recipe, _labelled(stage, run))
+    planned_for = stage.name in NEEDS_MODEL
+    if planned_for and (main or stage.trains):
+        check_memory(stage.name, run.recipe, run.lengths())
     if wanted not in (record.get("started"), record.get("fingerprint")) and (main or stage.trains):
         stage.discard(run)
     if main:
@@ -130,7 +131,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(out_of_memory(stage.name, run.recipe, _labelled(stage, run))) from error
+        raise OutOfMemory(out_of_memory(stage.name, run.recipe, run.lengths() if planned_for else None)) from error
     except InputError:
         # Refused before it wrote anything: what stood there is still what its record says.
         if main and record and written == _times(stage, folder):
@@ -147,11 +148,6 @@ def _run_stage(stage: Stage, run: Run) -> None:
             refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
     wait_for_everyone()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
-
-
-def _labelled(stage: Stage, run: Run) -> Iterable[Any]:
-    """The labelled rows, for a stage that reads them."""
-    return run.labels() if LABELS in stage.reads else ()
 
 
 def _times(stage: Stage, folder: Path) -> dict[str, int]:
@@ -215,7 +211,7 @@ def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] 
 
 @contextlib.contextmanager
 def as_input_error(folder: Path) -> Iterator[None]:
-    """Say in one line what the user can mend and libraries raise as their own: a full disk, a folder closed to us."""
+    """Turn what libraries raise for a full disk, or a folder that cannot be written, into an InputError of one line."""
     try:
         yield
     except InputError:

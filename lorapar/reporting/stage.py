@@ -1,4 +1,4 @@
-"""The last stage of a run: `report.html` and `figures/`."""
+"""The report stage of a run: `report.html` and `figures/`."""
 
 from collections.abc import Iterable
 from typing import Any, cast

@@ -1,1 +1,1 @@
-"""Stage 2: the importance of every LoRA element for each system."""
+"""The importance of every LoRA element for each system: `Scores` in scores.py, `score()` in score.py."""

@@ -1,4 +1,4 @@
-"""Stage 2 of a run: `start/` (the adapter as it is scored) and `scores.safetensors`."""
+"""The score stage of a run: `start/` (the adapter as it is scored) and `scores.safetensors`."""
 
 import logging
 

@@ -1,1 +1,1 @@
-"""Stage 4: SFT and GRPO of one system's elements on that system's rows."""
+"""SFT of one system's elements on its rows (the paper's stage 1), then GRPO of the other's (stage 2)."""

@@ -28,7 +28,7 @@ def longest(lengths: Sequence[int], count: int) -> list[int]:
 
 @contextlib.contextmanager
 def rehearsing(trainer: Any, model: nn.Module, what: str) -> Iterator[None]:
-    """Within the block a trainer may compute a loss and its gradients; after it they have not been."""
+    """Let a trainer compute a loss and gradients, and put its logs, gradients and random state back afterwards."""
     logged = {name: copy.deepcopy(trainer.__dict__[name]) for name in LOGGED if name in trainer.__dict__}
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices), trainer.maybe_activation_offload_context:

@@ -20,7 +20,8 @@ from .rehearsal import longest, rehearsing
 from .trainer import PAPER, PartitionedTrainer, Trained, train
 
 # transformers counts a step's tokens beforehand only for a model whose forward takes them (remote code may not, Gemma 4
-# and Qwen2.5-VL say no); without that count each part would be a mean of its own. The experts' balancing loss is one.
+# and Qwen2.5-VL say no); without that count each part's loss would be a mean of its own. So is the balancing loss of a
+# mixture of experts.
 NO_PARTS = ("this model's loss is a mean over the batch, not a sum that its parts make up; leave the key out, or null: "
             "the whole batch")  # fmt: skip
 

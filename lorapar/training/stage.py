@@ -1,4 +1,4 @@
-"""Stage 4 of a run: `sft/` and `grpo/`, each trained from the adapter that the stage before it wrote."""
+"""The training stages of a run: `sft/` and `grpo/`, each trained from the adapter that the stage before it wrote."""
 
 import copy
 import logging

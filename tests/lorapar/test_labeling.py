@@ -11,6 +11,7 @@ from lorapar.data.rows import load_rows
 from lorapar.errors import InputError
 from lorapar.labeling import Column, Operations, Probe, ReasoningSteps, label, make_voters
 from lorapar.labeling.rules import count_operations, count_steps, reasoning_of
+from lorapar.labeling.voters import VOTERS, asks_model
 from lorapar.recipe.sections import DataConfig, SourceConfig
 
 
@@ -199,3 +200,23 @@ def test_rules_on_gsm8k_split_it_into_two_parts_of_weight():
     # 41 to 49 % System 1 in each of the first seven thousands of the file, when this was written.
     assert 0.40 < counts[1] / len(rows) < 0.55
     assert label(rows, [ReasoningSteps(1)])["system"].count(1) == 0
+
+
+def test_a_voter_that_asks_the_model_gets_it(monkeypatch):
+    """Any in the table, by what its class says of itself."""
+
+    class Second:
+        asks_model = True
+
+        def __init__(self, model, tokenizer, threshold=1):
+            self.name, self.given = "second", (model, tokenizer, threshold)
+
+    monkeypatch.setitem(VOTERS, "second", Second)
+    assert [asks_model(spec) for spec in ("probe", {"name": "second"}, "steps", {"name": "column"}, "none")] == [
+        True, True, False, False, False]  # fmt: skip
+    (voter,) = make_voters([{"name": "second", "threshold": 3}], "model", "tokenizer")  # type: ignore[arg-type]
+    assert voter.given == ("model", "tokenizer", 3)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="second asks the target model"):
+        make_voters(["second"])
+    with pytest.raises(InputError, match="second has no option 'model'"):
+        make_voters([{"name": "second", "model": "m"}])

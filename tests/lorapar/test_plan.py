@@ -17,7 +17,13 @@ from lorapar.memory import advice as remedies
 from lorapar.memory import needs as plan
 from lorapar.memory.advice import changes, parse_bytes
 from lorapar.memory.needs import Lengths, describe, need
-from lorapar.memory.process import available_bytes, is_out_of_memory, resident_bytes
+from lorapar.memory.process import (
+    available_bytes,
+    is_out_of_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    resident_bytes,
+)
 from lorapar.memory.step import TrainingStep, step_bytes
 from lorapar.memory.switches import checkpointing
 from lorapar.model.load import load_model
@@ -235,11 +241,11 @@ def test_a_recipe_far_from_the_limit_is_not_simulated(finished, recipe_file, mon
     recipe = parse(recipe_values_of(recipe_file))
     monkeypatch.setattr(plan, "step_bytes", lambda *_: pytest.fail("simulated"))
     rows = read_jsonl(finished / "labels.jsonl")
-    remedies.check_memory("score", recipe, rows)
+    remedies.check_memory("score", recipe, plan.lengths_of(recipe, rows))
     monkeypatch.setattr(remedies, "available_bytes", lambda device: 10**6)
     monkeypatch.setattr(plan, "_STEPS", {})
     with pytest.raises(pytest.fail.Exception, match="simulated"):
-        remedies.check_memory("score", recipe, rows)
+        remedies.check_memory("score", recipe, plan.lengths_of(recipe, rows))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +301,18 @@ def test_the_gpu_that_the_model_is_on_is_asked(tiny_folder, monkeypatch):
                         lambda device: SimpleNamespace(total_memory=memory[torch.device(device).index]))  # fmt: skip
     monkeypatch.setattr(plan, "step_bytes", lambda *_: pytest.fail("simulated"))
     recipe = recipe_of(tiny_folder, model={"device": "cuda:1"})
-    remedies.check_memory("score", recipe, [{"prompt": "1 + 1 =", "completion": " 2"}])
+    remedies.check_memory("score", recipe, LENGTHS)
+
+
+def test_the_peak_is_of_the_gpu_that_was_used(monkeypatch):
+    reset, peaks = [], [10, 10**9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: peaks[device])
+    reset_peak_memory()
+    assert reset == [0, 1]
+    assert peak_memory_bytes() == 10**9
 
 
 def test_the_tokenizer_is_loaded_once(tiny_folder, monkeypatch):

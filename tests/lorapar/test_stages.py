@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from lorapar import files, load_recipe, stage
@@ -73,9 +73,9 @@ def test_both_systems_are_scored_in_one_model_load(recipe_file: Path, tmp_path: 
 
 
 def test_labels_and_tokenizer_are_read_once_a_run(recipe_file: Path, tmp_path: Path, monkeypatch):
-    reads, tokenizers, read, load = [], [], files.read_text, stage.load_tokenizer
+    reads, tokenizers, read, load = [], [], files.read_text, AutoTokenizer.from_pretrained
     monkeypatch.setattr(files, "read_text", lambda path: reads.append(Path(path).name) or read(path))
-    monkeypatch.setattr(stage, "load_tokenizer", lambda config: tokenizers.append(1) or load(config))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizers.append(1) or load(*a, **k))
     succeeds("run", recipe_file, "--output_dir", tmp_path / "run")
     assert reads.count("labels.jsonl") == 1
     assert tokenizers == [1]

@@ -152,7 +152,7 @@ def test_sums_equal_one_example_at_a_time_in_float64():
     In float64 they are the same numbers. In fp32 the model's own rounding over 30 layers is 1e-4, however the sums are
     made: PyTorch's autograd in fp32, one example at a time, is the yardstick there.
     """
-    from tests.lorapar.test_score import naive_sums
+    from tests.lorapar.test_scoring import naive_sums
 
     texts = [
         ("The capital of France is", " Paris, which lies on the Seine."),

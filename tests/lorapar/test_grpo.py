@@ -18,7 +18,7 @@ from lorapar.adapter.proof import Snapshot, checksums
 from lorapar.training.grpo import PartitionedGRPOTrainer, check_engine
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_adapter import config, random_partition
-from tests.lorapar.test_bases import load, needs_bnb
+from tests.lorapar.test_quantised import load, needs_bnb
 from tests.lorapar.test_training import ROWS, fresh, grpo_config, letters
 from tests.tiny import tiny_model, tiny_tokenizer
 

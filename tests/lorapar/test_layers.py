@@ -13,7 +13,7 @@ import lorapar_kernels as lk
 from lorapar.adapter.layers import MaskedLinear, lora_parameters, masked_layers
 from lorapar.adapter.proof import Snapshot, verify
 from lorapar.partitioning.partition import Partition
-from tests.lorapar.test_score import large_start, naive_sums, sums_of, worst
+from tests.lorapar.test_scoring import large_start, naive_sums, sums_of, worst
 from tests.tiny import TARGETS, tiny_model
 
 TOKENS = torch.randint(2, 258, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from lorapar.doctor import doctor
 from lorapar.memory.switches import SWITCHES
 from lorapar.training.sft import micro_batches
 from tests.lorapar.driver import refused, succeeds
-from tests.lorapar.test_bases import needs_bnb
+from tests.lorapar.test_quantised import needs_bnb
 from tests.lorapar.test_training import ROWS, differences, fresh, losses, sft_config
 from tests.tiny import tiny_tokenizer
 

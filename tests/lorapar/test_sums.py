@@ -12,7 +12,7 @@ from lorapar.scoring import sums as score_sums
 from lorapar.scoring.batches import read_examples, score_batch
 from lorapar.scoring.score import scoring
 from tests.lorapar.test_adapter import config
-from tests.lorapar.test_score import rows
+from tests.lorapar.test_scoring import rows
 from tests.tiny import tiny_model
 
 

@@ -72,13 +72,24 @@ def imports(path: Path, package: str, typed: bool = False) -> set[str]:
     modules = {module_of(other, package) for other in (ROOT / package).rglob("*.py")}
     here, found = path.relative_to(ROOT / package).parts[:-1], set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level or (id(node) in for_types and not typed):
+        if id(node) in for_types and not typed:
             continue
-        base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else [])]
-        for alias in node.names:
-            # `from . import charts` names a module, `from .charts import png` a thing in one.
-            inner = ".".join([*base, alias.name])
-            found.add(inner if inner in modules else ".".join(base) or "__init__")
+        if isinstance(node, ast.Import):
+            whole = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == package]
+            found |= {".".join(names) or "__init__" for names in whole}
+        elif isinstance(node, ast.ImportFrom):
+            names = node.module.split(".") if node.module else []
+            if not node.level and names[:1] != [package]:
+                continue
+            base = [*here[: len(here) - node.level + 1], *names] if node.level else names[1:]
+            for alias in node.names:
+                # `from . import charts` names a module, `from .charts import png` a thing in one.
+                inner = ".".join([*base, alias.name])
+                found.add(inner if inner in modules else ".".join(base) or "__init__")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            # The package's face imports by a table (`_WHERE`); a name written out would be an arrow that nobody sees.
+            said = ast.unparse(node.args[0])
+            assert not said.startswith(("'", '"')), f"{path}: {said} is imported by its name"
     return found
 
 
@@ -137,6 +148,20 @@ def test_the_reading_of_imports_finds_what_is_there():
     assert "partitioning.partition" in graph("lorapar", typed=True)["adapter.layers"]
 
 
+def test_absolute_imports_are_read_too(tmp_path: Path, monkeypatch):
+    package = tmp_path / "p"
+    (package / "a").mkdir(parents=True)
+    for name in ("__init__", "a/__init__", "b"):
+        (package / f"{name}.py").write_text("")
+    file = package / "a" / "c.py"
+    file.write_text("import p.b\nfrom p.b import x\nfrom p import a\nfrom ..b import y\nimport torch")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert imports(file, "p") == {"b", "a"}
+    file.write_text("import importlib\nimportlib.import_module('p.b')")
+    with pytest.raises(AssertionError, match="imported by its name"):
+        imports(file, "p")
+
+
 def test_arrows_between_folders_are_those_of_the_table():
     found = {name: others for name, others in by_folder(graph("lorapar")).items() if name != "__init__"}
     expected = {name: set(others.split()) for name, others in ARROWS.items()}
@@ -152,8 +177,10 @@ def test_only_a_stage_file_knows_the_recipe():
         name = path.relative_to(ROOT / "lorapar").as_posix()
         if any(name.startswith(known) or name.endswith(f"/{known}") for known in KNOW_RECIPE):
             continue
-        words = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-        words |= {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        words |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
                   for alias in node.names}  # fmt: skip
         assert not words & {"Recipe", "Run", "load_recipe"}, f"{name} knows the recipe or the run"
 

@@ -21,7 +21,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     """Every linear layer has 64 columns: real widths are multiples of 64; bitsandbytes (0.50.2) does not dequantise
-    others rightly on every CPU (lorapar/layers_bnb.py)."""
+    others rightly on every CPU (lorapar/adapter/layers_bnb.py)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=258,

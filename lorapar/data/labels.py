@@ -14,7 +14,10 @@ LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "
 
 def load_labels(path: Path) -> Dataset:
     """The labelled rows; InputError for a line that lacks what later stages read."""
-    rows = read_jsonl(path)
+    try:
+        rows = read_jsonl(path)
+    except InputError as error:
+        raise InputError(f"{error}; restore it, or delete it to have it made again") from None
     for number, row in enumerate(rows, start=1):
         for column in LABELLED_COLUMNS:
             if row.get(column) is None:

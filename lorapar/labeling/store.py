@@ -57,6 +57,10 @@ CREATE TABLE IF NOT EXISTS spending (teacher TEXT PRIMARY KEY, calls INTEGER, co
 """
 
 
+# The stores that this process holds open, by path and owner: its number and start time are those of closed ones too.
+_OPEN: set[tuple[Path, int | None]] = set()
+
+
 class VoteStore:
     """The votes of one database file, to be closed after use; `read_only` opens what is there and claims nothing."""
 
@@ -86,12 +90,17 @@ class VoteStore:
                 self.db.execute("ALTER TABLE owners ADD COLUMN created REAL")
             owner = self.db.execute("INSERT INTO owners (pid, created) VALUES (?, ?)", us).lastrowid
         assert owner is not None
+        _OPEN.add((self.path.absolute(), owner))
         return owner
 
     def close(self) -> None:
-        if self.owner is not None:
-            self.db.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
-        self.db.close()
+        # Ours no longer, whatever happens below: a claim that cannot be deleted is void from now on.
+        _OPEN.discard((self.path.absolute(), self.owner))
+        try:
+            if self.owner is not None:
+                self.db.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
+        finally:
+            self.db.close()
 
     def __enter__(self) -> "VoteStore":
         return self
@@ -133,6 +142,8 @@ class VoteStore:
         # Without a creation time the number may be another process's by now, and waiting for that one might never end;
         # to ask again costs a call.
         if created is None:
+            return False
+        if pid == os.getpid() and (self.path.absolute(), owner) not in _OPEN:
             return False
         try:
             process = psutil.Process(pid)

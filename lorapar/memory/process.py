@@ -14,7 +14,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak_memory() -> None:
     """Start a new peak. Outside Linux the resident set's peak cannot be reset: it is that of the whole process."""
-    for device in range(torch.cuda.device_count()):
+    # Before its first use CUDA has no statistics, and asking for them by a device's number fails.
+    for device in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # proc(5): 5 resets VmHWM

@@ -1,20 +1,23 @@
 """A wheel from the package index that pip or uv is set up with, by Python's own means: uv's environments have no pip.
 
-The index is asked as PEP 691 (JSON) and PEP 503 (HTML) say. Proxies are those of the environment, as urllib reads them.
+The index is asked as PEP 691 (JSON) and PEP 503 (HTML) say. Proxies are those of the environment, as urllib reads them;
+a login comes from the index's URL or from ~/.netrc. Not read: extra indexes, find-links, trusted hosts, keyrings.
 """
 
 import configparser
 import html.parser
 import http.client
 import json
+import netrc
 import os
 import re
 import ssl
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import (
     HTTPBasicAuthHandler,
     HTTPPasswordMgrWithPriorAuth,
@@ -32,22 +35,29 @@ from ..progress import Progress
 PYPI = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
 SECONDS_WITHOUT_A_BYTE = 60
+TRIES = 3  # where the server or the connection fails; a second and two seconds apart
 
 
 def fetch_wheel(project: str, wheel: str, folder: Path) -> Path:
     """The file `wheel` of a project, downloaded into `folder`; InputError, with what was tried, where it is not had."""
     index, login = _without_login(index_url())
     target = folder / wheel
-    try:
-        opener = _opener(index, login)
-        _download(opener, find_file(opener, index, project, wheel), target)
-    except (ValueError, LookupError, TypeError, http.client.InvalidURL):
-        # What Python says of an unusable URL or page may hold parts of it, a password's too.
-        raise InputError(
-            f"{wheel} from {index}: not a package index (PEP 503 or 691), or one that wants another login"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{wheel} from {index}: {getattr(error, 'reason', None) or error}") from None
+    for tries in range(1, TRIES + 1):
+        try:
+            opener = _opener(index, login)
+            _download(opener, find_file(opener, index, project, wheel), target)
+            break
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, http.client.InvalidURL):
+            # What Python says of an unusable URL or page may hold parts of it, a password's too.
+            raise InputError(
+                f"{wheel} from {index}: not a package index (PEP 503 or 691), or one that wants another login"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            if tries == TRIES or getattr(error, "code", 500) < 500:
+                raise InputError(f"{wheel} from {index}: {getattr(error, 'reason', None) or error}") from None
+            time.sleep(tries)
     return target
 
 
@@ -119,22 +129,41 @@ def _everybodys_settings() -> list[Path]:
 
 
 def _without_login(url: str) -> tuple[str, str]:
-    """(the URL without user and password, "user:password"); to the last @, for passwords may hold a stray /."""
-    found = re.fullmatch(r"(\w+://)(.*)@(.*)", url)
-    return (found[1] + found[3], found[2]) if found else (url, "")
+    """(the URL without user and password, "user:password"); InputError, without the URL, where a password spoils it."""
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    try:
+        assert parts.port is None or parts.port >= 0
+    except ValueError:
+        # https://user:pass/word@host: what stands before the first / is no host.
+        raise InputError(
+            "the package index's URL cannot be used: a / in its user or password must be written %2F"
+        ) from None
+    return parts._replace(netloc=host).geturl(), login
 
 
 def _opener(index: str, login: str) -> OpenerDirector:
     """What opens URLs, and sends user and password to the index's host alone."""
     passwords = HTTPPasswordMgrWithPriorAuth()
+    login = login or _of_netrc(urlsplit(index).hostname or "")
     if login:
         user, _, password = login.partition(":")
         root = urljoin(index, "/")
         passwords.add_password(None, root, unquote(user), unquote(password), is_authenticated=True)
     context = ssl.create_default_context()
     # Some Pythons on macOS come without certificates; companies have their own.
-    context.load_verify_locations(os.environ.get("PIP_CERT") or _of_pip("cert") or certifi.where())
+    given = os.environ.get("PIP_CERT") or _of_pip("cert") or os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()
+    context.load_verify_locations(**{"capath" if Path(given).is_dir() else "cafile": given})
     return build_opener(HTTPBasicAuthHandler(passwords), HTTPSHandler(context=context))
+
+
+def _of_netrc(host: str) -> str:
+    """ "user:password" for a host, as a URL holds them, out of $NETRC or ~/.netrc; empty where there is none."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return f"{quote(found[0], safe='')}:{quote(found[2], safe='')}" if found else ""
 
 
 def find_file(opener: OpenerDirector, index: str, project: str, wheel: str) -> str:
@@ -149,7 +178,7 @@ def find_file(opener: OpenerDirector, index: str, project: str, wheel: str) -> s
             links.feed(text)
             files = links.files
     if wheel not in files:
-        raise OSError(f"the index lists no such file among the {len(files)} of {project}")
+        raise InputError(f"{wheel} from {index}: the index lists no such file among the {len(files)} of {project}")
     return urljoin(at, files[wheel])
 
 

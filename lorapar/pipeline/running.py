@@ -221,7 +221,7 @@ def as_input_error(folder: Path) -> Iterator[None]:
         if disk_is_full(error, there):
             raise InputError(f"{folder}: the disk is full; free some space and run the same command again") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # noqa: SIM102
-            if str(error.filename).startswith(str(folder)):
+            if str(error.filename).startswith((str(folder), str(folder.absolute()))):
                 raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         raise
 

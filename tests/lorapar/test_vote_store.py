@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,20 +79,22 @@ def _owned(path: Path, pid: int, created: float | None) -> None:
 
 def test_a_claimant_is_known_by_its_number_and_creation_time(tmp_path: Path):
     path = tmp_path / "v.sqlite"
-    us = psutil.Process()
+    other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    them = psutil.Process(other.pid)
     gone = max(psutil.pids()) + 100_000
     for pid, created, free in [
-        (us.pid, us.create_time(), False),
+        (them.pid, them.create_time(), False),
         # The clock was set by a second since.
-        (us.pid, us.create_time() - 1, False),
-        # Another process had our number before.
-        (us.pid, us.create_time() - 3600, True),
-        (gone, us.create_time(), True),
-        (us.pid, None, True),
+        (them.pid, them.create_time() - 1, False),
+        # Another process had its number before.
+        (them.pid, them.create_time() - 3600, True),
+        (gone, them.create_time(), True),
+        (them.pid, None, True),
     ]:
         _owned(path, pid, created)
         with VoteStore(path) as store:
             assert store.claim("held") is free
+    other.communicate()
 
 
 def test_a_store_made_before_creation_times_were_noted_opens(tmp_path: Path):
@@ -155,3 +159,30 @@ def test_a_full_disk_is_one_line(tmp_path: Path):
 
         with pytest.raises(InputError, match="cannot be written .*full"):
             fill()
+
+
+def test_a_claim_that_closing_could_not_delete_is_void(tmp_path: Path, monkeypatch):
+    """In this very process too, whose number and start time are those of the store that is closed."""
+    store = VoteStore(tmp_path / "v.sqlite")
+    assert store.claim("key") is True
+    with VoteStore(tmp_path / "v.sqlite") as beside:
+        assert beside.claim("key") is False
+    real = store.db
+    store.db = Full(real)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError):
+        store.close()
+    with VoteStore(tmp_path / "v.sqlite") as later:
+        assert later.claim("key") is True
+
+
+class Full:
+    """A connection to a database whose disk is full."""
+
+    def __init__(self, db):
+        self.db = db
+
+    def execute(self, *_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def close(self):
+        self.db.close()

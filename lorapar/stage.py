@@ -38,7 +38,7 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, shared by the stages; a trainer changes its tokenizer, so it takes a copy."""
+        """The model's tokenizer, shared by the stages. Trainers modify theirs, so the training stages copy this one."""
         return load_tokenizer(self.recipe.model)
 
     def labels(self) -> "Dataset":
@@ -98,8 +98,8 @@ class Stage:
         run: does the work and gives the facts for the record.
         sections: the recipe's sections that the outcome depends on. inputs: what else it depends on, beside the files.
         reads, writes: files in the output folder. folders: those that it writes whole, with files of any name.
-        shows: files that it reads if they exist.
-        check: refuses settings that it could not follow, before anything is done.
+        optional_reads: files that it reads where they exist.
+        check: raises InputError for settings that the stage cannot run with, before any work is done.
         discard: removes what an attempt with other inputs has left unfinished.
         trains: every process of a distributed launch takes part; the other stages run on the first one.
     """
@@ -110,14 +110,14 @@ class Stage:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
-    shows: tuple[str, ...] = ()
+    optional_reads: tuple[str, ...] = ()
     inputs: Callable[[Run], Facts] = no_inputs
     check: Callable[[Run], None] = do_nothing
     discard: Callable[[Run], None] = do_nothing
     trains: bool = False
 
 
-# What says how an adapter's weights are used, which the weights themselves do not show: lora_alpha, lora_dropout.
+# Sections that change what an adapter computes and are not in its weights (lora_alpha, lora_dropout).
 ADAPTED = ("model", "lora", "start")
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..data.labels import rows_of
 from ..data.rows import load_rows
@@ -31,7 +31,7 @@ VOTE_FACTS = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls"
 
 
 def label_stage(run: Run) -> Facts:
-    """Ask every voter about every row, the teachers after the voters that cost nothing."""
+    """Ask every voter about every row, the teachers after the voters that need no network."""
     recipe, folder = run.recipe, run.folder
     # First, so that a missing key or an unusable template is refused before a model is loaded.
     panel = panel_of(recipe, voter_names(recipe))
@@ -205,9 +205,10 @@ def decided_otherwise(labelled: "Dataset") -> dict[str, int]:
 
 
 def check(run: Run) -> None:
-    """Make the voters that need no model: each refuses options that it does not have."""
+    """Make the voters: each refuses options that it does not have."""
     if run.recipe.label.column is None:
-        make_voters([voter for voter in run.recipe.label.voters or [] if not asks_model(voter)])
+        # Voters that ask the model keep it for later, so that their options are checked without one.
+        make_voters(run.recipe.label.voters or [], cast(Any, "not loaded"), cast(Any, "not loaded"))
 
 
 def inputs(run: Run) -> Facts:

@@ -28,8 +28,8 @@ def fingerprint(stage: Stage, run: Run) -> str:
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
-    shown = [name for name in stage.shows if (folder / name).is_file()]
-    inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *shown)}
+    optional = [name for name in stage.optional_reads if (folder / name).is_file()]
+    inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *optional)}
     inputs |= stage.inputs(run)
     if "model" in stage.sections:
         place = Path(recipe.model.name).expanduser()
@@ -40,7 +40,7 @@ def fingerprint(stage: Stage, run: Run) -> str:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """What the finished stages wrote of themselves into `stages.json`; empty where none has finished."""
+    """The stages' records in `stages.json`; {"started": fingerprint} for a stage that has not finished."""
     path = folder / "stages.json"
     found = read_json(path) if path.exists() else {}
     if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
@@ -49,7 +49,7 @@ def records(folder: Path) -> dict[str, Any]:
 
 
 def manifest(folder: Path, stage: Stage) -> dict[str, dict[str, Any]]:
-    """{file: {"sha256" | "bytes": ...}} of what a stage has written and nothing else vouches for.
+    """{file: {"sha256" | "bytes": ...}} of the files a stage has written that hold no checksum of their own.
 
     Adapters' weights by their digest. Files of the folders that it writes whole (a merged model) by their size alone:
     hashing those would cost every command many seconds. Our other safetensors hold a digest of their own, and labels
@@ -82,7 +82,7 @@ def cut_short(folder: Path, record: dict[str, Any]) -> str | None:
 
 
 def check_whole(run: Run, names: Sequence[str]) -> None:
-    """Read the artefacts that a stage is about to use or has written, and hold partition and adapters together.
+    """Read the artefacts that a stage is about to use or has written, and check that the adapters fit the partition.
 
     Raises InputError for one that is missing, corrupt, of another model, or, an adapter, not what its stage wrote.
     """

@@ -79,7 +79,7 @@ def label_only(recipe: Recipe, what: str) -> str:
 
 
 def check_settings(run: Run, only: str | None = None) -> None:
-    """Have every stage refuse settings that it could not follow, before any work is done.
+    """Raise InputError for settings that a stage cannot run with, before any work is done.
 
     With `only` "label" or "report" the trainers' settings are not checked: a machine that only labels may lack what
     they need (bf16).
@@ -109,7 +109,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
         check_whole(run, stage.writes)
         log.info("%s: done before, skipped", stage.name)
         return
-    # Before anything of this stage's is given up: what it reads may be damaged, and what it needs may not be there.
+    # Check the inputs before earlier work is discarded: they may be damaged, or need more memory than there is.
     check_whole(run, stage.reads)
     main = is_main_process()
     release_freed()

@@ -111,7 +111,7 @@ class LabelConfig:
 
     column: str | None = key(None, "the column that holds labels already; nobody votes then")
     voters: list[str | dict[str, Any]] | None = key(
-        None, "rules that need no network; by default [operations] where there is no teacher"
+        None, "voters that need no network; by default [operations] where there is no teacher"
     )
     ties: Literal["system1", "system2", "drop", "ask"] = key(
         "system2", "what a tie becomes; ask: ask the teachers in reserve"
@@ -123,7 +123,7 @@ class LabelConfig:
     template: str | None = key(None, "a file with the words that teachers are asked in")
     weights: dict[str, float] = key(dict, "the weight of a voter's vote, by name; otherwise 1", more_than=0)
     stop_early: float | None = key(None, "ask nobody else once votes of this weight agree", more_than=0)
-    enough: int | None = key(None, "voters that must remain when teachers fail; by default more than half",
+    enough: int | None = key(None, "stop when fewer voters than this are left; by default more than half are needed",
                              at_least=1, changes_result=False)  # fmt: skip
     reask: int = key(2, "times that a teacher is asked again when a reply is no vote", at_least=0)
     set_aside: int = key(12, "failed calls in a row after which a teacher is asked no more", at_least=1,
@@ -198,7 +198,7 @@ class SFTStageConfig(StageConfig):
     micro_batch_tokens: int | Literal["auto"] | None = key(
         "auto",
         "a batch goes through the model in parts of at most so many tokens, with the same losses; auto: 512 on a CPU, "
-        "the whole batch on a GPU and where a model's loss is no sum over tokens; null: the whole batch",
+        "the whole batch on a GPU and for models whose loss cannot be split over a batch; null: the whole batch",
         at_least=1, changes_result=False,
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ class GRPOStageConfig(StageConfig):
         at_least=1, changes_result=False,
     )  # fmt: skip
     activation_offloading: bool = key(
-        False, "what the backward needs waits in the host's memory, as with TRL's sft.activation_offloading",
+        False, "keep activations in host memory until the backward, as TRL's sft.activation_offloading does",
         changes_result=False,
     )  # fmt: skip
 
@@ -246,7 +246,7 @@ class Recipe:
     model: ModelConfig = key(help="the base model")
     data: DataConfig = key(help="the rows")
     output_dir: str = key("runs/lorapar", "where the artefacts go", not_empty="a folder", changes_result=False)
-    seed: int = key(0, "of every random choice outside `data`", at_least=0, at_most=2**32 - 1)
+    seed: int = key(0, "random seed of everything outside `data`", at_least=0, at_most=2**32 - 1)
     start: Start = key("twin", "how A and B begin; peft: as lora.init_lora_weights says")
     stages: list[Literal["sft", "grpo"]] = key(lambda: ["sft", "grpo"], "the training stages, in order")
     lora: dict[str, Any] = key(dict, "keys of peft.LoraConfig, and base: nf4, int8 or bf16")

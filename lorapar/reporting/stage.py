@@ -21,6 +21,6 @@ def stage(recipe: Recipe) -> Stage:
         run=report_stage,
         reads=(LABELS,),
         writes=("report.html",),
-        shows=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION,
+        optional_reads=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION,
                *(f"{name}/log_history.json" for name in recipe.stages)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training stages of a run: `sft/` and `grpo/`, each trained from the adapter that the stage before it wrote."""
+"""The training stages of a run: `sft/`, from the adapter in `start/`, then `grpo/`, from that of `sft/`."""
 
 import copy
 import logging

@@ -220,3 +220,11 @@ def test_a_voter_that_asks_the_model_gets_it(monkeypatch):
         make_voters(["second"])
     with pytest.raises(InputError, match="second has no option 'model'"):
         make_voters([{"name": "second", "model": "m"}])
+
+
+def test_a_voter_votes_under_the_name_that_recipes_give_it():
+    """Weights are checked by the one and applied by the other."""
+    for name, voter in VOTERS.items():
+        if voter is not Column:
+            assert voter.name == name
+    assert Column("system").name == "column:system"

@@ -112,6 +112,14 @@ def test_each_model_is_evaluated_with_its_own_adapter(recipe_file: Path, finishe
     assert not torch.equal(seen["sft"], seen["grpo"])
 
 
+@pytest.mark.parametrize(("option", "says"), [({"batch_size": 0}, "at least 1, got 0"), ({"size": 1}, "no option")])
+def test_a_probe_s_options_are_refused_before_a_model_is_loaded(option, says, changed_recipe: Change, tmp_path: Path,
+                                                               monkeypatch):  # fmt: skip
+    monkeypatch.setattr(stage, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    recipe = changed_recipe(label={"voters": [{"name": "probe", **option}]})
+    refused("label", recipe, "--output_dir", tmp_path / "run", says=("label.voters: ", says), alone=True)
+
+
 def test_the_probe_alone_labels_by_what_the_model_gets_right(tiny_folder: Path, changed_recipe: Change, tmp_path: Path):
     config = ModelConfig(str(tiny_folder), dtype="float32", device="cpu")
     model, tokenizer = load_model(config), load_tokenizer(config)

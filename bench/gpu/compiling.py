@@ -25,10 +25,10 @@ def main() -> None:
     from bench.gpu.cases import variants
 
     _variants.extend(variants())
-    # Forked before anything here touches CUDA; each child makes its own context.
+    # Recording a launch may have asked CUDA for a device, and a forked child cannot use CUDA after that.
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     began, done, failed = time.time(), 0, 0
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _take) as pool:
         for name, seconds, failure in pool.imap_unordered(_compile, range(len(_variants)), chunksize=1):
             if failure:
                 failed += 1
@@ -38,6 +38,13 @@ def main() -> None:
                 record.result(name, "s", seconds, detail=True)
     record.result("variants compiled", "", done, of=len(_variants), failed=failed, workers=workers)
     record.result("all of them", "s", time.time() - began)
+
+
+def _take() -> None:
+    """A child's own list of the variants."""
+    from bench.gpu.cases import variants
+
+    _variants.extend(variants())
 
 
 def _compile(place: int) -> tuple[str, float, str | None]:

@@ -247,7 +247,11 @@ def _installed(package: str) -> str | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit, with "+" where the tree differs from it; from the file .commit where .git has not travelled."""
+    """The commit, with "+" where the tree differs from it; the file .commit first, where there is one: what was carried
+    to another machine may have an older .git."""
+    file = root / ".commit"
+    if file.exists():
+        return file.read_text().strip() or "unknown"
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -256,8 +260,7 @@ def commit(root: Path = ROOT) -> str:
         head = None
     if head is not None and head.returncode == 0:
         return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-    file = root / ".commit"
-    return file.read_text().strip() or "unknown" if file.exists() else "unknown"
+    return "unknown"
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:

@@ -174,7 +174,7 @@ def test_the_commit_comes_from_a_file_where_git_has_not_travelled(tmp_path, monk
     (tmp_path / ".commit").write_text("0123abc+\n")
     assert driver.commit(tmp_path) == "0123abc+"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if head.returncode == 0:
+    if head.returncode == 0 and not (ROOT / ".commit").exists():
         assert driver.commit(ROOT).rstrip("+") == head.stdout.strip()
 
 

@@ -27,7 +27,8 @@ def emulated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("emulated") / "liblorapar_cuda_on_cpu.so"
     sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra",
-             "-Werror", "-Wno-unknown-pragmas", "-Wno-dangling-pointer", "-I", str(ROOT / "tests" / "kernels" / "cuda_on_cpu")]  # fmt: skip
+             "-Werror", "-Wno-unknown-pragmas", "-Wno-dangling-pointer",
+             "-I", str(ROOT / "tests" / "kernels" / "cuda_on_cpu")]  # fmt: skip
     subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", str(file)], check=True, timeout=600)
     return file
 

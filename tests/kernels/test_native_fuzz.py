@@ -34,7 +34,8 @@ def test_cpu_library_under_the_sanitizers(tmp_path):
 @pytest.mark.slow
 def test_cuda_library_on_the_cpu(tmp_path):
     # The address sanitizer does not follow fibers.
-    flags = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas", "-Wno-dangling-pointer", "-DQUEUES=false",
+    flags = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas", "-Wno-dangling-pointer",
+             "-DQUEUES=false",
              "-I", str(ROOT / "tests" / "kernels" / "cuda_on_cpu")]  # fmt: skip
     assert "4 rounds" in fuzz(tmp_path, sorted((ROOT / "csrc" / "cuda").glob("*.cu")), flags, 4)
 

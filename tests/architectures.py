@@ -155,6 +155,7 @@ class LoopedModel(tf.PreTrainedModel, tf.GenerationMixin):
     """One block that each token goes through twice, as in ALBERT or a universal transformer."""
 
     config_class = LoopedConfig
+    turns = 2
 
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
@@ -180,7 +181,7 @@ class LoopedModel(tf.PreTrainedModel, tf.GenerationMixin):
 
     def forward(self, input_ids: Tensor, **unused: Any) -> CausalLMOutputWithPast:
         x = self.embed_tokens(input_ids)
-        for _ in range(2):
+        for _ in range(self.turns):
             q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
             x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
             x = x + self.down_proj(nn.functional.silu(self.up_proj(x)))

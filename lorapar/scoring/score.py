@@ -15,6 +15,7 @@ from torch import nn
 import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
+from ..data.tokens import check_known
 from ..errors import InputError, require
 from ..progress import Progress
 from ..recipe.checks import check_value
@@ -65,6 +66,8 @@ def score(
         check_value(ScoreConfig, name, value)
     examples = read_examples(dataset, tokenizer, max_length)
     require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+    for example in examples:
+        check_known(example.ids, model, tokenizer, example.name)
     with scoring(model) as layers, short_attention(model, max(len(example.ids) for example in examples)):
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):

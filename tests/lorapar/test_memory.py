@@ -10,7 +10,6 @@ import torch
 import trl
 
 from lorapar import stage
-from lorapar.adapter.options import lora_config
 from lorapar.errors import InputError
 from lorapar.files import read_jsonl
 from lorapar.memory import advice as remedies
@@ -28,6 +27,7 @@ from lorapar.memory.step import TrainingStep, step_bytes
 from lorapar.memory.switches import checkpointing
 from lorapar.model.load import load_model
 from lorapar.recipe.reading import parse
+from tests.tiny import TARGETS
 
 from .driver import lorapar, recipe_values, refused, succeeds
 
@@ -66,8 +66,7 @@ def test_what_is_no_size_is_refused(text):
 def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
     recipe = recipe_of(tiny_folder, start=start)
     model = load_model(recipe.model)
-    names = lora_config(recipe.lora).target_modules
-    layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
+    layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]
     assert layers
     found = describe(recipe)
     assert found.weights == sum(p.nbytes for p in model.parameters())

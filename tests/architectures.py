@@ -168,17 +168,23 @@ class LoopedModel(tf.PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def forward(self, input_ids: Tensor, **unused: Any) -> BaseModelOutputWithPast:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> BaseModelOutputWithPast:
         x = self.embed_tokens(input_ids)
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        if attention_mask is not None:
+            # A padded position sees itself, so that its softmax is over something.
+            seen = seen & attention_mask[:, None, None].bool() | torch.eye(len(seen), dtype=torch.bool, device=x.device)
         for _ in range(self.turns):
             q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
-            x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, seen)[:, 0]
             x = x + self.down_proj(nn.functional.silu(self.up_proj(x)))
         return BaseModelOutputWithPast(last_hidden_state=cast(Any, x))
 
 
 class LoopedForCausalLM(tf.PreTrainedModel, tf.GenerationMixin):
-    """It knows nothing of padding or of a cache."""
+    """Without a cache: it reads everything again for every token."""
 
     config_class = LoopedConfig
     base_model_prefix = "model"
@@ -197,11 +203,14 @@ class LoopedForCausalLM(tf.PreTrainedModel, tf.GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **unused: Any) -> dict[str, Tensor]:
-        return {"input_ids": input_ids}
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def forward(self, input_ids: Tensor, **unused: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids).last_hidden_state))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
 
 def looped() -> tf.PreTrainedModel:

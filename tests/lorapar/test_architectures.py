@@ -1,4 +1,6 @@
-"""Every architecture of tests/architectures.py: its scores against one example at a time in float64."""
+"""Every architecture of tests/architectures.py: its scores against one example at a time in float64; a whole run."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 import lorapar
 from lorapar.adapter.layers import lora_parameters
+from lorapar.pipeline import running
+from lorapar.reporting import charts
 from lorapar.scoring.batches import IGNORED
 from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedForCausalLM, LoopedModel, make
 from tests.lorapar.test_scoring import large_start, naive_sums, sums_of, worst
+from tests.lorapar.whole_runs import PAGE, TITLES, row, whole_run
+
+MODELS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+# Of the rest, each has a relative among the others.
+SLOW = ("tied", "qwen3_next", "mixtral", "olmoe", "gemma2", "granite")
 
 
 def adapted(model, task_type="CAUSAL_LM"):
@@ -115,3 +124,22 @@ def test_gradients_that_were_there_before_scoring_are_there_after():
         parameter.grad = before[name].clone()
     lorapar.score(model, None, unequal_rows())
     assert all(torch.equal(parameter.grad, before[name]) for name, parameter in lora_parameters(model).items())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TITLES])
+def test_a_whole_run_comes_out_as_docs_models_md_says(name, tmp_path, monkeypatch):
+    # The report's pictures and the collector take longer than all the rest, and are the same for every model.
+    monkeypatch.setattr(charts, "png", lambda *_: None)
+    monkeypatch.setattr(charts, "svg", lambda *_: "")
+    monkeypatch.setattr(running, "release_freed", lambda: None)
+    assert row(whole_run(name, tmp_path)) in MODELS.read_text(encoding="utf-8").splitlines()
+
+
+def test_docs_models_md_has_a_row_for_each_architecture():
+    """`python -m tests.lorapar.whole_runs > docs/models.md` after a change."""
+    text = MODELS.read_text(encoding="utf-8")
+    assert text.startswith(PAGE)
+    assert [line.split(" | ")[0] for line in text.removeprefix(PAGE).splitlines()] == [
+        f"| {t}" for t in TITLES.values()
+    ]
+    assert TITLES.keys() == ARCHITECTURES.keys()

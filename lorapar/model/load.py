@@ -6,13 +6,18 @@ says `trust_remote_code: true`.
 
 import contextlib
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 
-from ..errors import InputError
+from ..data.tokens import check_below, encode
+from ..errors import InputError, suggestion
+from ..files import read_text
 from .generate import make_greedy
 from .locate import resolve
 from .quantised import QUANTISED, given_form, quantisation
@@ -71,7 +76,11 @@ def _as_input_error(config: "ModelConfig") -> Iterator[None]:
 
 
 def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
-    """The model's tokenizer; one without a padding token pads with its EOS token."""
+    """The model's tokenizer with the chat template and the tokens that `config` names, as every stage and the exported
+    model have it; one without a padding token pads with its EOS token.
+
+    Raises InputError for a token that the tokenizer lacks, and for a template that writes a token without an embedding.
+    """
     from transformers import AutoTokenizer
 
     place = str(resolve(config.name))
@@ -79,9 +88,66 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    for key in ("eos_token", "pad_token"):
+        token = getattr(config, key)
+        if token is not None and token not in tokenizer.get_vocab():
+            near = suggestion(token, sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}), count=3)
+            raise InputError(f"model.{key}: got {token!r}, which is no token of {config.name!r}; {near}")
+        if token is not None:
+            setattr(tokenizer, key, token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template is not None:
+        tokenizer.chat_template = _chat_template(config.chat_template)
+    if config.chat_template_kwargs:
+        if tokenizer.chat_template is None:
+            raise InputError(f"model.chat_template_kwargs: the tokenizer of {config.name!r} has no chat template; "
+                             "set model.chat_template")  # fmt: skip
+        tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
+    if config.chat_template is not None:
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+        try:
+            ids = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer)[0]
+        except jinja2.TemplateError as error:
+            raise InputError(f"model.chat_template: does not write a question and its answer: {error}") from None
+        check_below(load_config(config).get_text_config().vocab_size, ids, tokenizer, "model.chat_template")
     return tokenizer
+
+
+def _chat_template(given: str) -> str:
+    """A template's text, given as such or as the path of a file."""
+    if "{" in given:
+        return given
+    if Path(given).suffix not in (".jinja", ".j2", ".jinja2"):
+        raise InputError(f"model.chat_template: got {given!r}, expected a .jinja file or a template's text")
+    return read_text(Path(given).expanduser())
+
+
+def with_defaults(template: "str | dict[str, str]", values: Mapping[str, Any]) -> Any:
+    """A chat template, or each of several, in which `values` are set where the caller does not set them.
+
+    So they hold wherever the template goes: into every stage, and into the exported tokenizer.
+    """
+    if isinstance(template, dict):
+        return {name: with_defaults(text, values) for name, text in template.items()}
+    for name in values:
+        if not name.isidentifier():
+            raise InputError(f"model.chat_template_kwargs: {name!r} is no name of a variable")
+    # transformers' Jinja drops the newline behind a block, so the template begins a line as before.
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in values.items()
+    ]
+    return "".join(lines) + template
+
+
+def _literal(value: Any) -> str:
+    """A value in Jinja's own writing; JSON's but for null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def auto_class(config: Any) -> Any:

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
-from ..data.tokens import encode
+from ..data.tokens import IGNORED, encode
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
-IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 PADDING = 20  # a padded token costs what a real one does: fewer than one in so many of a batch's tokens
 # fp16 is 0 below 6e-8, and an answer token's gradient is spread over the whole vocabulary; a power of two comes out of
 # the sums exactly.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
+from ..data.tokens import check_known
 from ..errors import InputError, require
 from ..progress import Progress
 from ..recipe.checks import check_value
@@ -91,6 +92,8 @@ def score(
             examples = list(dataset)
             names = [str(row.get("id", i) if isinstance(row, Mapping) else i) for i, row in enumerate(examples)]
         require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+        for example in examples if loss is None else ():
+            check_known(example.ids, model, tokenizer, example.name)
         layers = stack.enter_context(scoring(model))
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):

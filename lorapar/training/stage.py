@@ -132,9 +132,9 @@ def discard(run: Run, name: StageName) -> None:
         return
     rows = rows_of(run.labels(), getattr(run.recipe, name).systems)
     if name == "sft":
-        from .sft import rows_that_fit
+        from .sft import examples_that_fit
 
-        rows_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
+        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)

@@ -4,16 +4,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import lorapar
 from lorapar.adapter.layers import lora_parameters
 from lorapar.scoring.batches import IGNORED
-from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedModel, make
+from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedForCausalLM, LoopedModel, make
 from tests.lorapar.test_scoring import large_start, naive_sums, sums_of, worst
 
 
-def adapted(model):
+def adapted(model, task_type="CAUSAL_LM"):
     """Every linear layer of the language model but the head."""
     names = [
         name
@@ -24,7 +24,7 @@ def adapted(model):
     ]
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # torch's grouped products take no float64
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type=task_type)
     attached = lorapar.attach(model, settings, start="paper").double()
     large_start(attached)
     return attached
@@ -54,33 +54,40 @@ class Variant(LoopedModel):
 
     def forward(self, input_ids, **unused):
         x = self.embed_tokens(input_ids)
-        if self.layout == "tokens first":
-            x = x.transpose(0, 1)
-            q, k, v = (proj(x).transpose(0, 1)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
+        turned = self.layout == "tokens first"
+        q, k, v = (proj(x.transpose(0, 1) if turned else x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.transpose(0, 1)[:, None] if turned else y[:, None] for y in (q, k, v))
         causal = self.layout != "looks ahead"
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[:, 0]
-        x = y + (x.transpose(0, 1) if self.layout == "tokens first" else x)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[:, 0]
         if self.layout == "experts":
             chosen = input_ids % 2 == 0
             up = torch.zeros_like(x)
             up[chosen], up[~chosen] = self.up_proj(x[chosen]), self.down_proj(x[~chosen])
         else:
             up = self.down_proj(nn.functional.silu(self.up_proj(x)))
-        if self.layout == "no head":
-            return CausalLMOutputWithPast(logits=nn.functional.linear(x + up, self.lm_head.weight))
-        return CausalLMOutputWithPast(logits=self.lm_head(x + up))
+        return BaseModelOutputWithPast(last_hidden_state=x + up)
+
+
+class VariantForCausalLM(LoopedForCausalLM):
+    """`forward` takes the tokens and nothing else."""
+
+    inner = Variant
+    has_head = True
 
     def get_output_embeddings(self):
-        return None if self.layout == "no head" else self.lm_head
+        return self.lm_head if self.has_head else None
+
+    def forward(self, input_ids):
+        hidden = self.model(input_ids).last_hidden_state
+        return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
 
 
 @pytest.mark.parametrize("layout", ["rows first", "no head", "tokens first", "experts", "looks ahead"])
 def test_a_batch_that_cannot_be_told_apart_is_scored_one_example_at_a_time(layout, monkeypatch, caplog):
     monkeypatch.setattr(Variant, "layout", layout)
+    monkeypatch.setattr(VariantForCausalLM, "has_head", layout != "no head")
     torch.manual_seed(0)
-    model, examples = adapted(Variant(LoopedConfig()).double()), unequal_rows()
+    model, examples = adapted(VariantForCausalLM(LoopedConfig()).double(), task_type=None), unequal_rows()
     # As many rows as tokens: the shape alone does not tell which come first.
     examples += [{"input_ids": [i + 5, i + 9, i + 7], "labels": [IGNORED, i + 9, i + 7]} for i in range(3)]
     assert worst(sums_of(model, examples, batch_size=3), naive_sums(model, examples)) < 1e-9

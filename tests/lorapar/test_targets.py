@@ -2,11 +2,13 @@
 
 import copy
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorapar
@@ -24,18 +26,15 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 IDS = torch.randint(2, 258, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def config(**keys):
-    return LoraConfig(**(dict(r=4, lora_alpha=8) | keys))
+def config(**keys: Any) -> LoraConfig:
+    values: dict[str, Any] = dict(r=4, lora_alpha=8)
+    return LoraConfig(**(values | keys))
 
 
 def adapted(model):
     """The names of the adapted modules, as the base model has them."""
     names = (name.rsplit(".lora_A", 1)[0] for name, _ in model.named_parameters() if ".lora_A" in name)
     return {name.removeprefix("base_model.model.") for name in names}
-
-
-def leaves(model, **keys):
-    return {leaf(name) for name in resolve(model, config(**keys)).modules}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +169,12 @@ def test_exclusions_are_peft_s_and_are_counted(keys):
     assert ("lora.exclude_modules" if "exclude_modules" in keys else "lora.layers_to_transform") in found.line
 
 
+def test_a_second_adapter_goes_where_the_first_is():
+    model = get_peft_model(tiny_model(), LoHaConfig(target_modules=["q_proj"]))
+    names = [name.removeprefix("base_model.model.") for name in resolve(model, config()).modules]
+    assert names == list(resolve(tiny_model(), config()).modules)
+
+
 def test_a_bare_model_s_layers_are_counted_too():
     """Its names begin with the list of layers, where PEFT counts none."""
     model = tf.LlamaModel(tiny_model().config)
@@ -177,8 +182,8 @@ def test_a_bare_model_s_layers_are_counted_too():
     assert adapted(attached) == {"layers.1.self_attn.q_proj"}
 
 
-BERT = dict(vocab_size=258, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+BERT: dict[str, Any] = dict(vocab_size=258, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0)  # fmt: skip
 PAIR = torch.tensor([0, 1])
 
 
@@ -207,7 +212,7 @@ def hidden(model):
     return model(input_ids=IDS).last_hidden_state.square().mean()
 
 
-KINDS = {
+KINDS: dict[str, tuple[str | None, Any, Callable[[], Any], Callable[[Any], Any]]] = {
     "sequential": (None, ["0", "2"], sequential, lambda model: model(torch.ones(2, 8)).square().sum()),
     "all_of_sequential": (None, "all-linear", sequential, lambda model: model(torch.ones(2, 8)).square().sum()),
     "features": ("FEATURE_EXTRACTION", ["query", "value"], lambda: tf.BertModel(tf.BertConfig(**BERT)), hidden),

@@ -192,13 +192,13 @@ class Simulation:
         for place in range(len(self.layers)):
             kinds.setdefault(self._kind(place), []).append(place)
         if not self.layers or len(kinds) > MOST_KINDS:
-            return self._peak(list(range(len(self.layers))), step)
+            return self.peak(list(range(len(self.layers))), step)
         few = [places[0] for places in kinds.values()] * (2 if len(kinds) == 1 else 1)
-        total = peak = self._peak(few, step)
+        total = peak = self.peak(few, step)
         for places in kinds.values():
             more = len(places) - few.count(places[0])
             if more:
-                total += more * (self._peak(sorted([*few, places[0]]), step) - peak)
+                total += more * (self.peak(sorted([*few, places[0]]), step) - peak)
         return total
 
     def _kind(self, place: int) -> Any:
@@ -209,7 +209,7 @@ class Simulation:
         shapes = tuple(tuple(parameter.shape) for parameter in layer.parameters())
         return modules, shapes, tuple(str(value[place]) for _, _, value in self.per_layer)
 
-    def _peak(self, places: list[int], step: TrainingStep) -> int:
+    def peak(self, places: list[int], step: TrainingStep) -> int:
         """Of a forward and backward through the layers at these places, one after another."""
         if self.layers:
             self.decoder.set_submodule(self.stack, nn.ModuleList(self.layers[place] for place in places))

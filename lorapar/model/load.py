@@ -19,7 +19,7 @@ from ..data.tokens import check_below, encode
 from ..errors import InputError, suggestion
 from ..files import read_text
 from .generate import make_greedy
-from .locate import resolve
+from .locate import check_loaded, resolve
 from .quantised import QUANTISED, given_form, quantisation
 
 if TYPE_CHECKING:
@@ -171,25 +171,6 @@ def auto_class(config: Any) -> Any:
         if any(made.__name__ in named for made in (classes if isinstance(classes, list | tuple) else [classes])):
             return kind
     return makers[0] if makers else kinds[0]
-
-
-def check_loaded(name: str, info: dict[str, Any]) -> None:
-    """InputError unless checkpoint and model have the same tensors; `info`: transformers' `output_loading_info`.
-
-    transformers warns, fills what is missing with random numbers, and leaves the rest of the checkpoint out.
-    """
-    for fault, key in (
-        ("has no", "missing_keys"),
-        ("also holds", "unexpected_keys"),
-        ("does not fit", "mismatched_keys"),
-    ):
-        tensors = sorted(map(str, info[key]))
-        if tensors:
-            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-            raise InputError(
-                f"model.name: the checkpoint {name!r} {fault} {', '.join(tensors[:3])}{more}, so it would not "
-                "be loaded as it was saved; its config.json must name the class it was saved from (architectures)"
-            )
 
 
 def load_config(config: "ModelConfig") -> Any:

@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,25 @@ def _building(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_loaded(name: str, info: dict[str, Any]) -> None:
+    """InputError unless checkpoint and model have the same tensors; `info`: transformers' `output_loading_info`.
+
+    transformers warns, fills what is missing with random numbers, and leaves the rest of the checkpoint out.
+    """
+    for fault, key in (
+        ("has no", "missing_keys"),
+        ("also holds", "unexpected_keys"),
+        ("does not fit", "mismatched_keys"),
+    ):
+        tensors = sorted(map(str, info[key]))
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            raise InputError(
+                f"model.name: the checkpoint {name!r} {fault} {', '.join(tensors[:3])}{more}, so it would not "
+                "be loaded as it was saved; its config.json must name the class it was saved from (architectures)"
+            )
+
+
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Write a GGUF model, dequantised to bf16, and its tokenizer as a transformers folder."""
     try:
@@ -73,17 +93,20 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         # Without `dequantize` transformers keeps the quantised form, which is slow on a CPU and refuses to be
         # saved. Its reader draws a bar that nothing turns off, on a terminal or in a file.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
+                output_loading_info=True,
             )
     except ImportError as error:
         raise InputError(f"{file}: {not_installed('gguf', 'train')} ({error})") from None
     # What its reader raises for a file cut short, another version or an architecture it does not know.
     except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
         raise InputError(f"{file}: not a GGUF model that transformers can read ({error})") from error
+    model, info = loaded
+    check_loaded(file.name, info)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

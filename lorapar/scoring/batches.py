@@ -14,6 +14,7 @@ time, whose whole gradient autograd leaves in the factors.
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -195,7 +196,9 @@ def check_batches(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
     # Rounding moves a mixture's choice of experts too. What padding does where it is seen is far from small.
     bound = 0.1 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-2
     if not float((beside - alone).float().norm()) <= bound * float(alone.float().norm()):
-        raise NotByExample("the model's answer to a row depends on the padding or the rows beside it")
+        raise NotByExample(
+            "the model's logits depend on later tokens or on other rows, so it looks ahead or mixes a batch"
+        )
 
 
 @contextlib.contextmanager
@@ -210,8 +213,9 @@ def running_once(layers: Mapping[str, MaskedLayer], rows: int, width: int) -> It
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if layer in ran:
                 raise NotByExample(f"{name} runs more than once in a forward")
-            if tuple(inputs[0].shape[:-1]) not in ((rows, width), (rows * width,)):
-                raise NotByExample(f"{name} gets tokens of shape {list(inputs[0].shape[:-1])} of [{rows}, {width}]")
+            shape = [size for size in inputs[0].shape[:-1] if size != 1]
+            if math.prod(shape) != rows * width or (rows > 1 and len(shape) > 1 and shape[0] != rows):
+                raise NotByExample(f"{name} gets tokens of shape {list(inputs[0].shape[:-1])}, not [{rows}, {width}]")
             ran.add(layer)
 
         return hook

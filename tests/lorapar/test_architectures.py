@@ -10,12 +10,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 import lorapar
 from lorapar.adapter.layers import lora_parameters
+from lorapar.model.load import load_model
 from lorapar.pipeline import running
+from lorapar.recipe.sections import ModelConfig
 from lorapar.reporting import charts
 from lorapar.scoring.batches import IGNORED
-from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedForCausalLM, LoopedModel, make
+from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedForCausalLM, LoopedModel, make, save
 from tests.lorapar.test_scoring import large_start, naive_sums, sums_of, worst
 from tests.lorapar.whole_runs import PAGE, TITLES, row, whole_run
+from tests.tiny import tiny_tokenizer
 
 MODELS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 # Of the rest, each has a relative among the others.
@@ -47,6 +50,7 @@ def unequal_rows():
 
 
 ALONE = "one example at a time"
+TOGETHER = ("rows first", "no head", "one dimension more")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -63,6 +67,8 @@ class Variant(LoopedModel):
 
     def forward(self, input_ids, **unused):
         x = self.embed_tokens(input_ids)
+        if self.layout == "one dimension more":  # as DeepSeek's kv_b_proj has it
+            x = (x[:, None] + self.up_proj(x[:, None]))[:, 0]
         turned = self.layout == "tokens first"
         q, k, v = (proj(x.transpose(0, 1) if turned else x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (y.transpose(0, 1)[:, None] if turned else y[:, None] for y in (q, k, v))
@@ -72,6 +78,8 @@ class Variant(LoopedModel):
             chosen = input_ids % 2 == 0
             up = torch.zeros_like(x)
             up[chosen], up[~chosen] = self.up_proj(x[chosen]), self.down_proj(x[~chosen])
+        elif self.layout == "one dimension more":
+            up = self.down_proj(nn.functional.silu(x))
         else:
             up = self.down_proj(nn.functional.silu(self.up_proj(x)))
         return BaseModelOutputWithPast(last_hidden_state=x + up)
@@ -91,7 +99,7 @@ class VariantForCausalLM(LoopedForCausalLM):
         return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
 
 
-@pytest.mark.parametrize("layout", ["rows first", "no head", "tokens first", "experts", "looks ahead"])
+@pytest.mark.parametrize("layout", [*TOGETHER, "tokens first", "experts", "looks ahead"])
 def test_a_batch_that_cannot_be_told_apart_is_scored_one_example_at_a_time(layout, monkeypatch, caplog):
     monkeypatch.setattr(Variant, "layout", layout)
     monkeypatch.setattr(VariantForCausalLM, "has_head", layout != "no head")
@@ -100,16 +108,16 @@ def test_a_batch_that_cannot_be_told_apart_is_scored_one_example_at_a_time(layou
     # As many rows as tokens: the shape alone does not tell which come first.
     examples += [{"input_ids": [i + 5, i + 9, i + 7], "labels": [IGNORED, i + 9, i + 7]} for i in range(3)]
     assert worst(sums_of(model, examples, batch_size=3), naive_sums(model, examples)) < 1e-9
-    assert (ALONE in caplog.text) == (layout not in ("rows first", "no head"))
+    assert (ALONE in caplog.text) == (layout not in TOGETHER)
 
 
 def test_a_shared_layer_is_scored_alone_even_where_only_some_rows_run_it_twice(monkeypatch):
     """No look beforehand can show it."""
     once = LoopedModel.forward
 
-    def forward(self, input_ids, **kwargs):
+    def forward(self, input_ids, *args):
         self.turns = 2 if bool((input_ids == 200).any()) else 1
-        return once(self, input_ids, **kwargs)
+        return once(self, input_ids, *args)
 
     monkeypatch.setattr(LoopedModel, "forward", forward)
     model, examples = adapted(make("looped").double()), unequal_rows()
@@ -124,6 +132,18 @@ def test_gradients_that_were_there_before_scoring_are_there_after():
         parameter.grad = before[name].clone()
     lorapar.score(model, None, unequal_rows())
     assert all(torch.equal(parameter.grad, before[name]) for name, parameter in lora_parameters(model).items())
+
+
+def test_a_quantised_base_that_transformers_renames_is_merged_from_its_checkpoint(tmp_path):
+    """Gemma 3's checkpoints name language_model.model.layers what the model calls model.language_model.layers."""
+    pytest.importorskip("bitsandbytes")
+    save("gemma3_multimodal", tmp_path / "base")
+    model = load_model(ModelConfig(name=str(tmp_path / "base"), dtype="float32", device="cpu"), base="nf4")
+    model = lorapar.attach(model, LoraConfig(r=4, lora_alpha=8), start="twin")
+    large_start(model)
+    differences = lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True, dtype=torch.float32)
+    assert differences["merged"] < 1e-3
+    assert differences["merged_from_trained"] > 0
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TITLES])

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from lorapar.data.tokens import prompt_ids
 from lorapar.errors import InputError
@@ -18,6 +26,8 @@ from lorapar.model.generate import answer_greedily
 from lorapar.model.load import best_dtype, load_model, load_tokenizer
 from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
+from tests.architectures import COMMON, HYBRID
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +38,7 @@ def cache(tmp_path, monkeypatch, request):
     return tmp_path / "cache"
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, without: str = "") -> Path:
     """A one-layer Llama with random weights and a tokenizer of single bytes, written with the `gguf`
     package."""
     import gguf
@@ -62,6 +72,8 @@ def write_gguf(path: Path) -> Path:
     shapes |= {"blk.0.ffn_down": (hidden, mlp), "output_norm": (hidden,)}
     shapes |= {"blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,)}
     for name, shape in shapes.items():
+        if name == without:
+            continue
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -263,3 +275,44 @@ def test_smollm2_from_a_cold_cache_by_two_processes_at_once_then_offline(tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{folder} 134515008 ")
     assert "Paris" in done.stdout
+
+
+# A checkpoint is loaded whole, as what it was saved from
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("a bare model", "has no lm_head.weight, so it would not be loaded as it was saved"),
+        ("a layer less", "has no model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, "),
+        ("a layer more", "also holds model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, "),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_model_is_refused(change, says, tmp_path):
+    """transformers fills the first two with random numbers and passes over the third."""
+    model = tiny_model()
+    (model.model if change == "a bare model" else model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if change == "a layer less":
+        weights = load_file(tmp_path / "model.safetensors")
+        kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if change == "a layer more":
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=f"model.name: the checkpoint .* {says}"):
+        load_model(ModelConfig(str(tmp_path), dtype="float32", device="cpu"))
+
+
+def test_a_gguf_that_lacks_a_tensor_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the checkpoint 'part.gguf' has no model.layers.0.mlp.up_proj.weight"):
+        resolve(str(write_gguf(tmp_path / "part.gguf", without="blk.0.ffn_up")))
+
+
+def test_a_multimodal_checkpoint_stays_whole_where_a_text_model_could_be_taken_out_of_it(tmp_path):
+    """AutoModelForCausalLM makes Qwen3.5's text model of it, and leaves the vision tower out."""
+    sizes = dict(hidden_size=64, intermediate_size=64)
+    vision = dict(**sizes, depth=1, num_heads=2, out_hidden_size=64, patch_size=14)
+    config = Qwen3_5Config(text_config=COMMON | HYBRID, vision_config=vision, image_token_id=257, video_token_id=256)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(str(tmp_path), dtype="float32", device="cpu"))
+    assert type(model) is Qwen3_5ForConditionalGeneration

@@ -34,7 +34,8 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         mask_a, mask_b: bool, of lora_A's and lora_B's shape, or None: what the running stage may change.
         live_ranks: int64 indices of the slices that do not cancel their twin, or None: all are computed with.
         trainable_rank: r; rows from there on are the frozen twin.
-        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples.
+        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples, or None
+            while it takes one example at a time.
     """
 
     mask_a: Tensor | None
@@ -55,6 +56,9 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         if self.scoring is not None:
+            if self.offsets is None:
+                # One example, whose gradient autograd leaves in the factors.
+                return self.added(None, x, *self.factors(ADAPTER), None, None, 0.0, None)
             return self.scored(x, *self.factors(ADAPTER))
         y: Tensor | None = None
         for name in names:

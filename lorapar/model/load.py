@@ -149,20 +149,63 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers auto class that makes and loads a model of this configuration.
+
+    The one whose model the checkpoint names in `architectures`: a wrapper around a language model (Gemma 3 with its
+    vision tower, Qwen2.5-VL) stays whole, though AutoModelForCausalLM would take the text model out of some of them.
+    """
+    import transformers
+
+    kinds: list[Any] = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText,
+                        transformers.AutoModelForMultimodalLM]  # fmt: skip
+    own = getattr(config, "auto_map", None) or {}
+    for kind in kinds:
+        if kind.__name__ in own:
+            return kind
+    named = config.architectures or []
+    makers = [kind for kind in kinds if type(config) in kind._model_mapping]
+    for kind in makers:
+        classes = kind._model_mapping[type(config)]
+        if any(made.__name__ in named for made in (classes if isinstance(classes, list | tuple) else [classes])):
+            return kind
+    return makers[0] if makers else kinds[0]
+
+
+def check_loaded(name: str, info: dict[str, Any]) -> None:
+    """InputError unless checkpoint and model have the same tensors; `info`: transformers' `output_loading_info`.
+
+    transformers warns, fills what is missing with random numbers, and leaves the rest of the checkpoint out.
+    """
+    for fault, key in (
+        ("has no", "missing_keys"),
+        ("also holds", "unexpected_keys"),
+        ("does not fit", "mismatched_keys"),
+    ):
+        tensors = sorted(map(str, info[key]))
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            raise InputError(
+                f"model.name: the checkpoint {name!r} {fault} {', '.join(tensors[:3])}{more}, so it would not "
+                "be loaded as it was saved; its config.json must name the class it was saved from (architectures)"
+            )
+
+
 def load_config(config: "ModelConfig") -> Any:
     """The model's own configuration; no weight is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     place = str(resolve(config.name))
     with _as_input_error(config):
         loaded = AutoConfig.from_pretrained(place, **options)
-        own = (getattr(loaded, "auto_map", None) or {}).get("AutoModelForCausalLM")
+        kind = auto_class(loaded)
+        own = (getattr(loaded, "auto_map", None) or {}).get(kind.__name__)
         if config.trust_remote_code and own is not None:
             # As transformers does when it loads the weights, so that the plan can make the model without them.
             model_class = get_class_from_dynamic_module(own, place, revision=config.revision)
-            AutoModelForCausalLM.register(type(loaded), model_class, exist_ok=True)
+            kind.register(type(loaded), model_class, exist_ok=True)
     if config.attn_implementation is not None:
         loaded._attn_implementation = config.attn_implementation
     return loaded
@@ -175,8 +218,6 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     Its `name_or_path` is the absolute folder or the hub id, so an adapter saved for it names a base that
     loads. Its generation settings are greedy: sampling settings that the model came with are taken out.
     """
-    from transformers import AutoModelForCausalLM
-
     place = str(resolve(config.name))
     device = choose_device(config.device)
     if config.dtype != "auto" and config.dtype not in DTYPES:
@@ -185,7 +226,8 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
         raise InputError(f"lora.base: got bf16 beside model.dtype: {config.dtype}; leave one of them out")
     dtype = best_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    form = given_form(load_config(config))
+    own = load_config(config)
+    form = given_form(own)
     if base is not None and form is not None and form != base:
         raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -200,9 +242,12 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     with held, _as_input_error(config):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, **options
-        )
+        loaded: Any = auto_class(own).from_pretrained(
+            place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    model, info = loaded
+    check_loaded(config.name, info)
     if (base in QUANTISED or form is not None) and importlib.util.find_spec("bitsandbytes"):
         from ..adapter.layers_bnb import take_over
 

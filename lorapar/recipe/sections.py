@@ -257,7 +257,11 @@ class Recipe:
     seed: int = key(0, "random seed of everything outside `data`", at_least=0, at_most=2**32 - 1)
     start: Start = key("twin", "how A and B begin; peft: as lora.init_lora_weights says")
     stages: list[Literal["sft", "grpo"]] = key(lambda: ["sft", "grpo"], "the training stages, in order")
-    lora: dict[str, Any] = key(dict, "keys of peft.LoraConfig, and base: nf4, int8 or bf16")
+    lora: dict[str, Any] = key(
+        dict,
+        "keys of peft.LoraConfig, and base: nf4, int8 or bf16; without target_modules the paper's six projections "
+        "where every layer has them all, else every linear layer of the language model but its head and routers",
+    )
     label: LabelConfig = key(LabelConfig, "who labels the rows")
     score: ScoreConfig = key(ScoreConfig, "how elements are scored")
     partition: PartitionConfig = key(PartitionConfig, "how elements are selected")

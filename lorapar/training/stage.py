@@ -75,6 +75,8 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
         "left_out": trained.left_out,
         "active": trained.verified["active"],
         "moved": trained.verified["moved"],
+        "tensors": trained.verified["tensors"],
+        "tensors_moved": trained.verified["tensors_moved"],
         "elements": sum(p.numel() for p in lora_parameters(trainer.model).values()),
         "optimizer_state_bytes": trained.optimizer_state_bytes,
         "resumed_from": trained.resumed_from,

@@ -31,7 +31,7 @@ ARROWS = {
     "partitioning": "adapter errors files recipe scoring stage",
     "training": "adapter data errors files memory model partitioning progress recipe rewards stage",
     "evaluating": "adapter data errors files model partitioning progress recipe stage",
-    "exporting": "adapter errors files model recipe stage",
+    "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
     "stage": "data memory model",
     # What runs them.

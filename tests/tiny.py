@@ -19,12 +19,28 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Of chat_tokenizer, from 258 on.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
+
+
+def chat_tokenizer(template: str = CHATML, eos: str = "<|endoftext|>", more: tuple[str, ...] = ()):
+    """The tiny tokenizer with a chat template and its tokens; as with many base models, its EOS ends no turn."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([*CHAT_TOKENS, *more], special_tokens=True)
+    tokenizer.eos_token, tokenizer.chat_template = eos, template
+    return tokenizer
+
+
+def tiny_model(seed: int = 0, vocabulary: int = 258) -> LlamaForCausalLM:
     """Every linear layer has 64 columns: real widths are multiples of 64; bitsandbytes (0.50.2) does not dequantise
     others rightly on every CPU (lorapar/adapter/layers_bnb.py)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=258,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..errors import InputError
 from ..files import read_jsonl
-from .rows import to_dataset
+from .rows import to_dataset, without_arrows_nulls
 
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
@@ -37,6 +37,7 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
 
     Raises InputError where none is left.
     """
+    dataset = without_arrows_nulls(dataset)
     columns = dataset.column_names
     of_system = dataset["system"] if "system" in columns else [None] * len(dataset)
     of_split = dataset["split"] if "split" in columns else [None] * len(dataset)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .answers import marked_answer
-from .sources import read_source
+from .sources import read_source, without_nulls
 from .tokens import prompt_ids
 
 if TYPE_CHECKING:
@@ -305,3 +305,23 @@ def _as_json(values: list[Any]) -> str:
         return "objects"
     inner = {type(item) for value in values or () if isinstance(value, list) for item in value if item is not None}
     return "lists" if kinds == {list} and (inner & {dict, list} or len(inner) > 1) else ""
+
+
+# What a chat template is given of a row.
+TOLD = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
+
+
+def without_arrows_nulls(dataset: Any) -> Any:
+    """A caller's data set without the nulls that Arrow puts into messages and tools; anything else is left as it is."""
+    from datasets import Dataset, concatenate_datasets
+
+    if not isinstance(dataset, Dataset) or not any(_has_fields(dataset.features.get(name)) for name in TOLD):
+        return dataset
+    there = [name for name in TOLD if name in dataset.column_names]
+    told = to_dataset([without_nulls(row) for row in dataset.select_columns(there).to_list()])
+    return concatenate_datasets([dataset.remove_columns(there), told], axis=1)
+
+
+def _has_fields(feature: Any) -> bool:
+    """Whether Arrow keeps a column's objects as structs, whose fields every object has."""
+    return isinstance(feature, dict) or (feature is not None and _has_fields(getattr(feature, "feature", None)))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..data.answers import is_correct
+from ..data.rows import without_arrows_nulls
 from ..data.tokens import check_known, prompt_ids
 from ..errors import require
 from ..model.generate import answer_greedily
@@ -33,7 +34,7 @@ def evaluate(
     Returns {"accuracy": {group: share}, "interval": {group: [low, high]}, "n": {group: rows}, "answers": [...]} for the
     groups all, system1, system2 that have rows. A row is right where `lorapar.rewards.is_correct` says so.
     """
-    rows = [dict(row) for row in dataset]
+    rows = [dict(row) for row in without_arrows_nulls(dataset)]
     require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
     with Progress(description, len(rows), "row") as progress:
         ids = [prompt_ids(row, tokenizer) for row in rows]

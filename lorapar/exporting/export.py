@@ -23,9 +23,11 @@ from transformers.utils.hub import cached_file
 from ..adapter.attach import save_adapter, take_over_products
 from ..adapter.merging import merge_checkpoint
 from ..errors import InputError
-from ..files import atomic_folder, read_json
+from ..files import atomic_folder, read_json, write_json
+from ..model.generate import stop_tokens
 from ..model.load import auto_class
 from ..model.quantised import given_form
+from .card import QUESTION, write_card
 
 log = logging.getLogger("lorapar")
 
@@ -53,12 +55,14 @@ def export(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    prompt: str | list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
     """Write `folder`/adapter (plain PEFT) and, where `merged`, `folder`/merged (plain transformers).
 
     Args:
         model: the trained model with our layers. dtype: of the merged weights; None: the base's, bf16 where quantised.
         revision, trust_remote_code: of the base, as it was loaded for training.
+        prompt: shown on the cards as the model was asked; None: a made-up question.
 
     Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
     a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
@@ -70,11 +74,15 @@ def export(
     probe = _probe_tokens(model, tokenizer)
     ours = _logits(model, probe)
     differences = {}
+    stops = stop_tokens(base, tokenizer)
+    if prompt is None:
+        prompt = QUESTION if tokenizer.chat_template is None else [{"role": "user", "content": QUESTION}]
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with atomic_folder(folder / "adapter") as temporary:
-        save_adapter(model, temporary, stage="final")
+        save_adapter(model, temporary, stage="final", stop_tokens=stops)
         tokenizer.save_pretrained(temporary)
         name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
+        write_card(temporary, name, tokenizer, prompt, stops, merged=False)
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)
@@ -88,16 +96,18 @@ def export(
     if merged and form is not None:
         del plain
         differences |= _merge_original(
-            folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source
+            folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source, stops, prompt
         )
     elif merged:
         target = dtype or base_dtype
         with atomic_folder(folder / "merged") as temporary:
             # In fp32, so that the sum is rounded once, to the dtype that is written.
             whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
+            whole.generation_config.eos_token_id = stops
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
+            write_card(temporary, name, tokenizer, prompt, stops, merged=True)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             differences["merged"] = _check(
                 "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without
@@ -114,13 +124,18 @@ def _merge_original(
     dtype: torch.dtype,
     form: str,
     source: dict[str, Any],
+    stops: list[int],
+    prompt: Any,
 ) -> dict[str, float]:
     """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
     with atomic_folder(folder / "merged") as temporary:
         original = _load_plain(name, dtype, source)
         stored = {at: _stored_name(original, at) for at, _ in original.named_parameters()}
         size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"], stored)
+        settings = temporary / "generation_config.json"
+        write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "eos_token_id": stops})
         tokenizer.save_pretrained(temporary)
+        write_card(temporary, name, tokenizer, prompt, stops, merged=True)
         _copy_processor(name, temporary, tokenizer, source["revision"])
         expected = _logits(PeftModel.from_pretrained(original, str(folder / "adapter")), probe)
         logits = _logits(_load_plain(str(temporary), dtype, {**source, "revision": None}), probe)

@@ -5,6 +5,7 @@ import torch
 from ..adapter.attach import load_adapter
 from ..recipe.sections import Recipe
 from ..stage import ADAPTED, Facts, Run, Stage, adapter_files, weights_of
+from .card import QUESTION
 from .export import export
 
 
@@ -14,8 +15,19 @@ def export_stage(run: Run) -> Facts:
     model = load_adapter(run.load_model(), folder / recipe.stages[-1])
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     differences = export(model, run.tokenizer, folder, config.merged, dtype, recipe.model.revision,
-                         recipe.model.trust_remote_code)  # fmt: skip
+                         recipe.model.trust_remote_code, example_prompt(run))  # fmt: skip
     return {f"{what}_logit_difference": value for what, value in differences.items()}
+
+
+def example_prompt(run: Run) -> str | list[dict[str, str]]:
+    """A made-up question as the recipe's rows put theirs; other columns of the template stay in braces."""
+    data = run.recipe.data
+    question = data.prompt.replace("{prompt}", QUESTION)
+    turns = [("system", data.system_prompt)] if data.system_prompt is not None else []
+    turns.append(("user", question))
+    if data.chat is False or run.tokenizer.chat_template is None:
+        return "\n\n".join(content for _, content in turns)
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def stage(recipe: Recipe) -> Stage:

@@ -56,9 +56,9 @@ def answer_greedily(
 ) -> list[str]:
     """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
-    `ids` are the prompts' tokens, a generation prompt included (`data.prompt_ids`). Prompts of like length share a
-    batch, padded on the left, and end with any of `stop_tokens`; `on_batch` hears how many each held. `stopped`, asked after every token, ends it
-    with what is there by then. The model's mode is left as it was.
+    `ids` are the prompts' tokens, a generation prompt included (`data.tokens.prompt_ids`); any of `stop_tokens` ends an
+    answer. Prompts of like length share a batch, padded on the left; `on_batch` hears how many each batch held.
+    `stopped`, asked after every token, ends it with what is there by then. The model's mode is left as it was.
     """
     stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)

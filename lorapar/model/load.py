@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
 from ..data.tokens import check_below, encode
@@ -107,9 +106,9 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
     if config.chat_template is not None:
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
         try:
-            ids = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer)[0]
-        except jinja2.TemplateError as error:
-            raise InputError(f"model.chat_template: does not write a question and its answer: {error}") from None
+            ids = encode({"id": "of a test", "prompt": turns[:1], "completion": turns[1:]}, tokenizer)[0]
+        except InputError as error:
+            raise InputError(f"model.chat_template: does not write a question and its answer; {error}") from None
         check_below(load_config(config).get_text_config().vocab_size, ids, tokenizer, "model.chat_template")
     return tokenizer
 

@@ -130,10 +130,12 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
                              "which holds for every stage and for what is exported")  # fmt: skip
     for name in STOPPING:
         if name in (values.get("generation_kwargs") or {}):
-            raise InputError(f"{stage}.generation_kwargs.{name}: not allowed; every stage stops at the same tokens: those "
-                             "of the model's generation_config, the chat template's end of a turn, and model.eos_token")  # fmt: skip
+            raise InputError(
+                f"{stage}.generation_kwargs.{name}: not allowed; every stage stops at the same tokens: "
+                "model.eos_token, those of generation_config.json, and the one that ends a turn in the chat template"
+            )
     if values.get("assistant_only_loss"):
-        raise InputError(f"{stage}.assistant_only_loss: got true; a row's completion alone is scored and trained on, so "
+        raise InputError(f"{stage}.assistant_only_loss: got true; only a row's completion is scored and trained on; "
                          "leave it out")  # fmt: skip
 
 

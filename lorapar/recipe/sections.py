@@ -36,7 +36,9 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "run the model's own code from the hub")
     device: str | None = key(None, "cpu, cuda or cuda:<number>; by default the GPU where there is one")
     attn_implementation: str | None = key(None, "transformers' name of the attention implementation")
-    chat_template: str | None = key(None, "a .jinja file, or a template's text, in place of the tokenizer's chat template")
+    chat_template: str | None = key(
+        None, "a .jinja file, or a template's text, in place of the tokenizer's chat template"
+    )
     chat_template_kwargs: dict[str, Any] = key(
         dict, "set in the chat template of every row that does not set them itself: {enable_thinking: false}"
     )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
+from ..data.rows import without_arrows_nulls
 from ..data.tokens import IGNORED, encode
 from ..errors import InputError
 
@@ -52,7 +53,10 @@ class Example(NamedTuple):
 
 def read_examples(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> list[Example]:
     """Tokens and targets of every row; InputError for one without answer tokens or longer than `max_length`."""
-    return [_read(row, str(row.get("id", number)), tokenizer, max_length) for number, row in enumerate(rows)]
+    return [
+        _read(row, str(row.get("id", number)), tokenizer, max_length)
+        for number, row in enumerate(without_arrows_nulls(rows))
+    ]
 
 
 def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | None) -> Example:

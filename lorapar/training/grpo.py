@@ -20,7 +20,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
-from ..data.tokens import check_known, prompt_ids
+from ..data.tokens import as_value, check_known, prompt_ids
 from ..errors import InputError, not_installed
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.quantised import given_form
@@ -94,8 +94,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         return [self._prompt_ids({**row, "prompt": prompt}) for row, prompt in zip(self._rows, prompts)], None, {}
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
-        kwargs = {**self.chat_template_kwargs, **(row.get("chat_template_kwargs") or {})}
-        ids = prompt_ids({**row, "chat_template_kwargs": kwargs}, self._tokenizer)
+        kwargs: Any = self.chat_template_kwargs
+        own = as_value(row.get("chat_template_kwargs")) or {}
+        ids = prompt_ids({**row, "chat_template_kwargs": {**kwargs, **own}}, self._tokenizer)
         check_known(ids, self.accelerator.unwrap_model(self.model), self._tokenizer, str(row.get("id", "(no id)")))
         return ids
 

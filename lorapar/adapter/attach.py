@@ -70,6 +70,7 @@ def attach(
     with torch.no_grad():
         for layer in layers.values():
             layer.trainable_rank = rank
+            layer.leave_meta()
             if start != "peft":
                 _start_layer(layer, start, rank, generator, svd_device)
     return peft_model
@@ -122,7 +123,7 @@ def _start_layer(
 
 def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
     """The base's weight in fp32; a 4-bit or 8-bit one dequantised."""
-    base = cast(nn.Linear, layer.get_base_layer())
+    base = cast(nn.Linear, layer.mergeable())
     weight: Tensor = base.weight
     if not isinstance(layer, MaskedLinear):
         from .layers_bnb import dequantised

@@ -196,15 +196,18 @@ def check_four_bits(model: nn.Module) -> None:
 
 
 def take_over(model: nn.Module) -> None:
-    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above.
+    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above; a subclass with a forward of its
+    own keeps that.
 
     bitsandbytes would also repack 4-bit weights in place at the first forward in evaluation on a CPU with AVX512-BF16,
     and compute without autograd from then on: training after an evaluation would lose the gradient of x in silence.
     """
     check_four_bits(model)
     for module in model.modules():
-        if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
-            module.forward = types.MethodType(_forward, module)
+        if type(module).forward in (bnb.Linear4bit.forward, bnb.Linear8bitLt.forward):
+            # accelerate's hooks (a model on several devices) stand in the place of the forward, and call this one.
+            name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+            setattr(module, name, types.MethodType(_forward, module))
         if isinstance(module, bnb.Linear4bit):
             module.support_avx512bf16_for_cpu = False
 

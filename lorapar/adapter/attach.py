@@ -6,8 +6,8 @@ training moves it, and the base is never written. (Departure from the paper, whi
 so shifts the base before the first step; that start is `paper`.)
 """
 
-import copy
 import importlib.util
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,10 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..recipe.checks import check_lora
 from ..recipe.sections import Start
+from . import targets
 from .layers import ADAPTER, MaskedLayer, MaskedLinear, masked_layers
 
+log = logging.getLogger("lorapar")
 TWIN_STARTS = ("twin", "pissa", "olora")
 START_STD = 0.01  # of the paper's re-drawn A and B (released script)
 
@@ -32,21 +34,26 @@ def attach(
 ) -> PeftModel:
     """PEFT's `get_peft_model` with our layers and the start asked for; the base is not written.
 
+    What is adapted, its share of the weights, and what is left out and why, is one line of the log "lorapar".
+
     Args:
-        model: a transformers model. lora_config: PEFT's; not changed. Its r is the trainable rank.
+        model: whatever `get_peft_model` takes; the result is of the class that it returns for `task_type`.
+        lora_config: PEFT's; not changed. Its r is the trainable rank. Without target_modules the paper's six
+            projections are adapted, or every linear layer where the model lacks one (targets.py).
         start: "paper": A, B from N(0, 0.01²), which shifts the base; "twin": the same beside its frozen negative;
             "pissa", "olora": PEFT's formulas for A and B, with the twin in place of a changed base;
             "peft": whatever `init_lora_weights` says (B = 0 by default: it cannot be scored).
         seed: of the random starts, drawn on the CPU so that every device gets the same.
 
-    Raises InputError for a LoRA option our layers do not have, or target modules that match nothing or no nn.Linear.
+    Raises InputError for a LoRA option our layers do not have, and for a name among target_modules, exclude_modules
+    and layers_to_transform that matches nothing or no nn.Linear.
     """
     defaults = LoraConfig().to_dict()
     given = {key: value for key, value in lora_config.to_dict().items() if value != defaults[key]}
     # PEFT keeps the names of modules in sets.
     check_lora({key: sorted(value) if isinstance(value, set) else value for key, value in given.items()})
-    config = copy.deepcopy(lora_config)
-    config.task_type = config.task_type or "CAUSAL_LM"
+    chosen = targets.resolve(model, lora_config)
+    config = chosen.config
     rank = config.r
     if start == "peft":
         if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
@@ -65,6 +72,7 @@ def attach(
         peft_model = cast(PeftModel, get_peft_model(cast(Any, model), config))
     except ValueError as error:
         raise InputError(f"lora.target_modules: got {lora_config.target_modules!r}: {error}") from error
+    log.info("lora: %s", chosen.line)
     layers = masked_layers(peft_model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -49,6 +49,8 @@ def check_values(recipe: Recipe) -> None:
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
+    task = recipe.lora.get("task_type")
+    require(task in (None, "CAUSAL_LM"), "lora.task_type", task, "CAUSAL_LM")
     weights = recipe.lora.get("init_lora_weights", True)
     require(weights is True or recipe.start == "peft", "lora.init_lora_weights", weights,
             f"nothing, since start: {recipe.start} says how A and B begin (start: peft leaves it to PEFT)")  # fmt: skip
@@ -152,7 +154,5 @@ def check_lora(values: Mapping[str, Any]) -> None:
     require(rank >= 1, "lora.r", rank, "an integer of at least 1")
     require(alpha > 0, "lora.lora_alpha", alpha, "more than 0")
     require(0 <= float(dropout) < 1, "lora.lora_dropout", dropout, "a share in [0, 1)")
-    task = values.get("task_type")
-    require(task in (None, "CAUSAL_LM"), "lora.task_type", task, "CAUSAL_LM")
     targets = values.get("target_modules", True)
     require(bool(targets) or targets is None, "lora.target_modules", targets, "at least one module's name")

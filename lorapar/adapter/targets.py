@@ -1,0 +1,436 @@
+"""Which modules of a model get an adapter, and what is left out and why: decided here for `attach` and for the plan.
+
+Where `lora.target_modules` is silent, the paper's six projections are adapted if every layer of the language model has
+them all as linear layers; otherwise every linear layer of the language model but its head, routers and expert gates. So
+a fused qkv_proj or a hybrid's linear attention is not passed over in silence. `all-linear` is that second set. A vision
+or audio tower and its projector are adapted where the recipe names them, and never because a name such as q_proj
+happens to be there too.
+"""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+
+from ..errors import InputError, suggestion
+
+SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # the paper's, section 4.1
+# What PEFT trains whole beside the adapter for these tasks.
+HEADS_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+CLASSIFIERS = ("classifier", "score", "qa_outputs")
+TAKES = "only nn.Linear and bitsandbytes' 4-bit and 8-bit layers can be partitioned"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The linear layers that get an adapter, by name; PEFT's configuration that selects exactly these; and one line
+    that says how many they are, their share of the matrix weights, and what was left out and why."""
+
+    modules: dict[str, nn.Linear]
+    config: LoraConfig
+    line: str
+
+
+def resolve(model: nn.Module, config: LoraConfig) -> Targets:
+    """The layers of `model` that `config` asks for; neither is changed, and the model may be on the meta device.
+
+    Raises InputError for a name, pattern or layer that matches nothing, with the nearest that exists, and for a module
+    that takes no adapter.
+    """
+    parts = _Parts(model)
+    asked = _asked(parts, config)
+    kept = _without_excluded(parts, asked, config)
+    chosen = _in_layers(parts, kept, config)
+    if not chosen:
+        raise InputError(f"lora.target_modules: got {_shown(config.target_modules)}, which leaves nothing to adapt in "
+                         f"{type(model).__name__}{parts.why_nothing()}")  # fmt: skip
+    modules = {name: cast(nn.Linear, parts.modules[name]) for name in chosen}
+    return Targets(modules, _exactly(parts, chosen, config), _line(parts, asked, kept, chosen, config))
+
+
+# What a model is made of
+
+
+class _Parts:
+    """A model's modules by name, and which of them are linear layers, outside the language model, heads or routers."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules = {name: module for name, module in model.named_modules() if name}
+        self.linear = [name for name, module in self.modules.items() if _takes_adapter(module)]
+        self.outputs, self.outside = set(_outputs(model)), list(_outside(model))
+        self.heads = self.outputs | set(_classifiers(model))
+
+    def is_head(self, name: str) -> bool:
+        return any(name == head or name.startswith(f"{head}.") for head in self.heads)
+
+    def tower(self, name: str) -> str | None:
+        """The part outside the language model that a module lies in, None for the language model's own."""
+        return next((part for part in self.outside if name == part or name.startswith(f"{part}.")), None)
+
+    def is_router(self, name: str) -> bool:
+        """Whether a module chooses among experts. `gate` is also what some MLPs call a projection."""
+        steps = name.split(".")
+        for i, step in enumerate(steps):
+            beside_experts = hasattr(self.modules.get(".".join(steps[:i]), self.model), "experts")
+            if re.search(r"(^|_)router$|experts?_gate$", step) or (step == "gate" and beside_experts):
+                return True
+        return False
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a module is, or lies in, experts that hold their weights as fused parameters."""
+        steps = name.split(".")
+        above = [".".join(steps[: i + 1]) for i in range(len(steps))]
+        within = any(
+            step == "experts" or "Experts" in type(self.modules[path]).__name__ for step, path in zip(steps, above)
+        )
+        return within and name not in self.linear and bool(_matrices(self.modules[name]))
+
+    def every_linear(self) -> list[str]:
+        """Every linear layer of the language model but its head, its routers and what PEFT itself refuses."""
+        return [name for name in self.linear if not (self.is_head(name) or self.tower(name) or self.is_router(name)
+                                                     or _obstacle(self.model, leaf(name)))]  # fmt: skip
+
+    def has_the_six(self) -> bool:
+        """Whether every layer of the language model has the paper's six, and none hides them in fused experts."""
+        names = [name for name in self.linear if leaf(name) in SIX and not self.tower(name)]
+        stacks = {match[1] for name in names if (match := re.match(r"(.*?)\.\d+\.", name))}
+        layers = [f"{stack}.{child}." for stack in stacks for child, _ in self.modules[stack].named_children()]
+        there = (
+            {leaf(name) for name in names if name.startswith(layer)}
+            for layer in layers or [""]  # without a list of layers the model is one
+        )
+        fused = any(self.is_expert(name) and not self.tower(name) for name in self.modules)
+        return not fused and all(found.issuperset(SIX) for found in there)
+
+    def why_nothing(self) -> str:
+        """What holds the weights instead (GPT-2's Conv1D), for the error where there is nothing to adapt."""
+        others = {name: module for name, module in self.modules.items()
+                  if _matrices(module) and not isinstance(module, nn.Linear | nn.Embedding)}  # fmt: skip
+        kinds = Counter(type(module).__name__ for name, module in others.items() if self.tower(name) is None)
+        held = f", whose weights are in {kinds.most_common(1)[0][0]} modules" if kinds else ""
+        return f"{held}; {TAKES}"
+
+
+def leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _takes_adapter(module: nn.Module) -> bool:
+    # nn.MultiheadAttention reads its out_proj's weight and never calls it.
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _transformers_models(model: nn.Module, at: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
+    """The outermost transformers models: the model itself, or those that a module of the user's own holds."""
+    if isinstance(model, PreTrainedModel):
+        yield at, model
+        return
+    for name, child in model.named_children():
+        yield from _transformers_models(child, f"{at}{name}.")
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() >= 2]
+
+
+def _outputs(model: nn.Module) -> Iterator[str]:
+    """The layer that makes logits of words, which may be the embedding again."""
+    yield from (name for name, _ in model.named_modules() if leaf(name) in ("lm_head", "embed_out"))
+    for at, top in _transformers_models(model):
+        head = top.get_output_embeddings()
+        yield from (f"{at}{name}" for name, module in top.named_modules() if module is head and name)
+
+
+def _classifiers(model: nn.Module) -> Iterator[str]:
+    """What a classifier, or a model that marks spans, ends with."""
+    for at, top in _transformers_models(model):
+        yield from (f"{at}{name}" for name, _ in top.named_children() if name in CLASSIFIERS)
+
+
+def _outside(model: nn.Module) -> Iterator[str]:
+    """The parts of a multimodal model that are not its language model: towers and projectors, by name."""
+    for at, top in _transformers_models(model):
+        inner = {name: module for name, module in top.named_modules() if name and isinstance(module, PreTrainedModel)}
+        text = _text_config(top)
+        language = [name for name, module in inner.items() if text is not None and type(module.config) is type(text)]
+        if language:
+            yield from (f"{at}{name}" for name in _beside(top, language))
+        elif top.main_input_name == "input_ids":
+            # Custom code: its towers are the models in it that read no text.
+            towers = [name for name, module in inner.items() if module.main_input_name != "input_ids"]
+            yield from (f"{at}{name}" for name in towers)
+
+
+def _text_config(top: PreTrainedModel) -> Any:
+    """The configuration of the language model in a multimodal one, None where the model is all text."""
+    try:
+        text = top.config.get_text_config()
+    except ValueError:  # a text encoder and a decoder
+        return None
+    return None if text is top.config else text
+
+
+def _beside(module: nn.Module, language: Collection[str], at: str = "") -> Iterator[str]:
+    """The outermost modules that neither are in, nor hold, a language model."""
+    for name, child in module.named_children():
+        path = f"{at}{name}"
+        if path in language:
+            continue
+        if any(inside.startswith(f"{path}.") for inside in language):
+            yield from _beside(child, language, f"{path}.")
+        else:
+            yield path
+
+
+def _obstacle(model: nn.Module, name: str) -> str | None:
+    """Why PEFT gives modules of this name no adapter, here or when it loads one: None where it does."""
+    trial = LoraConfig(target_modules=[name])
+    try:
+        _check_lora_target_modules_mamba(trial, model, name)
+    except ValueError:
+        return "PEFT allows no adapter on it in this architecture, whose kernels read the weight directly"
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError:
+        pass
+    else:
+        if name in cast(set[str], trial.target_modules):
+            return None
+    return "PEFT takes the name for fused expert weights, which cannot be adapted yet"
+
+
+# What is asked for
+
+
+def _asked(parts: _Parts, config: LoraConfig) -> list[str]:
+    """The names that `target_modules` selects, before anything is excluded; InputError for what takes no adapter."""
+    given = config.target_modules
+    if given is None:
+        every = parts.every_linear()
+        return [name for name in every if leaf(name) in SIX] if parts.has_the_six() else every
+    if isinstance(given, str) and given.lower() == "all-linear":
+        return parts.every_linear()
+    if isinstance(given, str):
+        found = set(_by_pattern(parts, given))
+    else:
+        found = {name for one in sorted(given) for name in _by_name(parts, one)}
+    names = [name for name in parts.modules if name in found]
+    for name in names:
+        kind = type(parts.modules[name]).__name__
+        if name in parts.outputs:
+            raise InputError(f"lora.target_modules: {name} is the output head, which takes no adapter; leave it out")
+        if not _takes_adapter(parts.modules[name]):
+            raise InputError(f"lora.target_modules: {name} is a {kind}; {TAKES}")
+        if why := _obstacle(parts.model, leaf(name)):
+            raise InputError(f"lora.target_modules: {leaf(name)}: {why}; leave it out")
+    return names
+
+
+def _by_name(parts: _Parts, given: str) -> list[str]:
+    """A whole name, else the modules whose names end so: the language model's, and others where it has none."""
+    if given in parts.modules:
+        return [name for name in parts.modules if name == given or _in_text(parts, name, given)]
+    found = [name for name in parts.modules if name.endswith(f".{given}")]
+    if not found:
+        raise InputError(f"lora.target_modules: got {given!r}, which matches no module of the model; "
+                         + _meant(parts, given))  # fmt: skip
+    return [name for name in found if parts.tower(name) is None] or found
+
+
+def _in_text(parts: _Parts, name: str, given: str) -> bool:
+    return name.endswith(f".{given}") and parts.tower(name) is None
+
+
+def _by_pattern(parts: _Parts, given: str) -> list[str]:
+    """What a regular expression matches whole, as in PEFT; outside the language model only a part that it names."""
+    try:
+        found = [name for name in parts.modules if re.fullmatch(given, name)]
+    except re.error as error:
+        raise InputError(f"lora.target_modules: got {given!r}, which is no regular expression ({error})") from None
+    if not found:
+        raise InputError(f"lora.target_modules: got {given!r}, a regular expression that no whole name matches "
+                         f"(a list takes the ends of names: [{given}]); {_meant(parts, given)}")  # fmt: skip
+    text = [name for name in found if parts.tower(name) is None]
+    named = [name for name in found if (tower := parts.tower(name)) and leaf(tower) in given]
+    return [*text, *named] if text else found
+
+
+def _meant(parts: _Parts, given: str) -> str:
+    """How a refused name's error ends: the nearest of the linear layers' names."""
+    fused = [name for name in parts.modules if parts.is_expert(name)]
+    held = {name for expert in fused for name in _matrices(parts.modules[expert])}
+    if given in held | set(SIX[3:]) and fused:
+        return "the experts hold their weights as fused parameters, which cannot be adapted yet; leave it out"
+    names = [name for name in parts.linear if not parts.is_head(name)]
+    return suggestion(given, names if "." in given else sorted({leaf(name) for name in names}))
+
+
+def _without_excluded(parts: _Parts, asked: list[str], config: LoraConfig) -> list[str]:
+    """Those left by `exclude_modules`, in which each name must exclude something, and by the heads that PEFT trains
+    whole."""
+    given = config.exclude_modules or ()
+    for one in [given] if isinstance(given, str) else sorted(given):
+        if not any(_excludes(given if isinstance(given, str) else [one], name) for name in asked):
+            names = asked if "." in one else sorted({leaf(name) for name in asked})
+            raise InputError(f"lora.exclude_modules: got {one!r}, which excludes none of the target modules; "
+                             + suggestion(one, names))  # fmt: skip
+    whole = _whole_heads(config)
+    return [name for name in asked if not (_excludes(given, name) or whole.intersection(name.split(".")))]
+
+
+def _excludes(given: str | Collection[str], name: str) -> bool:
+    """PEFT's rule for `exclude_modules`."""
+    if isinstance(given, str):
+        return re.fullmatch(given, name) is not None
+    return name in given or any(name.endswith(f".{one}") for one in given)
+
+
+def _whole_heads(config: LoraConfig) -> set[str]:
+    return {*HEADS_BY_TASK.get(cast(str, config.task_type), ()), *(config.modules_to_save or ())}
+
+
+def _in_layers(parts: _Parts, names: list[str], config: LoraConfig) -> list[str]:
+    """Those in `layers_to_transform`, as numbered below `layers_pattern`; a layer or pattern that is not there is
+    refused."""
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted or []
+    if not wanted:
+        return names
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    number = {name: _layer_of(name, patterns or [r"[^.]*"]) for name in names}
+    for pattern in patterns:
+        if all(_layer_of(name, [pattern]) is None for name in names):
+            lists = sorted({name.split(".")[i - 1] for name in names for i, step in enumerate(name.split("."))
+                            if i and step.isdigit()})  # fmt: skip
+            raise InputError(f"lora.layers_pattern: got {pattern!r}, which no target module lies under; "
+                             + suggestion(pattern, lists))  # fmt: skip
+    there = sorted({n for n in number.values() if n is not None})
+    for one in wanted:
+        if one not in there:
+            where = f"the target modules lie in layers {there[0]} to {there[-1]}" if there else "none is in a layer"
+            raise InputError(f"lora.layers_to_transform: got {one}, but {where}")
+    # As in PEFT, a whole name is taken wherever it is.
+    whole = () if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
+    return [name for name in names if number[name] in wanted or name in whole]
+
+
+def _layer_of(name: str, patterns: list[str]) -> int | None:
+    for pattern in patterns:
+        if match := re.match(rf"(?:|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match[1])
+    return None
+
+
+# What is handed to PEFT
+
+
+def _exactly(parts: _Parts, chosen: list[str], config: LoraConfig) -> LoraConfig:
+    """A copy of `config` with which PEFT selects exactly `chosen`, now and when it loads the saved adapter: as given
+    where that does, else by the ends of the names, else by whole names."""
+    exact = copy.deepcopy(config)
+    for targets in (config.target_modules, {leaf(name) for name in chosen}):
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            continue
+        exact.target_modules = cast(Any, copy.copy(targets))
+        if set(_selected(parts, exact)) == set(chosen):
+            return exact
+    exact.target_modules = cast(Any, set(chosen))  # PEFT unites such sets
+    # Settled by the names; PEFT counts layers otherwise where a model's own list stands first in a name.
+    exact.layers_to_transform = exact.layers_pattern = None
+    return exact
+
+
+def _selected(parts: _Parts, config: LoraConfig) -> list[str]:
+    """What PEFT would adapt. In some architectures of experts it first puts the names of transformers 5 in a pattern's
+    place, and then takes them in every layer."""
+    trial, whole = copy.deepcopy(config), _whole_heads(config)
+    convert_peft_config_for_transformers(trial, parts.model, None)
+    return [
+        name
+        for name in parts.modules
+        if check_target_module_exists(trial, name) and not whole.intersection(name.split("."))
+    ]
+
+
+def _shown(given: Any) -> str:
+    if given is None:
+        return "nothing"
+    return repr(given if isinstance(given, str) else sorted(given))
+
+
+# What is said of it
+
+
+def _line(parts: _Parts, asked: list[str], kept: list[str], chosen: list[str], config: LoraConfig) -> str:
+    """Layers adapted, their share of the matrix weights (no embedding, no head), what was left out and why."""
+    adapted, missing, total, at_work = set(chosen), {}, 0, 0
+    for name, weight in _matrix_weights(parts):
+        total += weight
+        if name in adapted:
+            at_work += weight
+            continue
+        reason, what = _reason(parts, name, asked, kept, config)
+        missing.setdefault(reason, Counter())[what] += weight
+
+    def share(weight: int) -> str:
+        return f"{weight / max(total, 1):.1%}"
+
+    kinds = ", ".join(sorted({leaf(name) for name in chosen}))
+    towers = sorted({tower for name in chosen if (tower := parts.tower(name))})
+    said = f"{len(chosen)} layers adapted ({kinds}), {share(at_work)} of the matrix weights"
+    if towers:
+        said += f", some in {', '.join(towers)} as asked"
+    rest = [
+        f"{', '.join(what for what, _ in counts.most_common())} {share(counts.total())}{reason}"
+        for reason, counts in sorted(missing.items(), key=lambda item: -item[1].total())
+    ]
+    return said + (f"; left out: {'; '.join(rest)}" if rest else "")
+
+
+def _matrix_weights(parts: _Parts) -> Iterator[tuple[str, int]]:
+    """(module, its weights with two or more dimensions), without embeddings and output heads, each weight once."""
+    seen: set[int] = set()
+    for name, module in [("", parts.model), *parts.modules.items()]:
+        if isinstance(module, nn.Embedding) or parts.is_head(name):
+            continue
+        for own in _matrices(module):
+            parameter = module.get_parameter(own)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                # A 4-bit weight is packed.
+                whole = isinstance(module, nn.Linear) and own == "weight"
+                yield name, module.in_features * module.out_features if whole else parameter.numel()
+
+
+def _reason(parts: _Parts, name: str, asked: list[str], kept: list[str], config: LoraConfig) -> tuple[str, str]:
+    """(why a module has no adapter and what to do, what to call it)."""
+    module, last = parts.modules.get(name, parts.model), leaf(name)
+    if name in asked and name not in kept:
+        return " (lora.exclude_modules)" if config.exclude_modules else " (trained whole)", last
+    if name in kept:
+        return " (lora.layers_to_transform)", "other layers"
+    if tower := parts.tower(name):
+        return " (modules there are adapted where lora.target_modules names them by their paths)", tower
+    if name in parts.modules and parts.is_expert(name):
+        return " (fused parameters, which lora.target_modules cannot reach yet)", "experts"
+    if parts.is_router(name):
+        return " (they choose experts)", "routers"
+    if not _takes_adapter(module):
+        return f" ({type(module).__name__}, not a linear layer)", last or "the model's own"
+    if why := _obstacle(parts.model, last):
+        return f" ({why})", last
+    return " (can be added to lora.target_modules)", last

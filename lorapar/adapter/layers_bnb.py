@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from .layers import MaskedLayer
@@ -97,7 +98,9 @@ class FrozenProduct(torch.autograd.Function):
         bias = cast("Tensor | None", base.bias)
         return F.linear(x, dequantised(base, x.dtype), None if bias is None else bias.to(x.dtype))
 
+    # Once more and the weight would have to be made a third time; torch refuses it in words.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad @ dequantised(ctx.base, grad.dtype), None
 

@@ -44,12 +44,13 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     _name = "LoRA-PAR GRPO"
     _paper = PAPER
 
+    stage = "grpo"
     max_completion_length: int
     num_generations: int
 
     def __init__(
         self,
-        model: PeftModel,
+        model: Any,
         *args: Any,
         rollout_batch_size: int | None = None,
         logprob_tokens: int | None = None,
@@ -57,16 +58,17 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, *args, **kwargs)
+        made = cast(PeftModel, self.model)
         if activation_offloading:
-            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model)
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(made)
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
-        score_answers_alone(cast(Any, model.get_base_model()), logprob_tokens, self.temperature, needs_trl)
+        score_answers_alone(cast(Any, made.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
             if self._dist.is_zero3 or self._dist.is_fsdp:
                 raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
-            cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, model)
+            cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, made)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.

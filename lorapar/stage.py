@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data.labels import load_labels
+from .model.generate import set_stop_tokens
 from .model.load import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class Run:
         config = self.recipe.model
         if config.device is None and PartialState().num_processes > 1:
             config = dataclasses.replace(config, device=str(PartialState().device))
-        return load_model(config, self.recipe.lora.get("base"))
+        model = load_model(config, self.recipe.lora.get("base"))
+        set_stop_tokens(model, self.tokenizer)
+        return model
 
 
 def is_main_process() -> bool:

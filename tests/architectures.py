@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers as tf
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -151,10 +151,11 @@ class LoopedConfig(tf.PretrainedConfig):
         super().__init__(**SPECIAL | kwargs)
 
 
-class LoopedModel(tf.PreTrainedModel, tf.GenerationMixin):
+class LoopedModel(tf.PreTrainedModel):
     """One block that each token goes through twice, as in ALBERT or a universal transformer."""
 
     config_class = LoopedConfig
+    turns = 2
 
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
@@ -162,37 +163,53 @@ class LoopedModel(tf.PreTrainedModel, tf.GenerationMixin):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.up_proj, self.down_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, input_ids: Tensor, **unused: Any) -> BaseModelOutputWithPast:
+        x = self.embed_tokens(input_ids)
+        for _ in range(self.turns):
+            q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+            x = x + self.down_proj(nn.functional.silu(self.up_proj(x)))
+        return BaseModelOutputWithPast(last_hidden_state=cast(Any, x))
+
+
+class LoopedForCausalLM(tf.PreTrainedModel, tf.GenerationMixin):
+    """It knows nothing of padding or of a cache."""
+
+    config_class = LoopedConfig
+    base_model_prefix = "model"
+    inner: type[tf.PreTrainedModel] = LoopedModel
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.model = self.inner(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.14)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **unused: Any) -> dict[str, Tensor]:
         return {"input_ids": input_ids}
 
     def forward(self, input_ids: Tensor, **unused: Any) -> CausalLMOutputWithPast:
-        x = self.embed_tokens(input_ids)
-        for _ in range(2):
-            q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
-            x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
-            x = x + self.down_proj(nn.functional.silu(self.up_proj(x)))
-        return CausalLMOutputWithPast(logits=cast(Any, self.lm_head(x)))
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids).last_hidden_state))
 
 
 def looped() -> tf.PreTrainedModel:
-    return LoopedModel(LoopedConfig())
+    return LoopedForCausalLM(LoopedConfig())
 
 
 tf.AutoConfig.register("tests_looped", LoopedConfig)
-tf.AutoModelForCausalLM.register(LoopedConfig, LoopedModel)
+tf.AutoModelForCausalLM.register(LoopedConfig, LoopedForCausalLM)
 
 ARCHITECTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
     function.__name__: function

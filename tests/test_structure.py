@@ -23,7 +23,7 @@ ARROWS = {
     "data": "errors files",
     "rewards": "data errors",
     "adapter": "errors files recipe",
-    "model": "adapter errors files progress",
+    "model": "adapter data errors files progress",
     "memory": "adapter data errors model recipe",
     # The stages, in their order.
     "labeling": "data errors files model progress recipe stage",

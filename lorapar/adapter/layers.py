@@ -42,7 +42,8 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         mask_a, mask_b: bool, of lora_A's and lora_B's shape, or None: what the running stage may change.
         live_ranks: int64 indices of the slices that do not cancel their twin, or None: all are computed with.
         trainable_rank: r; rows from there on are the frozen twin.
-        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples.
+        scoring: where a scoring pass adds its sums (see `lorapar.score`), else None; offsets: its examples, or None
+            while it takes one example at a time.
     """
 
     mask_a: Tensor | None
@@ -127,7 +128,6 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
     def scored(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer of a scoring pass."""
         assert self.scoring is not None
-        assert self.offsets is not None
         alone = not _has_any_global_hook()
         if not self.is_vanilla(ADAPTER):
             raise InputError(
@@ -135,10 +135,14 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
                 "be measured; remove it before scoring"
             )
         a, b, scaling = self.factors(ADAPTER)
-        if alone and self.can_fuse() and not args and not kwargs:
+        fused = alone and self.can_fuse() and not args and not kwargs
+        y = None if fused else cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.offsets is None:
+            # One example, whose gradient autograd leaves in the factors.
+            return self.added(y, x, a, b, scaling, None, None, 0.0, None)
+        if y is None:
             base = cast(nn.Linear, self.base_layer)
             return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
-        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         return lk.lora_add_scored(y, x, *_as_wide(y, a, b), scaling, self.offsets, self.scoring)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:

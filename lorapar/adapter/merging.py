@@ -7,7 +7,7 @@ it twice a time: trl#6688).
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -83,10 +83,18 @@ def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dequantised(module, dtype).clone()
 
 
-def merge_checkpoint(name: str, adapter: Path, out: Path, dtype: torch.dtype, revision: str | None = None) -> int:
+def merge_checkpoint(
+    name: str,
+    adapter: Path,
+    out: Path,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    stored: Mapping[str, str] | None = None,
+) -> int:
     """Write the model `name` (a folder, or a hub id at `revision`) with the adapter in `adapter` merged in.
 
     A shard at a time. The model's own weights are read, in whatever form training held them, and written in `dtype`.
+    stored: a parameter's name in the loaded model → its name in the checkpoint, where transformers renames it.
     Returns their bytes.
     Raises InputError where they are no plain safetensors, or lack one that the adapter adds to.
     """
@@ -104,11 +112,13 @@ def merge_checkpoint(name: str, adapter: Path, out: Path, dtype: torch.dtype, re
     scaling, total, merged = settings["lora_alpha"] / root, 0, 0
     with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as factors:
         names = set(factors.keys())
+        loaded = {at: parameter for parameter, at in (stored or {}).items()}
         for shard in shards:
             tensors = {}
             with safe_open(str(shard), framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 (no mapping)
-                    tensor, module = weights.get_tensor(key), f"{PREFIX}{key.removesuffix('.weight')}"
+                    tensor = weights.get_tensor(key)
+                    module = f"{PREFIX}{loaded.get(key, key).removesuffix('.weight')}"
                     if f"{module}.lora_A.weight" in names:
                         a, b = (factors.get_tensor(f"{module}.lora_{side}.weight") for side in "AB")
                         tensor, merged = merged_weight(tensor, a, b, scaling, dtype), merged + 1

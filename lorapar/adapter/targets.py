@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -69,7 +73,7 @@ class _Parts:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.modules = {name: module for name, module in model.named_modules() if name}
+        self.modules = dict(_modules(model))
         self.linear = [name for name, module in self.modules.items() if _takes_adapter(module)]
         self.outputs, self.outside = set(_outputs(model)), list(_outside(model))
         self.heads = self.outputs | set(_classifiers(model))
@@ -129,9 +133,23 @@ def leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by name, without what is in an adapter that the model has already."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+
+
+def _root(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _takes_adapter(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads its out_proj's weight and never calls it.
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(_root(module), nn.Linear) and not isinstance(_root(module), NonDynamicallyQuantizableLinear)
 
 
 def _transformers_models(model: nn.Module, at: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
@@ -404,7 +422,8 @@ def _line(parts: _Parts, asked: list[str], kept: list[str], chosen: list[str], c
 def _matrix_weights(parts: _Parts) -> Iterator[tuple[str, int]]:
     """(module, its weights with two or more dimensions), without embeddings and output heads, each weight once."""
     seen: set[int] = set()
-    for name, module in [("", parts.model), *parts.modules.items()]:
+    for name, outer in [("", parts.model), *parts.modules.items()]:
+        module = _root(outer)
         if isinstance(module, nn.Embedding) or parts.is_head(name):
             continue
         for own in _matrices(module):

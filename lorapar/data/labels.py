@@ -25,6 +25,10 @@ def load_labels(path: Path) -> Dataset:
         if row["system"] not in (1, 2) or row["split"] not in ("train", "held_out"):
             given = row["system"], row["split"]
             raise InputError(f"{path}: line {number}: system and split are {given}, allowed: 1 or 2, train or held_out")
+        for column in ("prompt", "completion"):
+            if isinstance(row[column], list):
+                # Older files hold every message's keys in each, as nulls.
+                row[column] = [{key: value for key, value in turn.items() if value is not None} for turn in row[column]]
     return to_dataset(rows)
 
 
@@ -34,11 +38,12 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
     Raises InputError where none is left.
     """
     columns = dataset.column_names
+    of_system = dataset["system"] if "system" in columns else [None] * len(dataset)
+    of_split = dataset["split"] if "split" in columns else [None] * len(dataset)
     keep = [
         i
-        for i in range(len(dataset))
-        if ("system" not in columns or dataset[i]["system"] in systems)
-        and ("split" not in columns or dataset[i]["split"] == split)
+        for i, (system, part) in enumerate(zip(of_system, of_split))
+        if ("system" not in columns or system in systems) and ("split" not in columns or part == split)
     ]
     if not keep:
         raise InputError(

@@ -270,12 +270,22 @@ def load_rows(
 
 
 def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """A data set with every row's columns; InputError that names the first column of two types."""
-    from datasets import Dataset
+    """A data set with every row's columns; InputError that names the first column of two types.
 
-    columns = list({name: None for row in rows for name in row})
+    Columns that hold objects, or lists of several types, are kept as JSON text and read as they were: Arrow's own types
+    would give each object the keys of all others, as nulls.
+    """
+    from datasets import Dataset, Features, Json, List
+
+    columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
+    kept = {name: _as_json(values) for name, values in columns.items()}
     try:
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+        plain = Dataset.from_dict({name: values for name, values in columns.items() if not kept[name]})
+        if not any(kept.values()):
+            return plain
+        forms = {"objects": Json(), "lists": List(Json())}
+        features = {name: forms[kept[name]] if kept[name] else plain.features[name] for name in columns}
+        return Dataset.from_dict(columns, features=Features(features))
     except (TypeError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         for name in columns:
             given = [row for row in rows if row.get(name) is not None]
@@ -286,3 +296,12 @@ def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
                 ]
                 raise InputError(f"data.sources: column {name!r} is {' and '.join(kinds)}; give it one type") from None
         raise InputError(f"data.sources: the rows do not fit one table: {error}") from error
+
+
+def _as_json(values: list[Any]) -> str:
+    """How a column is kept as JSON text: "lists" of such, or "objects"; "" where Arrow's own types serve."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {dict}:
+        return "objects"
+    inner = {type(item) for value in values or () if isinstance(value, list) for item in value if item is not None}
+    return "lists" if kinds == {list} and (inner & {dict, list} or len(inner) > 1) else ""

@@ -41,7 +41,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
 
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            rows = [without_nulls(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise InputError(f"{path}: corrupt or truncated parquet ({error})") from None
     for number, row in enumerate(rows, start=1):
@@ -50,13 +50,25 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A columnar file's row without the keys that others' objects have: Arrow gives each object the keys of all."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleaned(value) for name, value in row.items()}
+
+
 def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
     """The rows of a hub data set, "owner/name" or "owner/name:config"."""
     import datasets
 
     repository, _, configuration = name.partition(":")
     try:
-        return datasets.load_dataset(repository, configuration or None, split=split).to_list()
+        rows = datasets.load_dataset(repository, configuration or None, split=split).to_list()
+        return [without_nulls(row) for row in rows]
     # `datasets` raises FileNotFoundError, ConnectionError (both OSError) or ValueError for an unknown name, config or
     # split, for a hub that cannot be reached, and for data sets that would need to run code.
     except (OSError, ValueError, RuntimeError) as error:

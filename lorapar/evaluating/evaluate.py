@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..data.answers import is_correct
-from ..data.tokens import prompt_ids
+from ..data.tokens import check_known, prompt_ids
 from ..errors import require
 from ..model.generate import answer_greedily
 from ..progress import Progress
@@ -37,6 +37,8 @@ def evaluate(
     require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
     with Progress(description, len(rows), "row") as progress:
         ids = [prompt_ids(row, tokenizer) for row in rows]
+        for row, prompt in zip(rows, ids):
+            check_known(prompt, model, tokenizer, str(row.get("id", "(no id)")))
         completions = answer_greedily(model, tokenizer, ids, max_new_tokens, batch_size, progress.update)
     answers = [
         {

@@ -9,21 +9,29 @@ from the model that was trained is said.
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.hub import cached_file
 
 from ..adapter.attach import save_adapter, take_over_products
 from ..adapter.merging import merge_checkpoint
 from ..errors import InputError
 from ..files import atomic_folder, read_json
+from ..model.load import auto_class
 from ..model.quantised import given_form
 
 log = logging.getLogger("lorapar")
+
+# What a multimodal model reads images, sound and film with.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+                   "audio_tokenizer_config.json")  # fmt: skip
 
 # Largest tolerated logit difference, in units of the logits' own standard deviation, by the precision that rounds them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -89,6 +97,7 @@ def export(
             whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
+            _copy_processor(name, temporary, tokenizer, revision)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             differences["merged"] = _check(
                 "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without
@@ -108,9 +117,11 @@ def _merge_original(
 ) -> dict[str, float]:
     """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
     with atomic_folder(folder / "merged") as temporary:
-        size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"])
-        tokenizer.save_pretrained(temporary)
         original = _load_plain(name, dtype, source)
+        stored = {at: _stored_name(original, at) for at, _ in original.named_parameters()}
+        size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"], stored)
+        tokenizer.save_pretrained(temporary)
+        _copy_processor(name, temporary, tokenizer, source["revision"])
         expected = _logits(PeftModel.from_pretrained(original, str(folder / "adapter")), probe)
         logits = _logits(_load_plain(str(temporary), dtype, {**source, "revision": None}), probe)
         difference = _check("merged", expected, logits, dtype)
@@ -130,7 +141,8 @@ def _load_plain(name: str, dtype: torch.dtype, source: dict[str, Any], quantised
         device = next(quantised_as.parameters()).device
         options |= {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        kind = auto_class(AutoConfig.from_pretrained(name, **source))
+        return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except OSError as error:
         raise InputError(f"model.name: the base {name!r} that the adapter names cannot be loaded ({error})") from None
 
@@ -139,11 +151,31 @@ def _coarseness(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+def _stored_name(model: Any, name: str) -> str:
+    """What a parameter is called in the model's checkpoints: transformers renames those of some wrappers."""
+    return next(iter(revert_weight_conversion(model, {name: model.get_parameter(name)})))
+
+
+def _copy_processor(name: str, folder: Path, tokenizer: Any, revision: str | None) -> None:
+    """Put what the base `name` (a folder or a hub id) reads images with beside a merged model; its text has one."""
+    template = [] if tokenizer.chat_template else ["chat_template.json"]
+    for file in (*PROCESSOR_FILES, *template):
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if found is not None:
+            shutil.copy(found, folder / file)
+
+
 def _probe_tokens(model: nn.Module, tokenizer: Any) -> torch.Tensor:
+    config = cast(Any, model).config
+    text = config.get_text_config()
     generator = torch.Generator().manual_seed(0)
-    vocabulary = min(len(tokenizer), cast(Any, model).config.vocab_size)
-    device = next(model.parameters()).device
-    return torch.randint(vocabulary, (2, 24), generator=generator).to(device)
+    tokens = torch.randint(min(len(tokenizer), text.vocab_size), (2, 24), generator=generator)
+    if text is not config:
+        # The places of images, without an image.
+        media = [value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))]
+        tokens[torch.isin(tokens, torch.tensor([value for value in media if isinstance(value, int)]))] = 2
+    return tokens.to(next(model.parameters()).device)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any
 
+from ..data.tokens import prompt_ids
 from ..errors import InputError
 from ..model.generate import answer_greedily
 from ..model.load import load_model, load_tokenizer
@@ -51,10 +52,8 @@ class LocalTeacher:
     def tokens(self, prompt: str) -> list[int]:
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(ModelConfig(self.config.model))
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(prompt)["input_ids"]
-        turns = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        chat = self.tokenizer.chat_template is not None
+        return prompt_ids({"prompt": [{"role": "user", "content": prompt}] if chat else prompt}, self.tokenizer)
 
     async def check(self) -> None:
         """Load the model, so that a missing one is refused before another teacher is paid."""

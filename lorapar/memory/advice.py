@@ -2,11 +2,11 @@
 
 import copy
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..adapter.options import lora_config
 from ..errors import InputError
 from ..model.load import choose_device
 from ..recipe.sections import Recipe
@@ -26,6 +26,8 @@ from .needs import (
 )
 from .process import available_bytes, resident_bytes
 
+log = logging.getLogger("lorapar")
+
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 NEEDS_MODEL = ("score", "sft", "grpo", "evaluate")
 
@@ -40,32 +42,52 @@ def parse_bytes(text: str) -> int:
 
 
 def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
-    """The plan for a person, and whether every stage fits in `room` bytes (None: what this machine has)."""
-    model, lengths = describe(recipe), lengths_of(recipe)
-    if model.elements == 0:
-        given = lora_config(recipe.lora).target_modules
-        raise InputError(f"lora.target_modules: got {given}, which names no linear layer of {recipe.model.name!r}")
-    room = room or available(recipe)
-    rows = needs(recipe, lengths)
+    """The plan for a person, and whether every stage is known to fit in `room` bytes (None: what this machine has).
+
+    What could not be found is said, and is not taken to fit.
+    """
+    lengths, room = lengths_of(recipe), room or available(recipe)
+    try:
+        model, rows = describe(recipe), needs(recipe, lengths)
+    except InputError:
+        raise
+    except Exception as error:  # the model's own code, which may be anybody's
+        why = f"{recipe.model.name} could not be made without its weights ({_in_a_line(error)})"
+        return f"{why}, so its memory is not known", False
     form = recipe.lora.get("base") or str(model.dtype).removeprefix("torch.")
     lines = [
         f"{recipe.model.name}, {form}, on {model.device}; {model.elements:,} LoRA elements; longest row "
         f"{lengths.whole} tokens, longest prompt {lengths.prompt} ({lengths.of})",
+        f"lora: {model.adapted}",
         "",
         "GB at the peak of each stage",
         f"{'':<10}" + "".join(f"{column:>13}" for column in (*COLUMNS, "total")),
     ]
     for row in rows:
-        values = [getattr(row, column) for column in COLUMNS] + [row.total]
-        lines.append(f"{row.stage:<10}" + "".join(f"{value / 1e9:>13.3f}" for value in values))
-    lines += ["", f"{max(row.total for row in rows) / 1e9:.3f} GB needed of {room / 1e9:.3f} GB"]
+        values = [f"{getattr(row, column) / 1e9:.3f}" for column in COLUMNS] + [f"{row.total / 1e9:.3f}"]
+        if row.unknown:
+            values[COLUMNS.index("activations")], values[-1] = "?", f"> {values[-1]}"
+        lines.append(f"{row.stage:<10}" + "".join(f"{value:>13}" for value in values))
+    unknown = {
+        row.unknown: [other.stage for other in rows if other.unknown == row.unknown] for row in rows if row.unknown
+    }
+    most = f"{'more than ' if unknown else ''}{max(row.total for row in rows) / 1e9:.3f}"
+    lines += ["", f"{most} GB needed of {room / 1e9:.3f} GB"]
+    lines += [f"{', '.join(stages)}: activations not counted, the model does not run without data ({why})"
+              for why, stages in unknown.items()]  # fmt: skip
     lines += [line for row in rows if row.total > room for line in advice(recipe, lengths, row, room)]
-    if "sft" in recipe.stages:
+    if "sft" in recipe.stages and not unknown:
         batch, context = limits(recipe, lengths, room)
         tokens = sft_step(recipe, lengths, model.device).tokens
         lines.append(f"sft: up to {batch:,} rows of {tokens} tokens at once, or one row of {context:,} tokens")
-    fits = all(row.total <= room for row in rows)
-    return "\n".join([*lines, "fits" if fits else "does not fit"]), fits
+    if any(row.total > room for row in rows):
+        return "\n".join([*lines, "does not fit"]), False
+    return "\n".join([*lines, "not known to fit" if unknown else "fits"]), not unknown
+
+
+def _in_a_line(error: BaseException) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 Change = tuple[str, Callable[[Recipe], None]]
@@ -150,7 +172,8 @@ def remedies(recipe: Recipe, lengths: Lengths, stage: str, room: int, count: int
 def advice(recipe: Recipe, lengths: Lengths, row: Need, room: int) -> list[str]:
     """What would make a stage fit, a line each."""
     changed = remedies(recipe, lengths, row.stage, room) or ["no change of the recipe does"]
-    first = f"{row.stage} needs {row.total / 1e9:.2f} GB of {room / 1e9:.2f} GB; to make it fit, the cheapest first:"
+    more = f"more than {row.total / 1e9:.2f}" if row.unknown else f"{row.total / 1e9:.2f}"
+    first = f"{row.stage} needs {more} GB of {room / 1e9:.2f} GB; to make it fit, the cheapest first:"
     return [first] + [f"  {number}. {line}" for number, line in enumerate(changed, 1)]
 
 
@@ -163,13 +186,23 @@ def check_memory(stage: str, recipe: Recipe, lengths: Lengths) -> None:
     """Refuse a stage that needs more memory than there is, before its weights are loaded.
 
     `lengths`: of the labelled rows. Raises InputError with the cheapest remedies. A recipe far from the limit is not
-    simulated.
+    simulated. Where the need cannot be found, one line of the log says so and the run goes on.
     """
-    room = available(recipe)
-    if _at_most(recipe, lengths, describe(recipe)) >= room:
+    try:
+        room = available(recipe)
+        if _at_most(recipe, lengths, describe(recipe)) < room:
+            return
         row = need(recipe, lengths, stage)
-        if row.total > room:
-            raise InputError(" ".join(advice(recipe, lengths, row, room)))
+        refusal = " ".join(advice(recipe, lengths, row, room)) if row.total > room else None
+        unknown = row.unknown
+    except InputError:
+        raise
+    except Exception as error:  # the model's own code, which may be anybody's
+        refusal, unknown = None, _in_a_line(error)
+    if refusal is not None:
+        raise InputError(refusal)
+    if unknown is not None:
+        log.warning("%s: not known to fit in memory, as the model does not run without data (%s)", stage, unknown)
 
 
 def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
@@ -180,9 +213,15 @@ def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
     message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
     if lengths is None:
         return message
-    row = need(recipe, lengths, stage)
-    room = min(available(recipe), row.total * 4 // 5)
-    return "\n".join([message, *advice(recipe, lengths, row, room)])
+    try:
+        row = need(recipe, lengths, stage)
+        room = min(available(recipe), row.total * 4 // 5)
+        lines = advice(recipe, lengths, row, room)
+    except Exception as error:  # of the model's own code; the message must come nevertheless
+        lines = [
+            f"what would lower its need is not known, as the model does not run without data ({_in_a_line(error)})"
+        ]
+    return "\n".join([message, *lines])
 
 
 def _at_most(recipe: Recipe, lengths: Lengths, model: Model) -> int:

@@ -19,11 +19,11 @@ from torch import nn
 
 from ..data.rows import load_rows
 from ..data.tokens import encode
-from ..model.load import DTYPES, best_dtype, choose_device, load_config, load_tokenizer
+from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
 from .process import resident_bytes
-from .step import TrainingStep, step_bytes
+from .step import NotSimulated, TrainingStep, step_bytes
 from .switches import CPU_LOGPROB_TOKENS, checkpointing, default_micro_batch_tokens
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -31,13 +31,13 @@ COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logi
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What glibc's heap takes for each byte in use, in steps without recomputing (bench/LOG.md).
 HEAP = 1.3
-_STEPS: dict[Any, int] = {}
+_STEPS: dict[Any, int | NotSimulated] = {}
 _MODELS: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a stage needs at its peak."""
+    """Bytes that a stage needs at its peak. `unknown`: why its activations could not be found; they count as none."""
 
     stage: str
     weights: int
@@ -47,6 +47,7 @@ class Need:
     activations: int
     logits: int
     workspace: int
+    unknown: str | None = None
 
     @property
     def total(self) -> int:
@@ -55,7 +56,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Model:
-    """What the plan knows of the model: its configuration, and how many weights are held in which form."""
+    """What the plan knows of the model: its configuration, how many weights are held in which form, and what is
+    adapted, in numbers and in a line."""
 
     config: Any
     dtype: torch.dtype
@@ -63,6 +65,7 @@ class Model:
     weights: int
     elements: int
     largest: int
+    adapted: str
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,8 @@ def describe(recipe: Recipe) -> Model:
 
 
 def _describe(recipe: Recipe) -> Model:
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers import AutoModelForCausalLM
-
     from ..adapter.options import lora_config
+    from ..adapter.targets import resolve
 
     config = load_config(recipe.model)
     device = choose_device(recipe.model.device)
@@ -116,7 +117,7 @@ def _describe(recipe: Recipe) -> Model:
     if getattr(plain, "quantization_config", None) is not None:
         del plain.quantization_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(plain, dtype=dtype)
+        model: Any = auto_class(plain).from_config(plain, dtype=dtype)
     head, lora = model.get_output_embeddings(), lora_config(recipe.lora)
     rank = lora.r * (1 if recipe.start in ("paper", "peft") else 2)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -127,21 +128,36 @@ def _describe(recipe: Recipe) -> Model:
             weights += int(count * NF4_BYTES) - module.weight.nbytes
         elif base == "int8":
             weights += count + 4 * module.out_features - module.weight.nbytes
-    targets = [module for name, module in linears.items() if check_target_module_exists(lora, name)]
-    if lora.target_modules in ("all-linear", {"all-linear"}):
-        targets = list(linears.values())
-    elements = rank * sum(module.in_features + module.out_features for module in targets)
+    targets = resolve(model, lora)
+    elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.
     largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0
-    return Model(plain, dtype, device.type, weights, elements, largest)
+    return Model(plain, dtype, device.type, weights, elements, largest, targets.line)
 
 
 def activation_bytes(model: Model, step: TrainingStep) -> int:
-    """Memory that a step's tensors take; on a CPU that is more than is in use, as the heap keeps freed blocks."""
+    """Memory that a step's tensors take; on a CPU that is more than is in use, as the heap keeps freed blocks.
+
+    Raises NotSimulated where the model's code does not run without data.
+    """
     key = (model.config.to_json_string(), model.dtype, model.device, step)
     if key not in _STEPS:
-        _STEPS[key] = step_bytes(model.config, step, model.dtype, model.device)
-    return int(_STEPS[key] * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
+        try:
+            _STEPS[key] = step_bytes(model.config, step, model.dtype, model.device)
+        except NotSimulated as error:
+            _STEPS[key] = error
+    found = _STEPS[key]
+    if isinstance(found, NotSimulated):
+        raise found
+    return int(found * (HEAP if model.device == "cpu" and not step.checkpointing else 1))
+
+
+def _activations(model: Model, step: TrainingStep) -> tuple[int, str | None]:
+    """A step's activations and None, or 0 and why they could not be found."""
+    try:
+        return activation_bytes(model, step), None
+    except NotSimulated as error:
+        return 0, str(error)
 
 
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
@@ -163,11 +179,10 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         step = TrainingStep(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
         # Logits and their gradient at every answer position; four sums an element.
         logits = 2 * _logits(model, step.rows * step.tokens)
-        return Need(
-            stage, model.weights, adapters, 16 * model.elements, 0, activation_bytes(model, step), logits, workspace
-        )
+        activations, unknown = _activations(model, step)
+        return Need(stage, model.weights, adapters, 16 * model.elements, 0, activations, logits, workspace, unknown)
     step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
-    activations, logits = activation_bytes(model, step), _head(model, step.rows * step.tokens)
+    (activations, unknown), logits = _activations(model, step), _head(model, step.rows * step.tokens)
     if stage == "grpo":
         setting = recipe.grpo.setting
         per_step = setting("steps_per_generation") or setting("gradient_accumulation_steps")
@@ -178,7 +193,7 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         adapters *= 2 if setting("beta") else 1
     # Gradients are dense; moments are of the active elements, at most all; masks, and the copy that proves the frozen.
     return Need(stage, model.weights, adapters, 4 * model.elements, 8 * model.elements, activations, logits,
-                workspace + 7 * model.elements)  # fmt: skip
+                workspace + 7 * model.elements, unknown)  # fmt: skip
 
 
 def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:
@@ -220,7 +235,10 @@ def completion_tokens(recipe: Recipe) -> int:
 
 def _cache(model: Model, rows: int, tokens: int) -> int:
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if heads is None:
+        # Without attention (Mamba) the state does not grow with the tokens.
+        return 0
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * rows * tokens * text.num_hidden_layers * heads * size * model.dtype.itemsize
 
@@ -243,7 +261,8 @@ def _head(model: Model, positions: int) -> int:
 def limits(recipe: Recipe, lengths: Lengths, room: int) -> tuple[int, int]:
     """The most rows of the longest length that stage 1 can hold at once, and the longest row alone; 0 for none.
 
-    Memory is linear in rows, and quadratic in tokens where attention keeps all pairs.
+    Memory is linear in rows, and quadratic in tokens where attention keeps all pairs. Raises NotSimulated where a step
+    cannot be simulated.
     """
     model = describe(recipe)
     step = sft_step(recipe, lengths, model.device)

@@ -1,14 +1,17 @@
 """Bytes that one training step needs beside the weights, from the model's configuration alone.
 
-The model's own code runs forward and backward on tensors without data (torch's FakeTensorMode), with two and with three
-of its layers; every storage is counted while it lives, and what a layer adds is taken times the number of layers. So
-attention kernels, norms and checkpointing cost what they cost in this version of the libraries, and no table
-of formulas has to be kept.
+The model's own code runs forward and backward on tensors without data (torch's FakeTensorMode), with a few of its
+layers and then with one more of each kind; every storage is counted while it lives, and what a layer adds is taken
+times the number of layers of its kind (full and sliding-window attention, linear attention, experts). So attention
+kernels, norms and checkpointing cost what they cost in this version of the libraries, and no table of formulas has to
+be kept.
 """
 
 import contextlib
 import copy
+import logging
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..model.load import auto_class
+
+MOST_KINDS = 6  # of layers; a model with more (one of its own width each) is run whole
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,22 @@ class TrainingStep:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage made under it while that storage lives; `peak` is the most at one time."""
+    """Counts the bytes of every storage made under it while that storage lives; `peak` is the most at one time.
 
-    def __init__(self) -> None:
+    `weights`: storages that are there before, so that a view of one counts nothing.
+    """
+
+    def __init__(self, weights: Iterable[int] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen: set[int] = set(weights)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Experts' products: on a CPU torch takes fp32 too, and without data refuses it.
+            out = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -110,36 +125,119 @@ class StandIn(nn.Module):
         return FrozenProduct.apply(x, self.out_features)
 
 
+class NotSimulated(RuntimeError):
+    """The model's code does not run without data; the message says in one line what stood in its way."""
+
+
 def step_bytes(config: PretrainedConfig, step: TrainingStep, dtype: torch.dtype, device: str) -> int:
     """The peak of one step over the weights, up to the last hidden state and back, all linear layers frozen under LoRA.
 
     A LoRA layer keeps its input and nothing else (lorapar_kernels/lora_linear.py).
+    Raises NotSimulated where the model's code cannot be run without data.
     """
-    text = config.get_text_config()
-    few = [_peak_of(config, n, step, dtype, device) for n in (2, 3)]
-    return few[0] + (text.num_hidden_layers - 2) * (few[1] - few[0])
+    try:
+        return _simulation(config, dtype, device).step_bytes(step)
+    except Exception as error:  # the model's own code, which may be anybody's
+        said = str(error).strip().splitlines()
+        raise NotSimulated(f"{type(error).__name__}: {said[0] if said else 'no message'}") from error
 
 
-def _peak_of(config: PretrainedConfig, layers: int, step: TrainingStep, dtype: torch.dtype, device: str) -> int:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(text, name, None), list):
-            setattr(text, name, getattr(text, name)[:layers])
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.requires_grad_(False)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-                model.set_submodule(name, StandIn(module.out_features))
-        model.train()
+_LAST: dict[Any, "Simulation"] = {}
+
+
+def _simulation(config: PretrainedConfig, dtype: torch.dtype, device: str) -> "Simulation":
+    """Made once for the many steps that a plan asks about."""
+    key = (type(config), config.to_json_string(), dtype, device)
+    if key not in _LAST:
+        made = Simulation(config, dtype, device)
+        _LAST.clear()
+        _LAST[key] = made
+    return _LAST[key]
+
+
+class Simulation:
+    """A model without data, whose decoder can be run with any choice of its layers."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: str):
+        self.mode, self.device = FakeTensorMode(allow_non_fake_inputs=True), device
+        # Some towers draw their first weights by the values of others.
+        with self.mode, torch.device(device), no_init_weights():
+            self.model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+            self.model.requires_grad_(False)
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings():
+                    self.model.set_submodule(name, StandIn(module.out_features))
+            self.model.train()
+            self.model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
+        self.weights = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+        # Of a multimodal model the language model, which is what text rows go through.
+        self.decoder = self.model.get_decoder()
+        self.count = config.get_text_config().num_hidden_layers
+        lists = [(name, module) for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)]
+        self.stack, self.layers = next(((name, list(m)) for name, m in lists if len(m) == self.count), ("", []))
+        configs = {id(module.config): module.config for module in self.decoder.modules()
+                   if isinstance(module, PreTrainedModel)}  # fmt: skip
+        # What a configuration says of each layer, by its place.
+        self.per_layer = [
+            (config, key, value)
+            for config in configs.values()
+            for key, value in vars(config).items()
+            if isinstance(value, list) and len(value) == self.count
+        ]
+        self.configs, self.checkpointing = list(configs.values()), False
+
+    def step_bytes(self, step: TrainingStep) -> int:
+        """The peak of a few layers, and for each kind of layer what one more of it adds, times how many there are."""
+        kinds: dict[Any, list[int]] = {}
+        for place in range(len(self.layers)):
+            kinds.setdefault(self._kind(place), []).append(place)
+        if not self.layers or len(kinds) > MOST_KINDS:
+            return self.peak(list(range(len(self.layers))), step)
+        few = [places[0] for places in kinds.values()] * (2 if len(kinds) == 1 else 1)
+        total = peak = self.peak(few, step)
+        for places in kinds.values():
+            more = len(places) - few.count(places[0])
+            if more:
+                total += more * (self.peak(sorted([*few, places[0]]), step) - peak)
+        return total
+
+    def _kind(self, place: int) -> Any:
+        """What makes one layer need other memory than another: its modules, their shapes, and its settings."""
+        layer = self.layers[place]
+        modules = tuple((name, type(module).__name__, getattr(module, "out_features", None))
+                        for name, module in layer.named_modules())  # fmt: skip
+        shapes = tuple(tuple(parameter.shape) for parameter in layer.parameters())
+        return modules, shapes, tuple(str(value[place]) for _, _, value in self.per_layer)
+
+    def peak(self, places: list[int], step: TrainingStep) -> int:
+        """Of a forward and backward through the layers at these places, one after another."""
+        if self.layers:
+            self.decoder.set_submodule(self.stack, nn.ModuleList(self.layers[place] for place in places))
+            for config, key, value in self.per_layer:
+                setattr(config, key, [value[place] for place in places])
+            for config in self.configs:
+                config.num_hidden_layers = len(places)
         if step.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
-        ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        with LiveBytes() as counted, offloaded(weights) if step.offloading else contextlib.nullcontext():
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden.backward(torch.empty_like(hidden))
-    return counted.peak
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.checkpointing = step.checkpointing
+        away = offloaded(self.weights) if step.offloading else contextlib.nullcontext()
+        with _quiet(), self.mode, torch.device(self.device):
+            ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
+            with LiveBytes(self.weights) as counted, away:
+                # The last hidden state, or logits where the model is all one module.
+                hidden = self.decoder(input_ids=ids, use_cache=False)[0]
+                hidden.backward(torch.empty_like(hidden))
+        return counted.peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch prints a traceback for each operation that fails without data, before it raises."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,9 +1,11 @@
-"""Greedy answers of a model to a list of prompts."""
+"""Greedy answers of a model to a list of prompts, and the tokens that end one."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..data.tokens import turn_end_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,26 @@ def make_greedy(model: "PreTrainedModel") -> None:
         settings.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, the same for rollouts, evaluation and what is exported.
+
+    The tokenizer's EOS token, every one of the model's generation settings, and the token that the chat template ends
+    an assistant's turn with. A base model's EOS is often another one than its chat template's.
+    """
+    settings = getattr(model, "generation_config", None)
+    of_model = settings.eos_token_id if settings is not None else None
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    ids = [tokenizer.eos_token_id, *of_model, turn_end_token(tokenizer)]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def set_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """Put `stop_tokens` and the tokenizer's padding token into the model's generation settings, where it has any."""
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
 @torch.no_grad()
 def answer_greedily(
     model: Any,
@@ -35,9 +57,10 @@ def answer_greedily(
     """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
     `ids` are the prompts' tokens, a generation prompt included (`data.prompt_ids`). Prompts of like length share a
-    batch, padded on the left; `on_batch` hears how many each batch held. `stopped`, asked after every token, ends it
+    batch, padded on the left, and end with any of `stop_tokens`; `on_batch` hears how many each held. `stopped`, asked after every token, ends it
     with what is there by then. The model's mode is left as it was.
     """
+    stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     answers = [""] * len(ids)
     training = model.training
@@ -54,16 +77,23 @@ def answer_greedily(
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=[lambda seen, *_, **__: torch.full((len(seen),), stopped(), device=seen.device)],
                 do_sample=False,
+                eos_token_id=stops or None,
                 pad_token_id=tokenizer.pad_token_id,
                 # A model's own sampling settings mean nothing to a greedy answer, and would warn.
                 temperature=None,
                 top_p=None,
                 top_k=None,
             )
-            texts_out = tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True)
+            ended = [until(row, stops) for row in produced[:, width:].tolist()]
+            texts_out = tokenizer.batch_decode(ended, skip_special_tokens=True)
             for index, text in zip(batch, texts_out):
                 answers[index] = text.strip()
             on_batch(len(batch))
     finally:
         model.train(training)
     return answers
+
+
+def until(ids: list[int], stops: list[int]) -> list[int]:
+    """The ids before the first that ends an answer; it need not be a special token, which decoding leaves out."""
+    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]

@@ -6,13 +6,18 @@ says `trust_remote_code: true`.
 
 import contextlib
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 
-from ..errors import InputError
+from ..data.tokens import check_below, encode
+from ..errors import InputError, suggestion
+from ..files import read_text
 from .generate import make_greedy
 from .locate import resolve
 from .quantised import QUANTISED, given_form, quantisation
@@ -71,7 +76,11 @@ def _as_input_error(config: "ModelConfig") -> Iterator[None]:
 
 
 def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
-    """The model's tokenizer; one without a padding token pads with its EOS token."""
+    """The model's tokenizer with the chat template and the tokens that `config` names, as every stage and the exported
+    model have it; one without a padding token pads with its EOS token.
+
+    Raises InputError for a token that the tokenizer lacks, and for a template that writes a token without an embedding.
+    """
     from transformers import AutoTokenizer
 
     place = str(resolve(config.name))
@@ -79,25 +88,125 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    for key in ("eos_token", "pad_token"):
+        token = getattr(config, key)
+        if token is not None and token not in tokenizer.get_vocab():
+            near = suggestion(token, sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}), count=3)
+            raise InputError(f"model.{key}: got {token!r}, which is no token of {config.name!r}; {near}")
+        if token is not None:
+            setattr(tokenizer, key, token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template is not None:
+        tokenizer.chat_template = _chat_template(config.chat_template)
+    if config.chat_template_kwargs:
+        if tokenizer.chat_template is None:
+            raise InputError(f"model.chat_template_kwargs: the tokenizer of {config.name!r} has no chat template; "
+                             "set model.chat_template")  # fmt: skip
+        tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
+    if config.chat_template is not None:
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+        try:
+            ids = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer)[0]
+        except jinja2.TemplateError as error:
+            raise InputError(f"model.chat_template: does not write a question and its answer: {error}") from None
+        check_below(load_config(config).get_text_config().vocab_size, ids, tokenizer, "model.chat_template")
     return tokenizer
+
+
+def _chat_template(given: str) -> str:
+    """A template's text, given as such or as the path of a file."""
+    if "{" in given:
+        return given
+    if Path(given).suffix not in (".jinja", ".j2", ".jinja2"):
+        raise InputError(f"model.chat_template: got {given!r}, expected a .jinja file or a template's text")
+    return read_text(Path(given).expanduser())
+
+
+def with_defaults(template: "str | dict[str, str]", values: Mapping[str, Any]) -> Any:
+    """A chat template, or each of several, in which `values` are set where the caller does not set them.
+
+    So they hold wherever the template goes: into every stage, and into the exported tokenizer.
+    """
+    if isinstance(template, dict):
+        return {name: with_defaults(text, values) for name, text in template.items()}
+    for name in values:
+        if not name.isidentifier():
+            raise InputError(f"model.chat_template_kwargs: {name!r} is no name of a variable")
+    # transformers' Jinja drops the newline behind a block, so the template begins a line as before.
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in values.items()
+    ]
+    return "".join(lines) + template
+
+
+def _literal(value: Any) -> str:
+    """A value in Jinja's own writing; JSON's but for null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers auto class that makes and loads a model of this configuration.
+
+    The one whose model the checkpoint names in `architectures`: a wrapper around a language model (Gemma 3 with its
+    vision tower, Qwen2.5-VL) stays whole, though AutoModelForCausalLM would take the text model out of some of them.
+    """
+    import transformers
+
+    kinds: list[Any] = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText,
+                        transformers.AutoModelForMultimodalLM]  # fmt: skip
+    own = getattr(config, "auto_map", None) or {}
+    for kind in kinds:
+        if kind.__name__ in own:
+            return kind
+    named = config.architectures or []
+    makers = [kind for kind in kinds if type(config) in kind._model_mapping]
+    for kind in makers:
+        classes = kind._model_mapping[type(config)]
+        if any(made.__name__ in named for made in (classes if isinstance(classes, list | tuple) else [classes])):
+            return kind
+    return makers[0] if makers else kinds[0]
+
+
+def check_loaded(name: str, info: dict[str, Any]) -> None:
+    """InputError unless checkpoint and model have the same tensors; `info`: transformers' `output_loading_info`.
+
+    transformers warns, fills what is missing with random numbers, and leaves the rest of the checkpoint out.
+    """
+    for fault, key in (
+        ("has no", "missing_keys"),
+        ("also holds", "unexpected_keys"),
+        ("does not fit", "mismatched_keys"),
+    ):
+        tensors = sorted(map(str, info[key]))
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            raise InputError(
+                f"model.name: the checkpoint {name!r} {fault} {', '.join(tensors[:3])}{more}, so it would not "
+                "be loaded as it was saved; its config.json must name the class it was saved from (architectures)"
+            )
 
 
 def load_config(config: "ModelConfig") -> Any:
     """The model's own configuration; no weight is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     place = str(resolve(config.name))
     with _as_input_error(config):
         loaded = AutoConfig.from_pretrained(place, **options)
-        own = (getattr(loaded, "auto_map", None) or {}).get("AutoModelForCausalLM")
+        kind = auto_class(loaded)
+        own = (getattr(loaded, "auto_map", None) or {}).get(kind.__name__)
         if config.trust_remote_code and own is not None:
             # As transformers does when it loads the weights, so that the plan can make the model without them.
             model_class = get_class_from_dynamic_module(own, place, revision=config.revision)
-            AutoModelForCausalLM.register(type(loaded), model_class, exist_ok=True)
+            kind.register(type(loaded), model_class, exist_ok=True)
     if config.attn_implementation is not None:
         loaded._attn_implementation = config.attn_implementation
     return loaded
@@ -110,8 +219,6 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     Its `name_or_path` is the absolute folder or the hub id, so an adapter saved for it names a base that
     loads. Its generation settings are greedy: sampling settings that the model came with are taken out.
     """
-    from transformers import AutoModelForCausalLM
-
     place = str(resolve(config.name))
     device = choose_device(config.device)
     if config.dtype != "auto" and config.dtype not in DTYPES:
@@ -120,7 +227,8 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
         raise InputError(f"lora.base: got bf16 beside model.dtype: {config.dtype}; leave one of them out")
     dtype = best_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    form = given_form(load_config(config))
+    own = load_config(config)
+    form = given_form(own)
     if base is not None and form is not None and form != base:
         raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -135,9 +243,12 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     with held, _as_input_error(config):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, **options
-        )
+        loaded: Any = auto_class(own).from_pretrained(
+            place, use_safetensors=True, dtype=torch.bfloat16 if base == "bf16" else dtype, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    model, info = loaded
+    check_loaded(config.name, info)
     if (base in QUANTISED or form is not None) and importlib.util.find_spec("bitsandbytes"):
         from ..adapter.layers_bnb import take_over
 

@@ -17,6 +17,9 @@ from ..recipe.sections import changes_result
 from ..scoring.scores import load_scores
 from ..stage import LABELS, PARTITION, SCORES, Run, Stage
 
+# Of the section `model`, left out of a fingerprint where they are not set: folders made before these keys still hold.
+LATER_KEYS = ("chat_template", "chat_template_kwargs", "eos_token", "pad_token")
+
 
 def fingerprint(stage: Stage, run: Run) -> str:
     """A digest of the recipe's sections and the files that the stage reads, local data and model files included.
@@ -27,6 +30,7 @@ def fingerprint(stage: Stage, run: Run) -> str:
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
+    values["model"] = {key: value for key, value in values["model"].items() if value or key not in LATER_KEYS}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     optional = [name for name in stage.optional_reads if (folder / name).is_file()]
     inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *optional)}
@@ -35,6 +39,9 @@ def fingerprint(stage: Stage, run: Run) -> str:
         place = Path(recipe.model.name).expanduser()
         files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
         stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
+        template = Path(recipe.model.chat_template or "")
+        if "{" not in template.name and template.is_file():
+            inputs["chat_template"] = sha256_file(template)
         inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return sha256_json(inputs)
 

@@ -40,6 +40,18 @@ REFUSED_LORA_KEYS = (
 # The request's own fields, which parameters must not overrule.
 OUR_FIELDS = ("model", "messages", "stream", "n", "response_format", "tools", "tool_choice", "functions")
 
+# The trainers' keys that would give one stage other tokens than the rest, and where every stage and what is exported
+# has them from.
+OF_THE_MODEL = {
+    "eos_token": "model.eos_token",
+    "pad_token": "model.pad_token",
+    "chat_template_path": "model.chat_template",
+    "chat_template_kwargs": "model.chat_template_kwargs",
+    "model_init_kwargs": "the section model",
+}
+# Of grpo.generation_kwargs: which token ends a completion.
+STOPPING = ("eos_token_id", "pad_token_id", "stop_token_ids", "stop_strings", "stop")
+
 
 def check_values(recipe: Recipe) -> None:
     """InputError for the first value that its declaration, or another key, does not allow."""
@@ -108,6 +120,21 @@ def any_of(choices: Sequence[Any]) -> str:
     """Choices as in a sentence: element, tile or rank."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
+    """Refuse a trainer's settings that would change the tokens of one stage alone; `values`: what is given."""
+    for name, place in OF_THE_MODEL.items():
+        if values.get(name):
+            raise InputError(f"{stage}.{name}: got {values[name]!r}, which one stage alone would use; set {place}, "
+                             "which holds for every stage and for what is exported")  # fmt: skip
+    for name in STOPPING:
+        if name in (values.get("generation_kwargs") or {}):
+            raise InputError(f"{stage}.generation_kwargs.{name}: not allowed; every stage stops at the same tokens: those "
+                             "of the model's generation_config, the chat template's end of a turn, and model.eos_token")  # fmt: skip
+    if values.get("assistant_only_loss"):
+        raise InputError(f"{stage}.assistant_only_loss: got true; a row's completion alone is scored and trained on, so "
+                         "leave it out")  # fmt: skip
 
 
 def check_label(label: LabelConfig) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from ..errors import InputError
 from ..files import read_text
-from .checks import check_values
+from .checks import check_trainer_keys, check_values
 from .sections import GRPOStageConfig, Recipe, SFTStageConfig, StageConfig
 from .values import build, check_keys, convert
 
@@ -146,6 +146,7 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
         if key in values:
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
                              "output_dir and seed are top-level keys")  # fmt: skip
+    check_trainer_keys(stage, values)
     hints = typing.get_type_hints(config_class)
     trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
     return {key: values[key] for key in own if key in values} | {"trainer": trainer}

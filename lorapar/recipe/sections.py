@@ -36,6 +36,12 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "run the model's own code from the hub")
     device: str | None = key(None, "cpu, cuda or cuda:<number>; by default the GPU where there is one")
     attn_implementation: str | None = key(None, "transformers' name of the attention implementation")
+    chat_template: str | None = key(None, "a .jinja file, or a template's text, in place of the tokenizer's chat template")
+    chat_template_kwargs: dict[str, Any] = key(
+        dict, "set in the chat template of every row that does not set them itself: {enable_thinking: false}"
+    )
+    eos_token: str | None = key(None, "in place of the tokenizer's EOS token")
+    pad_token: str | None = key(None, "in place of the tokenizer's padding token")
 
 
 @dataclass
@@ -249,7 +255,11 @@ class Recipe:
     seed: int = key(0, "random seed of everything outside `data`", at_least=0, at_most=2**32 - 1)
     start: Start = key("twin", "how A and B begin; peft: as lora.init_lora_weights says")
     stages: list[Literal["sft", "grpo"]] = key(lambda: ["sft", "grpo"], "the training stages, in order")
-    lora: dict[str, Any] = key(dict, "keys of peft.LoraConfig, and base: nf4, int8 or bf16")
+    lora: dict[str, Any] = key(
+        dict,
+        "keys of peft.LoraConfig, and base: nf4, int8 or bf16; without target_modules the paper's six projections "
+        "where every layer has them all, else every linear layer of the language model but its head and routers",
+    )
     label: LabelConfig = key(LabelConfig, "who labels the rows")
     score: ScoreConfig = key(ScoreConfig, "how elements are scored")
     partition: PartitionConfig = key(PartitionConfig, "how elements are selected")

@@ -4,10 +4,17 @@ The loss of an example is the mean over its own answer tokens, and the batch's l
 batches of 1 give, to rounding. Examples never attend to one another. Where the model's attention takes sequences of
 several lengths (FlashAttention, by `position_ids`) a batch is one packed row without padding; elsewhere a row an
 example, padded on the right, less than a twentieth of it.
+
+The squares of a batch's gradients need to know whose token each is. A layer that runs twice in a forward (shared
+blocks) has squares of a sum, not a sum of squares; an expert sees tokens in an order of its own; attention that looks
+ahead sees the padding. `ScoredBatches` notices each of these before anything is added, and then takes one example at a
+time, whose whole gradient autograd leaves in the factors.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,11 +22,11 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
-from ..adapter.layers import MaskedLayer, lora_parameters
-from ..data.tokens import encode
+from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
+from ..data.tokens import IGNORED, encode
 from ..errors import InputError
 
-IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
+log = logging.getLogger("lorapar")
 PADDING = 20  # a padded token costs what a real one does: fewer than one in so many of a batch's tokens
 # fp16 is 0 below 6e-8, and an answer token's gradient is spread over the whole vocabulary; a power of two comes out of
 # the sums exactly.
@@ -102,8 +109,13 @@ def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: 
 
 def packs_examples(model: nn.Module) -> bool:
     """Whether batches are packed: the attention is FlashAttention's, and packed examples are shown to stay apart."""
-    implementation = str(getattr(cast(Any, model).config, "_attn_implementation", ""))
+    implementation = str(getattr(_text_config(model), "_attn_implementation", ""))
     return implementation.startswith("flash_attention") and keeps_apart(model)
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The language model's configuration, which a multimodal model keeps beside its towers'."""
+    return cast(Any, model).config.get_text_config()
 
 
 @torch.no_grad()
@@ -113,7 +125,7 @@ def keeps_apart(model: nn.Module) -> bool:
     device = next(iter(lora_parameters(model).values())).device
     with cast(Any, model).disable_adapter():
         alone, behind = (
-            cast(Any, model)(**_inputs(batch, packed=True, device=device), use_cache=False).logits[0, -4:].float()
+            _logits(model, _inputs(batch, packed=True, device=device))[0, -4:].float()
             for batch in ([second], [first, second])
         )
     return bool((behind - alone).abs().max() <= 2e-2 * alone.abs().max())
@@ -131,15 +143,95 @@ def _inputs(batch: list[Example], packed: bool, device: torch.device) -> dict[st
     return {"input_ids": ids.to(device)}
 
 
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's logits; no cache of keys is filled where the model has one."""
+    taken = inspect.signature(cast(Any, model).get_base_model().forward).parameters
+    cached = "use_cache" in taken or any(kind.kind == kind.VAR_KEYWORD for kind in taken.values())
+    return cast(Any, model)(**inputs, **({"use_cache": False} if cached else {})).logits
+
+
+class NotByExample(Exception):
+    """What a layer does to a batch that leaves its gradient without a sum an example."""
+
+
+class ScoredBatches:
+    """Adds batches to the layers' sums; `together`: a batch in one forward, else one example at a time."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, MaskedLayer], packed: bool):
+        self.model, self.layers, self.packed, self.together = model, layers, packed, True
+
+    def look(self) -> None:
+        """Take one example at a time from now on where one in a batch is not what it is alone."""
+        with self._else_alone():
+            check_batches(self.model, self.layers)
+
+    def add(self, batch: list[Example]) -> float:
+        """Forward and backward of one batch; returns what the loss was multiplied by."""
+        if self.together:
+            with self._else_alone():
+                return score_batch(self.model, self.layers, batch, self.packed)
+        scales = [score_alone(self.model, self.layers, example) for example in batch]
+        return scales[0]
+
+    @contextlib.contextmanager
+    def _else_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except NotByExample as reason:
+            log.warning("score: %s; scored one example at a time, whatever batch_size says", reason)
+            self.together = False
+
+
+@torch.no_grad()
+def check_batches(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
+    """NotByExample unless a padded row of a batch has the logits it has alone, and each layer the tokens row by row."""
+    first, second = Example("", [3, 4, 5, 6], [IGNORED] * 4), Example("", list(range(2, 18)), [IGNORED] * 16)
+    device = next(iter(lora_parameters(model).values())).device
+    for layer in layers.values():
+        layer.offsets = None
+    with running_once(layers, 2, 16):
+        beside = _logits(model, _inputs([first, second], packed=False, device=device))[0, :4]
+    alone = _logits(model, _inputs([first], packed=False, device=device))[0]
+    # Rounding moves a mixture's choice of experts too. What padding does where it is seen is far from small.
+    bound = 0.1 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-2
+    if not float((beside - alone).float().norm()) <= bound * float(alone.float().norm()):
+        raise NotByExample("the model's answer to a row depends on the padding or the rows beside it")
+
+
+@contextlib.contextmanager
+def running_once(layers: Mapping[str, MaskedLayer], rows: int, width: int) -> Iterator[None]:
+    """NotByExample from a layer that runs again in this forward, or on other than the batch's tokens, row by row.
+
+    What gradient checkpointing computes again comes in the backward, after this, and adds in the place of the first.
+    """
+    ran = set()
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if layer in ran:
+                raise NotByExample(f"{name} runs more than once in a forward")
+            if tuple(inputs[0].shape[:-1]) not in ((rows, width), (rows * width,)):
+                raise NotByExample(f"{name} gets tokens of shape {list(inputs[0].shape[:-1])} of [{rows}, {width}]")
+            ran.add(layer)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def score_batch(model: nn.Module, layers: Mapping[str, MaskedLayer], batch: list[Example], packed: bool) -> float:
     """Forward and backward of one batch, which add to the layers' sums; returns what the loss was multiplied by.
 
-    The gradient of each example's mean cross-entropy over its own answer tokens, (softmax − one-hot) / count, is
-    written down: autograd would pass over a [tokens, vocabulary] tensor twice as often and keep two more of them.
+    Raises NotByExample, with nothing added, where a layer does not have the batch's tokens in their order, once.
     """
     device = next(iter(lora_parameters(model).values())).device
     inputs = _inputs(batch, packed, device)
-    width = inputs["input_ids"].shape[1]
+    rows, width = inputs["input_ids"].shape
     lengths = [len(example.ids) if packed else width for example in batch]
     examples = lk.Examples.of(torch.tensor([0, *lengths]).cumsum(0), device)
     for layer in layers.values():
@@ -147,15 +239,59 @@ def score_batch(model: nn.Module, layers: Mapping[str, MaskedLayer], batch: list
     targets = torch.full((sum(lengths),), IGNORED)
     for start, example in zip(examples.starts, batch):
         targets[start : start + len(example.targets)] = torch.tensor(example.targets)
+    with running_once(layers, rows, width):
+        logits = _answer_logits(model, inputs, targets)
+    return _backward(logits, targets, batch)
+
+
+def score_alone(model: nn.Module, layers: Mapping[str, MaskedLayer], example: Example) -> float:
+    """`score_batch` of one example, whose gradient autograd adds up over all that each layer did."""
+    for layer in layers.values():
+        layer.offsets = None
+    inputs = _inputs([example], packed=False, device=next(iter(lora_parameters(model).values())).device)
+    targets = torch.tensor(example.targets)
+    scale = _backward(_answer_logits(model, inputs, targets), targets, [example])
+    add_gradients(layers)
+    return scale
+
+
+def _answer_logits(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """The logits [n, vocabulary] at the positions that have a target; targets [tokens]."""
     answers = (targets != IGNORED).view(inputs["input_ids"].shape)
     with head_on(model, answers):
-        logits = cast(Any, model)(**inputs, use_cache=False).logits
+        logits = _logits(model, inputs)
+    # Where the model's output comes out of no module that `head_on` finds, it is there for every position.
+    return logits[answers.to(logits.device)] if logits.shape[:-1] == answers.shape else logits
+
+
+def _backward(logits: Tensor, targets: Tensor, batch: list[Example]) -> float:
+    """Backward of the sum of the examples' losses; returns what it was multiplied by.
+
+    The gradient of each example's mean cross-entropy over its own answer tokens, (softmax − one-hot) / count, is
+    written down: autograd would pass over a [tokens, vocabulary] tensor twice as often and keep two more of them.
+    """
     scale = FP16_LOSS_SCALE if logits.dtype == torch.float16 else 1.0
     each = [scale / example.answers for example in batch for _ in range(example.answers)]
     weights = torch.tensor(each, dtype=torch.promote_types(logits.dtype, torch.float32))
     targets, weights = targets[targets != IGNORED].to(logits.device), weights.to(logits.device)
     logits.backward(cross_entropy_gradient(logits.detach(), targets, weights))
     return scale
+
+
+def add_gradients(layers: Mapping[str, MaskedLayer]) -> None:
+    """Add one example's gφ and (gφ)² to the sums, of the gradients in the factors' `grad`, which are taken away."""
+    for layer in layers.values():
+        sums = layer.scoring
+        assert sums is not None
+        for factor, i in zip(layer.factors(ADAPTER)[:2], (0, 2)):
+            if factor.grad is None:
+                continue  # a layer that this example did not reach
+            gphi = factor.grad.double() * factor.detach()
+            factor.grad = None
+            for total, rest, more in ((sums[i], sums.rests[i], gphi), (sums[i + 1], sums.rests[i + 1], gphi * gphi)):
+                exact = rest.double() + total + more
+                total.copy_(exact)
+                rest.copy_(exact - total)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -180,15 +316,18 @@ def short_attention(model: nn.Module, longest: int) -> Iterator[None]:
     """
     base, parameter = cast(Any, model).get_base_model(), next(model.parameters())
     half = parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
-    chosen = base.config._attn_implementation
+    text = _text_config(model)
+    chosen = text._attn_implementation
     if not half or longest > SHORT or chosen != "sdpa":
         yield
         return
-    base.set_attn_implementation("eager")
+    # A multimodal model's towers keep theirs.
+    part = next((key for key in base.config.sub_configs if getattr(base.config, key) is text), None)
+    base.set_attn_implementation({part: "eager"} if part else "eager")
     try:
         yield
     finally:
-        base.set_attn_implementation(chosen)
+        base.set_attn_implementation({part: chosen} if part else chosen)
 
 
 @contextlib.contextmanager
@@ -198,7 +337,16 @@ def head_on(model: nn.Module, positions: Tensor) -> Iterator[None]:
     Its product is the widest of all: with SmolLM2-135M a fifth of the work at every position.
     """
     head = cast(Any, model).get_base_model().get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][positions.to(hidden[0].device)],))
+    if head is None:
+        yield
+        return
+
+    def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if inputs[0].shape[:-1] != positions.shape:
+            return None
+        return (inputs[0][positions.to(inputs[0].device)],)
+
+    hook = head.register_forward_pre_hook(choose)
     try:
         yield
     finally:

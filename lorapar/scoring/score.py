@@ -6,24 +6,36 @@ into two sums a factor (`lorapar_kernels.importance`) → running sums (sums.py)
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
+from ..data.tokens import check_known
 from ..errors import InputError, require
 from ..progress import Progress
 from ..recipe.checks import check_value
 from ..recipe.sections import ScoreConfig
-from .batches import Example, packs_examples, plan_batches, read_examples, score_batch, short_attention
+from .batches import (
+    FP16_LOSS_SCALE,
+    ScoredBatches,
+    add_gradients,
+    packs_examples,
+    plan_batches,
+    read_examples,
+    short_attention,
+)
 from .scores import Scores, shuffled, trainable_mask
 from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite
 
 log = logging.getLogger("lorapar")
+Add = Callable[[list[Any]], float]  # takes a batch's forward and backward, and returns its loss's scale
 ALL_ZERO = (
     "start: every score is zero, because an element that is zero scores zero for ever and B = 0 makes A's "
     "gradient zero; use start: twin, pissa, olora or paper"
@@ -42,19 +54,24 @@ def score(
     theta: float = 0.9,
     checkpoint: Path | None = None,
     on_batch: Callable[[RunningSums], None] = lambda sums: None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Scores:
     """Score the attached adapter's elements on one system's rows.
 
     Args:
         model: what `lorapar.attach` returned. tokenizer: None where the rows hold `input_ids` and `labels`.
         dataset: rows with prompt and completion, messages, or input_ids and labels (−100 on the prompt).
-        batch_size: examples a step; changes speed and memory, not the result.
+        batch_size: examples a step; changes speed and memory, not the result. A model that mixes a batch's examples, or
+            runs a layer twice, is scored one example at a time; a line in the log says so.
         method: "taylor": I = |gφ − ½Fφ²|; "first_order": |gφ|; "random": taylor's values at shuffled places.
         max_length: rows with more tokens are refused (InputError), never cut; None: no limit.
         until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
             examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
         checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
         on_batch: called after every batch; `RunningSums.importance` reads the mean so far.
+        loss: of a model that is no causal language model (a classifier, an encoder, a Sequential): `loss(model, row)`
+            returns the loss of one row, a tensor of one element. The dataset's rows are then whatever it reads, taken
+            one at a time; tokenizer and batch_size are not used, max_length and checkpoint are refused.
 
     Returns `Scores`, zero on a twin's rows; `metadata` says how many examples it took and, under `until_stable`, the
     looks. Dropout is off, prompt tokens carry no loss, the base gets no gradient and nothing is written. Raises
@@ -63,20 +80,44 @@ def score(
     """
     for name, value in {"batch_size": batch_size, "method": method, "until_stable": until_stable}.items():
         check_value(ScoreConfig, name, value)
-    examples = read_examples(dataset, tokenizer, max_length)
-    require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
-    with scoring(model) as layers, short_attention(model, max(len(example.ids) for example in examples)):
+    if loss is not None:
+        for name, value in {"max_length": max_length, "checkpoint": checkpoint}.items():
+            require(value is None, name, value, "None beside a loss, which reads the rows as they are")
+    with contextlib.ExitStack() as stack:
+        examples: list[Any]
+        if loss is None:
+            examples = read_examples(dataset, tokenizer, max_length)
+            names = [example.name for example in examples]
+        else:
+            examples = list(dataset)
+            names = [str(row.get("id", i) if isinstance(row, Mapping) else i) for i, row in enumerate(examples)]
+        require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+        for example in examples if loss is None else ():
+            check_known(example.ids, model, tokenizer, example.name)
+        layers = stack.enter_context(scoring(model))
         pairs = [layer.factors(ADAPTER)[:2] for layer in layers.values()]
         if not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
             raise InputError(ALL_ZERO)
-        packed = packs_examples(model)
         marks = [] if until_stable is None else marks_of(len(examples))
-        plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
+        key = ""
+        add: Add
+        if loss is None:
+            stack.enter_context(short_attention(model, max(len(example.ids) for example in examples)))
+            packed = packs_examples(model)
+            plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
+            if checkpoint is not None:
+                key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
+            batches = ScoredBatches(model, layers, packed)
+            if not packed and len(plan) < len(examples):
+                batches.look()
+            add = batches.add
+        else:
+            plan = [[i] for i in range(len(examples))]
+            add = partial(_add_loss, model, layers, loss)
         running = RunningSums(layers)
-        key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
         if checkpoint is not None:
             running.restore(checkpoint, key)
-        _run(model, running, examples, plan, packed, until_stable, theta, marks, checkpoint, key, on_batch)
+        _run(running, examples, names, plan, add, until_stable, theta, marks, checkpoint, key, on_batch)
         scores = running.importance(method)
     if not any(bool(tensor.any()) for tensor in scores.values()):
         raise InputError(ALL_ZERO)
@@ -91,12 +132,29 @@ def score(
     return Scores(scores, facts)
 
 
+def _add_loss(
+    model: nn.Module, layers: Mapping[str, MaskedLayer], loss: Callable[[nn.Module, Any], Tensor], rows: list[Any]
+) -> float:
+    """Forward and backward of one row under the caller's loss; returns what it was multiplied by."""
+    value = loss(model, rows[0])
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss: returned {got} for a row, expected a tensor of one element, the loss of that row")
+    if not value.requires_grad:
+        raise InputError("loss: what it returned has no gradient; it must come out of the model's layers, not detached")
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    scale = FP16_LOSS_SCALE if half else 1.0
+    (value.sum() * scale).backward()
+    add_gradients(layers)
+    return scale
+
+
 def _run(
-    model: nn.Module,
     running: RunningSums,
-    examples: list[Example],
+    examples: list[Any],
+    names: list[str],
     plan: list[list[int]],
-    packed: bool,
+    add: Add,
     until_stable: float | None,
     theta: float,
     marks: list[int],
@@ -109,9 +167,9 @@ def _run(
         return
     with Progress("score", len(examples), "example", running.examples) as progress:
         for batch in plan[running.batches :]:
-            running.loss_scale = score_batch(model, running.layers, [examples[i] for i in batch], packed)
+            running.loss_scale = add([examples[i] for i in batch])
             if not running.finite():
-                raise error_of_first_bad_row(model, running, [examples[i] for i in batch], packed)
+                raise error_of_first_bad_row(running, [examples[i] for i in batch], [names[i] for i in batch], add)
             running.examples += len(batch)
             running.batches += 1
             jaccard = None
@@ -129,37 +187,39 @@ def _run(
         running.save(checkpoint, key)
 
 
-def error_of_first_bad_row(model: nn.Module, running: RunningSums, batch: list[Example], packed: bool) -> InputError:
+def error_of_first_bad_row(running: RunningSums, batch: list[Any], names: list[str], add: Add) -> InputError:
     """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
-    for example in batch:
+    for example, name in zip(batch, names):
         for layer in running.layers.values():
             layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
-        score_batch(model, running.layers, [example], packed)
+        add([example])
         fault = first_fault(running.layers)
         if fault is not None:
-            return not_finite(example.name, fault, running.loss_scale != 1.0)
-    return not_finite(f"{batch[0].name} to {batch[-1].name}", "the sums leave fp32's range", running.loss_scale != 1.0)
+            return not_finite(name, fault, running.loss_scale != 1.0)
+    return not_finite(f"{names[0]} to {names[-1]}", "the sums leave fp32's range", running.loss_scale != 1.0)
 
 
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
     """Put the layers into scoring mode with fresh sums; on leaving, everything is as it was."""
     layers, training = masked_layers(model), {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in lora_parameters(model).values()}
+    given = {parameter: (parameter.requires_grad, parameter.grad) for parameter in lora_parameters(model).values()}
     model.eval()
     for module in training:
         # transformers checkpoints a block only in training mode; its children, dropout among them, are not put there.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
     try:
-        for parameter in required:
+        for parameter in given:
             parameter.requires_grad_(True)
+            parameter.grad = None
         for layer in layers.values():
             layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
         yield layers
     finally:
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
+        for parameter, (required, gradient) in given.items():
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
         for layer in layers.values():
             layer.scoring = layer.offsets = None
         for module, value in training.items():

@@ -77,6 +77,15 @@ class _HeadAlone:
         return self.model.get_output_embeddings()
 
 
+def check_head(model: PreTrainedModel) -> None:
+    """InputError unless the model is a part that gives hidden states and a head that makes logits of them."""
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise InputError(
+            f"model.name: {type(model).__name__} names no model beneath its output head (base_model_prefix, "
+            "get_output_embeddings), and TRL's trainers score tokens from that model's hidden states"
+        )
+
+
 @torch.no_grad()
 def is_plain(model: Any, forward: Any, temperature: float) -> bool:
     """Whether a causal model's logits are its linear head's output and nothing else, found on two tokens.
@@ -114,6 +123,7 @@ def score_answers_alone(
             `CPU_LOGPROB_TOKENS` elsewhere. temperature: what TRL's head was given. needs_trl: where the entropy is part
             of a loss, or the head runs in fp32: TRL's function alone does that.
     """
+    check_head(model)
     device = next(model.parameters()).device
     if tokens is None and device.type == "cuda":
         return
@@ -122,12 +132,13 @@ def score_answers_alone(
 
     at_once = tokens or CPU_LOGPROB_TOKENS
     of_trl: Any = model.forward
+    text = model.config.get_text_config()
     plain: bool | None = None  # found in the first call, when the model is as it will be trained
 
     def forward(
         self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        router = kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False)
+        router = kwargs.get("output_router_logits") or getattr(text, "output_router_logits", False)
         if not fused_lm_head or labels is None or router:
             return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         nonlocal plain

@@ -20,9 +20,12 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
+from ..data.tokens import check_known, prompt_ids
 from ..errors import InputError, not_installed
+from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
+from ..recipe.checks import check_trainer_keys
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
 from .trainer import PAPER, PartitionedTrainer, Trained, train
@@ -58,9 +61,11 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, *args, **kwargs)
+        self._take_stop_tokens()
         made = cast(PeftModel, self.model)
         if activation_offloading:
             self.maybe_activation_offload_context = get_act_offloading_ctx_manager(made)
+        self._rows: list[dict[str, Any]] = []  # of the batch that is generated
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
@@ -69,6 +74,32 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
             if self._dist.is_zero3 or self._dist.is_fsdp:
                 raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
             cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, made)
+
+    def _take_stop_tokens(self) -> None:
+        """Rollouts end, and are counted as ended, at the tokens that evaluation ends at."""
+        set_stop_tokens(self.model, self._tokenizer)
+        self.eos_token_ids = stop_tokens(self.model, self._tokenizer)
+        if self.use_vllm:
+            given = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **given}
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        # TRL's own reads neither `tools` nor `chat_template_kwargs` of a row, and adds an EOS where a tokenizer does.
+        if self._is_vlm or self.tools or self.environment_factories or len(prompts) != len(self._rows):
+            return super()._tokenize_prompts(prompts)
+        return [self._prompt_ids({**row, "prompt": prompt}) for row, prompt in zip(self._rows, prompts)], None, {}
+
+    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
+        kwargs = {**self.chat_template_kwargs, **(row.get("chat_template_kwargs") or {})}
+        ids = prompt_ids({**row, "chat_template_kwargs": kwargs}, self._tokenizer)
+        check_known(ids, self.accelerator.unwrap_model(self.model), self._tokenizer, str(row.get("id", "(no id)")))
+        return ids
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.
@@ -92,7 +123,7 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     def rehearse(self, model: Any) -> None:
         """The longest prompts with completions of `max_completion_length`: a rollout, and one batch's gradients."""
         rows = cast(Dataset, self.train_dataset)
-        prompts = self._tokenize_prompts(list(rows["prompt"]))[0]
+        prompts = [self._prompt_ids(rows[i]) for i in range(len(rows))]
         batch, length = self.args.per_device_train_batch_size, self.max_completion_length
         together = batch * cast(Any, self.args).steps_per_generation
         at_once = min(self.rollout_batch_size or together, together)
@@ -182,6 +213,7 @@ def grpo(
 
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
+    check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
     rows = rows_of(dataset, systems)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])

@@ -5,6 +5,7 @@ is "frozen". Here an inactive element has no moments and is never written (paper
 """
 
 import hashlib
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lorapar_kernels.bitmask import TILE
 from ..adapter.layers import lora_parameters, masks_by_parameter
 from ..errors import InputError
 
+log = logging.getLogger("lorapar")
 MOMENTS = ("fp32", "8bit")
 ROUNDING = ("nearest", "stochastic", "compensated")
 # What holds an entry for each active element, or for each tile of them.
@@ -28,6 +30,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
     `state[p]` holds "step" (a 0-d fp32 tensor, as torch keeps it) and the packed moments "exp_avg" and "exp_avg_sq",
     1-D fp32 of the parameter's active elements in row-major order: 8 bytes an active element. With 8-bit moments they
     are int8 and uint8, about 2 bytes, with "scales" for each tile of 512 elements.
+
+    It takes the adapter alone. A head that PEFT trains whole beside it (task_type SEQ_CLS and the like) needs an
+    optimizer of its own, which a warning says.
 
     Args:
         model: after `lorapar.activate`. Its masks are taken now; activating another stage needs a new optimizer.
@@ -65,6 +70,12 @@ class PartitionedAdamW(torch.optim.Optimizer):
         inactive = [name for name, mask in masks.items() if mask is None]
         if inactive:
             raise InputError(f"{inactive[0]}: no stage is active; call lorapar.activate(model, partition, stage) first")
+        others = [
+            n for n, p in model.named_parameters() if p.requires_grad and n not in parameters and ".lora_" not in n
+        ]
+        if others:
+            log.warning("PartitionedAdamW takes the adapter alone; %d other trainable parameters need an optimizer of "
+                        "their own: %s", len(others), ", ".join(others[:3]))  # fmt: skip
         self.partition_digest = _digest(masks)
         self._masks = {parameter: lk.index_mask(masks[name]) for name, parameter in parameters.items()}  # type: ignore[arg-type]
         trained = [parameter for parameter in parameters.values() if self._masks[parameter].active]

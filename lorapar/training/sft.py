@@ -11,10 +11,11 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from ..data.labels import rows_of
-from ..data.tokens import encode
+from ..data.tokens import IGNORED, check_known, encode
 from ..errors import InputError
 from ..memory.switches import default_micro_batch_tokens
 from ..partitioning.partition import Partition
+from ..recipe.checks import check_trainer_keys
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
 from .trainer import PAPER, PartitionedTrainer, Trained, train
@@ -82,13 +83,23 @@ def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, 
     return parts
 
 
-def rows_that_fit(rows: Dataset, tokenizer: Any, max_length: int | None) -> list[int]:
-    """The places of the rows of at most `max_length` tokens; InputError where there is none."""
-    lengths = [len(encode(rows[i], tokenizer)[0]) for i in range(len(rows))]
-    fits = [i for i, n in enumerate(lengths) if max_length is None or n <= max_length]
+def examples_that_fit(
+    rows: Dataset, tokenizer: Any, max_length: int | None, model: Any = None, whole: bool = False
+) -> Dataset:
+    """`input_ids` and `labels` of the rows of at most `max_length` tokens, by the tokens that scoring takes.
+
+    whole: the prompt's tokens carry a loss too. Raises InputError where no row is as short as that, or a row holds a
+    token that `model` lacks.
+    """
+    encoded = [encode(rows[i], tokenizer) for i in range(len(rows))]
+    for i, (ids, _) in enumerate(encoded if model is not None else ()):
+        check_known(ids, model, tokenizer, str(rows[i].get("id", i)))
+    fits = [(ids, n) for ids, n in encoded if max_length is None or len(ids) <= max_length]
     if not fits:
-        raise InputError(f"sft.max_length: got {max_length}, shorter than every row ({min(lengths)} tokens)")
-    return fits
+        shortest = min(len(ids) for ids, _ in encoded)
+        raise InputError(f"sft.max_length: got {max_length}, shorter than every row ({shortest} tokens)")
+    labels = [ids if whole else [IGNORED] * n_prompt + ids[n_prompt:] for ids, n_prompt in fits]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in fits], "labels": labels})
 
 
 def sft(
@@ -107,7 +118,9 @@ def sft(
     Args:
         model: out of `lorapar.attach` or `load_adapter`. dataset: rows with prompt and completion; where it has the
             columns `system` and `split`, only train rows of `systems` are used.
-        config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
+        config: TRL's own; its `output_dir` holds the checkpoints. Tokens are the tokenizer's: settings that would give
+            SFT others (`eos_token`, `chat_template_path`, ...) are refused.
+        resume: go on from the last whole checkpoint there.
         micro_batch_tokens: the part of a batch that goes through the model at once, None: all of it. The losses and
             gradients are the same; "auto": 512 on a CPU, where batches gain no time, None on a GPU.
         longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
@@ -115,9 +128,9 @@ def sft(
     Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
+    check_trainer_keys("sft", vars(config))
     rows = rows_of(dataset, systems)
-    fits = rows_that_fit(rows, tokenizer, config.max_length)
-    examples = rows.select(fits).select_columns(["prompt", "completion"])
+    examples = examples_that_fit(rows, tokenizer, config.max_length, model, config.completion_only_loss is False)
     trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
     trainer.longest_first = longest_first
     adds_up = trainer.model_accepts_loss_kwargs and not trainer.aux_loss_enabled
@@ -128,5 +141,5 @@ def sft(
         raise InputError(f"sft.micro_batch_tokens: got {micro_batch_tokens}, but {NO_PARTS}")
     trainer.micro_batch_tokens = micro_batch_tokens
     trained = train(trainer, partition, "sft", len(examples), resume)
-    trained.left_out = {"longer_than_max_length": len(rows) - len(fits)}
+    trained.left_out = {"longer_than_max_length": len(rows) - len(examples)}
     return trainer, trained

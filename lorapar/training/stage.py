@@ -75,6 +75,8 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
         "left_out": trained.left_out,
         "active": trained.verified["active"],
         "moved": trained.verified["moved"],
+        "tensors": trained.verified["tensors"],
+        "tensors_moved": trained.verified["tensors_moved"],
         "elements": sum(p.numel() for p in lora_parameters(trainer.model).values()),
         "optimizer_state_bytes": trained.optimizer_state_bytes,
         "resumed_from": trained.resumed_from,
@@ -130,9 +132,9 @@ def discard(run: Run, name: StageName) -> None:
         return
     rows = rows_of(run.labels(), getattr(run.recipe, name).systems)
     if name == "sft":
-        from .sft import rows_that_fit
+        from .sft import examples_that_fit
 
-        rows_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
+        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)

@@ -8,6 +8,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorapar.errors import InputError
 from lorapar.training.answer_head import AnswerLogProbs, is_plain, score_answers_alone
+from tests.architectures import ARCHITECTURES, LoopedConfig, LoopedForCausalLM, make
 from tests.tiny import tiny_model
 
 SMALL = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -62,6 +63,30 @@ def test_a_model_that_does_more_to_its_logits_than_trl_knows_is_refused(where):
     ids = torch.arange(4, 10)[None]
     with pytest.raises(InputError, match="does something to its logits"):
         model(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_s_answers_have_the_probabilities_of_its_logits(name):
+    """In training mode, as a trainer calls it; a multimodal model with text alone."""
+    model = make(name).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    ids = torch.randint(2, 250, (2, 20), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :11] = -100
+    exact = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    add_fused_lm_head(model)
+    score_answers_alone(model, 4)
+    got = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(got, exact.masked_fill(labels[:, 1:] == -100, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_part_beneath_its_head_is_refused():
+    class Whole(LoopedForCausalLM):
+        base_model_prefix = "transformer"
+
+    with pytest.raises(InputError, match="Whole names no model beneath its output head"):
+        score_answers_alone(Whole(LoopedConfig()), None)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 10_000])

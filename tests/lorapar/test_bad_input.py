@@ -122,6 +122,9 @@ def test_prompts_longer_than_the_limit_are_counted_and_left_out(changed_recipe: 
         ({"target_modules": ["nope"]}, ("lora.target_modules: got", "nope")),
         ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head is the output head",)),
         ({"target_modules": ["embed_tokens"]}, ("embed_tokens is a Embedding; only nn.Linear",)),
+        ({"target_modules": ["q_proj", "v_porj"]}, ("lora.target_modules: got 'v_porj'", "nearest: v_proj")),
+        ({"exclude_modules": ["v_porj"]}, ("lora.exclude_modules: got 'v_porj'", "nearest: v_proj")),
+        ({"layers_to_transform": [0, 7]}, ("lora.layers_to_transform: got 7", "in layers 0 to 1")),
     ],
 )
 def test_target_modules_that_match_nothing_of_use(finished: Path, changed_recipe: Change, lora: dict, says):

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import trl
 
 from lorapar import stage
-from lorapar.adapter.options import lora_config
 from lorapar.errors import InputError
 from lorapar.files import read_jsonl
 from lorapar.memory import advice as remedies
 from lorapar.memory import needs as plan
-from lorapar.memory.advice import changes, parse_bytes
+from lorapar.memory.advice import changes, out_of_memory, parse_bytes
 from lorapar.memory.needs import Lengths, describe, need
 from lorapar.memory.process import (
     available_bytes,
@@ -24,12 +24,14 @@ from lorapar.memory.process import (
     reset_peak_memory,
     resident_bytes,
 )
-from lorapar.memory.step import TrainingStep, step_bytes
+from lorapar.memory.step import Simulation, TrainingStep, step_bytes
 from lorapar.memory.switches import checkpointing
 from lorapar.model.load import load_model
-from lorapar.recipe.reading import parse
+from lorapar.recipe.reading import load_recipe, parse
+from tests.architectures import LoopedConfig, LoopedForCausalLM, LoopedModel, make, save
+from tests.tiny import TARGETS, tiny_tokenizer
 
-from .driver import lorapar, recipe_values, refused, succeeds
+from .driver import lorapar, recipe_values, refused, succeeds, write_recipe
 
 
 @pytest.fixture
@@ -66,8 +68,7 @@ def test_what_is_no_size_is_refused(text):
 def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
     recipe = recipe_of(tiny_folder, start=start)
     model = load_model(recipe.model)
-    names = lora_config(recipe.lora).target_modules
-    layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in names]
+    layers = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]
     assert layers
     found = describe(recipe)
     assert found.weights == sum(p.nbytes for p in model.parameters())
@@ -124,6 +125,114 @@ def test_what_a_step_keeps_is_what_autograd_saves(tiny_folder):
     simulated = step_bytes(model.config, TrainingStep(4, 64), torch.float32, "cpu")
     assert kept <= simulated * 1.02
     assert simulated < 1.5 * kept
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "keys"),
+    [
+        ("gemma3", 12, {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2}),
+        ("qwen3_5", 4, {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
+        ("gpt_oss", 4, {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("qwen3_moe", 5, {"mlp_only_layers": [0, 3]}),
+        ("llama", 1, {}),
+    ],
+)
+def test_a_few_layers_of_each_kind_stand_for_all(name, layers, keys):
+    """Experts in fp32 too, which torch does not multiply without data."""
+    model_config = make(name).config
+    model_config.num_hidden_layers = layers
+    for key, value in keys.items():
+        setattr(model_config, key, value)
+    for dtype in (torch.float32, torch.bfloat16):
+        taken = step_bytes(model_config, TrainingStep(2, 64), dtype, "cpu")
+        whole = Simulation(model_config, dtype, "cpu")
+        assert taken == pytest.approx(whole.peak(list(range(layers)), TrainingStep(2, 64)), rel=0.01)
+
+
+def test_a_view_of_experts_weights_is_no_activation():
+    """transformers transposes them, a layer's whole experts; they stay where they are."""
+    few = make("mixtral").config
+    many = make("mixtral").config
+    many.num_local_experts = 64
+    sizes = [step_bytes(c, TrainingStep(1, 16), torch.bfloat16, "cpu") for c in (few, many)]
+    assert sizes[1] < 1.5 * sizes[0]
+
+
+@pytest.mark.parametrize("name", ["gemma3_multimodal", "qwen2_5_vl", "mixtral", "looped"])
+def test_the_verb_plans_for_people_s_own_models(name, tmp_path):
+    save(name, tmp_path / name)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tmp_path / name))
+    code, out, err = lorapar("plan", recipe, "--vram", "100GB")
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("lora: ")
+    assert "% of the matrix weights" in out.splitlines()[1]
+    assert out.splitlines()[-1] == "fits"
+
+
+class AskingConfig(LoopedConfig):
+    model_type = "tests_asking"
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+
+
+class AskingInner(LoopedModel):
+    """Looks at the tokens to know what to do, which no simulation without data can."""
+
+    config_class = AskingConfig
+
+    def forward(self, input_ids, **unused):
+        assert int(input_ids.max()) < self.config.vocab_size
+        return super().forward(input_ids, **unused)
+
+
+class AskingModel(LoopedForCausalLM, transformers.GenerationMixin):
+    config_class, inner = AskingConfig, AskingInner
+
+
+transformers.AutoConfig.register("tests_asking", AskingConfig)
+transformers.AutoModelForCausalLM.register(AskingConfig, AskingModel)
+
+
+def test_a_model_that_cannot_be_simulated_is_run_all_the_same(tmp_path, monkeypatch):
+    AskingModel(AskingConfig()).save_pretrained(tmp_path / "asking")
+    tiny_tokenizer().save_pretrained(tmp_path / "asking")
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tmp_path / "asking"))
+    code, out, err = lorapar("plan", recipe, "--vram", "100GB")
+    assert code == 1, err
+    assert "Traceback" not in err
+    lines = out.splitlines()
+    assert lines[-1] == "not known to fit"
+    assert "score, sft, grpo: activations not counted, the model does not run without data (DataDep" in lines[-2]
+    assert re.search(r"^sft .* \? .* > \d", out, re.MULTILINE)
+    code, out, err = lorapar("plan", recipe, "--vram", "1MB")
+    assert code == 1, err
+    assert out.splitlines()[-1] == "does not fit"
+    # A run near its limit.
+    monkeypatch.setattr(remedies, "_at_most", lambda *_: 10**15)
+    said = out_of_memory("sft", load_recipe(recipe), Lengths(20, 40, "a test"))
+    assert said.startswith("sft: out of memory")
+    succeeds("label", recipe, "--output_dir", tmp_path / "run")
+    log = succeeds("score", recipe, "--output_dir", tmp_path / "run")
+    assert log.count("score: not known to fit in memory, as the model does not run without data (DataDependent") == 1
+    assert "score: done" in log
+
+
+def test_a_model_that_cannot_be_made_without_weights_is_run_all_the_same(tiny_folder, monkeypatch, caplog):
+    recipe = recipe_of(tiny_folder)
+
+    def fails(*_):
+        raise NotImplementedError("no meta here\nand more")
+
+    monkeypatch.setattr(plan, "_describe", fails)
+    monkeypatch.setattr(plan, "_MODELS", {})
+    text, fits = remedies.table(recipe)
+    assert not fits
+    assert text.endswith("(NotImplementedError: no meta here), so its memory is not known")
+    remedies.check_memory("sft", recipe, LENGTHS)
+    assert caplog.messages == ["sft: not known to fit in memory, as the model does not run without data "
+                               "(NotImplementedError: no meta here)"]  # fmt: skip
+    assert out_of_memory("sft", recipe, LENGTHS).startswith("sft: out of memory")
 
 
 def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 import lorapar
 from lorapar.adapter.layers import ADAPTER, lora_parameters, masked_layers
@@ -397,3 +399,76 @@ def test_half_precision_on_a_cpu_attends_by_plain_products_while_rows_are_short(
         by_kernel.append(torch.cat([scores[name].reshape(-1) for name in sorted(scores)]))
     assert not torch.equal(*by_kernel)
     assert (by_kernel[0] - by_kernel[1]).norm() / by_kernel[1].norm() < 3e-2
+
+
+def classifier():
+    """A BERT that names the class of a sequence: attention in both directions, and layers that see [1, hidden]."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=258)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).double()
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value", "dense"], task_type="SEQ_CLS")
+    attached = lorapar.attach(model, settings).double()
+    large_start(attached)
+    return attached
+
+
+def class_loss(model, row):
+    return F.cross_entropy(model(input_ids=torch.tensor([row["ids"]])).logits, torch.tensor([row["class"]]))
+
+
+def layers_alone():
+    """No configuration, no batch dimension, one layer run twice, and one that no row reaches."""
+    torch.manual_seed(0)
+    shared = torch.nn.Linear(6, 6)
+    body = torch.nn.Sequential(shared, torch.nn.Tanh(), shared, torch.nn.Tanh(), torch.nn.Linear(6, 2))
+    body.add_module("unused", torch.nn.Identity())
+    attached = lorapar.attach(body.double(), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "4"])).double()
+    large_start(attached)
+    return attached
+
+
+def vector_loss(model, row):
+    return (model(row[0]) - row[1]).square().sum()
+
+
+def autograd_sums(model, examples, loss):
+    parameters = lora_parameters(model)
+    sums = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in parameters.items()}
+    model.eval()
+    for row in examples:
+        gradients = torch.autograd.grad(loss(model, row), list(parameters.values()))
+        for (name, parameter), gradient in zip(parameters.items(), gradients):
+            sums[name][0].add_(gradient * parameter.detach())
+            sums[name][1].add_((gradient * parameter.detach()) ** 2)
+    return sums
+
+
+@pytest.mark.parametrize("kind", ["classifier", "layers alone"])
+def test_a_loss_of_one_s_own_scores_a_model_that_is_no_language_model(kind):
+    if kind == "classifier":
+        model, loss = classifier(), class_loss
+        some = [{"ids": row["input_ids"], "class": i % 3} for i, row in enumerate(rows(5))]
+    else:
+        model, loss = layers_alone(), vector_loss
+        some = [(torch.randn(6).double(), torch.randn(2).double()) for _ in range(5)]
+    assert worst(sums_of(model, some, loss=loss), autograd_sums(model, some, loss)) < 1e-12
+    assert lorapar.score(model, None, some, loss=loss).metadata["examples"] == 5
+
+
+def test_a_loss_stops_when_stable_and_names_its_faults():
+    model, some = layers_alone(), [(torch.randn(6).double(), torch.randn(2).double()) for _ in range(64)]
+    stable = lorapar.score(model, None, some, loss=vector_loss, until_stable=0.1)
+    assert stable.metadata["examples"] == 32
+    assert stable.metadata["stable"]
+    for loss, message in (
+        (lambda model, row: model(row[0]), r"loss: returned \[2\] for a row, expected a tensor of one element"),
+        (lambda model, row: float(vector_loss(model, row)), "loss: returned float for a row"),
+        (lambda model, row: vector_loss(model, row).detach(), "loss: what it returned has no gradient"),
+        (lambda model, row: vector_loss(model, row) * float("nan"), "row 0: NaN or Inf in the gradient of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lorapar.score(model, None, some, loss=loss)
+    with pytest.raises(InputError, match="max_length: got 9, expected None beside a loss"):
+        lorapar.score(model, None, some, loss=vector_loss, max_length=9)
+    with pytest.raises(InputError, match="dataset: got 'no rows'"):
+        lorapar.score(model, None, [], loss=vector_loss)

@@ -81,7 +81,8 @@ def test_sft_moves_every_active_element_and_no_other(tmp_path):
     _, trained = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=24))
     assert moved_outside(model, before, made, "sft") == 0
     active = sum(int(m.sum()) for m in made.active("sft").values())
-    assert trained.verified == {"active": active, "moved": active}
+    tensors = len(before)
+    assert trained.verified == {"active": active, "moved": active, "tensors": tensors, "tensors_moved": tensors}
     assert trained.optimizer_state_bytes == 8 * active
     assert trained.rows == ROWS["system"].count(1)
     assert learnt(trained)

@@ -149,6 +149,8 @@ class _LoraLinearScored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("a scoring pass has no second derivative; call backward() without create_graph")
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
         rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         ds = transposed_product(rows.t(), lora_b.to(x.dtype)).mul_(ctx.scaling)
@@ -197,8 +199,10 @@ def _check(x: Tensor, lora_a: Tensor, lora_b: Tensor, offsets: Tensor | Examples
     for name, total, factor in zip(ScoreSums._fields, sums, (lora_a, lora_a, lora_b, lora_b)):
         if total.shape != factor.shape:
             raise ValueError(f"sums.{name} must be {list(factor.shape)}, got {list(total.shape)}")
-        if total.device != x.device or not total.is_contiguous():
-            raise ValueError(f"sums.{name} must be contiguous and on x's device {x.device}, got {total.device}")
+        if total.device != x.device:
+            raise ValueError(f"sums.{name} must be on x's device {x.device}, got {total.device}")
+        if not total.is_contiguous():
+            raise ValueError(f"sums.{name} must be contiguous, got strides {total.stride()}")
     return examples
 
 

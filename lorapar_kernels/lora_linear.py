@@ -16,6 +16,9 @@ Three passes are all that a LoRA layer adds to the frozen layer's own products: 
 triton_kernels/lora_passes.py has them as kernels. lora_product.py makes the frozen products and adds S Bᵀ to them. The
 rest is here: autograd, and the op, which serves one layer and several layers of one x.
 
+A gradient of a gradient (`create_graph`), and a call inside a transform of torch.func, is computed by `differentiable`,
+the layer in operations that torch itself differentiates: S and dS above are constants to autograd.
+
 Trade-offs: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a
 bf16 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a
 layer. The plain passes make a product of r rows for each layer of one x, where the kernels read x once for all of them.
@@ -27,11 +30,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import lora_product, native
 from .backend import choose, no_obstacle
-from .dropout import triton_obstacle, zero_dropped
+from .dropout import dropout_mask, triton_obstacle, zero_dropped
 from .lora_product import expand
 
 MAX_RANK = 256  # of the Triton kernels
@@ -106,6 +110,56 @@ def input_gradients_reference(
         masked(ds.t() @ apply_dropout(x, p, seed), mask, a.dtype) if need else None
         for a, ds, seed, mask, need in zip(factors, dss, seeds, masks, needs_a)
     ]
+
+
+def differentiable(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    mask_as: Sequence[Tensor | None],
+    mask_bs: Sequence[Tensor | None],
+    seeds: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    p: float,
+) -> list[Tensor]:
+    """Each layer's output in torch's own operations, differentiable to any order; arguments as of `_forward`."""
+    bases = ys or [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+    outs = []
+    for base, a, b, mask_a, mask_b, seed, scaling in zip(bases, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings):
+        kept = x if seed is None else torch.where(dropout_mask(seed, list(x.shape), p), x, 0.0)
+        a, b = (
+            (factor if mask is None else torch.where(mask, factor, factor.detach())).to(x.dtype)
+            for factor, mask in ((a, mask_a), (b, mask_b))
+        )
+        outs.append(base + F.linear(F.linear(kept, a) * (1.0 / (1.0 - p)), b) * scaling)
+    return outs
+
+
+def differentiable_gradients(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    *masks_seeds_scalings_p: Any,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """dX, each dA and each dB with their own graph, None where not needed: `_gradients` under `create_graph`."""
+    # Each place has a tensor of its own, also where one tensor was given twice.
+    places = [given.view_as(given) for given in (x, *lora_as, *lora_bs)]
+    n = len(lora_as)
+    # What an opaque base returned adds no gradient here; any constant will do.
+    ys = [] if weights else [dy.detach() for dy in dys]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        outs = differentiable(
+            places[0], weights, [None] * n, ys, places[1 : n + 1], places[n + 1 :], *masks_seeds_scalings_p
+        )
+        wanted = [place for place, need in zip(places, needs) if need]
+        found = iter(torch.autograd.grad(outs, wanted, dys, create_graph=True) if wanted else ())
+    return [next(found) if need else None for need in needs]
 
 
 class Passes(NamedTuple):
@@ -238,9 +292,12 @@ def _saved_gradients(
     columns, lora_as, lora_bs, mask_as, mask_bs, seeds = (rest[i * n : (i + 1) * n] for i in range(6))
     # An output that nothing used has no gradient.
     dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
-    found = gradients(
-        dys, x, columns, rest[6 * n :], lora_as, lora_bs, mask_as, mask_bs, seeds, ctx.scalings, ctx.p, needs
-    )
+    weights = rest[6 * n :]
+    of_layers = lora_as, lora_bs, mask_as, mask_bs, seeds, ctx.scalings, ctx.p
+    # In a backward: someone asked for create_graph.
+    if torch.is_grad_enabled():
+        return dys, differentiable_gradients(dys, x, weights, *of_layers, needs=needs)
+    found = gradients(dys, x, columns, weights, *of_layers, needs)
     return dys, [gradient if need else None for gradient, need in zip(found, needs)]
 
 
@@ -317,6 +374,8 @@ def _apply(x: Tensor, *groups: Sequence[Tensor | None], scalings: list[float], p
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
         if torch.compiler.is_compiling():
             return _op(x, *map(list, groups), scalings, p)[:n]
+        if torch._C._are_functorch_transforms_active():
+            return differentiable(x, *groups, scalings, p)  # type: ignore[arg-type]
         flat = [tensor for group in groups for tensor in group]
         return list(_LoraLinear.apply(tuple(map(len, groups)), scalings, p, x, *flat))
 
@@ -352,7 +411,8 @@ def check_arguments(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("seed must be a one-element int64 tensor where dropout_p > 0")
+        got = "None" if seed is None else f"{seed.numel()} of {seed.dtype}"
+        raise ValueError(f"seed must be a one-element int64 tensor where dropout_p > 0, got {got}")
 
 
 def on_device(x: Tensor, **tensors: Tensor | None) -> None:
@@ -377,8 +437,12 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: the base is frozen, and gets none")
-    if bias is not None and (bias.shape != (weight.shape[0],) or bias.requires_grad):
-        raise ValueError(f"bias must be frozen and [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is None:
+        return
+    if bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias.requires_grad:
+        raise ValueError("bias must not require a gradient: the base is frozen, and gets none")
 
 
 def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

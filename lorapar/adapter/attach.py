@@ -6,6 +6,7 @@ training moves it, and the base is never written. (Departure from the paper, whi
 so shifts the base before the first step; that start is `paper`.)
 """
 
+import copy
 import importlib.util
 import logging
 import math
@@ -48,19 +49,12 @@ def attach(
     Raises InputError for a LoRA option our layers do not have, and for a name among target_modules, exclude_modules
     and layers_to_transform that matches nothing or no nn.Linear.
     """
-    defaults = LoraConfig().to_dict()
-    given = {key: value for key, value in lora_config.to_dict().items() if value != defaults[key]}
-    # PEFT keeps the names of modules in sets.
-    check_lora({key: sorted(value) if isinstance(value, set) else value for key, value in given.items()})
+    check_options(lora_config)
     chosen = targets.resolve(model, lora_config)
     config = chosen.config
     rank = config.r
     if start == "peft":
-        if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
-            raise InputError(
-                f"lora.init_lora_weights: got {config.init_lora_weights!r}, which changes the base; "
-                "use start: pissa or olora, or init_lora_weights: true, gaussian or orthogonal"
-            )
+        _check_peft_start(config)
     else:
         config.init_lora_weights = True
     if start in TWIN_STARTS:
@@ -78,19 +72,49 @@ def attach(
     with torch.no_grad():
         for layer in layers.values():
             layer.trainable_rank = rank
+            layer.leave_meta()
             if start != "peft":
                 _start_layer(layer, start, rank, generator, svd_device)
     return peft_model
 
 
-def _register(config: LoraConfig, model: nn.Module) -> None:
+def check_options(lora_config: LoraConfig) -> None:
+    """InputError for a LoRA option that our layers do not have."""
+    defaults = LoraConfig().to_dict()
+    given = {key: value for key, value in lora_config.to_dict().items() if value != defaults[key]}
+    # PEFT keeps the names of modules in sets.
+    check_lora({key: sorted(value) if isinstance(value, set) else value for key, value in given.items()})
+
+
+def with_our_layers(lora_config: LoraConfig) -> LoraConfig:
+    """A copy from which `get_peft_model` makes our layers, for a trainer that calls it itself; it starts as PEFT's do.
+
+    Raises InputError for an option that our layers do not have.
+    """
+    check_options(lora_config)
+    _check_peft_start(lora_config)
+    config = copy.deepcopy(lora_config)
+    _register(config, None)
+    return config
+
+
+def _check_peft_start(config: LoraConfig) -> None:
+    if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
+        raise InputError(
+            f"lora.init_lora_weights: got {config.init_lora_weights!r}, which changes the base; "
+            "use start: pissa or olora, or init_lora_weights: true, gaussian or orthogonal"
+        )
+
+
+def _register(config: LoraConfig, model: nn.Module | None) -> None:
     """PEFT does not persist this, so it is done again on load. The first class that a layer is an instance of wins."""
     quantised: dict[Any, Any] = {}
     if importlib.util.find_spec("bitsandbytes"):
         from .layers_bnb import LAYERS
 
         quantised = dict(LAYERS)
-    take_over_products(model)
+    if model is not None:
+        take_over_products(model)
     config._register_custom_module({**quantised, nn.Linear: MaskedLinear})
 
 
@@ -130,7 +154,7 @@ def _start_layer(
 
 def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
     """The base's weight in fp32; a 4-bit or 8-bit one dequantised."""
-    base = cast(nn.Linear, layer.get_base_layer())
+    base = cast(nn.Linear, layer.mergeable())
     weight: Tensor = base.weight
     if not isinstance(layer, MaskedLinear):
         from .layers_bnb import dequantised

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from .layers import MaskedLayer
@@ -97,7 +98,9 @@ class FrozenProduct(torch.autograd.Function):
         bias = cast("Tensor | None", base.bias)
         return F.linear(x, dequantised(base, x.dtype), None if bias is None else bias.to(x.dtype))
 
+    # Once more and the weight would have to be made a third time; torch refuses it in words.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad @ dequantised(ctx.base, grad.dtype), None
 
@@ -196,15 +199,18 @@ def check_four_bits(model: nn.Module) -> None:
 
 
 def take_over(model: nn.Module) -> None:
-    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above.
+    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above; a subclass with a forward of its
+    own keeps that.
 
     bitsandbytes would also repack 4-bit weights in place at the first forward in evaluation on a CPU with AVX512-BF16,
     and compute without autograd from then on: training after an evaluation would lose the gradient of x in silence.
     """
     check_four_bits(model)
     for module in model.modules():
-        if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
-            module.forward = types.MethodType(_forward, module)
+        if type(module).forward in (bnb.Linear4bit.forward, bnb.Linear8bitLt.forward):
+            # accelerate's hooks (a model on several devices) stand in the place of the forward, and call this one.
+            name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+            setattr(module, name, types.MethodType(_forward, module))
         if isinstance(module, bnb.Linear4bit):
             module.support_avx512bf16_for_cpu = False
 

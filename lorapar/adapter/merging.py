@@ -60,7 +60,10 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _of_layer(name: str, layer: MaskedLayer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    base = cast(nn.Linear, layer.get_base_layer())
+    base = cast(nn.Linear, layer.mergeable())
+    if base is not layer.base_layer:
+        kind = type(layer.base_layer).__name__
+        raise InputError(f"lora: {name} adapts a {kind}, another adapter; merge or unload that one first")
     weight = base.weight.data if isinstance(layer, MaskedLinear) else _dequantised(base, torch.float32)
     out = weight.dtype if isinstance(layer, MaskedLinear) else dtype
     yield f"{name}.weight".removeprefix(PREFIX), merged_weight(weight, *layer.factors(ADAPTER), dtype=out)

@@ -56,6 +56,8 @@ class AnswerLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
         (direction,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("answers' log-probabilities have no second derivative; leave create_graph out")
         given = gradients[0]
         if direction is None or given is None:
             return (None,) * 5

@@ -47,12 +47,13 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     _name = "LoRA-PAR GRPO"
     _paper = PAPER
 
+    stage = "grpo"
     max_completion_length: int
     num_generations: int
 
     def __init__(
         self,
-        model: PeftModel,
+        model: Any,
         *args: Any,
         rollout_batch_size: int | None = None,
         logprob_tokens: int | None = None,
@@ -61,17 +62,18 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     ):
         super().__init__(model, *args, **kwargs)
         self._take_stop_tokens()
+        made = cast(PeftModel, self.model)
         if activation_offloading:
-            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model)
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(made)
         self._rows: list[dict[str, Any]] = []  # of the batch that is generated
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
-        score_answers_alone(cast(Any, model.get_base_model()), logprob_tokens, self.temperature, needs_trl)
+        score_answers_alone(cast(Any, made.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
             if self._dist.is_zero3 or self._dist.is_fsdp:
                 raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
-            cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, model)
+            cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, made)
 
     def _take_stop_tokens(self) -> None:
         """Rollouts end, and are counted as ended, at the tokens that evaluation ends at."""

@@ -28,12 +28,13 @@ NO_PARTS = ("this model's loss is a mean over the batch, not a sum that its part
 
 
 class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
-    """TRL's SFTTrainer that trains a partition's "sft" elements; takes what SFTTrainer takes."""
+    """TRL's SFTTrainer that trains a partition's "sft" elements; takes what SFTTrainer takes, by name or place."""
 
     _tag_names = ["trl", "sft", "lora-par"]  # noqa: RUF012 (TRL reads it off the class)
     _name = "LoRA-PAR SFT"
     _paper = PAPER
 
+    stage = "sft"
     micro_batch_tokens: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):

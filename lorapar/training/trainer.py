@@ -4,6 +4,7 @@ Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` →
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import shutil
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import lorapar_kernels as lk
 
-from ..adapter.attach import save_adapter
-from ..adapter.layers import activate
+from ..adapter.attach import check_options, save_adapter, take_over_products, with_our_layers
+from ..adapter.layers import ADAPTER, activate, masked_layers
 from ..adapter.proof import Snapshot, verify
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
@@ -62,28 +64,54 @@ class Trained:
 
 
 class PartitionedTrainer(Trainer):
-    """A mixin ahead of a TRL trainer. `partition` and `stage` are set by `train` before training starts."""
+    """A mixin ahead of a TRL trainer, which takes what that takes.
 
-    partition: Partition
+    A model given by name, or as a plain module, needs a `peft_config`: TRL makes the adapter, of our layers. What is
+    trained is said by `partition`, to be set before `train()`; `lorapar.sft` and `lorapar.grpo` set it.
+    Raises InputError for a model whose LoRA layers are not ours, and for an option that ours do not have.
+    """
+
+    partition: Partition | None = None
     stage: StageName
     longest_first: bool = False
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
+        adapter = given.get("peft_config")
+        if isinstance(adapter, LoraConfig):
+            given["peft_config"] = with_our_layers(adapter)
         # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
-        as_given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        super().__init__(model, *args, **kwargs)
+        as_given = {} if adapter is not None or isinstance(model, str) else _trained(model)
+        super().__init__(**given)
+        made = cast(nn.Module, self.model)
+        masked_layers(made)
+        if adapter is not None:
+            # TRL adds options of its own where it adds tokens.
+            check_options(cast(LoraConfig, cast(PeftModel, made).peft_config[ADAPTER]))
+            take_over_products(made)
+            if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
+                as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
         if self.args.gradient_checkpointing and self.args.device.type == "cpu":
             give_back_large_blocks()
         for parameter, data in as_given.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
 
+    def what_is_trained(self) -> Partition:
+        """The partition; InputError where none was set."""
+        if self.partition is None:
+            raise InputError(
+                "partition: none is set, so nothing says what to train; set trainer.partition, or train with "
+                f"lorapar.{self.stage}"
+            )
+        return self.partition
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         # Built here, after the trainer has done all it does to the model, so that no parameter is replaced afterwards.
         if self.optimizer is None:
-            activate(cast(Any, self.model), self.partition, self.stage)
+            activate(cast(Any, self.model), self.what_is_trained(), self.stage)
             args = self.args
             self.optimizer = PartitionedAdamW(
                 cast(Any, self.model),
@@ -117,8 +145,13 @@ class PartitionedTrainer(Trainer):
         # Before the checkpoint is complete, so that a resumed run never uses other products.
         note_choices(Path(cast(str, self.args.output_dir)))
         folder = Path(output_dir or cast(str, self.args.output_dir))
-        self.partition.save(folder / "lorapar_partition.safetensors")
-        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": self.partition.hash})
+        partition = self.what_is_trained()
+        partition.save(folder / "lorapar_partition.safetensors")
+        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": partition.hash})
+
+
+def _trained(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+    return {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
 
 
 def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, rows: int, resume: bool) -> Trained:
@@ -202,7 +235,7 @@ def save_stage(trainer: PartitionedTrainer, folder: Path, facts: dict[str, Any],
     temporary = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=folder))
     try:
         save_adapter(model, temporary, **facts)
-        trainer.partition.save(temporary / "lorapar_partition.safetensors")
+        trainer.what_is_trained().save(temporary / "lorapar_partition.safetensors")
         write_json(temporary / "log_history.json", trained.history)
         for path in temporary.iterdir():
             # TRL has written a model card with the training's own facts; PEFT's is a template.

@@ -209,3 +209,27 @@ def test_a_forced_kernel_never_falls_back(monkeypatch):
     w, a, b = layer()
     with pytest.raises(ValueError, match="LORAPAR_BACKEND=triton cannot serve lora_linear_scored: .*float64"):
         ours(draw_examples([2]), w, a, b, 1.0)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_second_derivative_is_refused_and_adds_nothing(opaque):
+    x, w, a, b = (torch.randn(*shape) for shape in ((4, 5), (3, 5), (2, 5), (3, 2)))
+    x.requires_grad_()
+    sums, offsets = lk.ScoreSums.zeros_like(a, b), torch.tensor([0, 4])
+    if opaque:
+        y = lk.lora_add_scored(x @ w.t(), x, a, b, 1.0, offsets, sums)
+    else:
+        y = lk.lora_linear_scored(x, w, a, b, 1.0, offsets, sums)
+    with pytest.raises(RuntimeError, match="a scoring pass has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert not any(bool(total.any()) for total in sums)
+
+
+def test_each_fault_of_a_sum_has_a_message_of_its_own():
+    x, w, a, b = (torch.randn(*shape) for shape in ((4, 5), (3, 5), (2, 5), (3, 2)))
+    sums = lk.ScoreSums(torch.zeros(5, 2).t(), torch.zeros(2, 5), torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"sums.a_gphi must be contiguous, got strides \(1, 2\)"):
+        lk.lora_linear_scored(x, w, a, b, 1.0, torch.tensor([0, 4]), sums)
+    sums = lk.ScoreSums(*(torch.zeros(like.shape, device="meta") for like in (a, a, b, b)))
+    with pytest.raises(ValueError, match=r"sums.a_gphi must be on x's device cpu, got meta"):
+        lk.lora_linear_scored(x, w, a, b, 1.0, torch.tensor([0, 4]), sums)

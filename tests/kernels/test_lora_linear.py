@@ -53,6 +53,105 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, a, b: lk.lora_linear(x, w, a, b, 0.5, bias=bias), leaves)
 
 
+def plain_layer(x, w, a, b, bias, mask_a, mask_b, p, seed):
+    """The layer in torch's own operations, each factor's gradient masked."""
+    a, b = (torch.where(mask, factor, factor.detach()) for factor, mask in ((a, mask_a), (b, mask_b)))
+    dropped = x * lk.dropout_mask(seed, x.shape, p) / (1.0 - p)
+    return F.linear(x, w, bias) + 0.7 * dropped @ a.t() @ b.t()
+
+
+def calls_of_the_layer(w, bias, mask_a, mask_b, p, seed):
+    """Each public way to compute it, and the op that torch.compile sees."""
+    one = dict(mask_a=mask_a, mask_b=mask_b, dropout_p=p, seed=seed)
+    return {
+        "lora_linear": lambda x, a, b: lk.lora_linear(x, w, a, b, 0.7, bias, **one),
+        "lora_add": lambda x, a, b: lk.lora_add(F.linear(x, w, bias), x, a, b, 0.7, **one),
+        "lora_linear_grouped": lambda x, a, b: lk.lora_linear_grouped(
+            x, [w], [a], [b], [0.7], [bias], [mask_a], [mask_b], p, [seed]
+        )[0],
+        "op": lambda x, a, b: torch.ops.lorapar.lora_linear(
+            x, [w], [bias], [], [a], [b], [mask_a], [mask_b], [seed], [0.7], p
+        )[0],
+    }
+
+
+@pytest.mark.parametrize("call", ["lora_linear", "lora_add", "lora_linear_grouped", "op"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_derivatives_are_exact(call, p):
+    x, w, a, b, bias, dy = tensors((2, 3), 5, 4, 2)
+    seed = torch.tensor([7])
+    mask_a, mask_b = random_mask(a), random_mask(b)
+    leaves = [t.requires_grad_() for t in (x, a, b, dy)]
+
+    def second(f):
+        # dY that needs no gradient of its own (a loss that is a sum), and one that does.
+        firsts = [torch.autograd.grad(f(x, a, b), (x, a, b), given, create_graph=True) for given in (dy.detach(), dy)]
+        penalty = sum(g.square().sum() for first in firsts for g in first) + f(x, a, b).sum()
+        return firsts[0], torch.autograd.grad(penalty, leaves)
+
+    ours = second(calls_of_the_layer(w, bias, mask_a, mask_b, p, seed if p else None)[call])
+    expected = second(lambda x, a, b: plain_layer(x, w, a, b, bias, mask_a, mask_b, p, seed))
+    for one, other in zip((*ours[0], *ours[1]), (*expected[0], *expected[1])):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_of_a_tensor_given_twice():
+    x, w, a, b, *_ = tensors((3,), 4, 4, 2)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def second(f):
+        first = torch.autograd.grad(f().square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    tied = second(lambda: sum(lk.lora_linear_grouped(x, [w, w], [a, a], [b, b], [1.0, 0.5])))
+    expected = second(lambda: 2 * x @ w.t() + 1.5 * x @ a.t() @ b.t())
+    for one, other in zip(tied, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", ["lora_linear", "lora_add", "lora_linear_grouped"])
+def test_transforms_of_torch_func_are_exact(call):
+    x, w, a, b, bias, dy = tensors((3,), 5, 4, 2)
+    mask_a, mask_b, seed = random_mask(a), random_mask(b), torch.tensor([7])
+    f = calls_of_the_layer(w, bias, mask_a, mask_b, 0.0, None)[call]
+
+    def g(x, a, b):
+        return plain_layer(x, w, a, b, bias, mask_a, mask_b, 0.0, seed)
+
+    def loss(layer):
+        return lambda *given: (layer(*given) * dy).sum().square()
+
+    func = torch.func
+    for ours, expected in (
+        (func.grad(loss(f), argnums=(0, 1, 2))(x, a, b), func.grad(loss(g), argnums=(0, 1, 2))(x, a, b)),
+        (func.hessian(loss(f), argnums=1)(x, a, b), func.hessian(loss(g), argnums=1)(x, a, b)),
+        (func.jvp(f, (x, a, b), (x, a, b)), func.jvp(g, (x, a, b), (x, a, b))),
+        (func.vmap(f, (0, None, None))(x, a, b), func.vmap(g, (0, None, None))(x, a, b)),
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_leaves_gradients_as_they_are(use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    x, w, a, b, *_ = tensors((3,), 4, 5, 2)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def gradients(run):
+        return torch.autograd.grad(run().square().sum(), leaves) if not use_reentrant else backward(run)
+
+    def backward(run):
+        for leaf in leaves:
+            leaf.grad = None
+        run().square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    plain = gradients(lambda: lk.lora_linear(x, w, a, b, 0.7))
+    again = gradients(lambda: checkpoint(lk.lora_linear, x, w, a, b, 0.7, use_reentrant=use_reentrant))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again))
+
+
 def test_masked_gradients_are_exactly_zero_even_where_the_gradient_is_nan():
     x, w, a, b, _, dy = tensors((3,), 4, 5, 2)
     a, b = a.requires_grad_(), b.requires_grad_()
@@ -135,7 +234,9 @@ def test_grouped_equals_one_by_one():
         (dict(dropout_p=0.5), ValueError, "seed must be"),
         (dict(lora_a=torch.zeros(2, 4, dtype=torch.bfloat16)), TypeError, "at least as wide"),
         (dict(x=torch.zeros(2, 4, dtype=torch.long)), TypeError, "x must be floating point"),
-        (dict(bias=torch.zeros(4)), ValueError, r"bias must be frozen and \[3\]"),
+        (dict(bias=torch.zeros(4)), ValueError, r"bias must be \[3\], got \[4\]"),
+        (dict(bias=torch.zeros(3, requires_grad=True)), ValueError, "bias must not require a gradient"),
+        (dict(dropout_p=0.5, seed=torch.zeros(2)), ValueError, "seed must be .*, got 2 of torch.float32"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -11,17 +11,26 @@ QUESTION = "What is 2 + 3?"
 ADAPTER = """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("this folder")"""
-MERGED = """from transformers import AutoModelForCausalLM
+# PEFT has no auto class for a multimodal model, and its class for text would load another one.
+ADAPTER_OF_WRAPPER = """from peft import PeftModel
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")"""
+model = {auto_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "this folder")"""
+MERGED = """from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("this folder")"""
 
 
-def write_card(folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list[int], merged: bool) -> None:
+def write_card(
+    folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list[int], merged: bool, auto_class: str
+) -> None:
     """Write `folder`/README.md.
 
     Args:
         base: the base model's name. prompt: text or messages, shown as tokens make of it what every stage was given.
         stops: the ids that end an answer. merged: the folder holds a whole model, not an adapter.
+        auto_class: the transformers class that loads the base as what it is.
     """
     shown = tokenizer.decode(prompt_ids({"prompt": prompt}, tokenizer))
     fence = "````"
@@ -32,11 +41,13 @@ def write_card(folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list
         if isinstance(prompt, list)
         else "as text"
     )
+    text = auto_class == "AutoModelForCausalLM"
+    code = MERGED if merged else ADAPTER if text else ADAPTER_OF_WRAPPER
     lines = [
         "---",
         f"base_model: {base}",
         f"library_name: {'transformers' if merged else 'peft'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-generation' if text else 'image-text-to-text'}",
         "tags:",
         *[f"- {tag}" for tag in tags],
         "---",
@@ -48,7 +59,7 @@ def write_card(folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list
         "elements.",
         "",
         "```python",
-        MERGED if merged else ADAPTER,
+        code.format(auto_class=auto_class, base=base),
         "```",
         "",
         "## Prompt",

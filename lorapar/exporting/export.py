@@ -8,8 +8,10 @@ model is made from the original weights, a shard at a time, and checked against 
 from the model that was trained is said.
 """
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +84,8 @@ def export(
         save_adapter(model, temporary, stage="final", stop_tokens=stops)
         tokenizer.save_pretrained(temporary)
         name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
-        write_card(temporary, name, tokenizer, prompt, stops, merged=False)
+        kind = _auto_class(name, source).__name__
+        write_card(temporary, name, tokenizer, prompt, stops, merged=False, auto_class=kind)
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)
@@ -107,7 +110,7 @@ def export(
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
-            write_card(temporary, name, tokenizer, prompt, stops, merged=True)
+            write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             differences["merged"] = _check(
                 "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without
@@ -135,7 +138,8 @@ def _merge_original(
         settings = temporary / "generation_config.json"
         write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "eos_token_id": stops})
         tokenizer.save_pretrained(temporary)
-        write_card(temporary, name, tokenizer, prompt, stops, merged=True)
+        kind = _auto_class(name, source).__name__
+        write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)
         _copy_processor(name, temporary, tokenizer, source["revision"])
         expected = _logits(PeftModel.from_pretrained(original, str(folder / "adapter")), probe)
         logits = _logits(_load_plain(str(temporary), dtype, {**source, "revision": None}), probe)
@@ -155,9 +159,19 @@ def _load_plain(name: str, dtype: torch.dtype, source: dict[str, Any], quantised
     if quantised_as is not None:
         device = next(quantised_as.parameters()).device
         options |= {"quantization_config": quantised_as.config.quantization_config, "device_map": {"": str(device)}}
+    with _as_input_error(name):
+        return _auto_class(name, source).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+
+
+def _auto_class(name: str, source: dict[str, Any]) -> Any:
+    with _as_input_error(name):
+        return auto_class(AutoConfig.from_pretrained(name, **source))
+
+
+@contextlib.contextmanager
+def _as_input_error(name: str) -> Iterator[None]:
     try:
-        kind = auto_class(AutoConfig.from_pretrained(name, **source))
-        return kind.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        yield
     except OSError as error:
         raise InputError(f"model.name: the base {name!r} that the adapter names cannot be loaded ({error})") from None
 

@@ -142,6 +142,10 @@ def check_export(outcome: Outcome) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
     assert changed <= {f"{layer}.weight" for layer in outcome.adapted}, "a tensor outside the adapted layers"
+    for part in ("adapter", "merged"):
+        # As the card beside it says: a class that loads the whole model, by the name that the card calls it by.
+        card = (outcome.folder / part / "README.md").read_text()
+        assert ("AutoModelForImageTextToText" if kind is tf.AutoModelForImageTextToText else "ForCausalLM") in card
     alone = base(input_ids=tokens).logits
     adapter = PeftModel.from_pretrained(base, str(outcome.folder / "adapter")).eval()
     ours, theirs = adapter(input_ids=tokens).logits, merged(input_ids=tokens).logits

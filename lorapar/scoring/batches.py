@@ -128,7 +128,7 @@ def keeps_apart(model: nn.Module) -> bool:
     """Whether an example packed behind another gives the logits that it gives in a row of its own."""
     first, second = Example("", [9, 8, 7], [IGNORED] * 3), Example("", [3, 4, 5, 6], [IGNORED] * 4)
     device = next(iter(lora_parameters(model).values())).device
-    with cast(Any, model).disable_adapter():
+    with evaluating(model), cast(Any, model).disable_adapter():
         alone, behind = (
             _logits(model, _inputs(batch, packed=True, device=device))[0, -4:].float()
             for batch in ([second], [first, second])
@@ -194,15 +194,28 @@ def check_batches(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
     device = next(iter(lora_parameters(model).values())).device
     for layer in layers.values():
         layer.offsets = None
-    with running_once(layers, 2, 16):
-        beside = _logits(model, _inputs([first, second], packed=False, device=device))[0, :4]
-    alone = _logits(model, _inputs([first], packed=False, device=device))[0]
+    with evaluating(model):
+        with running_once(layers, 2, 16):
+            beside = _logits(model, _inputs([first, second], packed=False, device=device))[0, :4]
+        alone = _logits(model, _inputs([first], packed=False, device=device))[0]
     # Rounding moves a mixture's choice of experts too. What padding does where it is seen is far from small.
     bound = 0.1 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-2
     if not float((beside - alone).float().norm()) <= bound * float(alone.float().norm()):
         raise NotByExample(
             "the model's logits depend on later tokens or on other rows, so it looks ahead or mixes a batch"
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of the model in eval mode, also the blocks that are in training mode for the sake of checkpointing."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, value in training.items():
+            module.training = value
 
 
 @contextlib.contextmanager

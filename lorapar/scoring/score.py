@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +209,12 @@ def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
         # transformers checkpoints a block only in training mode; its children, dropout among them, are not put there.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+    # A block may drop out without a child of its own (OPT's does).
+    checkpoints = {module: module._gradient_checkpointing_func for module in training
+                   if module.training and "_gradient_checkpointing_func" in vars(module)}  # fmt: skip
     try:
+        for module, checkpoint in checkpoints.items():
+            cast(Any, module)._gradient_checkpointing_func = partial(_evaluated, module, checkpoint)
         for parameter in given:
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -224,3 +229,18 @@ def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
             layer.scoring = layer.offsets = None
         for module, value in training.items():
             module.training = value
+        for module, checkpoint in checkpoints.items():
+            cast(Any, module)._gradient_checkpointing_func = checkpoint
+
+
+def _evaluated(module: nn.Module, checkpoint: Any, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`checkpoint(block, ...)`, with `module`, in training mode so that it came here, in eval mode within the block."""
+
+    def quiet(*inputs: Any, **options: Any) -> Any:
+        module.training = False
+        try:
+            return block(*inputs, **options)
+        finally:
+            module.training = True
+
+    return checkpoint(quiet, *args, **kwargs)

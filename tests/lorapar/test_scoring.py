@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import lorapar
 from lorapar.adapter.layers import ADAPTER, lora_parameters, masked_layers
@@ -304,6 +304,17 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def test_a_block_that_drops_out_by_itself_does_not_under_checkpointing():
+    sizes = dict(vocab_size=258, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.5)
+    model = lorapar.attach(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=64)), LoraConfig(r=4))
+    plain = lorapar.score(model, None, rows())
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = lorapar.score(model, None, rows())
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_gradient_of_nan_is_named_by_row_and_layer():
     model = lorapar.attach(tiny_model(), config(), start="paper")
     # The second block's down_proj is where the backward meets it first; the row is the one that holds token 77.
@@ -416,13 +427,23 @@ def class_loss(model, row):
     return F.cross_entropy(model(input_ids=torch.tensor([row["ids"]])).logits, torch.tensor([row["class"]]))
 
 
+class Twice(torch.nn.Module):
+    """No configuration, no batch dimension, a block that runs twice, and a layer that only some rows reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh())
+        self.out, self.seldom = torch.nn.Linear(6, 2), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.block(self.block(x))
+        return self.out(self.seldom(x) if x[0] > 0 else x)
+
+
 def layers_alone():
-    """No configuration, no batch dimension, one layer run twice, and one that no row reaches."""
     torch.manual_seed(0)
-    shared = torch.nn.Linear(6, 6)
-    body = torch.nn.Sequential(shared, torch.nn.Tanh(), shared, torch.nn.Tanh(), torch.nn.Linear(6, 2))
-    body.add_module("unused", torch.nn.Identity())
-    attached = lorapar.attach(body.double(), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "4"])).double()
+    settings = LoraConfig(r=2, lora_alpha=4, target_modules=["block.0", "out", "seldom"])
+    attached = lorapar.attach(Twice().double(), settings).double()
     large_start(attached)
     return attached
 
@@ -436,7 +457,7 @@ def autograd_sums(model, examples, loss):
     sums = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in parameters.items()}
     model.eval()
     for row in examples:
-        gradients = torch.autograd.grad(loss(model, row), list(parameters.values()))
+        gradients = torch.autograd.grad(loss(model, row), list(parameters.values()), materialize_grads=True)
         for (name, parameter), gradient in zip(parameters.items(), gradients):
             sums[name][0].add_(gradient * parameter.detach())
             sums[name][1].add_((gradient * parameter.detach()) ** 2)

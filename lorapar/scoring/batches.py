@@ -198,8 +198,9 @@ def check_batches(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
         with running_once(layers, 2, 16):
             beside = _logits(model, _inputs([first, second], packed=False, device=device))[0, :4]
         alone = _logits(model, _inputs([first], packed=False, device=device))[0]
-    # Rounding moves a mixture's choice of experts too. What padding does where it is seen is far from small.
-    bound = 0.1 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-2
+    # Rounding is 1e-2 in bf16 or 8 bits, and moves a mixture's choice of experts too; padding that is seen did 0.66.
+    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    bound = 1e-2 if exact else 0.1
     if not float((beside - alone).float().norm()) <= bound * float(alone.float().norm()):
         raise NotByExample(
             "the model's logits depend on later tokens or on other rows, so it looks ahead or mixes a batch"

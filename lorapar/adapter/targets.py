@@ -439,9 +439,10 @@ def _matrix_weights(parts: _Parts) -> Iterator[tuple[str, int]]:
             parameter = module.get_parameter(own)
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                # A 4-bit weight is packed.
-                whole = isinstance(module, nn.Linear) and own == "weight"
-                yield name, module.in_features * module.out_features if whole else parameter.numel()
+                if isinstance(module, nn.Linear) and own == "weight":
+                    yield name, module.in_features * module.out_features  # a 4-bit weight is packed
+                else:
+                    yield name, parameter.numel()
 
 
 def _reason(parts: _Parts, name: str, asked: set[str], kept: set[str], config: LoraConfig) -> tuple[str, str]:

@@ -228,9 +228,11 @@ class Simulation:
         away = offloaded(self.weights) if step.offloading else contextlib.nullcontext()
         with _quiet(), self.mode, torch.device(self.device):
             ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
+            # Rows of a batch are padded, so there is a mask.
+            mask = torch.ones_like(ids)
             with LiveBytes(self.weights) as counted, away:
                 # The last hidden state, or logits where the model is all one module.
-                hidden = self.decoder(input_ids=ids, use_cache=False)[0]
+                hidden = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
                 hidden.backward(torch.empty_like(hidden))
         return counted.peak
 

@@ -255,12 +255,12 @@ class MaskedLinear(MaskedLayer, Linear):
         return root
 
     def can_fuse(self) -> bool:
-        base = self._modules["base_layer"]
+        base = cast(nn.Module, self._modules["base_layer"])
         if not is_plain(base):
             return False
         # The op gives the base no gradient.
         weight, bias = cast(Tensor, base._parameters["weight"]), base._parameters["bias"]
-        return not (weight.requires_grad or bias is not None and bias.requires_grad)
+        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
     def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
         if y is not None:

@@ -196,7 +196,9 @@ HOOKS = {
     "global": lambda module, note: nn.modules.module.register_module_forward_hook(
         lambda m, i, o: (note(), o * 2)[1] if m is module else None
     ),
-    "instance": lambda module, note: setattr(module, "forward", lambda x: (note(), nn.Linear.forward(module, x) * 2)[1]),
+    "instance": lambda module, note: setattr(
+        module, "forward", lambda x: (note(), nn.Linear.forward(module, x) * 2)[1]
+    ),
 }
 
 
@@ -238,7 +240,9 @@ def test_dropout_is_the_same_whichever_way_computes_it():
     fused = results_from(model, 5)
     handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()]
     assert_same(fused, results_from(model, 5))
-    handles += [layer.lora_A["default"].register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()]
+    handles += [
+        layer.lora_A["default"].register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()
+    ]
     assert_same(fused, results_from(model, 5))
     for handle in handles:
         handle.remove()

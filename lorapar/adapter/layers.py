@@ -114,6 +114,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         if name in self.lora_variant:
             if masks != (None, None):
                 raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
+            kwargs = dict.fromkeys(VARIANT_KWARG_KEYS) | kwargs
             return self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
         dropout = cast(nn.Module, self.lora_dropout[name])
         if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and not _has_any_global_hook():
@@ -259,7 +260,7 @@ class MaskedLinear(MaskedLayer, Linear):
         if not is_plain(base):
             return False
         # The op gives the base no gradient.
-        weight, bias = cast(Tensor, base._parameters["weight"]), base._parameters["bias"]
+        weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
         return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
     def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
@@ -277,8 +278,13 @@ def is_plain(module: Any) -> bool:
     """
     if type(module) is not nn.Linear or _is_watched(module):
         return False
-    kind = type(module._parameters.get("weight"))
+    kind = type(_tensor(module, "weight"))
     return kind is nn.Parameter or kind is Tensor
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
+    return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
 
 
 def _is_plain_dropout(module: Any) -> bool:

@@ -202,18 +202,20 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
-@pytest.mark.parametrize("kind", HOOKS)
+PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
+# The instance's forward above is an nn.Linear's.
+HOOKED = [(kind, part) for kind in HOOKS for part in PARTS if (kind, part) != ("instance", "lora_dropout.default")]
+
+
+@pytest.mark.parametrize(("kind", "part"), HOOKED)
 def test_hooks_run_and_change_what_they_change_in_peft_s_layer(kind, part):
-    if part == "lora_dropout.default" and kind == "instance":
-        pytest.skip("an nn.Linear's forward")
     theirs, ours = both(nn.Linear)
     found = []
     for model in (theirs, ours):
         seen = []
         handle = HOOKS[kind](model.get_submodule(f"base_model.model.up.{part}"), lambda seen=seen: seen.append(1))
-        found.append((len(seen), results(model, X)))
-        found[-1] = (len(seen), found[-1][1])
+        given = results(model, X)
+        found.append((len(seen), given))
         if handle is not None:
             handle.remove()
     assert found[0][0] == found[1][0] == 1
@@ -330,6 +332,24 @@ def test_fan_in_fan_out_is_set_to_false_as_peft_does(start):
         expected = model(X)
         assert not torch.allclose(expected, Mlp(nn.Linear)(X), atol=0.1)
         torch.testing.assert_close(model.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_replica_s_tensors_are_no_parameters_and_fused_all_the_same(monkeypatch):
+    model = both(nn.Linear)[1]
+    layer = masked_layers(model)["base_model.model.up"]
+    a, b, _ = layer.factors("default")
+    layer.activate(torch.rand_like(a) < 0.5, torch.rand_like(b) < 0.5)
+    expected = model(X)
+    # As torch.nn.parallel.replicate leaves them.
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for name in list(module._parameters):
+            tensor = module._parameters.pop(name)
+            setattr(module, name, None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad))
+    fused = []
+    inner = lk.lora_linear
+    monkeypatch.setattr(lk, "lora_linear", lambda *rest: (fused.append(1), inner(*rest))[1])
+    assert torch.equal(model(X), expected)
+    assert len(fused) == 2
 
 
 def test_gpt2_s_conv1d_is_refused_by_name():

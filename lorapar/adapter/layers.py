@@ -115,7 +115,8 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             if masks != (None, None):
                 raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
             kwargs = dict.fromkeys(VARIANT_KWARG_KEYS) | kwargs
-            return self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
+            share = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
+            return share.to(y.dtype)
         dropout = cast(nn.Module, self.lora_dropout[name])
         if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and not _has_any_global_hook():
             p, seed = self.draw_dropout(name, x.device)
@@ -200,7 +201,10 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         root = self.mergeable()
         # An inner adapter merges into the same weight, in an order of its own: PEFT's arithmetic then.
         if not self.merged and root is self.base_layer:
-            self._unmerged = self.set_aside()
+            bias = root.bias
+            self._unmerged = self.set_aside(), bias if bias is None else cast(Tensor, bias).data
+            if bias is not None:
+                bias.data = cast(Tensor, bias.data).clone()
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -209,7 +213,10 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             super().unmerge()
             return
         self.merged_adapters.clear()
-        self.put_back(self._unmerged)
+        aside, bias = self._unmerged
+        self.put_back(aside)
+        if bias is not None:
+            cast(Any, self.get_base_layer()).bias.data = bias
         self._unmerged = None
 
     def mergeable(self) -> nn.Module:

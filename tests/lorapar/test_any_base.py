@@ -371,3 +371,30 @@ def test_a_whole_layer_compiles_as_one_graph():
     model = both(nn.Linear)[1]
     compiled = torch.compile(model.base_model.model.up, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model.base_model.model.up(X))
+
+
+def test_merging_takes_the_bias_along_and_gives_it_back():
+    model = both(nn.Linear)[1]
+    model.add_adapter("other", config(lora_bias=True))
+    model.base_model.set_adapter("other")
+    with torch.no_grad():
+        for layer in masked_layers(model).values():
+            layer.lora_B["other"].bias.normal_()
+        expected, bias = model(X), model.base_model.model.up.base_layer.bias.clone()
+        model.merge_adapter()
+        assert not torch.equal(model.base_model.model.up.base_layer.bias, bias)
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model.base_model.model.up.base_layer.bias, bias)
+        torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_variant_s_output_keeps_the_base_s_dtype():
+    pair = both(lambda *shape: nn.Linear(*shape).to(torch.bfloat16))
+    for model in pair:
+        torch.manual_seed(4)
+        model.add_adapter("other", config(use_dora=True))
+        model.base_model.set_adapter("other")
+    theirs, ours = (model(X.bfloat16()) for model in pair)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)

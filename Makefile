@@ -2,7 +2,7 @@
 PYTHON ?= python
 TEST = $(PYTHON) -m pytest
 
-.PHONY: test quick style types interpret pinned compile native sanitize bench
+.PHONY: test quick style types interpret pinned compile native sanitize bench peers
 
 ## what CI runs: style, types, every test (one compiles every kernel ahead of time), the kernels under the interpreter.
 ## A file's tests stay together, in WORKERS processes of one thread each: the models are too small for more threads.
@@ -50,6 +50,11 @@ sanitize:
 	$(CXX) -std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fsanitize=address,undefined \
 	  -fno-sanitize-recover=all -fopenmp -DQUEUES=true tests/kernels/native_fuzz.cpp csrc/cpu/*.cpp -o $(SANITIZED)
 	$(SANITIZED) $(SANITIZE_SEED) $(SANITIZE_ROUNDS)
+
+## PEFT's own tests of LoRA, with its layers and with ours, and what differs (tests/peers/run.py; about ten minutes);
+## needs pip install -e '.[peers]'
+peers:
+	$(PYTHON) -m tests.peers.run
 
 ## microbenchmarks and the comparison with the released script's way; writes bench/results/
 bench:

@@ -191,8 +191,11 @@ def set_product_choices(choices: Mapping[str, Mapping[str, str]]) -> None:
     A call of another kind, or on a GPU of another name, is timed as ever. In a distributed run every process takes the
     same ones. Raises ValueError, and changes nothing, where `choices` is anything else.
     """
-    if not isinstance(choices, Mapping) or not all(isinstance(ways, Mapping) for ways in choices.values()):
-        raise ValueError(f"choices must be a dict a GPU's name of kinds of calls, got {type(choices).__name__}")
+    if not isinstance(choices, Mapping):
+        raise ValueError(f"choices must be a dict by GPU, got {type(choices).__name__}")
+    for gpu, ways in choices.items():
+        if not isinstance(ways, Mapping):
+            raise ValueError(f"choices[{gpu!r}] must be a dict of kinds of calls, got {type(ways).__name__}")
     wrong = [way for ways in choices.values() for way in ways.values() if way not in WAYS]
     if wrong:
         raise ValueError(f"a choice must be one of {', '.join(WAYS)}, got {wrong[0]!r}")

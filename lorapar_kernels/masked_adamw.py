@@ -419,9 +419,11 @@ class PreparedAdamW:
 def _check_grads(places: list[int], grads: Sequence[Tensor], device: torch.device) -> None:
     """Of parameters of one dtype and device, which csrc steps in one call."""
     dtype = grads[0].dtype
-    if not dtype.is_floating_point or not all(map(operator.is_, map(DTYPE, grads), repeat(dtype))):
-        i, other = next(((i, grad.dtype) for i, grad in zip(places, grads) if grad.dtype != dtype), (places[0], dtype))
-        raise ValueError(f"grads must be of one floating-point dtype, got {dtype} and at {i} {other}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"grads[{places[0]}] must be of a floating-point dtype, got {dtype}")
+    if not all(map(operator.is_, map(DTYPE, grads), repeat(dtype))):
+        i, other = next((i, grad.dtype) for i, grad in zip(places, grads) if grad.dtype != dtype)
+        raise ValueError(f"grads must be of one dtype, got {dtype} at {places[0]} and {other} at {i}")
     if not all(map(operator.eq, map(DEVICE, grads), repeat(device))):
         i, other = next((i, grad.device) for i, grad in zip(places, grads) if grad.device != device)
         raise ValueError(f"grads[{i}] must be on its parameter's device {device}, got {other}")

@@ -114,7 +114,9 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         if name in self.lora_variant:
             if masks != (None, None):
                 raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
-            return self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
+            kwargs = dict.fromkeys(VARIANT_KWARG_KEYS) | kwargs
+            share = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
+            return share.to(y.dtype)
         dropout = cast(nn.Module, self.lora_dropout[name])
         if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and not _has_any_global_hook():
             p, seed = self.draw_dropout(name, x.device)
@@ -199,7 +201,10 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         root = self.mergeable()
         # An inner adapter merges into the same weight, in an order of its own: PEFT's arithmetic then.
         if not self.merged and root is self.base_layer:
-            self._unmerged = self.set_aside()
+            bias = root.bias
+            self._unmerged = self.set_aside(), bias if bias is None else cast(Tensor, bias).data
+            if bias is not None:
+                bias.data = cast(Tensor, bias.data).clone()
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -208,7 +213,10 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             super().unmerge()
             return
         self.merged_adapters.clear()
-        self.put_back(self._unmerged)
+        aside, bias = self._unmerged
+        self.put_back(aside)
+        if bias is not None:
+            cast(Any, self.get_base_layer()).bias.data = bias
         self._unmerged = None
 
     def mergeable(self) -> nn.Module:
@@ -255,12 +263,12 @@ class MaskedLinear(MaskedLayer, Linear):
         return root
 
     def can_fuse(self) -> bool:
-        base = self._modules["base_layer"]
+        base = cast(nn.Module, self._modules["base_layer"])
         if not is_plain(base):
             return False
         # The op gives the base no gradient.
-        weight, bias = cast(Tensor, base._parameters["weight"]), base._parameters["bias"]
-        return not (weight.requires_grad or bias is not None and bias.requires_grad)
+        weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
+        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
     def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
         if y is not None:
@@ -277,8 +285,13 @@ def is_plain(module: Any) -> bool:
     """
     if type(module) is not nn.Linear or _is_watched(module):
         return False
-    kind = type(module._parameters.get("weight"))
+    kind = type(_tensor(module, "weight"))
     return kind is nn.Parameter or kind is Tensor
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
+    return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
 
 
 def _is_plain_dropout(module: Any) -> bool:

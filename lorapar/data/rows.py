@@ -82,8 +82,11 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
         raise InputError(f"{where} is not a list of messages ({{role, content}})")
     messages = [{key: item for key, item in message.items() if item is not None} for message in value]
     for message in messages:
-        if "role" not in message or not isinstance(message.setdefault("content", ""), str):
-            raise InputError(f"{where} has a message without a role or with content that is not text")
+        if "role" not in message:
+            raise InputError(f"{where} has a message without a role")
+        content = message.setdefault("content", "")
+        if not isinstance(content, str):
+            raise InputError(f"{where} has a message whose content is no text but a {type(content).__name__}")
     return messages
 
 

@@ -120,7 +120,7 @@ def test_takes_a_leaf_that_requires_a_gradient():
             r"masks\[0\] must be torch.bool \[2, 3\], got torch.bool \[3, 2\]",
         ),
         ({"grads": [torch.ones(6)]}, r"grads\[0\] must be \[2, 3\], as its parameter, got \[6\]"),
-        ({"grads": [torch.ones(2, 3).long()]}, "grads must be of one floating-point dtype, got torch.int64"),
+        ({"grads": [torch.ones(2, 3).long()]}, r"grads\[0\] must be of a floating-point dtype, got torch.int64"),
         ({"grads": [torch.ones(2, 3, device="meta")]}, r"grads\[0\] must be on its parameter's device cpu, got meta"),
         (
             {"exp_avgs": [torch.zeros(5)]},

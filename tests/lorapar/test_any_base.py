@@ -196,22 +196,26 @@ HOOKS = {
     "global": lambda module, note: nn.modules.module.register_module_forward_hook(
         lambda m, i, o: (note(), o * 2)[1] if m is module else None
     ),
-    "instance": lambda module, note: setattr(module, "forward", lambda x: (note(), nn.Linear.forward(module, x) * 2)[1]),
+    "instance": lambda module, note: setattr(
+        module, "forward", lambda x: (note(), nn.Linear.forward(module, x) * 2)[1]
+    ),
 }
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
-@pytest.mark.parametrize("kind", HOOKS)
+PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
+# The instance's forward above is an nn.Linear's.
+HOOKED = [(kind, part) for kind in HOOKS for part in PARTS if (kind, part) != ("instance", "lora_dropout.default")]
+
+
+@pytest.mark.parametrize(("kind", "part"), HOOKED)
 def test_hooks_run_and_change_what_they_change_in_peft_s_layer(kind, part):
-    if part == "lora_dropout.default" and kind == "instance":
-        pytest.skip("an nn.Linear's forward")
     theirs, ours = both(nn.Linear)
     found = []
     for model in (theirs, ours):
         seen = []
         handle = HOOKS[kind](model.get_submodule(f"base_model.model.up.{part}"), lambda seen=seen: seen.append(1))
-        found.append((len(seen), results(model, X)))
-        found[-1] = (len(seen), found[-1][1])
+        given = results(model, X)
+        found.append((len(seen), given))
         if handle is not None:
             handle.remove()
     assert found[0][0] == found[1][0] == 1
@@ -238,7 +242,9 @@ def test_dropout_is_the_same_whichever_way_computes_it():
     fused = results_from(model, 5)
     handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()]
     assert_same(fused, results_from(model, 5))
-    handles += [layer.lora_A["default"].register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()]
+    handles += [
+        layer.lora_A["default"].register_forward_hook(lambda *_: None) for layer in masked_layers(model).values()
+    ]
     assert_same(fused, results_from(model, 5))
     for handle in handles:
         handle.remove()
@@ -328,6 +334,24 @@ def test_fan_in_fan_out_is_set_to_false_as_peft_does(start):
         torch.testing.assert_close(model.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_replica_s_tensors_are_no_parameters_and_fused_all_the_same(monkeypatch):
+    model = both(nn.Linear)[1]
+    layer = masked_layers(model)["base_model.model.up"]
+    a, b, _ = layer.factors("default")
+    layer.activate(torch.rand_like(a) < 0.5, torch.rand_like(b) < 0.5)
+    expected = model(X)
+    # As torch.nn.parallel.replicate leaves them.
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for name in list(module._parameters):
+            tensor = module._parameters.pop(name)
+            setattr(module, name, None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad))
+    fused = []
+    inner = lk.lora_linear
+    monkeypatch.setattr(lk, "lora_linear", lambda *rest: (fused.append(1), inner(*rest))[1])
+    assert torch.equal(model(X), expected)
+    assert len(fused) == 2
+
+
 def test_gpt2_s_conv1d_is_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -347,3 +371,30 @@ def test_a_whole_layer_compiles_as_one_graph():
     model = both(nn.Linear)[1]
     compiled = torch.compile(model.base_model.model.up, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model.base_model.model.up(X))
+
+
+def test_merging_takes_the_bias_along_and_gives_it_back():
+    model = both(nn.Linear)[1]
+    model.add_adapter("other", config(lora_bias=True))
+    model.base_model.set_adapter("other")
+    with torch.no_grad():
+        for layer in masked_layers(model).values():
+            layer.lora_B["other"].bias.normal_()
+        expected, bias = model(X), model.base_model.model.up.base_layer.bias.clone()
+        model.merge_adapter()
+        assert not torch.equal(model.base_model.model.up.base_layer.bias, bias)
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model.base_model.model.up.base_layer.bias, bias)
+        torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_variant_s_output_keeps_the_base_s_dtype():
+    pair = both(lambda *shape: nn.Linear(*shape).to(torch.bfloat16))
+    for model in pair:
+        torch.manual_seed(4)
+        model.add_adapter("other", config(use_dora=True))
+        model.base_model.set_adapter("other")
+    theirs, ours = (model(X.bfloat16()) for model in pair)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)

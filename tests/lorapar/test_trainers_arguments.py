@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOTrainer, SFTTrainer
 
 import lorapar
@@ -13,6 +13,7 @@ from lorapar.errors import InputError
 from lorapar.training.grpo import PartitionedGRPOTrainer
 from lorapar.training.sft import PartitionedSFTTrainer
 from tests.lorapar.test_adapter import random_partition
+from tests.lorapar.test_layers import needs_bnb
 from tests.lorapar.test_training import ROWS, grpo_config, letters, moved_outside, sft_config
 from tests.tiny import TARGETS
 
@@ -106,3 +107,23 @@ def test_an_attached_model_is_taken_as_before(tiny_folder, tmp_path):
     trainer = PartitionedSFTTrainer(model, sft_config(tmp_path), train_dataset=rows, processing_class=tokenizer)
     assert trainer.model is model
     assert with_our_layers(KEYS) is not KEYS
+
+
+@needs_bnb
+def test_a_model_by_name_in_four_bits_computes_as_ours_do_and_trains_in_fp32(tiny_folder, tmp_path):
+    from lorapar.adapter.layers_bnb import MaskedLinear4bit
+
+    trainer = PartitionedSFTTrainer(
+        str(tiny_folder),
+        sft_config(tmp_path, max_steps=2, model_init_kwargs={"dtype": "bfloat16"}),
+        train_dataset=ROWS.select_columns(["prompt", "completion"]),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        peft_config=KEYS,
+    )
+    layers = masked_layers(trainer.model).values()
+    assert all(type(layer) is MaskedLinear4bit and "forward" in layer.base_layer.__dict__ for layer in layers)
+    assert all(parameter.dtype == torch.float32 for parameter in lora_parameters(trainer.model).values())
+    trainer.partition = random_partition(trainer.model, 0.5)
+    before = {name: parameter.detach().clone() for name, parameter in lora_parameters(trainer.model).items()}
+    trainer.train()
+    assert moved_outside(trainer.model, before, trainer.partition, "sft") == 0

@@ -59,7 +59,7 @@ holds this page to the runs.
 
 Text rows train a multimodal model's language model; its towers are kept as they are.
 
-| model | class | adapted | left out | score | SFT | GRPO | export | plan |
+| model | class | attach: adapted | left out | score | SFT | GRPO | export | plan |
 |---|---|---|---|---|---|---|---|---|
 """
 

@@ -50,10 +50,10 @@ def source() -> Path:
     return folder
 
 
-def outcomes(layers: str, where: Path, chosen: list[str]) -> Results:
+def outcomes(layers: str, where: Path, chosen: list[str], again: str = "") -> Results:
     """What came of each test with `layers` ("theirs" or "ours"); `chosen`: pytest's arguments."""
     WORK.mkdir(parents=True, exist_ok=True)
-    results, settings = WORK / f"{layers}.json", WORK / "pytest.ini"
+    results, settings = WORK / f"{layers}{again}.json", WORK / "pytest.ini"
     results.unlink(missing_ok=True)
     settings.write_text("[pytest]\n", encoding="utf-8")
     path = os.pathsep.join([str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -64,10 +64,10 @@ def outcomes(layers: str, where: Path, chosen: list[str]) -> Results:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(WORK / "hub"), "HF_HUB_CACHE": str(WORK / "hub" / "hub")}
     command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(where), "-p", "peers_plugin"]
     quiet = ["-p", "no:cacheprovider", "-q", "--tb=line", "-W", "ignore", "--continue-on-collection-errors"]
-    with open(WORK / f"{layers}.log", "w", encoding="utf-8") as log:
+    with open(WORK / f"{layers}{again}.log", "w", encoding="utf-8") as log:
         subprocess.run([*command, *quiet, *chosen], cwd=where, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if not results.is_file():
-        raise SystemExit(f"pytest wrote no results; see {WORK / f'{layers}.log'}")
+        raise SystemExit(f"pytest wrote no results; see {WORK / f'{layers}{again}.log'}")
     return json.loads(results.read_text(encoding="utf-8"))
 
 
@@ -110,8 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     # What a machine under load or a draw of random numbers decides differs once and not again.
     surprising = [test for test in differing if test not in reasons]
     if surprising:
-        again = [outcomes(layers, where, surprising) for layers in ("theirs", "ours")]
+        again = [outcomes(layers, where, surprising, again="_again") for layers in ("theirs", "ours")]
         surprising = differ(*again)
+        differing = [test for test in differing if test in reasons or test in surprising]
         ours |= {test: again[1][test] for test in surprising}
     vanished = [test for test in reasons if theirs.get(test, {}).get("outcome") == "passed" and test not in differing]
     passed = [test for test, result in theirs.items() if result["outcome"] == "passed"]

@@ -118,7 +118,7 @@ def merge_checkpoint(
             with safe_open(str(shard), framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 (no mapping)
                     tensor = weights.get_tensor(key)
-                    module = f"{PREFIX}{(loaded[key] if key in loaded else key).removesuffix('.weight')}"
+                    module = f"{PREFIX}{str(loaded.get(key, key)).removesuffix('.weight')}"
                     if f"{module}.lora_A.weight" in names:
                         a, b = (factors.get_tensor(f"{module}.lora_{side}.weight") for side in "AB")
                         tensor, merged = merged_weight(tensor, a, b, scaling, dtype), merged + 1

@@ -23,7 +23,7 @@ from ..files import read_json, write_json
 from ..recipe.checks import check_lora
 from ..recipe.sections import Start
 from . import targets
-from .layers import ADAPTER, MaskedLayer, MaskedLinear, masked_layers
+from .layers import ADAPTER, MaskedLayer, MaskedLinear, check_fits, lora_parameters, masked_layers
 
 log = logging.getLogger("lorapar")
 TWIN_STARTS = ("twin", "pissa", "olora")
@@ -171,7 +171,7 @@ def save_adapter(model: PeftModel, folder: Path, **facts: Any) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """`PeftModel.from_pretrained` with our layers, trainable; InputError where the folder is not whole."""
+    """`PeftModel.from_pretrained` with our layers, trainable; InputError where the folder is not whole or not of it."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: not an adapter folder (adapter_model.safetensors is missing)")
     facts = read_json(folder / "lorapar.json")
@@ -186,6 +186,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         peft_model = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=True)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"{folder}: does not fit the model or is corrupt ({error})") from error
+    # PEFT warns where names differ, and goes on with an adapter that does nothing.
+    check_fits(lora_parameters(peft_model), saved_shapes(folder), str(folder))
     for layer in masked_layers(peft_model).values():
         layer.trainable_rank = facts["rank"]
     return peft_model

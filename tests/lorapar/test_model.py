@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
+from lorapar.adapter.attach import attach, load_adapter, save_adapter
 from lorapar.data.tokens import prompt_ids
 from lorapar.errors import InputError
 from lorapar.model import locate as models
@@ -26,7 +28,7 @@ from lorapar.model.generate import answer_greedily
 from lorapar.model.load import best_dtype, load_model, load_tokenizer
 from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
-from tests.architectures import COMMON, HYBRID
+from tests.architectures import COMMON, HYBRID, make
 from tests.tiny import tiny_model
 
 
@@ -316,3 +318,11 @@ def test_a_multimodal_checkpoint_stays_whole_where_a_text_model_could_be_taken_o
     Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
     model = load_model(ModelConfig(str(tmp_path), dtype="float32", device="cpu"))
     assert type(model) is Qwen3_5ForConditionalGeneration
+
+
+def test_an_adapter_of_another_class_of_the_same_model_is_refused(tmp_path):
+    """PEFT warns that every tensor is missing, and goes on with an adapter of zeros."""
+    settings = LoraConfig(r=2, target_modules=["q_proj"])
+    save_adapter(attach(make("gemma3"), settings, start="twin"), tmp_path)
+    with pytest.raises(InputError, match="does not fit the model: it lacks .*q_proj.lora_A"):
+        load_adapter(make("gemma3_multimodal"), tmp_path)

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--dry-run", action="store_true", help=what)
             what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
             one.add_argument("--review", action="store_true", help=what)
-    text = "say what memory each stage needs, without loading the model: exit status 1 where it does not fit"
+    text = "say what memory each stage needs, without loading the model: exit status 1 unless it is known to fit"
     sub = verbs.add_parser(
         "plan",
         help=text,

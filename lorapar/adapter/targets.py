@@ -58,9 +58,11 @@ def resolve(model: nn.Module, config: LoraConfig) -> Targets:
     asked = _asked(parts, config)
     kept = _without_excluded(parts, asked, config)
     chosen = _in_layers(parts, kept, config)
+    if not asked:
+        raise InputError(f"lora.target_modules: {type(model).__name__} has no layer to adapt{parts.why_nothing()}")
     if not chosen:
-        raise InputError(f"lora.target_modules: got {_shown(config.target_modules)}, which leaves nothing to adapt in "
-                         f"{type(model).__name__}{parts.why_nothing()}")  # fmt: skip
+        given = f"lora.exclude_modules: got {config.exclude_modules}"
+        raise InputError(f"{given}, which leaves none of the {len(asked)} target modules")
     modules = {name: cast(nn.Linear, parts.modules[name]) for name in chosen}
     return Targets(modules, _exactly(parts, chosen, config), _line(parts, asked, kept, chosen, config))
 
@@ -74,7 +76,8 @@ class _Parts:
     def __init__(self, model: nn.Module):
         self.model = model
         self.modules = dict(_modules(model))
-        self.linear = [name for name, module in self.modules.items() if _takes_adapter(module)]
+        self.linear = dict.fromkeys(name for name, module in self.modules.items() if _takes_adapter(module))
+        self.obstacles: dict[str, str | None] = {}
         self.outputs, self.outside = set(_outputs(model)), list(_outside(model))
         self.heads = self.outputs | set(_classifiers(model))
 
@@ -103,10 +106,17 @@ class _Parts:
         )
         return within and name not in self.linear and bool(_matrices(self.modules[name]))
 
+    def obstacle(self, name: str) -> str | None:
+        """Why PEFT gives a module of this name no adapter, asked once a name."""
+        last = leaf(name)
+        if last not in self.obstacles:
+            self.obstacles[last] = _obstacle(self.model, last)
+        return self.obstacles[last]
+
     def every_linear(self) -> list[str]:
         """Every linear layer of the language model but its head, its routers and what PEFT itself refuses."""
         return [name for name in self.linear if not (self.is_head(name) or self.tower(name) or self.is_router(name)
-                                                     or _obstacle(self.model, leaf(name)))]  # fmt: skip
+                                                     or self.obstacle(name))]  # fmt: skip
 
     def has_the_six(self) -> bool:
         """Whether every layer of the language model has the paper's six, and none hides them in fused experts."""
@@ -253,7 +263,7 @@ def _asked(parts: _Parts, config: LoraConfig) -> list[str]:
             raise InputError(f"lora.target_modules: {name} is the output head, which takes no adapter; leave it out")
         if not _takes_adapter(parts.modules[name]):
             raise InputError(f"lora.target_modules: {name} is a {kind}; {TAKES}")
-        if why := _obstacle(parts.model, leaf(name)):
+        if why := parts.obstacle(name):
             raise InputError(f"lora.target_modules: {leaf(name)}: {why}; leave it out")
     return names
 
@@ -373,10 +383,13 @@ def _exactly(parts: _Parts, chosen: list[str], config: LoraConfig) -> LoraConfig
 
 
 def _selected(parts: _Parts, config: LoraConfig) -> list[str]:
-    """What PEFT would adapt. In some architectures of experts it first puts the names of transformers 5 in a pattern's
-    place, and then takes them in every layer."""
+    """What PEFT would adapt. In some architectures of experts it puts the ends of names in a pattern's place first, and
+    so takes them in every layer; or refuses."""
     trial, whole = copy.deepcopy(config), _whole_heads(config)
-    convert_peft_config_for_transformers(trial, parts.model, None)
+    try:
+        convert_peft_config_for_transformers(trial, parts.model, None)
+    except ValueError:
+        return []
     return [
         name
         for name in parts.modules
@@ -384,24 +397,20 @@ def _selected(parts: _Parts, config: LoraConfig) -> list[str]:
     ]
 
 
-def _shown(given: Any) -> str:
-    if given is None:
-        return "nothing"
-    return repr(given if isinstance(given, str) else sorted(given))
-
-
 # What is said of it
 
 
 def _line(parts: _Parts, asked: list[str], kept: list[str], chosen: list[str], config: LoraConfig) -> str:
     """Layers adapted, their share of the matrix weights (no embedding, no head), what was left out and why."""
-    adapted, missing, total, at_work = set(chosen), {}, 0, 0
+    adapted, before, within = set(chosen), set(asked), set(kept)
+    missing: dict[str, Counter[str]] = {}
+    total = at_work = 0
     for name, weight in _matrix_weights(parts):
         total += weight
         if name in adapted:
             at_work += weight
             continue
-        reason, what = _reason(parts, name, asked, kept, config)
+        reason, what = _reason(parts, name, before, within, config)
         missing.setdefault(reason, Counter())[what] += weight
 
     def share(weight: int) -> str:
@@ -430,12 +439,13 @@ def _matrix_weights(parts: _Parts) -> Iterator[tuple[str, int]]:
             parameter = module.get_parameter(own)
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                # A 4-bit weight is packed.
-                whole = isinstance(module, nn.Linear) and own == "weight"
-                yield name, module.in_features * module.out_features if whole else parameter.numel()
+                if isinstance(module, nn.Linear) and own == "weight":
+                    yield name, module.in_features * module.out_features  # a 4-bit weight is packed
+                else:
+                    yield name, parameter.numel()
 
 
-def _reason(parts: _Parts, name: str, asked: list[str], kept: list[str], config: LoraConfig) -> tuple[str, str]:
+def _reason(parts: _Parts, name: str, asked: set[str], kept: set[str], config: LoraConfig) -> tuple[str, str]:
     """(why a module has no adapter and what to do, what to call it)."""
     module, last = parts.modules.get(name, parts.model), leaf(name)
     if name in asked and name not in kept:
@@ -450,6 +460,6 @@ def _reason(parts: _Parts, name: str, asked: list[str], kept: list[str], config:
         return " (they choose experts)", "routers"
     if not _takes_adapter(module):
         return f" ({type(module).__name__}, not a linear layer)", last or "the model's own"
-    if why := _obstacle(parts.model, last):
+    if why := parts.obstacle(name):
         return f" ({why})", last
     return " (can be added to lora.target_modules)", last

@@ -117,9 +117,10 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class StandIn(nn.Module):
-    def __init__(self, out_features: int):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.out_features = out_features
+        # Some models ask a layer for its weight's dtype or device.
+        self.out_features, self.weight, self.bias = linear.out_features, linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Any:
         return FrozenProduct.apply(x, self.out_features)
@@ -165,8 +166,10 @@ class Simulation:
             self.model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
             self.model.requires_grad_(False)
             for name, module in list(self.model.named_modules()):
-                if isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings():
-                    self.model.set_submodule(name, StandIn(module.out_features))
+                # One with a forward of its own may return something else (Llama 4's router: scores and logits).
+                plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+                if plain and module is not self.model.get_output_embeddings():
+                    self.model.set_submodule(name, StandIn(module))
             self.model.train()
             self.model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
         self.weights = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
@@ -225,9 +228,11 @@ class Simulation:
         away = offloaded(self.weights) if step.offloading else contextlib.nullcontext()
         with _quiet(), self.mode, torch.device(self.device):
             ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
+            # Rows of a batch are padded, so there is a mask.
+            mask = torch.ones_like(ids)
             with LiveBytes(self.weights) as counted, away:
                 # The last hidden state, or logits where the model is all one module.
-                hidden = self.decoder(input_ids=ids, use_cache=False)[0]
+                hidden = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
                 hidden.backward(torch.empty_like(hidden))
         return counted.peak
 

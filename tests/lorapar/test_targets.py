@@ -118,7 +118,7 @@ def test_a_tower_is_adapted_where_it_is_named():
         ("llama", dict(exclude_modules=["q_porj"]), "exclude_modules: got 'q_porj', .*nearest: q_proj"),
         ("llama", dict(exclude_modules=["q_proj", "o_proj"]), "exclude_modules: got 'o_proj', which excludes none"),
         ("llama", dict(exclude_modules=r".*\.9\..*"), "lora.exclude_modules: got .*which excludes none"),
-        ("llama", dict(exclude_modules=TARGETS), "leaves nothing to adapt in LlamaForCausalLM"),
+        ("llama", dict(exclude_modules=TARGETS), "lora.exclude_modules: got .*, which leaves none of the 12 target"),
         ("llama", dict(layers_to_transform=[1, 2]), "lora.layers_to_transform: got 2, .*in layers 0 to 1"),
         ("llama", dict(layers_to_transform=-1), "lora.layers_to_transform: got -1"),
         ("llama", dict(layers_to_transform=0, layers_pattern="layer"), "pattern: got 'layer', .*nearest: layers"),
@@ -143,7 +143,7 @@ def test_gpt2_is_refused_in_one_line():
     settings = tf.GPT2Config(vocab_size=258, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
     model = tf.GPT2LMHeadModel(settings)
     with pytest.raises(
-        InputError, match="nothing to adapt in GPT2LMHeadModel, whose weights are in Conv1D modules; only"
+        InputError, match="GPT2LMHeadModel has no layer to adapt, whose weights are in Conv1D modules; only"
     ):
         lorapar.attach(model, config())
     with pytest.raises(InputError, match="c_attn is a Conv1D; only nn.Linear"):
@@ -167,6 +167,68 @@ def test_exclusions_are_peft_s_and_are_counted(keys):
     assert adapted(ours) == adapted(theirs) == set(found.modules)
     assert f"{len(found.modules)} layers adapted" in found.line
     assert ("lora.exclude_modules" if "exclude_modules" in keys else "lora.layers_to_transform") in found.line
+
+
+def vision(**keys: Any) -> dict[str, Any]:
+    return dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, image_size=28, patch_size=14) | keys
+
+
+TEXT: dict[str, Any] = dict(vocab_size=258, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=64, num_key_value_heads=2)  # fmt: skip
+
+
+def llava():
+    text, tower = tf.LlamaConfig(**TEXT), tf.CLIPVisionConfig(**vision(num_attention_heads=2))
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=tower, image_token_index=9))
+
+
+def audio():
+    tower = dict(model_type="qwen2_audio_encoder", d_model=64, encoder_layers=1, encoder_attention_heads=2,
+                 encoder_ffn_dim=64, num_mel_bins=8, max_source_positions=16)  # fmt: skip
+    return tf.Qwen2AudioForConditionalGeneration(
+        tf.Qwen2AudioConfig(text_config=dict(model_type="qwen2", **TEXT), audio_config=tower, audio_token_index=9)
+    )
+
+
+def whisper():
+    return tf.WhisperForConditionalGeneration(tf.WhisperConfig(
+        vocab_size=258, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        decoder_start_token_id=1, num_mel_bins=8, max_source_positions=16,
+    ))  # fmt: skip
+
+
+def mamba():
+    return tf.MambaForCausalLM(tf.MambaConfig(vocab_size=258, hidden_size=64, num_hidden_layers=2, state_size=8))
+
+
+def deepseek():
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**TEXT | dict(num_key_value_heads=4), n_routed_experts=4,
+        moe_intermediate_size=64, first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=8,
+        v_head_dim=16, qk_nope_head_dim=8, n_group=1, topk_group=1, num_experts_per_tok=2))  # fmt: skip
+
+
+def llama4():
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**TEXT, head_dim=16, num_local_experts=4, intermediate_size_mlp=64))
+
+
+@pytest.mark.parametrize(
+    ("build", "expected", "said"),
+    [
+        (llava, SIX, "model.vision_tower, model.multi_modal_projector "),
+        (audio, SIX, "model.audio_tower, model.multi_modal_projector "),
+        # Speech is what this one reads: its encoder is no tower beside a language model.
+        (whisper, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, "16 layers adapted"),
+        (mamba, {"in_proj", "x_proj", "dt_proj"}, "(PEFT allows no adapter on it in this architecture"),
+        (deepseek, {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "PEFT takes the name"),
+        (llama4, SIX | {"o_proj"}, "experts 66.4% (fused"),
+    ],
+)  # fmt: skip
+def test_other_people_s_architectures(build, expected, said):
+    found = resolve(build(), config())
+    assert {leaf(name) for name in found.modules} == expected
+    assert said in found.line
+    assert adapted(lorapar.attach(build(), config(target_modules="all-linear"))) >= set(found.modules)
 
 
 def test_a_second_adapter_goes_where_the_first_is():

@@ -205,6 +205,16 @@ def check_memory(stage: str, recipe: Recipe, lengths: Lengths) -> None:
         log.warning("%s: not known to fit in memory, as the model does not run without data (%s)", stage, unknown)
 
 
+def check_targets(recipe: Recipe) -> None:
+    """Refuse target modules that the model does not have; a model that cannot be made without weights is let pass."""
+    try:
+        describe(recipe)
+    except InputError:
+        raise
+    except Exception as error:  # the model's own code, which may be anybody's
+        log.debug("target modules are checked when the adapter is attached (%s)", _in_a_line(error))
+
+
 def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
     """The message when a stage's memory ran out: the cheapest changes that lower its need by a fifth.
 

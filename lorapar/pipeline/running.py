@@ -29,11 +29,11 @@ from ..files import (
 )
 from ..labeling import stage as labeling
 from ..logs import RUN_LOCK, calm_libraries, logging_to
-from ..memory.advice import NEEDS_MODEL, check_memory, out_of_memory
+from ..memory.advice import NEEDS_MODEL, check_memory, check_targets, out_of_memory
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
-from ..stage import Run, Stage, is_main_process, wait_for_everyone
+from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
 
@@ -91,6 +91,9 @@ def check_settings(run: Run, only: str | None = None) -> None:
     for stage in stages_of(run.recipe):
         if not (stage.trains and only in ("label", "report")):
             stage.check(run)
+    if only is None and not (run.folder / LABELS).is_file():
+        # Before teachers are paid for rows that the run could not use.
+        check_targets(run.recipe)
 
 
 def _run_stage(stage: Stage, run: Run) -> None:

@@ -134,6 +134,12 @@ def test_target_modules_that_match_nothing_of_use(finished: Path, changed_recipe
     assert records(finished) == finished_stages
 
 
+def test_target_modules_are_checked_before_anything_is_labelled(changed_recipe: Change, tmp_path: Path):
+    recipe, folder = changed_recipe(lora={"target_modules": ["q_proj", "v_porj"]}), tmp_path / "run"
+    refused("run", recipe, "--output_dir", folder, says=("lora.target_modules: got 'v_porj'", "nearest: v_proj"))
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import lorapar
 from lorapar.adapter.layers import lora_parameters
 from lorapar.exporting.export import ExportDiffers
+from tests.architectures import save
 from tests.lorapar.test_adapter import STARTS, config, logits
 from tests.tiny import tiny_tokenizer
 
@@ -75,3 +76,31 @@ def test_in_half_precision_a_lone_large_difference_is_rounding_and_a_lost_adapte
     # Nothing but rounding of half precision is that large.
     with pytest.raises(ExportDiffers, match=r"more than the 0\.001"):
         export._check("adapter", ours, theirs, torch.float32, without)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("gpt_oss", ""), ("gpt_oss", "adapter"), ("gpt_oss", "merged"), ("qwen3", "")]
+)
+def test_rounding_that_moves_the_choice_of_experts_is_told_from_a_lost_adapter(tmp_path, monkeypatch, name, lost):
+    """As if rounding had moved the logits out of every tolerance: with experts the tensors decide."""
+    exporting = importlib.import_module("lorapar.exporting.export")
+    monkeypatch.setitem(exporting.TOLERANCE, torch.bfloat16, -1.0)
+    monkeypatch.setattr(exporting, "SHARE", -1.0)
+    save(name, tmp_path / "base")
+    model = trained(tmp_path / "base", "twin", torch.bfloat16, target_modules=["q_proj", "v_proj"])
+    if lost == "merged":
+        monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    if lost == "adapter":
+        load = PeftModel.from_pretrained
+
+        def forgetful(base, folder):
+            plain = load(base, folder)
+            next(p for n, p in plain.named_parameters() if ".lora_B." in n).data[0, 0] += 1e-3
+            return plain
+
+        monkeypatch.setattr(PeftModel, "from_pretrained", forgetful)
+    if name == "gpt_oss" and not lost:
+        lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)
+    else:
+        with pytest.raises(ExportDiffers, match="its logits differ"):
+            lorapar.export(model, tiny_tokenizer(), tmp_path, merged=True)

@@ -398,3 +398,15 @@ def test_a_variant_s_output_keeps_the_base_s_dtype():
     theirs, ours = (model(X.bfloat16()) for model in pair)
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, theirs)
+
+
+def test_transforms_of_torch_func_go_through_the_layer_as_through_peft_s():
+    found = []
+    for model in both(nn.Linear):
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(parameters, x, model=model):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        found.append(torch.vmap(torch.func.grad(loss), (None, 0))(trained, X))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

@@ -78,7 +78,7 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         asked, whole = _ids(text, tokenizer), _ids(text + answer, tokenizer)
     if whole[: len(asked)] != asked:
         # Tokens merge across the boundary.
-        whole = asked + _ids(answer, tokenizer)
+        whole = asked + _ids_behind(answer, tokenizer)
     if empty or len(whole) == len(asked):
         raise InputError(f"row {row.get('id', '(no id)')}: the completion has no tokens to learn from")
     return whole, len(asked)
@@ -329,6 +329,18 @@ def turn_end_token(tokenizer: Any) -> int | None:
 
 def _ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids_behind(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text that follows another: SentencePiece begins a text with a space of its own."""
+    first = _ids(NEWLINE, tokenizer) if _begins_with_space(tokenizer) else []
+    ids = _ids(NEWLINE + text, tokenizer) if first else []
+    return ids[len(first) :] if first and ids[: len(first)] == first else _ids(text, tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _begins_with_space(tokenizer: Any) -> bool:
+    return tokenizer.decode(_ids("a", tokenizer) * 2) == "a a"
 
 
 def _asked_plainly(row: dict[str, Any], tokenizer: Any) -> list[int]:

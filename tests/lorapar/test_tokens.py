@@ -10,7 +10,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lorapar
 import lorapar.evaluating.evaluate
@@ -209,6 +210,19 @@ def test_a_plain_prompt_does_not_end_with_a_token_that_the_tokenizer_adds():
     assert tokenizer("a")["input_ids"][-1] == 1
     ids, n_prompt = encode({"prompt": "ab", "completion": "c"}, tokenizer)
     assert (len(ids), n_prompt, ids.count(1)) == (4, 2, 1)
+
+
+def test_an_answer_has_no_space_that_sentencepiece_begins_a_text_with():
+    """A prompt that ends with a space: its last token merges with the answer's first, so they are tokenized apart."""
+    letters = {letter: i for i, letter in enumerate(["<unk>", "<eos>", "<0x0A>", "▁", *"abcdQ:\n", "▁a", "▁ab", "ab"])}
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab")]
+    built = Tokenizer(models.BPE(vocab=letters, merges=merges, unk_token="<unk>"))
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<eos>")
+    ids, n_prompt = encode({"prompt": "Q: ", "completion": "ab"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids[:n_prompt]) == ["▁", "Q", ":", "▁"]
+    assert tokenizer.convert_ids_to_tokens(ids[n_prompt:]) == ["ab", "<eos>"]
 
 
 # Through the stages

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -39,9 +40,31 @@ OURS = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_g
 
 def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The prompt's token ids as generation sees them: a chat ends with the template's generation prompt."""
+    row = parted(row)
     if isinstance(row["prompt"], str):
         return _asked_plainly(row, tokenizer)
     return _ids(render(row["prompt"], row, tokenizer, add_generation_prompt=True), tokenizer)
+
+
+def parted(row: dict[str, Any], needed: tuple[str, ...] = ("prompt",)) -> dict[str, Any]:
+    """A row whose `messages` are a prompt and the last that an assistant says, with these as columns; InputError for a
+    row without the columns `needed`."""
+    if "messages" in row and "prompt" not in row:
+        turns = row["messages"]
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        return {**row, "prompt": turns[:last], "completion": turns[last : last + 1]}
+    check_columns(row, needed)
+    return row
+
+
+def check_columns(row: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    """InputError for a row without one of the columns `needed`."""
+    missing = [column for column in needed if column not in row]
+    if missing:
+        raise InputError(
+            f"row {row.get('id', '(no id)')}: no {missing[0]}; a row holds prompt and completion, messages, or "
+            "input_ids and labels"
+        )
 
 
 def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], int]:
@@ -55,6 +78,7 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
     at the prompt's end that merge with the completion's beginning, or the part of a generation prompt that the template
     does not write in front of a finished answer.
     """
+    row = parted(row, ("prompt", "completion"))
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) != isinstance(completion, str) or completion in (None, []):
         raise InputError(
@@ -72,6 +96,9 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         answer = completion if completion.endswith(eos) else completion + eos
         whole = _plain_ids(prompt + answer, tokenizer)
     else:
+        if not prompt or completion[0].get("role") != "assistant":
+            raise InputError(f"row {row.get('id', '(no id)')}: expected a prompt of at least one message, then an "
+                             "assistant's")  # fmt: skip
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
         text = render(prompt, row, tokenizer, add_generation_prompt=True)
         answer = _chat_answer(row, text, tokenizer)

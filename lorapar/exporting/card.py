@@ -59,7 +59,7 @@ def write_card(folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list
         shown,
         fence,
         "",
-        f"An answer ends with {ends}.",
+        f"An answer ends with {ends}." if stops else "No token ends an answer.",
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))

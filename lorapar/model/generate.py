@@ -40,7 +40,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 def set_stop_tokens(model: Any, tokenizer: Any) -> None:
     """Put `stop_tokens` and the tokenizer's padding token into the model's generation settings, where it has any."""
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer) or None
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

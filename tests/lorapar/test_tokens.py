@@ -183,6 +183,7 @@ def test_what_a_template_leaves_out_of_an_answer_is_said(template, completion, s
         ({"chat_template_kwargs": {"tokenize": True}}, "column 'chat_template_kwargs': 'tokenize' is no variable"),
         ({"chat_template_kwargs": {"continue_final_message": True}}, "'continue_final_message' is no variable"),
         ({"completion": "A1"}, "must both be text, or both be lists of messages; got list and 'A1'"),
+        ({"completion": None}, "must both be text, or both be lists of messages; got list and None"),
         ({"completion": []}, r"must both be text, or both be lists of messages; got list and \[\]"),
     ],
 )
@@ -423,6 +424,29 @@ def test_the_trainers_keys_for_one_stage_alone_are_refused(changed_recipe, stage
     arguments = model, chat_tokenizer(), Dataset.from_list([{"prompt": "a", "completion": "b"}]), None, made
     with pytest.raises(InputError, match=f"{stage}.{key}"):
         lorapar.sft(*arguments) if stage == "sft" else lorapar.grpo(*arguments, [letters])
+
+
+def test_messages_are_a_prompt_and_the_last_answer(tmp_path):
+    """In scoring, SFT and evaluation alike, and as in a source's rows."""
+    tokenizer = chat_tokenizer()
+    model = lorapar.attach(tiny_model(vocabulary=len(tokenizer)), config(), start="twin")
+    rows = [{"messages": [user("Q"), *ANSWER, user("Thanks")], "answer": "1"}]
+    expected = encode({"prompt": [user("Q")], "completion": ANSWER}, tokenizer)
+    assert encode(rows[0], tokenizer) == expected
+    assert [e.ids for e in lorapar.scoring.batches.read_examples(rows, tokenizer, None)] == [expected[0]]
+    assert prompt_ids(rows[0], tokenizer) == expected[0][: expected[1]]
+    trainer, _ = lorapar.sft(
+        model, tokenizer, Dataset.from_list(rows), random_partition(model, 0.4), sft_config(tmp_path, max_steps=1)
+    )
+    assert trainer.train_dataset["input_ids"][:] == [expected[0]]
+    for row, says in (
+        ({"messages": [user("Q")]}, "row 7: expected a prompt of at least one message, then an assistant's"),
+        ({"messages": ANSWER}, "row 7: expected a prompt of at least one message, then an assistant's"),
+        ({"prompt": [user("Q")], "completion": [user("A")]}, "row 7: expected a prompt of at least one message"),
+        ({"prompt": [user("Q")]}, "row 7: no completion; a row holds"),
+    ):
+        with pytest.raises(InputError, match=says):
+            encode({"id": "7", **row}, tokenizer)
 
 
 # Where an answer ends

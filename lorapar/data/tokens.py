@@ -329,7 +329,7 @@ def _probe(tokenizer: Any, content: Any, *following: dict[str, Any], tools: list
 
 
 @functools.lru_cache(maxsize=8)
-def _turn_end(tokenizer: Any, template: str) -> str:
+def _turn_end(tokenizer: Any, template: str, eos: str | None) -> str:
     blocks = _takes_blocks(tokenizer, template)
     content = [{"type": "text", "text": WORDS}] if blocks else WORDS
     for following in ((), ({"role": "user", "content": content},)):
@@ -342,7 +342,8 @@ def _turn_end(tokenizer: Any, template: str) -> str:
 
 def turn_end(tokenizer: Any) -> str:
     """What the chat template writes after an assistant's words; "" without a template, or where that is nothing."""
-    return _turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else ""
+    given = tokenizer.chat_template
+    return _turn_end(tokenizer, str(given), tokenizer.eos_token) if given else ""
 
 
 def turn_end_token(tokenizer: Any) -> int | None:

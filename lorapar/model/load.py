@@ -112,6 +112,11 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
                              "set model.chat_template")  # fmt: skip
         check_variables(tokenizer.chat_template, config.chat_template_kwargs)
         tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
+    for key in ("eos_token", "pad_token"):
+        token = getattr(tokenizer, f"{key}_id")
+        # Only an added token can lie beyond the embedding.
+        if token is not None and token >= tokenizer.vocab_size:
+            check_below(load_config(config).get_text_config().vocab_size, [token], tokenizer, f"model.{key}")
     if config.chat_template is not None:
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
         try:

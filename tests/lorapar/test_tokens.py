@@ -360,6 +360,8 @@ def test_template_and_tokens_of_the_section_model_hold_everywhere(tmp_path):
     [
         ({"eos_token": "<|imend|>"}, "model.eos_token: got '<|imend|>', which is no token of .* nearest: <|im_end|>"),
         ({"pad_token": "nothing"}, "model.pad_token: got 'nothing'"),
+        ({"pad_token": "<new>"}, "model.pad_token: the token '<new>' .263. is none of the model's 263"),
+        ({"eos_token": "<new>"}, "model.eos_token: the token '<new>' .263. is none of the model's 263"),
         ({"chat_template": "mine.txt"}, "model.chat_template: got 'mine.txt', expected a .jinja file"),
         ({"chat_template": "gone.jinja"}, "gone.jinja: no such file"),
         ({"chat_template": "{{ broken"}, "model.chat_template: does not write a question and its answer"),
@@ -490,6 +492,13 @@ def test_the_end_of_a_turn_is_found_in_the_template(template, token):
 def test_the_end_of_a_turn_is_found_behind_words_and_a_system_turn(template):
     tokenizer = chat_tokenizer(template)
     assert tokenizer.convert_ids_to_tokens(turn_end_token(tokenizer)) == "<|im_end|>"
+
+
+def test_the_end_of_a_turn_follows_a_changed_eos_token():
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}")
+    assert turn_end(tokenizer) == "<|endoftext|>"
+    tokenizer.eos_token = "<|im_end|>"
+    assert turn_end(tokenizer) == "<|im_end|>"
 
 
 def test_text_is_no_stop_token():

@@ -117,29 +117,21 @@ def _chat_answer(row: dict[str, Any], asked: str, tokenizer: Any) -> str:
     whole = render(prompt + completion, row, tokenizer)
     thoughts = [_thought(turn) for turn in completion]
     thought = thoughts[0]
-    tag = next((f"<{each[0]}>" for each in thoughts if each and each[0]), "")
-    history = render(prompt, row, tokenizer) if tag or not whole.startswith(asked) else ""
-    held = sum(bool(each and each[0]) for each in thoughts)
-    if tag and whole[len(history) :].count(tag) > held:
-        # The template reads a thought under a key of its own, and writes an empty one ahead of one in the content.
-        apart = [{**turn, "reasoning_content": each[1].strip("\n"), "content": each[2]} if each and each[0] else turn
-                 for turn, each in zip(completion, thoughts)]  # fmt: skip
-        once = render(prompt + apart, row, tokenizer)
-        fewer = held <= once[len(history) :].count(tag) < whole[len(history) :].count(tag)
-        whole = once if fewer else whole
+    tag = f"<{thought[0]}>" if thought and thought[0] else ""
     if whole.startswith(asked):
         answer = whole[len(asked) :]
         if tag and asked.rstrip().endswith(tag) and answer.lstrip().startswith(tag):
             # The generation prompt has opened the thought already.
             answer = answer.lstrip().removeprefix(tag).lstrip("\n")
-    elif asked.startswith(history) and whole.startswith(history):
+    else:
+        history = render(prompt, row, tokenizer)
+        if not (asked.startswith(history) and whole.startswith(history)):
+            raise InputError(
+                f"row {name}: the chat template writes the prompt differently once a completion follows it, so the "
+                "model would be trained on another prompt than it is asked; use another model.chat_template"
+            )
         alone = thought if len(completion) == 1 else None
         answer = _behind(asked[len(history) :], whole[len(history) :], alone, name, tokenizer)
-    else:
-        raise InputError(
-            f"row {name}: the chat template writes the prompt differently once a completion follows it, so the model "
-            "would be trained on another prompt than it is asked; use another model.chat_template"
-        )
     _check_written(completion, thoughts, answer, name)
     token = turn_end_token(tokenizer)
     ends = [tokenizer.eos_token] if token is None else [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(token)]
@@ -172,7 +164,7 @@ def _check_written(completion: list[dict], thoughts: list[tuple[str, str, str] |
         words = thought[2] if thought else turn.get("content")
         if thought and thought[1].strip() not in answer:
             _warn_of_loss("thought", "thoughts")
-        if turn["role"] == "assistant" and isinstance(words, str) and words.strip() not in answer:
+        if turn.get("role") == "assistant" and isinstance(words, str) and words.strip() not in answer:
             _warn_of_loss("words beside a tool call" if turn.get("tool_calls") else "words", "words")
 
 
@@ -240,6 +232,7 @@ def _warn_of_tools(what: str) -> None:
 def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: Any) -> str:
     """Messages as the chat template writes them, given the row's `tools` and `chat_template_kwargs`."""
     tools, kwargs = _tools(row), row_kwargs(row)
+    turns = [_apart(turn, tokenizer) if turn.get("role") == "assistant" else turn for turn in turns]
     if _takes_blocks(tokenizer, str(tokenizer.chat_template)):
         turns = [_in_blocks(turn) for turn in turns]
     if tools and not _writes_tools(tokenizer, str(tokenizer.chat_template)):
@@ -290,6 +283,21 @@ def _of_column(row: dict[str, Any], column: str) -> Any:
 
 def _no_such(row: dict[str, Any], column: str, given: Any, expected: str) -> InputError:
     return InputError(f"row {row.get('id', '(no id)')}: column {column!r}: got {given!r:.60}, expected {expected}")
+
+
+def _apart(turn: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A message with its thought under a key of its own, where the template writes an empty one ahead of one in the
+    content."""
+    thought = _thought(turn)
+    if thought is None or not thought[0] or not _doubles(tokenizer, str(tokenizer.chat_template), thought[0]):
+        return turn
+    return {**turn, "reasoning_content": thought[1].strip("\n"), "content": thought[2]}
+
+
+@functools.lru_cache(maxsize=8)
+def _doubles(tokenizer: Any, template: str, tag: str) -> bool:
+    # Once for the user, who may write what he likes.
+    return _probe(tokenizer, f"<{tag}>\n{WORDS}\n</{tag}>\n\n{WORDS}").count(f"<{tag}>") > 2
 
 
 def _in_blocks(turn: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,9 @@ def test_thoughts_of_several_turns_are_written_once():
     assert answer.startswith("R0\n</think>\n\n<tool_call>")
     assert answer.endswith("assistant\n<think>\nR1\n</think>\n\nA1<|im_end|>\n")
     assert answer.count("<think>") == 1
+    # In the prompt too.
+    asked = prompt_ids({"prompt": [user("Q0"), *THOUGHT, user("Q1")]}, tokenizer)
+    assert "assistant\n<think>\nR1\n</think>\n\nA1<|im_end|>" in tokenizer.decode(asked)
 
 
 @pytest.mark.parametrize(

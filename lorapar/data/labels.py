@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from ..errors import InputError
 from ..files import read_jsonl
-from .rows import to_dataset, without_arrows_nulls
+from .rows import TOLD, to_dataset, without_arrows_nulls
+from .sources import without_nulls
 
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
@@ -25,10 +26,12 @@ def load_labels(path: Path) -> Dataset:
         if row["system"] not in (1, 2) or row["split"] not in ("train", "held_out"):
             given = row["system"], row["split"]
             raise InputError(f"{path}: line {number}: system and split are {given}, allowed: 1 or 2, train or held_out")
-        for column in ("prompt", "completion"):
-            if isinstance(row[column], list):
-                # Older files hold every message's keys in each, as nulls.
-                row[column] = [{key: value for key, value in turn.items() if value is not None} for turn in row[column]]
+    # Older files hold every message's keys in each, as nulls, and so the keys of every call's arguments and every tool.
+    turns = (
+        turn for row in rows for name in ("prompt", "completion") if isinstance(row[name], list) for turn in row[name]
+    )
+    if any(value is None for turn in turns for value in turn.values()):
+        rows = [{**row, **without_nulls({name: row[name] for name in TOLD if name in row})} for row in rows]
     return to_dataset(rows)
 
 

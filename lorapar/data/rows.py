@@ -288,8 +288,10 @@ def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
             return plain
         forms = {"objects": Json(), "lists": List(Json())}
         features = {name: forms[kept[name]] if kept[name] else plain.features[name] for name in columns}
-        return Dataset.from_dict(columns, features=Features(features))
-    except (TypeError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        texts = {name: [_json_text(value, kept[name]) for value in values] if kept[name] else values
+                 for name, values in columns.items()}  # fmt: skip
+        return Dataset.from_dict(texts, features=Features(features))
+    except (TypeError, ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
         for name in columns:
             given = [row for row in rows if row.get(name) is not None]
             other = next((row for row in given if type(row[name]) is not type(given[0][name])), None)
@@ -302,12 +304,20 @@ def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
 
 
 def _as_json(values: list[Any]) -> str:
-    """How a column is kept as JSON text: "lists" of such, or "objects"; "" where Arrow's own types serve."""
+    """How a column is kept as JSON text: "lists" of such, or "objects", which some rows may give as another type; ""
+    where Arrow's own types serve."""
     kinds = {type(value) for value in values if value is not None}
-    if kinds == {dict}:
-        return "objects"
-    inner = {type(item) for value in values or () if isinstance(value, list) for item in value if item is not None}
-    return "lists" if kinds == {list} and (inner & {dict, list} or len(inner) > 1) else ""
+    if kinds == {list}:
+        inner = {type(item) for value in values for item in value or () if item is not None}
+        return "lists" if inner & {dict, list} or len(inner) > 1 else ""
+    return "objects" if kinds & {dict, list} else ""
+
+
+def _json_text(value: Any, kept: str) -> Any:
+    """A value, or each of a list, as JSON: of a text that is JSON itself, `datasets` would make what that says."""
+    if value is None or kept == "objects":
+        return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return [_json_text(item, "objects") for item in value]
 
 
 # What a chat template is given of a row.

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -28,14 +29,42 @@ WORDS = "lorapar probe"
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 CLOSE_TAG = re.compile(r"</(\w+)>\s*$")
 THOUGHT = re.compile(r"<(\w+)>(.*?)</\1>\s*(.*)", re.DOTALL)
+# The keys that a message's thought may have, apart from its content.
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 NEWLINE = "\n"
+# What a chat template is given by us: no variables for a row or a recipe to set.
+OURS = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt",
+        "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "padding", "truncation", "max_length")  # fmt: skip
 
 
 def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The prompt's token ids as generation sees them: a chat ends with the template's generation prompt."""
+    row = parted(row)
     if isinstance(row["prompt"], str):
-        return _plain_ids(row["prompt"], tokenizer)
+        return _asked_plainly(row, tokenizer)
     return _ids(render(row["prompt"], row, tokenizer, add_generation_prompt=True), tokenizer)
+
+
+def parted(row: dict[str, Any], needed: tuple[str, ...] = ("prompt",)) -> dict[str, Any]:
+    """A row whose `messages` are a prompt and the last that an assistant says, with these as columns; InputError for a
+    row without the columns `needed`."""
+    if "messages" in row and "prompt" not in row:
+        turns = row["messages"]
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        return {**row, "prompt": turns[:last], "completion": turns[last : last + 1]}
+    check_columns(row, needed)
+    return row
+
+
+def check_columns(row: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    """InputError for a row without one of the columns `needed`."""
+    missing = [column for column in needed if column not in row]
+    if missing:
+        raise InputError(
+            f"row {row.get('id', '(no id)')}: no {missing[0]}; a row holds prompt and completion, messages, or "
+            "input_ids and labels"
+        )
 
 
 def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], int]:
@@ -49,9 +78,15 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
     at the prompt's end that merge with the completion's beginning, or the part of a generation prompt that the template
     does not write in front of a finished answer.
     """
+    row = parted(row, ("prompt", "completion"))
     prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) != isinstance(completion, str) or completion in (None, []):
+        raise InputError(
+            f"row {row.get('id', '(no id)')}: prompt and completion must both be text, or both be lists of messages; "
+            f"got {type(prompt).__name__} and {completion!r:.40}"
+        )
     if isinstance(prompt, str):
-        asked = _plain_ids(prompt, tokenizer)
+        asked = _asked_plainly(row, tokenizer)
         eos = tokenizer.eos_token
         if eos is None:
             raise InputError(
@@ -61,13 +96,16 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         answer = completion if completion.endswith(eos) else completion + eos
         whole = _plain_ids(prompt + answer, tokenizer)
     else:
+        if not prompt or completion[0].get("role") != "assistant":
+            raise InputError(f"row {row.get('id', '(no id)')}: expected a prompt of at least one message, then an "
+                             "assistant's")  # fmt: skip
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
         text = render(prompt, row, tokenizer, add_generation_prompt=True)
         answer = _chat_answer(row, text, tokenizer)
         asked, whole = _ids(text, tokenizer), _ids(text + answer, tokenizer)
     if whole[: len(asked)] != asked:
         # Tokens merge across the boundary.
-        whole = asked + _ids(answer, tokenizer)
+        whole = asked + _ids_behind(answer, tokenizer)
     if empty or len(whole) == len(asked):
         raise InputError(f"row {row.get('id', '(no id)')}: the completion has no tokens to learn from")
     return whole, len(asked)
@@ -77,52 +115,84 @@ def _chat_answer(row: dict[str, Any], asked: str, tokenizer: Any) -> str:
     """What follows the prompt `asked`: a completion as the chat template writes it, up to the end of its turn."""
     prompt, completion, name = row["prompt"], row["completion"], row.get("id", "(no id)")
     whole = render(prompt + completion, row, tokenizer)
-    thought = THOUGHT.match(str(completion[0].get("content") or "").lstrip()) if len(completion) == 1 else None
-    tag = f"<{thought[1]}>" if thought else ""
-    history = render(prompt, row, tokenizer) if thought or not whole.startswith(asked) else ""
-    if thought and whole[len(history) :].count(tag) > 1:
-        # The template reads a thought under a key of its own, and writes an empty one ahead of one in the content.
-        apart = {**completion[0], "reasoning_content": thought[2].strip("\n"), "content": thought[3]}
-        once = render([*prompt, apart], row, tokenizer)
-        whole = once if once[len(history) :].count(tag) == 1 else whole
+    thoughts = [_thought(turn) for turn in completion]
+    thought = thoughts[0]
+    tag = f"<{thought[0]}>" if thought and thought[0] else ""
     if whole.startswith(asked):
         answer = whole[len(asked) :]
-        if thought and asked.rstrip().endswith(tag) and answer.lstrip().startswith(tag):
+        if tag and asked.rstrip().endswith(tag) and answer.lstrip().startswith(tag):
             # The generation prompt has opened the thought already.
             answer = answer.lstrip().removeprefix(tag).lstrip("\n")
-    elif asked.startswith(history) and whole.startswith(history):
-        answer = _behind(asked[len(history) :], whole[len(history) :], thought, name, tokenizer)
     else:
-        raise InputError(
-            f"row {name}: the chat template writes the prompt differently once a completion follows it, so the model "
-            "would be trained on another prompt than it is asked; use another model.chat_template"
-        )
-    for call in completion[0].get("tool_calls") or ():
-        called = call.get("function", call).get("name")
-        if called is not None and called not in answer.removesuffix(turn_end(tokenizer)):
-            raise InputError(f"row {name}: the chat template does not write its call of {called!r}; "
-                             "use another model.chat_template")  # fmt: skip
-    if turn_end_token(tokenizer) is None and not answer.rstrip().endswith(tokenizer.eos_token or "\0"):
+        history = render(prompt, row, tokenizer)
+        if not (asked.startswith(history) and whole.startswith(history)):
+            raise InputError(
+                f"row {name}: the chat template writes the prompt differently once a completion follows it, so the "
+                "model would be trained on another prompt than it is asked; use another model.chat_template"
+            )
+        alone = thought if len(completion) == 1 else None
+        answer = _behind(asked[len(history) :], whole[len(history) :], alone, name, tokenizer)
+    _check_written(completion, thoughts, answer, name)
+    token = turn_end_token(tokenizer)
+    ends = [tokenizer.eos_token] if token is None else [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(token)]
+    if not completion[-1].get("tool_calls") and not any(end in answer for end in ends if end):
         _warn_of_end()
     return answer
+
+
+def _thought(turn: dict[str, Any]) -> tuple[str, str, str] | None:
+    """(tag, thought, the rest) of a message: in its content, or under a key of its own, with "" for a tag."""
+    content = str(turn.get("content") or "")
+    found = THOUGHT.match(content.lstrip())
+    if found:
+        return found[1], found[2], found[3]
+    apart = next((turn[key] for key in THOUGHT_KEYS if turn.get(key)), None)
+    return ("", str(apart), content) if apart else None
+
+
+def _check_written(completion: list[dict], thoughts: list[tuple[str, str, str] | None], answer: str, name: Any) -> None:
+    """Refuse an answer without a call that the row holds; warn of one without a thought or words that it holds."""
+    said = [str(turn["content"]) for turn in completion if isinstance(turn.get("content"), str)]
+    for turn, thought in zip(completion, thoughts):
+        for call in turn.get("tool_calls") or ():
+            called = call.get("function", call).get("name")
+            # A call may be named in words too.
+            in_words = sum(words.count(called) for words in said if words.strip() in answer) if called else 0
+            if called is not None and answer.count(called) <= in_words:
+                raise InputError(f"row {name}: the chat template does not write its call of {called!r}; "
+                                 "use another model.chat_template")  # fmt: skip
+        words = thought[2] if thought else turn.get("content")
+        if thought and thought[1].strip() not in answer:
+            _warn_of_loss("thought", "thoughts")
+        if turn.get("role") == "assistant" and isinstance(words, str) and words.strip() not in answer:
+            _warn_of_loss("words beside a tool call" if turn.get("tool_calls") else "words", "words")
+
+
+@functools.cache
+def _warn_of_loss(what: str, these: str) -> None:
+    log.warning(
+        "the chat template does not write an answer's %s as the rows have it: these %s are not trained on; use another "
+        "model.chat_template to train on them", what, these,
+    )  # fmt: skip
 
 
 @functools.cache
 def _warn_of_end() -> None:
     log.warning(
-        "the chat template ends an assistant's turn with no token of its own, so no row teaches the model to stop"
+        "the chat template writes no token behind a last answer that ends it, so no row teaches the model to stop"
     )
 
 
-def _behind(header: str, turn: str, thought: re.Match[str] | None, name: Any, tokenizer: Any) -> str:
+def _behind(header: str, turn: str, thought: tuple[str, str, str] | None, name: Any, tokenizer: Any) -> str:
     """The end of `turn` behind a generation prompt `header` that the template does not write in front of an answer.
 
     thought: what the answer begins with, where it is one.
     """
     opened = OPEN_TAG.search(header)
-    if thought and opened and opened[1] == thought[1]:
+    if thought and opened and (thought[0] == opened[1] or (not thought[0] and thought[1].strip() not in turn)):
         # The template leaves the thought out of a finished answer.
-        return f"{thought[2].lstrip(NEWLINE)}</{thought[1]}>\n\n{thought[3]}{turn_end(tokenizer)}"
+        inner = thought[1].lstrip(NEWLINE) if thought[0] else thought[1].strip() + NEWLINE
+        return f"{inner}</{opened[1]}>\n\n{thought[2]}{turn_end(tokenizer)}"
     shared = _shared_lines(header, turn)
     missing, rest = header.removeprefix(shared), turn.removeprefix(shared)
     closed = CLOSE_TAG.search(missing)
@@ -155,27 +225,79 @@ def _warn_of_header(missing: str) -> None:
 
 
 @functools.cache
-def _warn_of_tools() -> None:
-    log.warning("rows have `tools`, which the chat template does not write: the model is not told of them")
+def _warn_of_tools(what: str) -> None:
+    log.warning("rows have `tools`, which %s does not write: the model is not told of them", what)
 
 
 def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: Any) -> str:
     """Messages as the chat template writes them, given the row's `tools` and `chat_template_kwargs`."""
-    tools, kwargs = as_value(row.get("tools")), as_value(row.get("chat_template_kwargs"))
+    tools, kwargs = _tools(row), row_kwargs(row)
+    turns = [_apart(turn, tokenizer) if turn.get("role") == "assistant" else turn for turn in turns]
     if _takes_blocks(tokenizer, str(tokenizer.chat_template)):
         turns = [_in_blocks(turn) for turn in turns]
     if tools and not _writes_tools(tokenizer, str(tokenizer.chat_template)):
-        _warn_of_tools()
+        _warn_of_tools("the chat template")
     try:
         # Of an empty list some templates write a heading without tools.
-        return tokenizer.apply_chat_template(turns, tokenize=False, tools=tools or None, **options, **(kwargs or {}))
-    except (TemplateError, TypeError) as error:
+        return tokenizer.apply_chat_template(turns, tokenize=False, tools=tools or None, **options, **kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
         raise InputError(f"row {row.get('id', '(no id)')}: the chat template refuses its messages: {error}") from error
 
 
-def as_value(column: Any) -> Any:
-    """A column that may hold JSON text."""
-    return json.loads(column) if isinstance(column, str) and column else column
+def row_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's `chat_template_kwargs`: an object, or JSON text of one; {} where it has none."""
+    kwargs = _of_column(row, "chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise _no_such(row, "chat_template_kwargs", kwargs, "an object of the chat template's variables")
+    for name in kwargs or {}:
+        if name in OURS:
+            raise InputError(
+                f"row {row.get('id', '(no id)')}: column 'chat_template_kwargs': {name!r} is no variable of a chat "
+                "template; remove it"
+            )
+    return kwargs or {}
+
+
+def _tools(row: dict[str, Any]) -> list[Any]:
+    """The row's `tools`: a list of objects, each of which or all of it may be JSON text; [] where it has none."""
+    tools = _of_column(row, "tools")
+    if tools is not None and not isinstance(tools, list):
+        raise _no_such(row, "tools", tools, "a list of tools, each an object with a name and parameters")
+    made = [_of_column({**row, "tools": tool}, "tools") if isinstance(tool, str) else tool for tool in tools or ()]
+    for tool in made:
+        if not isinstance(tool, dict) and not callable(tool):
+            raise _no_such(row, "tools", tool, "a list of tools, each an object with a name and parameters")
+    return made
+
+
+def _of_column(row: dict[str, Any], column: str) -> Any:
+    """What a column holds, as JSON text or as it is; None for an empty cell (a columnar file's may be NaN)."""
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            return json.loads(value) if value.strip() else None
+        except json.JSONDecodeError:
+            raise _no_such(row, column, value, "JSON text, or its value") from None
+    return None if isinstance(value, float) and value != value else value
+
+
+def _no_such(row: dict[str, Any], column: str, given: Any, expected: str) -> InputError:
+    return InputError(f"row {row.get('id', '(no id)')}: column {column!r}: got {given!r:.60}, expected {expected}")
+
+
+def _apart(turn: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A message with its thought under a key of its own, where the template writes an empty one ahead of one in the
+    content."""
+    thought = _thought(turn)
+    if thought is None or not thought[0] or not _doubles(tokenizer, str(tokenizer.chat_template), thought[0]):
+        return turn
+    return {**turn, "reasoning_content": thought[1].strip("\n"), "content": thought[2]}
+
+
+@functools.lru_cache(maxsize=8)
+def _doubles(tokenizer: Any, template: str, tag: str) -> bool:
+    # Once for the user, who may write what he likes.
+    return _probe(tokenizer, f"<{tag}>\n{WORDS}\n</{tag}>\n\n{WORDS}").count(f"<{tag}>") > 2
 
 
 def _in_blocks(turn: dict[str, Any]) -> dict[str, Any]:
@@ -203,15 +325,19 @@ def _writes_tools(tokenizer: Any, template: str) -> bool:
 
 def _probe(tokenizer: Any, content: Any, *following: dict[str, Any], tools: list[dict] | None = None) -> str:
     """A question, an answer of `content` and what follows as the template writes them; "" where it refuses them."""
-    try:
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}, *following]
-        return tokenizer.apply_chat_template(turns, tokenize=False, tools=tools)
-    except (TemplateError, TypeError, ValueError):
-        return ""
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}, *following]
+    system = {"role": "system", "content": "S" if isinstance(content, str) else [{"type": "text", "text": "S"}]}
+    # Some ask for a system turn.
+    for asked in (turns, [system, *turns]):
+        try:
+            return tokenizer.apply_chat_template(asked, tokenize=False, tools=tools)
+        except (TemplateError, TypeError, ValueError):
+            continue
+    return ""
 
 
 @functools.lru_cache(maxsize=8)
-def _turn_end(tokenizer: Any, template: str) -> str:
+def _turn_end(tokenizer: Any, template: str, eos: str | None) -> str:
     blocks = _takes_blocks(tokenizer, template)
     content = [{"type": "text", "text": WORDS}] if blocks else WORDS
     for following in ((), ({"role": "user", "content": content},)):
@@ -224,18 +350,39 @@ def _turn_end(tokenizer: Any, template: str) -> str:
 
 def turn_end(tokenizer: Any) -> str:
     """What the chat template writes after an assistant's words; "" without a template, or where that is nothing."""
-    return _turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else ""
+    given = tokenizer.chat_template
+    return _turn_end(tokenizer, str(given), tokenizer.eos_token) if given else ""
 
 
 def turn_end_token(tokenizer: Any) -> int | None:
-    """The token that the chat template ends an assistant's turn with; None where that is no token of its own."""
-    end = turn_end(tokenizer).lstrip()
+    """The first token of its own that the chat template writes behind an assistant's words; None where it has none."""
+    end = turn_end(tokenizer)
     added = {**tokenizer.get_added_vocab(), **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
-    return next((added[token] for token in sorted(added, key=len, reverse=True) if end.startswith(token)), None)
+    # Some tokenizers have runs of spaces or line ends as added tokens.
+    found = [(end.index(token), -len(token), added[token]) for token in added if token.strip() and token in end]
+    return min(found)[2] if found else None
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids_behind(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text that follows another: SentencePiece begins a text with a space of its own."""
+    first = _ids(NEWLINE, tokenizer) if _begins_with_space(tokenizer) else []
+    ids = _ids(NEWLINE + text, tokenizer) if first else []
+    return ids[len(first) :] if first and ids[: len(first)] == first else _ids(text, tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _begins_with_space(tokenizer: Any) -> bool:
+    return tokenizer.decode(_ids("a", tokenizer) * 2) == "a a"
+
+
+def _asked_plainly(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    if row.get("tools") is not None and _tools(row):
+        _warn_of_tools("a plain prompt")
+    return _plain_ids(row["prompt"], tokenizer)
 
 
 def _plain_ids(text: str, tokenizer: Any) -> list[int]:

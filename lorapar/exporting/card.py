@@ -70,7 +70,7 @@ def write_card(
         shown,
         fence,
         "",
-        f"An answer ends with {ends}.",
+        f"An answer ends with {ends}." if stops else "No token ends an answer.",
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))

@@ -112,7 +112,7 @@ def export(
         with atomic_folder(folder / "merged") as temporary:
             # In fp32, so that the sum is rounded once, to the dtype that is written.
             whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
-            whole.generation_config.eos_token_id = stops
+            whole.generation_config.eos_token_id = stops or None
             whole.save_pretrained(str(temporary), safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
@@ -143,7 +143,7 @@ def _merge_original(
         stored = {at: _stored_name(original, at) for at, _ in original.named_parameters()}
         size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"], stored)
         settings = temporary / "generation_config.json"
-        write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "eos_token_id": stops})
+        write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "eos_token_id": stops or None})
         tokenizer.save_pretrained(temporary)
         kind = _auto_class(name, source).__name__
         write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)

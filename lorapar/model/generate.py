@@ -40,7 +40,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 def set_stop_tokens(model: Any, tokenizer: Any) -> None:
     """Put `stop_tokens` and the tokenizer's padding token into the model's generation settings, where it has any."""
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer) or None
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -61,6 +61,7 @@ def answer_greedily(
     `stopped`, asked after every token, ends it with what is there by then. The model's mode is left as it was.
     """
     stops = stop_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     answers = [""] * len(ids)
     training = model.training
@@ -70,15 +71,17 @@ def answer_greedily(
             if stopped():
                 break
             batch = order[start : start + batch_size]
-            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
-            width = padded["input_ids"].shape[1]
+            width = max(len(ids[i]) for i in batch)
+            padded = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
             produced = model.generate(
-                **padded.to(model.device),
+                input_ids=padded,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=[lambda seen, *_, **__: torch.full((len(seen),), stopped(), device=seen.device)],
                 do_sample=False,
                 eos_token_id=stops or None,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
                 # A model's own sampling settings mean nothing to a greedy answer, and would warn.
                 temperature=None,
                 top_p=None,

@@ -8,13 +8,16 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..data.tokens import check_below, encode
+from ..data.tokens import OURS, check_below, encode
 from ..errors import InputError, suggestion
 from ..files import read_text
 from .generate import make_greedy
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
     from ..recipe.sections import ModelConfig
 
+# What transformers gives a chat template whatever it is told, so that no default holds.
+GIVEN = ("documents", "raise_exception", "strftime_now", "bos_token", "eos_token", "unk_token", "sep_token",
+         "pad_token", "cls_token", "mask_token", "additional_special_tokens")  # fmt: skip
+# A block of transformers' own around what is generated.
+GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,7 +110,13 @@ def load_tokenizer(config: "ModelConfig") -> "PreTrainedTokenizerBase":
         if tokenizer.chat_template is None:
             raise InputError(f"model.chat_template_kwargs: the tokenizer of {config.name!r} has no chat template; "
                              "set model.chat_template")  # fmt: skip
+        check_variables(tokenizer.chat_template, config.chat_template_kwargs)
         tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
+    for key in ("eos_token", "pad_token"):
+        token = getattr(tokenizer, f"{key}_id")
+        # Only an added token can lie beyond the embedding.
+        if token is not None and token >= tokenizer.vocab_size:
+            check_below(load_config(config).get_text_config().vocab_size, [token], tokenizer, f"model.{key}")
     if config.chat_template is not None:
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
         try:
@@ -129,15 +143,30 @@ def with_defaults(template: "str | dict[str, str]", values: Mapping[str, Any]) -
     """
     if isinstance(template, dict):
         return {name: with_defaults(text, values) for name, text in template.items()}
-    for name in values:
-        if not name.isidentifier():
-            raise InputError(f"model.chat_template_kwargs: {name!r} is no name of a variable")
     # transformers' Jinja drops the newline behind a block, so the template begins a line as before.
     lines = [
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
         for name, value in values.items()
     ]
     return "".join(lines) + template
+
+
+def check_variables(template: "str | dict[str, str]", values: Mapping[str, Any]) -> None:
+    """InputError for a value that the chat template, or each of several, does not read."""
+    jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    read: set[str] = set()
+    for text in template.values() if isinstance(template, dict) else [template]:
+        try:
+            read |= meta.find_undeclared_variables(jinja.parse(GENERATION.sub("", text)))
+        except TemplateSyntaxError as error:
+            raise InputError(f"model.chat_template: is no Jinja template: {error}") from None
+    allowed = sorted(read - {*OURS, *jinja.globals, *GIVEN})
+    for name in values:
+        if name not in allowed:
+            near = suggestion(name, allowed) if allowed else "it reads none"
+            raise InputError(
+                f"model.chat_template_kwargs: {name!r} is no variable that the chat template reads; {near}"
+            )
 
 
 def _literal(value: Any) -> str:

@@ -39,9 +39,9 @@ def fingerprint(stage: Stage, run: Run) -> str:
         place = Path(recipe.model.name).expanduser()
         files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
         stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
-        template = Path(recipe.model.chat_template or "")
-        if "{" not in template.name and template.is_file():
-            inputs["chat_template"] = sha256_file(template)
+        template = recipe.model.chat_template or ""
+        if "{" not in template and Path(template).expanduser().is_file():
+            inputs["chat_template"] = sha256_file(Path(template).expanduser())
         inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return sha256_json(inputs)
 

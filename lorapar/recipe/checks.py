@@ -50,7 +50,15 @@ OF_THE_MODEL = {
     "model_init_kwargs": "the section model",
 }
 # Of grpo.generation_kwargs: which token ends a completion.
-STOPPING = ("eos_token_id", "pad_token_id", "stop_token_ids", "stop_strings", "stop")
+STOPPING = (
+    "eos_token_id",
+    "forced_eos_token_id",
+    "ignore_eos",
+    "pad_token_id",
+    "stop_token_ids",
+    "stop_strings",
+    "stop",
+)
 
 
 def check_values(recipe: Recipe) -> None:

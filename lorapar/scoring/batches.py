@@ -25,7 +25,7 @@ import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
 from ..data.rows import without_arrows_nulls
-from ..data.tokens import IGNORED, encode
+from ..data.tokens import IGNORED, check_columns, encode
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
@@ -60,13 +60,9 @@ def read_examples(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length:
 
 
 def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | None) -> Example:
-    needed = ("labels",) if "input_ids" in row else () if "messages" in row else ("prompt", "completion")
-    missing = [column for column in needed if column not in row]
-    if missing:
-        raise InputError(
-            f"row {name}: no {missing[0]}; a row holds prompt and completion, messages, or input_ids and labels"
-        )
+    row = {**row, "id": name}
     if "input_ids" in row:
+        check_columns(row, ("labels",))
         ids, labels = list(row["input_ids"]), list(row["labels"])
         if len(ids) != len(labels):
             raise InputError(f"row {name}: {len(ids)} input_ids but {len(labels)} labels")
@@ -75,9 +71,7 @@ def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | N
         if strange:
             raise InputError(f"row {name}: label {strange[0]}, expected a token or {IGNORED}")
     else:
-        if "messages" in row:
-            row = {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-        ids, n_prompt = encode({**row, "id": name}, tokenizer)
+        ids, n_prompt = encode(row, tokenizer)
         labels = [IGNORED] * n_prompt + ids[n_prompt:]
     # Position t predicts token t + 1, so the first token's label never counts.
     example = Example(name, ids, [*labels[1:], IGNORED])

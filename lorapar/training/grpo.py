@@ -20,7 +20,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
-from ..data.tokens import as_value, check_known, prompt_ids
+from ..data.tokens import check_known, prompt_ids, row_kwargs
 from ..errors import InputError, not_installed
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.quantised import given_form
@@ -97,10 +97,26 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
         kwargs: Any = self.chat_template_kwargs
-        own = as_value(row.get("chat_template_kwargs")) or {}
-        ids = prompt_ids({**row, "chat_template_kwargs": {**kwargs, **own}}, self._tokenizer)
+        ids = prompt_ids({**row, "chat_template_kwargs": {**kwargs, **row_kwargs(row)}}, self._tokenizer)
         check_known(ids, self.accelerator.unwrap_model(self.model), self._tokenizer, str(row.get("id", "(no id)")))
         return ids
+
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        texts = [self._without_end(made, ids) for made, ids in zip(completions, completion_ids_list)]
+        return super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+
+    def _without_end(self, made: Any, ids: list[int]) -> Any:
+        """A completion, text or messages, without what ended it: decoding leaves out special tokens alone."""
+        if not ids or ids[-1] not in self.eos_token_ids:
+            return made
+        end = str(self._tokenizer.decode([ids[-1]]))
+        if isinstance(made, str):
+            return made.removesuffix(end)
+        *others, last = made
+        content = last.get("content")
+        return [*others, {**last, "content": content.removesuffix(end)}] if isinstance(content, str) else made
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.

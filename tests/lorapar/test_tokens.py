@@ -10,7 +10,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lorapar
 import lorapar.evaluating.evaluate
@@ -18,6 +19,7 @@ import lorapar.scoring.score
 import lorapar.training.grpo
 import lorapar.training.sft
 from lorapar import InputError
+from lorapar.data.labels import load_labels
 from lorapar.data.rows import to_dataset
 from lorapar.data.tokens import encode, prompt_ids, turn_end, turn_end_token
 from lorapar.model.generate import stop_tokens
@@ -29,7 +31,7 @@ from lorapar.training.sft import PartitionedSFTTrainer
 from tests.lorapar.driver import recipe_values, refused, succeeds, write_recipe
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import grpo_config, letters, sft_config
-from tests.tiny import CHAT_TOKENS, CHATML, chat_tokenizer, tiny_model
+from tests.tiny import CHAT_TOKENS, CHATML, chat_tokenizer, tiny_model, tiny_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ANSWER = [{"role": "assistant", "content": "A1"}]
@@ -75,6 +77,7 @@ WRITTEN = {
     # These leave the thought out of a finished answer.
     ("deepseek_r1_distill", "thought"): ("<think>\n", "R1\n</think>\n\nA1<｜end▁of▁sentence｜>"),
     ("deepseek_r1_distill", "plain"): ("<think>\n", "</think>\n\nA1<｜end▁of▁sentence｜>"),
+    ("deepseek_r1_distill", "apart"): ("<think>\n", "R1\n</think>\n\nA1<｜end▁of▁sentence｜>"),
     ("nemotron_3_nano", "plain"): ("<think>\n", "</think>A1<|im_end|>\n"),
     ("gptoss", "plain"): ("<|start|>assistant", "<|channel|>final<|message|>A1<|return|>"),
     ("gemma3", "plain"): ("<start_of_turn>model\n", "A1<end_of_turn>\n"),
@@ -87,7 +90,8 @@ WRITTEN = {
 @pytest.mark.parametrize(("template", "row"), WRITTEN)
 def test_a_row_is_trained_on_behind_the_prompt_that_generation_sees(template, row):
     tokenizer = of_library(template)
-    turns = {"prompt": [user("Q1")], "completion": THOUGHT if row == "thought" else ANSWER}
+    completion = {"thought": THOUGHT, "apart": [{**ANSWER[0], "reasoning_content": "R1"}]}.get(row, ANSWER)
+    turns = {"prompt": [user("Q1")], "completion": completion}
     turns |= {"chat_template_kwargs": OFF} if row == "off" else {}
     ids, n_prompt = encode(turns, tokenizer)
     assert ids[:n_prompt] == prompt_ids(turns, tokenizer)
@@ -124,12 +128,82 @@ def test_what_a_template_cannot_write_is_refused():
     assert encode({**closed, "chat_template_kwargs": ON}, of_library("qwen3_5_think"))
     with pytest.raises(InputError, match="row 7: the chat template does not write its call of 'look'"):
         encode({"id": "7", "prompt": [user("Q")], "completion": [call("look", {})]}, of_library("phi3"))
+    # The words of an answer are no call.
+    worded = [{**call("look", {}), "content": "I look"}]
+    with pytest.raises(InputError, match="row 7: the chat template does not write its call of 'look'"):
+        encode({"id": "7", "prompt": [user("Q")], "completion": [*ANSWER, user("Q"), *worded]}, of_library("phi3"))
     system = {"role": "system", "content": "S"}
     with pytest.raises(InputError, match="row 7: the chat template refuses its messages: System role not supported"):
         encode({"id": "7", "prompt": [system, user("Q")], "completion": ANSWER}, of_library("gemma"))
     counted = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     with pytest.raises(InputError, match="row 7: the chat template writes the prompt differently"):
         encode({"id": "7", "prompt": [user("Q")], "completion": ANSWER}, chat_tokenizer(counted))
+
+
+def test_thoughts_of_several_turns_are_written_once():
+    tools = [tool("look", {"x": {"type": "integer"}})]
+    thinking = {**call("look", {"x": 1}), "content": "<think>\nR0\n</think>\n\n"}
+    completion = [thinking, {"role": "tool", "name": "look", "content": "7"}, *THOUGHT]
+    tokenizer = of_library("qwen3_8")
+    ids, n_prompt = encode({"prompt": [user("Q")], "completion": completion, "tools": tools}, tokenizer)
+    assert tokenizer.decode(ids[:n_prompt]).endswith("<think>\n")
+    answer = tokenizer.decode(ids[n_prompt:])
+    assert answer.startswith("R0\n</think>\n\n<tool_call>")
+    assert answer.endswith("assistant\n<think>\nR1\n</think>\n\nA1<|im_end|>\n")
+    assert answer.count("<think>") == 1
+    # In the prompt too.
+    asked = prompt_ids({"prompt": [user("Q0"), *THOUGHT, user("Q1")]}, tokenizer)
+    assert "assistant\n<think>\nR1\n</think>\n\nA1<|im_end|>" in tokenizer.decode(asked)
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "says"),
+    [
+        ("gemma3", [{**ANSWER[0], "reasoning_content": "R1"}], "an answer's thought"),
+        ("llama3_1", [{**call("look", {}), "content": "Wait."}], "words beside a tool call"),
+        # It ends no turn, though what begins the next stops generation.
+        ("glm4moe", ANSWER, "no row teaches the model to stop"),
+        ("plain", "A1", "rows have `tools`, which a plain prompt does not write"),
+    ],
+)
+def test_what_a_template_leaves_out_of_an_answer_is_said(template, completion, says, caplog):
+    tokens = lorapar.data.tokens
+    for warning in (tokens._warn_of_loss, tokens._warn_of_end, tokens._warn_of_tools):
+        warning.cache_clear()
+    plain, row = template == "plain", {"completion": completion, "tools": [tool("look", {})]}
+    tokenizer = chat_tokenizer() if plain else of_library(template)
+    encode({**row, "prompt": "Q1" if plain else [user("Q1")]}, tokenizer)
+    assert says in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"tools": "look"}, "column 'tools': got 'look', expected JSON text, or its value"),
+        ({"tools": tool("look", {})}, "column 'tools': got .*, expected a list of tools"),
+        ({"tools": [1]}, "column 'tools': got 1, expected a list of tools"),
+        ({"chat_template_kwargs": "[1]"}, r"column 'chat_template_kwargs': got \[1\], expected an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "column 'chat_template_kwargs': 'tokenize' is no variable"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "'continue_final_message' is no variable"),
+        ({"completion": "A1"}, "must both be text, or both be lists of messages; got list and 'A1'"),
+        ({"completion": None}, "must both be text, or both be lists of messages; got list and None"),
+        ({"completion": []}, r"must both be text, or both be lists of messages; got list and \[\]"),
+    ],
+)
+def test_columns_that_no_template_takes_are_refused_by_name(columns, says):
+    with pytest.raises(InputError, match=f"row 7: .*{says}"):
+        encode({"id": "7", "prompt": [user("Q")], "completion": ANSWER, **columns}, of_library("qwen3"))
+
+
+def test_tools_may_be_json_text_each_and_an_empty_cell_is_none():
+    tokenizer, tools = of_library("qwen3"), [tool("look", {"x": {"type": "integer"}})]
+    row = {"prompt": [user("Q")], "completion": ANSWER}
+    listed = encode({**row, "tools": tools}, tokenizer)
+    assert encode({**row, "tools": [json.dumps(tools[0])]}, tokenizer) == listed
+    for empty in (None, "", " ", "null", float("nan"), []):
+        assert encode({**row, "tools": empty, "chat_template_kwargs": empty or None}, tokenizer) == encode(
+            row, tokenizer
+        )
 
 
 def test_a_plain_prompt_does_not_end_with_a_token_that_the_tokenizer_adds():
@@ -140,6 +214,19 @@ def test_a_plain_prompt_does_not_end_with_a_token_that_the_tokenizer_adds():
     assert tokenizer("a")["input_ids"][-1] == 1
     ids, n_prompt = encode({"prompt": "ab", "completion": "c"}, tokenizer)
     assert (len(ids), n_prompt, ids.count(1)) == (4, 2, 1)
+
+
+def test_an_answer_has_no_space_that_sentencepiece_begins_a_text_with():
+    """A prompt that ends with a space: its last token merges with the answer's first, so they are tokenized apart."""
+    letters = {letter: i for i, letter in enumerate(["<unk>", "<eos>", "<0x0A>", "▁", *"abcdQ:\n", "▁a", "▁ab", "ab"])}
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab")]
+    built = Tokenizer(models.BPE(vocab=letters, merges=merges, unk_token="<unk>"))
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<eos>")
+    ids, n_prompt = encode({"prompt": "Q: ", "completion": "ab"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids[:n_prompt]) == ["▁", "Q", ":", "▁"]
+    assert tokenizer.convert_ids_to_tokens(ids[n_prompt:]) == ["ab", "<eos>"]
 
 
 # Through the stages
@@ -253,7 +340,8 @@ def test_template_and_tokens_of_the_section_model_hold_everywhere(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     tiny_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path)
     template = tmp_path / "mine.jinja"
-    template.write_text(CHATML.replace("assistant\n{%", "assistant\n{{ mood }}{%").replace("{% for", "\n  {% for", 1))
+    shown = "assistant\n{{ [nothing, some] | tojson }}{{ mood }}{%"
+    template.write_text(CHATML.replace("assistant\n{%", shown).replace("{% for", "\n  {% for", 1))
     values = {"mood": 'calm "quotes"', "nothing": None, "some": [1, {"a": True}]}
     given = ModelConfig(str(tmp_path), chat_template=str(template), chat_template_kwargs=values,
                         eos_token="<|im_end|>", pad_token="<|endoftext|>")  # fmt: skip
@@ -265,7 +353,7 @@ def test_template_and_tokens_of_the_section_model_hold_everywhere(tmp_path):
         plain = chat_tokenizer(template.read_text())
         expected = prompt_ids({**row, "chat_template_kwargs": values}, plain)
         assert prompt_ids(row, each) == expected
-        assert each.decode(expected).endswith('calm "quotes"')
+        assert each.decode(expected).endswith('[null, [1, {"a": true}]]calm "quotes"')
         # A row's own win.
         assert each.decode(prompt_ids({**row, "chat_template_kwargs": {"mood": "mad"}}, each)).endswith("mad")
 
@@ -275,6 +363,8 @@ def test_template_and_tokens_of_the_section_model_hold_everywhere(tmp_path):
     [
         ({"eos_token": "<|imend|>"}, "model.eos_token: got '<|imend|>', which is no token of .* nearest: <|im_end|>"),
         ({"pad_token": "nothing"}, "model.pad_token: got 'nothing'"),
+        ({"pad_token": "<new>"}, "model.pad_token: the token '<new>' .263. is none of the model's 263"),
+        ({"eos_token": "<new>"}, "model.eos_token: the token '<new>' .263. is none of the model's 263"),
         ({"chat_template": "mine.txt"}, "model.chat_template: got 'mine.txt', expected a .jinja file"),
         ({"chat_template": "gone.jinja"}, "gone.jinja: no such file"),
         ({"chat_template": "{{ broken"}, "model.chat_template: does not write a question and its answer"),
@@ -282,7 +372,14 @@ def test_template_and_tokens_of_the_section_model_hold_everywhere(tmp_path):
             {"chat_template": "<new>" + CHATML},
             "model.chat_template: the token '<new>' .263. is none of the model's 263",
         ),
-        ({"chat_template_kwargs": {"a b": 1}}, "model.chat_template_kwargs: 'a b' is no name"),
+        ({"chat_template_kwargs": {"a b": 1}}, "model.chat_template_kwargs: 'a b' is no variable .* it reads none"),
+        # Given by transformers, or set by the template: a default would never hold.
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "'add_generation_prompt' is no variable"),
+        ({"chat_template_kwargs": {"m": 1}}, "'m' is no variable"),
+        (
+            {"chat_template": "{{ enable_thinking }}" + CHATML, "chat_template_kwargs": {"enable_thinkin": 1}},
+            "'enable_thinkin' is no variable that the chat template reads; nearest: enable_thinking",
+        ),
     ],
 )
 def test_unusable_tokens_and_templates_are_refused(tmp_path, keys, says):
@@ -322,6 +419,7 @@ def test_a_row_with_a_token_that_the_model_lacks_is_refused_by_every_stage(tmp_p
         ("sft", "model_init_kwargs", {"dtype": "float16"}, "the section model"),
         ("grpo", "chat_template_kwargs", OFF, "model.chat_template_kwargs"),
         ("grpo", "generation_kwargs", {"eos_token_id": 2}, "model.eos_token"),
+        ("grpo", "generation_kwargs", {"ignore_eos": True}, "model.eos_token"),
     ],
 )
 def test_the_trainers_keys_for_one_stage_alone_are_refused(changed_recipe, stage, key, value, remedy):
@@ -331,6 +429,29 @@ def test_the_trainers_keys_for_one_stage_alone_are_refused(changed_recipe, stage
     arguments = model, chat_tokenizer(), Dataset.from_list([{"prompt": "a", "completion": "b"}]), None, made
     with pytest.raises(InputError, match=f"{stage}.{key}"):
         lorapar.sft(*arguments) if stage == "sft" else lorapar.grpo(*arguments, [letters])
+
+
+def test_messages_are_a_prompt_and_the_last_answer(tmp_path):
+    """In scoring, SFT and evaluation alike, and as in a source's rows."""
+    tokenizer = chat_tokenizer()
+    model = lorapar.attach(tiny_model(vocabulary=len(tokenizer)), config(), start="twin")
+    rows = [{"messages": [user("Q"), *ANSWER, user("Thanks")], "answer": "1"}]
+    expected = encode({"prompt": [user("Q")], "completion": ANSWER}, tokenizer)
+    assert encode(rows[0], tokenizer) == expected
+    assert [e.ids for e in lorapar.scoring.batches.read_examples(rows, tokenizer, None)] == [expected[0]]
+    assert prompt_ids(rows[0], tokenizer) == expected[0][: expected[1]]
+    trainer, _ = lorapar.sft(
+        model, tokenizer, Dataset.from_list(rows), random_partition(model, 0.4), sft_config(tmp_path, max_steps=1)
+    )
+    assert trainer.train_dataset["input_ids"][:] == [expected[0]]
+    for row, says in (
+        ({"messages": [user("Q")]}, "row 7: expected a prompt of at least one message, then an assistant's"),
+        ({"messages": ANSWER}, "row 7: expected a prompt of at least one message, then an assistant's"),
+        ({"prompt": [user("Q")], "completion": [user("A")]}, "row 7: expected a prompt of at least one message"),
+        ({"prompt": [user("Q")]}, "row 7: no completion; a row holds"),
+    ):
+        with pytest.raises(InputError, match=says):
+            encode({"id": "7", **row}, tokenizer)
 
 
 # Where an answer ends
@@ -361,6 +482,26 @@ def test_the_stop_tokens_are_those_of_tokenizer_model_and_template(eos, of_model
 def test_the_end_of_a_turn_is_found_in_the_template(template, token):
     tokenizer = of_library(template)
     assert tokenizer.convert_ids_to_tokens(turn_end_token(tokenizer)) == token
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n### End<|im_end|>{% endfor %}",
+        # It asks for a system turn.
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
+    ],
+)
+def test_the_end_of_a_turn_is_found_behind_words_and_a_system_turn(template):
+    tokenizer = chat_tokenizer(template)
+    assert tokenizer.convert_ids_to_tokens(turn_end_token(tokenizer)) == "<|im_end|>"
+
+
+def test_the_end_of_a_turn_follows_a_changed_eos_token():
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}")
+    assert turn_end(tokenizer) == "<|endoftext|>"
+    tokenizer.eos_token = "<|im_end|>"
+    assert turn_end(tokenizer) == "<|im_end|>"
 
 
 def test_text_is_no_stop_token():
@@ -408,6 +549,32 @@ def test_rollouts_and_evaluation_end_with_the_turn(tmp_path):
     assert (logged["completions/max_length"], logged["completions/clipped_ratio"]) == (1, 0)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_rewards_do_not_see_what_ends_an_answer(tmp_path, chat):
+    """Decoding leaves out special tokens alone, and the end of a turn need not be one."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(CHAT_TOKENS), special_tokens=False)
+    tokenizer.chat_template = CHATML if chat else None
+    end, seen = 259, []
+    base = saying(end)
+    base.generation_config.eos_token_id = [1, end]
+    tokenizer.pad_token = None
+    rows = [{"prompt": [user(f"{i}+1=")] if chat else f"{i}+1=", "answer": "1"} for i in range(4)]
+    rows[0]["prompt"] = [user("longer")] if chat else "longer"
+    assert {a["completion"] for a in lorapar.evaluate(base, tokenizer, rows, max_new_tokens=4)["answers"]} == {""}
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [0.0 for _ in completions]
+
+    model = lorapar.attach(base, config(), start="twin")
+    tokenizer.pad_token = "<pad>"
+    settings = grpo_config(tmp_path, max_steps=1)
+    lorapar.grpo(model, tokenizer, Dataset.from_list(rows), random_partition(model, 0.4), settings, [reward])
+    assert seen
+    assert all((made[0]["content"] if chat else made) == "" for made in seen)
+
+
 # What a table does to rows
 
 
@@ -422,6 +589,34 @@ def test_objects_stay_as_they_were_in_a_data_set():
     assert list(made) == rows
     assert made.select([2])[0] == rows[2]
     assert made.features["n"].dtype == "int64"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [["1", 2], ["null"]],
+        [{"x": 1}, "x", "1"],
+        [[{"x": 1}], '[{"x": 1}]'],
+        [[[1], ["a"]], [[]], None],
+        [{}, {"a": 0.1 + 0.2, "b": 1e-7, "ü": "\u2028"}],
+    ],
+)
+def test_text_that_is_json_itself_stays_text(values):
+    """`datasets` takes such a text in a column of JSON for what it says."""
+    rows = [{"id": str(i), "value": value, "source": "s"} for i, value in enumerate(values)]
+    assert list(to_dataset(rows)) == rows
+
+
+def test_an_older_files_nulls_are_left_out(tmp_path):
+    """Every call's arguments had the keys of all others'; a null of one's own, in a file of today, stays."""
+    facts = {"answer": "1", "split": "train", "source": "s", "system": 1, "completion": ANSWER}
+    asked = {**call("f", {"x": 1, "city": None}), "name": None}
+    old = {"id": "a", "prompt": [asked], "tools": [tool("f", {"x": None})], **facts}
+    new = {"id": "a", "prompt": [call("f", {"city": None})], "tools": [tool("f", {"x": None})], **facts}
+    path = tmp_path / "labels.jsonl"
+    for row in (old, new):
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        assert ("null" in json.dumps(load_labels(path)[0])) == (row is new)
 
 
 def test_a_parquet_files_nulls_are_left_out(tmp_path):
@@ -461,7 +656,9 @@ def test_a_folder_made_before_these_keys_still_holds(changed_recipe, tiny_folder
     taken = []
     monkeypatch.setattr(records, "sha256_json", lambda inputs: taken.append(inputs) or "x")
     template = tiny_folder.parent / "t.jinja"
-    for keys in ({}, {"chat_template": str(template)}, {"chat_template": str(template)}):
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tiny_folder.parent))
+    for keys in ({}, {"chat_template": "~/t.jinja"}, {"chat_template": "~/t.jinja"}):
         template.write_text(CHATML + " " * len(taken))
         recipe = load_recipe(changed_recipe(model={"name": str(tiny_folder), **keys}))
         records.fingerprint(stages_of(recipe)[0], Run(recipe, tiny_folder))

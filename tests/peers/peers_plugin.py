@@ -90,5 +90,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             _results[report.nodeid] = {"outcome": report.outcome, "why": why}
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        why = str(report.longrepr).strip().splitlines()[-1]
+        _results[report.nodeid] = {"outcome": "uncollected", "why": why, "ours": False}
+
+
 def pytest_sessionfinish() -> None:
     RESULTS.write_text(json.dumps(_results, indent=1), encoding="utf-8")

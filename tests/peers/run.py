@@ -77,6 +77,11 @@ def differ(theirs: Results, ours: Results) -> list[str]:
     return [test for test in passed if ours.get(test, {}).get("outcome") != "passed"]
 
 
+def uncollected(results: Results) -> dict[str, str]:
+    """{file: why} of the files whose tests could not even be read, of which nothing is known."""
+    return {test: result["why"] for test, result in results.items() if result["outcome"] == "uncollected"}
+
+
 def expected() -> dict[str, str]:
     """{test: the reason why it may differ}."""
     listed = tomllib.loads((HERE / "differences.toml").read_text(encoding="utf-8")).get("difference", [])
@@ -128,7 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  UNEXPECTED: {test}\n    {ours.get(test, {}).get('why', 'not run')}")
     for test in vanished:
         print(f"  NO LONGER DIFFERS, so it may leave differences.toml: {test}")
-    return 1 if surprising or vanished or not passed else 0
+    missing = uncollected(theirs) | uncollected(ours)
+    for file, why in missing.items():
+        print(f"  NOT READ, install what it needs (pip install -e '.[peers]'): {file}\n    {why}")
+    return 1 if surprising or vanished or missing or not passed else 0
 
 
 if __name__ == "__main__":

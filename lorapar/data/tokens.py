@@ -237,11 +237,15 @@ def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: An
         turns = [_in_blocks(turn) for turn in turns]
     if tools and not _writes_tools(tokenizer, str(tokenizer.chat_template)):
         _warn_of_tools("the chat template")
-    try:
-        # Of an empty list some templates write a heading without tools.
-        return tokenizer.apply_chat_template(turns, tokenize=False, tools=tools or None, **options, **kwargs)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"row {row.get('id', '(no id)')}: the chat template refuses its messages: {error}") from error
+    refused: Exception | None = None
+    for as_text in (False, True) if any(turn.get("tool_calls") for turn in turns) else (False,):
+        called = [_with_arguments(turn, as_text) for turn in turns]
+        try:
+            # Of an empty list some templates write a heading without tools.
+            return tokenizer.apply_chat_template(called, tokenize=False, tools=tools or None, **options, **kwargs)
+        except (TemplateError, TypeError, ValueError) as error:
+            refused = refused or error
+    raise InputError(f"row {row.get('id', '(no id)')}: the chat template refuses its messages: {refused}") from refused
 
 
 def row_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -298,6 +302,29 @@ def _apart(turn: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 def _doubles(tokenizer: Any, template: str, tag: str) -> bool:
     # Once for the user, who may write what he likes.
     return _probe(tokenizer, f"<{tag}>\n{WORDS}\n</{tag}>\n\n{WORDS}").count(f"<{tag}>") > 2
+
+
+def _with_arguments(turn: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as objects, or as the JSON text that a few templates want.
+
+    Data in OpenAI's form has them as text, of which most templates would write a quoted string.
+    """
+    if not turn.get("tool_calls"):
+        return turn
+    return {**turn, "tool_calls": [_with_arguments_of(call, as_text) for call in turn["tool_calls"]]}
+
+
+def _with_arguments_of(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments_of(call["function"], as_text)}
+    given = call.get("arguments")
+    if as_text:
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else call
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        return call
+    return {**call, "arguments": value} if isinstance(value, dict) else call
 
 
 def _in_blocks(turn: dict[str, Any]) -> dict[str, Any]:

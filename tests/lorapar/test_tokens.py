@@ -120,6 +120,23 @@ def test_tools_and_several_turns_keep_the_prompt(name):
         assert prompt_ids({**row, "tools": json.dumps(tools)}, tokenizer) == ids[:n_prompt]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "gptoss", "glm4moe", "gemma4"])
+def test_arguments_may_be_json_text(name):
+    """OpenAI's form; most templates wrote a quoted string of it, or refused it."""
+    tokenizer, given = of_library(name), {"city": "Oslo", "deep": {"k": [1, 2]}}
+    rows = [{"prompt": [user("Q")], "completion": [call("look", form)], "tools": [tool("look", {})]}
+            for form in (given, json.dumps(given))]  # fmt: skip
+    assert encode(rows[0], tokenizer) == encode(rows[1], tokenizer)
+    assert "Oslo" in tokenizer.decode(encode(rows[1], tokenizer)[0])
+
+
+def test_a_template_that_wants_text_gets_text():
+    rows = [{"prompt": [user("Q")], "completion": [call("look", form)]} for form in ({"x": 1}, '{"x": 1}')]
+    for row in rows:
+        ids, n_prompt = encode(row, of_library("deepseekv3"))
+        assert '{"x": 1}' in of_library("deepseekv3").decode(ids[n_prompt:])
+
+
 def test_what_a_template_cannot_write_is_refused():
     """By name and in one line: a thought that the prompt has closed, a dropped call, a role."""
     closed = {"id": "7", "prompt": [user("Q")], "completion": THOUGHT, "chat_template_kwargs": OFF}

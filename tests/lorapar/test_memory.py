@@ -181,9 +181,9 @@ class AskingInner(LoopedModel):
 
     config_class = AskingConfig
 
-    def forward(self, input_ids, **unused):
+    def forward(self, input_ids, *rest, **unused):
         assert int(input_ids.max()) < self.config.vocab_size
-        return super().forward(input_ids, **unused)
+        return super().forward(input_ids, *rest, **unused)
 
 
 class AskingModel(LoopedForCausalLM, transformers.GenerationMixin):

@@ -23,8 +23,10 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 FAULTS = ("crash", "hang", "raise")
 
 
@@ -96,8 +98,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def append(path: str, line: dict[str, Any]) -> None:
-    """One line, whole and on disk when this returns; lines of several processes never mix (O_APPEND, one write)."""
+    """One line, whole and on disk when this returns; lines of several processes never mix (O_APPEND, one write).
+
+    Errors name files of the checkout by their place in it: where it lies on a machine is nobody's business.
+    """
     text = json.dumps({key: _finite(value) for key, value in line.items()}) + "\n"
+    text = text.replace(f"{ROOT}{os.sep}", "")
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(file, text.encode())

@@ -226,6 +226,11 @@ def test_a_value_that_is_not_finite_is_json_all_the_same(tmp_path):
     assert json.loads((tmp_path / "lines").read_text()) == {"value": None, "p20": None}
 
 
+def test_a_line_does_not_say_where_the_checkout_lies(tmp_path):
+    record.append(str(tmp_path / "lines"), {"why": f"g++ {ROOT}/csrc/cuda/bitmask.cu failed"})
+    assert json.loads((tmp_path / "lines").read_text()) == {"why": "g++ csrc/cuda/bitmask.cu failed"}
+
+
 def test_collect_keeps_results_by_gpu_and_fills_the_readme(tmp_path):
     out, results, readme = tmp_path / "out", tmp_path / "results", tmp_path / "README.md"
     out.mkdir()

@@ -141,7 +141,9 @@ def zero_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     On the CPU the native library draws and applies the mask in one pass. x: a floating dtype of 2, 4 or 8 bytes, on the
     seed's device.
     """
-    if x.device.type == "cpu" and _backend("zero_dropped", x.device) == "native":
+    # Several gradients at once (is_grads_batched) have no memory of their own.
+    batched = torch._C._functorch.is_legacy_batchedtensor(x)
+    if x.device.type == "cpu" and not batched and _backend("zero_dropped", x.device) == "native":
         x = x.contiguous()
         zeroed = torch.empty_like(x)
         native.call("zero_dropped", x.device, x.data_ptr(), x.element_size(), x.numel(), seed.data_ptr(),

@@ -140,7 +140,7 @@ class _LoraLinearScored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, examples, sums, backend):  # type: ignore[override]
-        out = F.linear(x, weight, bias) if y is None else y.clone()
+        out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
         (s,) = shrink_reference(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
         expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)

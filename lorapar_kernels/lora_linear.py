@@ -16,8 +16,9 @@ Three passes are all that a LoRA layer adds to the frozen layer's own products: 
 triton_kernels/lora_passes.py has them as kernels. lora_product.py makes the frozen products and adds S Bᵀ to them. The
 rest is here: autograd, and the op, which serves one layer and several layers of one x.
 
-A gradient of a gradient (`create_graph`), and a call inside a transform of torch.func, is computed by `differentiable`,
-the layer in operations that torch itself differentiates: S and dS above are constants to autograd.
+A gradient of a gradient (`create_graph`), forward-mode differentiation, and a call inside a transform of torch.func are
+computed by `differentiable`, the layer in operations that torch itself differentiates: S and dS above are constants to
+autograd.
 
 Trade-offs: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a
 bf16 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import lora_product, native
 from .backend import choose, no_obstacle
@@ -234,7 +236,7 @@ def _forward(
     columns = passes.shrink(as_rows(x), list(lora_as), p, list(seeds))
     if weights:
         return lora_product.outputs(x, weights, biases, columns, lora_bs, scalings, passes.fused) + columns
-    outs = [y.clone() for y in ys]
+    outs = [y.clone(memory_format=torch.contiguous_format) for y in ys]
     for out, s, b, scaling in zip(outs, columns, lora_bs, scalings):
         expand(out.view(-1, out.shape[-1]), s, b, scaling)
     return outs + columns
@@ -315,7 +317,9 @@ class _LoraLinear(torch.autograd.Function):
             groups.append(flat[start : start + size])
             start += size
         inputs: Any = (x, *groups, scalings, p)
-        outputs = _forward(*inputs)
+        # Autograd would take a product with a bias for a view, and let no one change it in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            outputs = _forward(*inputs)
         _save(ctx, inputs, outputs)
         ctx.sizes = sizes
         return tuple(outputs[: len(scalings)])
@@ -336,7 +340,7 @@ _gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradie
 
 @_op.register_fake
 def _forward_fake(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
-    outs = [torch.empty_like(y) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    outs = [y.new_empty(y.shape) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     return outs + passes_for("lora_linear", x, lora_as).shrink_fake(as_rows(x), lora_as)
 
 
@@ -372,10 +376,10 @@ def _apply(x: Tensor, *groups: Sequence[Tensor | None], scalings: list[float], p
     """Each layer's output of checked arguments: weights, biases, ys, factors A and B, masks of each, seeds."""
     n = len(scalings)
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return differentiable(x, *groups, scalings, p)  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
             return _op(x, *map(list, groups), scalings, p)[:n]
-        if torch._C._are_functorch_transforms_active():
-            return differentiable(x, *groups, scalings, p)  # type: ignore[arg-type]
         flat = [tensor for group in groups for tensor in group]
         return list(_LoraLinear.apply(tuple(map(len, groups)), scalings, p, x, *flat))
 
@@ -406,6 +410,8 @@ def check_arguments(
             raise ValueError(f"{name} must have {expected} elements, got {got}")
     on_device(x, lora_a=lora_a, lora_b=lora_b, mask_a=mask_a, mask_b=mask_b, seed=seed if dropout_p > 0.0 else None)
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if torch.finfo(tensor.dtype).bits < torch.finfo(x.dtype).bits:
             raise TypeError(f"{name} must be at least as wide as x ({x.dtype}), got {tensor.dtype}")
     if not 0.0 <= dropout_p < 1.0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -79,7 +79,9 @@ def attach(
 
 
 def check_options(lora_config: LoraConfig) -> None:
-    """InputError for a LoRA option that our layers do not have."""
+    """InputError for a LoRA option that our layers do not have, and for an adapter that is not LoRA."""
+    if lora_config.peft_type != PeftType.LORA:
+        raise InputError(f"lora: the adapter must be a LoraConfig, got {type(lora_config).__name__}")
     defaults = LoraConfig().to_dict()
     given = {key: value for key, value in lora_config.to_dict().items() if value != defaults[key]}
     # PEFT keeps the names of modules in sets.

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ..partitioning.partition import Partition
 
 ADAPTER = "default"  # TRL looks for this name
+# Torch's own, which a library may replace for every layer.
+_FORWARD, _LINEAR = nn.Linear.forward, F.linear
 
 
 class MaskedLayer(Linear if TYPE_CHECKING else object):
@@ -70,7 +73,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         if self.scoring is not None:
             return self.scored(x, *args, **kwargs)
         y: Tensor | None = None
-        alone = not _has_any_global_hook()
+        alone = _nothing_watches_all()
         if args or kwargs or not (alone and self.can_fuse()):
             y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         for name in names:
@@ -119,7 +122,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             share = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
             return share.to(y.dtype)
         dropout = cast(nn.Module, self.lora_dropout[name])
-        if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and not _has_any_global_hook():
+        if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and _nothing_watches_all():
             p, seed = self.draw_dropout(name, x.device)
             # The elements that the op would drop.
             x = x if seed is None else torch.where(lk.dropout_mask(seed, list(x.shape), p), x / (1.0 - p), 0.0)
@@ -131,7 +134,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
     def scored(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer of a scoring pass."""
         assert self.scoring is not None
-        alone = not _has_any_global_hook()
+        alone = _nothing_watches_all()
         if not self.is_vanilla(ADAPTER):
             raise InputError(
                 "lora: hooks, a parametrization, a bias or a variant sits on lora_A or lora_B, whose importance cannot "
@@ -210,7 +213,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
 
     def unmerge(self) -> None:
         """The base as it was before `merge`, without computing anything."""
-        if self._unmerged is None:
+        if self._unmerged is None or not self.merged:
             super().unmerge()
             return
         self.merged_adapters.clear()
@@ -250,7 +253,9 @@ class MaskedLinear(MaskedLayer, Linear):
 
     def mergeable(self) -> nn.Module:
         root = self.get_base_layer()
-        own_forward = type(root).forward is not nn.Linear.forward
+        # accelerate's forward on the instance computes what the class's does.
+        patched = "forward" in root.__dict__ and not hasattr(root, "_hf_hook")
+        own_forward = patched or type(root).forward is not nn.Linear.forward
         # A parametrization, a weight norm and pruning make the weight anew in each call.
         weight = root._parameters.get("weight")
         if own_forward or type(weight) is not nn.Parameter:
@@ -293,6 +298,11 @@ def is_plain(module: Any) -> bool:
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
     """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
     return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
+
+
+def _nothing_watches_all() -> bool:
+    """Whether no hook is on all modules, and nn.Linear computes what torch has it compute."""
+    return not _has_any_global_hook() and nn.Linear.forward is _FORWARD and F.linear is _LINEAR
 
 
 def _is_plain_dropout(module: Any) -> bool:
@@ -345,6 +355,11 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
                 raise InputError(
                     f"lora.target_modules: {name} has a LoRA layer of PEFT's own; attach the adapter with "
                     "lorapar.attach, or load it with lorapar's layers"
+                )
+            if not isinstance(module, LoraLayer):
+                other = type(module).__module__.split(".")[-2]
+                raise InputError(
+                    f"lora.target_modules: {name} has an adapter of another kind, {other}; a partition is of LoRA alone"
                 )
             raise InputError(
                 f"lora.target_modules: {name} is a {kind}; only nn.Linear and bitsandbytes' 4-bit and 8-bit layers "

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -37,6 +37,11 @@ class Codes(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
+class Transposed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
 class Mlp(nn.Module):
     def __init__(self, make):
         super().__init__()
@@ -59,6 +64,7 @@ def pruned(*shape):
 
 BASES = {
     "subclass": Tripled,
+    "transposed": Transposed,
     "quantised": quantised,
     "parametrized": lambda *shape: parametrizations.weight_norm(nn.Linear(*shape)),
     "weight_norm": lambda *shape: warned(nn.utils.weight_norm, nn.Linear(*shape)),
@@ -114,7 +120,7 @@ def test_a_base_of_any_kind_gives_what_peft_s_layer_gives(kind, monkeypatch):
     assert bool(fused) == (kind == "plain")
 
 
-@pytest.mark.parametrize("kind", ["subclass", "quantised", "parametrized"])
+@pytest.mark.parametrize("kind", ["subclass", "transposed", "quantised", "parametrized"])
 def test_a_scoring_pass_goes_through_the_base_too(kind):
     model = both(BASES[kind])[1]
     x, offsets = X.clone().requires_grad_(), torch.tensor([0, 5, 10, 15])
@@ -143,6 +149,28 @@ def test_what_is_no_product_of_its_weight_is_not_merged_or_started_from():
         assert torch.equal(model(X), before)
     with pytest.raises(InputError, match="of its own"):
         lorapar.attach(Mlp(Tripled), config(init_lora_weights=True), start="pissa")
+
+
+def test_a_forward_put_on_the_instance_is_not_merged_away():
+    model = both(nn.Linear)[1]
+    base = model.base_model.model.up.base_layer
+    base.forward = lambda x: nn.Linear.forward(base, x) * 2
+    before = model(X)
+    with pytest.raises(InputError, match="a forward of its own"):
+        model.merge_adapter()
+    assert torch.equal(model(X), before)
+
+
+def test_a_merge_that_failed_leaves_nothing_to_unmerge():
+    model = both(nn.Linear)[1]
+    layer = model.base_model.model.up
+    layer.lora_A["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs"):
+        layer.merge(safe_merge=True)
+    layer.base_layer.weight.data = torch.ones(24, 16)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+    assert bool((layer.base_layer.weight == 1).all())
 
 
 def test_bitnet_s_linear_keeps_its_forward_under_a_twin_start():
@@ -220,6 +248,15 @@ def test_hooks_run_and_change_what_they_change_in_peft_s_layer(kind, part):
             handle.remove()
     assert found[0][0] == found[1][0] == 1
     assert_same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("owner", [nn.Linear, nn.functional])
+def test_a_forward_put_in_the_place_of_torch_s_own_is_called(owner, monkeypatch):
+    theirs, ours = both(nn.Linear)
+    name = "forward" if owner is nn.Linear else "linear"
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: inner(*arguments) * 2)
+    assert_same(results(theirs, X), results(ours, X))
 
 
 def test_masks_hold_beside_hooks_on_the_factors():
@@ -367,6 +404,14 @@ def test_a_layer_of_peft_s_own_is_named_as_such():
         masked_layers(model)
 
 
+def test_an_adapter_of_another_kind_is_named_as_such():
+    for other in (LoHaConfig(target_modules=["up"]), AdaLoraConfig(target_modules=["up"], total_step=9)):
+        with pytest.raises(InputError, match=rf"lora: the adapter must be a LoraConfig, got {type(other).__name__}"):
+            lorapar.attach(Mlp(nn.Linear), other)
+    with pytest.raises(InputError, match="up has an adapter of another kind, loha"):
+        masked_layers(get_peft_model(Mlp(nn.Linear), LoHaConfig(target_modules=["up"])))
+
+
 def test_a_whole_layer_compiles_as_one_graph():
     model = both(nn.Linear)[1]
     compiled = torch.compile(model.base_model.model.up, fullgraph=True, backend="aot_eager")
@@ -398,6 +443,39 @@ def test_a_variant_s_output_keeps_the_base_s_dtype():
     theirs, ours = (model(X.bfloat16()) for model in pair)
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, theirs)
+
+
+def test_a_layer_s_output_can_be_changed_in_place():
+    for model in both(nn.Linear):
+        y = model.base_model.model.up(X.clone().requires_grad_())
+        y.mul_(2).sum().backward()
+
+
+def test_forward_mode_derivatives_are_peft_s():
+    found = []
+    for model in both(nn.Linear):
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(X, X + 1))
+            found.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_several_gradients_at_once_are_those_of_each():
+    model = both(nn.Linear, lora_dropout=0.3)[1]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    y = model(X)
+    dys = torch.randn(2, *y.shape, generator=torch.Generator().manual_seed(2))
+    at_once = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        each = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        for one, several in zip(each, at_once):
+            torch.testing.assert_close(several[i], one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_torch_func_compiles():
+    model = both(nn.Linear)[1]
+    gradient = torch.func.grad(lambda x: model(x).square().sum())
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(X), gradient(X), rtol=1e-4, atol=1e-4)
 
 
 def test_transforms_of_torch_func_go_through_the_layer_as_through_peft_s():

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import native
 from .backend import choose, no_obstacle, old_gpu
@@ -142,7 +143,7 @@ def zero_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     seed's device.
     """
     # Several gradients at once (is_grads_batched) have no memory of their own.
-    batched = torch._C._functorch.is_legacy_batchedtensor(x)
+    batched = is_legacy_batchedtensor(x)
     if x.device.type == "cpu" and not batched and _backend("zero_dropped", x.device) == "native":
         x = x.contiguous()
         zeroed = torch.empty_like(x)

@@ -61,6 +61,7 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         self.scoring: lk.ScoreSums | None = None
         self.offsets: lk.Examples | Tensor | None = None
         self._unmerged: Any = None
+        self._merged_sum: str | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
@@ -209,11 +210,15 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             self._unmerged = self.set_aside(), bias if bias is None else cast(Tensor, bias).data
             if bias is not None:
                 bias.data = cast(Tensor, bias.data).clone()
+        elif self.merged_sum() != self._merged_sum:
+            self._unmerged = None
         super().merge(safe_merge, adapter_names)
+        self._merged_sum = self.merged_sum()
 
     def unmerge(self) -> None:
-        """The base as it was before `merge`, without computing anything."""
-        if self._unmerged is None or not self.merged:
+        """The base as it was before `merge`, to the last bit; by subtraction where something else changed it since."""
+        if self._unmerged is None or not self.merged or self.merged_sum() != self._merged_sum:
+            self._unmerged = None
             super().unmerge()
             return
         self.merged_adapters.clear()
@@ -226,6 +231,10 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
     def mergeable(self) -> nn.Module:
         """The base, whose output is its weight's product; InputError where it is not."""
         return self.get_base_layer()
+
+    def merged_sum(self) -> str | None:
+        """The sum of the base's weight, which another adapter around this layer changes as it merges and unmerges."""
+        return None
 
     def set_aside(self) -> Any:
         """The base's weight, after leaving a copy of it in its place."""
@@ -267,6 +276,10 @@ class MaskedLinear(MaskedLayer, Linear):
         if weight.is_meta:
             raise InputError("lora.target_modules: a target's weight is offloaded (on the meta device); load it first")
         return root
+
+    def merged_sum(self) -> str | None:
+        # As text, in which one NaN equals another.
+        return float(cast(nn.Linear, self.get_base_layer()).weight.sum(dtype=torch.float64)).hex()
 
     def can_fuse(self) -> bool:
         base = cast(nn.Module, self._modules["base_layer"])

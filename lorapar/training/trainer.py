@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -80,8 +80,8 @@ class PartitionedTrainer(Trainer):
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
         adapter = given.get("peft_config")
-        if isinstance(adapter, LoraConfig):
-            given["peft_config"] = with_our_layers(adapter)
+        if isinstance(adapter, PeftConfig):
+            given["peft_config"] = with_our_layers(cast(LoraConfig, adapter))
         # Beside a 4-bit or 8-bit base TRL casts what is trained to bf16, where small steps round away (trl#7268).
         as_given = {} if adapter is not None or isinstance(model, str) else _trained(model)
         super().__init__(**given)

@@ -233,6 +233,7 @@ def test_grouped_equals_one_by_one():
         (dict(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
         (dict(dropout_p=0.5), ValueError, "seed must be"),
         (dict(lora_a=torch.zeros(2, 4, dtype=torch.bfloat16)), TypeError, "at least as wide"),
+        (dict(lora_b=torch.zeros(3, 2, dtype=torch.complex64)), TypeError, "lora_b must be floating point"),
         (dict(x=torch.zeros(2, 4, dtype=torch.long)), TypeError, "x must be floating point"),
         (dict(bias=torch.zeros(4)), ValueError, r"bias must be \[3\], got \[4\]"),
         (dict(bias=torch.zeros(3, requires_grad=True)), ValueError, "bias must not require a gradient"),

@@ -213,6 +213,21 @@ def test_an_inner_adapter_of_a_mixed_model_is_kept():
     torch.testing.assert_close(model(X), outputs[1], rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_around_ours_is_unmerged_with_it():
+    torch.manual_seed(1)
+    ours = config(target_modules=["up"])
+    ours._register_custom_module({nn.Linear: MaskedLinear})
+    model = get_peft_model(Mlp(nn.Linear), ours, adapter_name="default", mixed=True)
+    model.add_adapter("around", LoHaConfig(target_modules=["up"], init_weights=False))
+    model.set_adapter(["around", "default"])
+    expected = model(X)
+    for _ in range(2):
+        model.base_model.merge_adapter()
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+        model.base_model.unmerge_adapter()
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+
+
 HOOKS = {
     "forward": lambda module, note: module.register_forward_hook(lambda m, i, o: note() or o * 2),
     "forward with kwargs": lambda module, note: module.register_forward_hook(

@@ -79,7 +79,7 @@ def test_without_a_partition_training_is_refused_in_one_line(kind, tiny_folder, 
     ("adapter", "message"),
     [
         (None, "the model has no LoRA layer; attach an adapter first"),
-        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "lora.target_modules"),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "got IA3Config"),
         (LoraConfig(r=4, use_dora=True), "lora.use_dora: not supported"),
         (LoraConfig(r=4, init_lora_weights="pissa"), "lora.init_lora_weights: got 'pissa', which changes the base"),
     ],

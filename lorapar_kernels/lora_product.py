@@ -120,7 +120,7 @@ def input_gradients(
 
 def _kind(direction: str, x: Tensor, weights: Sequence[Tensor], factors: Sequence[Tensor], p: float) -> tuple[Any, ...]:
     """What a choice holds for: numbers of tokens within a power of two, all else exactly."""
-    tokens = (x.numel() // x.shape[-1]).bit_length()
+    tokens = int(x.numel() // x.shape[-1]).bit_length()  # torch.jit.trace gives tensors
     layers = tuple((weight.shape, factor.shape, factor.dtype) for weight, factor in zip(weights, factors))
     return direction, x.device, x.dtype, tokens, p > 0.0, layers
 

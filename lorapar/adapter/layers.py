@@ -262,8 +262,9 @@ class MaskedLinear(MaskedLayer, Linear):
 
     def mergeable(self) -> nn.Module:
         root = self.get_base_layer()
-        # accelerate's forward on the instance computes what the class's does.
-        patched = "forward" in root.__dict__ and not hasattr(root, "_hf_hook")
+        # accelerate's forward on the instance computes what the class's does, which it leaves there in the end.
+        forward = root.__dict__.get("forward", root.forward)
+        patched = getattr(forward, "__func__", None) is not nn.Linear.forward and not hasattr(root, "_hf_hook")
         own_forward = patched or type(root).forward is not nn.Linear.forward
         # A parametrization, a weight norm and pruning make the weight anew in each call.
         weight = root._parameters.get("weight")

@@ -161,6 +161,19 @@ def test_a_forward_put_on_the_instance_is_not_merged_away():
     assert torch.equal(model(X), before)
 
 
+def test_a_layer_that_accelerate_hooked_is_merged():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = both(nn.Linear)[1]
+    base, expected = model.base_model.model.up.base_layer, model(X)
+    add_hook_to_module(base, ModelHook())
+    for _ in range(2):
+        model.merge_adapter()
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        remove_hook_from_module(base)
+
+
 def test_a_merge_that_failed_leaves_nothing_to_unmerge():
     model = both(nn.Linear)[1]
     layer = model.base_model.model.up
@@ -431,6 +444,14 @@ def test_a_whole_layer_compiles_as_one_graph():
     model = both(nn.Linear)[1]
     compiled = torch.compile(model.base_model.model.up, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model.base_model.model.up(X))
+
+
+def test_a_layer_is_traced_and_exported():
+    model = both(nn.Linear)[1].base_model.model
+    expected = model(X)
+    traced = warned(lambda: torch.jit.trace(model, (X,), check_trace=False))
+    torch.testing.assert_close(traced(X), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_takes_the_bias_along_and_gives_it_back():

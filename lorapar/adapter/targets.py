@@ -317,26 +317,27 @@ def _by_pattern(parts: _Parts, given: str) -> list[str]:
     except re.error as error:
         raise InputError(f"lora.target_modules: got {given!r}, which is no regular expression ({error})") from None
     if not found:
+        meant = _meant(parts, given, ["all-linear"])
         raise InputError(f"lora.target_modules: got {given!r}, a regular expression that no whole name matches "
-                         f"(a list takes the ends of names: [{given}]); {_meant(parts, given)}")  # fmt: skip
+                         f"(a list takes the ends of names: [{given}]); {meant}")  # fmt: skip
     text = [name for name in found if parts.tower(name) is None]
     named = [name for name in found if (tower := parts.tower(name)) and leaf(tower) in given]
     return [*text, *named] if text else found
 
 
-def _meant(parts: _Parts, given: str) -> str:
+def _meant(parts: _Parts, given: str, words: Sequence[str] = ()) -> str:
     """How a refused name's error ends: the nearest of the linear layers' names."""
     fused = [name for name in parts.modules if parts.is_expert(name)]
     held = {name for expert in fused for name in _matrices(parts.modules[expert])}
     if given in held | {*SIX[3:], "w1", "w2", "w3"} and fused:
         return "the experts hold their weights as fused parameters, which cannot be adapted yet; leave it out"
-    return _near(given, [name for name in parts.linear if not parts.is_head(name)], ["all-linear"])
+    return _near(given, [name for name in parts.linear if not parts.is_head(name)], words)
 
 
-def _near(given: str, names: Collection[str], more: Sequence[str] = ()) -> str:
+def _near(given: str, names: Collection[str], words: Sequence[str] = ()) -> str:
     """The nearest of the names, else their ends, which are few however deep the model is."""
     ends = sorted({leaf(name) for name in names})
-    near = nearest(given, names if "." in given else [*ends, *more])
+    near = nearest(given, names if "." in given else [*ends, *words])
     return f"nearest: {near[0]}" if near else f"allowed: {', '.join(ends)}"
 
 

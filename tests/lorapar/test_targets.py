@@ -119,6 +119,7 @@ def test_a_tower_is_adapted_where_it_is_named():
         ("llama", dict(target_modules=["all-linear"]), "alone, without a list: target_modules: all-linear"),
         ("llama", dict(target_modules=[r".*q_proj"]), r"alone, without a list: target_modules: .\*q_proj"),
         ("llama", dict(target_modules="all_linear"), "nearest: all-linear"),
+        ("llama", dict(target_modules=["all_linear"]), "of the model; allowed: down_proj"),
         # However deep the model, what is allowed is a few words.
         ("llama", dict(target_modules=["x.weight"]), "allowed: down_proj, gate_proj, k_proj, o_proj, q_proj, up_p"),
         ("llama", dict(exclude_modules=["q_proj", "o_proj"]), "'o_proj', which excludes none .*o_proj is none of them"),

@@ -209,7 +209,7 @@ def _outside(model: nn.Module) -> Iterator[str]:
             yield from (f"{at}{name}" for name in _beside(top, language))
         elif top.main_input_name == "input_ids":
             # The models in it that read no text, by what they say or (Phi-4's) by the name of their configuration.
-            senses = tuple(kind for key, kind in type(top.config).sub_configs.items() if SENSES.search(key))
+            senses = tuple(kind for key, kind in cast(Any, top.config).sub_configs.items() if SENSES.search(key))
             towers = [name for name, module in inner.items()
                       if module.main_input_name != "input_ids" or isinstance(module.config, senses)]  # fmt: skip
             yield from (f"{at}{name}" for name in _with_projectors(top, towers))

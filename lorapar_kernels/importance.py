@@ -34,6 +34,7 @@ from .lora_linear import (
     check_arguments,
     check_weight,
     input_gradients_reference,
+    no_view,
     shrink_reference,
     transposed_product,
 )
@@ -145,7 +146,7 @@ class _LoraLinearScored(torch.autograd.Function):
         expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)
         ctx.scaling, ctx.examples, ctx.sums, ctx.backend = scaling, examples, sums, backend
-        return out
+        return no_view(out)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]

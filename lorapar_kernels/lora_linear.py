@@ -114,6 +114,11 @@ def input_gradients_reference(
     ]
 
 
+def no_view(y: Tensor) -> Tensor:
+    """`y` as no view: autograd refuses to have a view changed in place that a Function returned (DeBERTa does so)."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def differentiable(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -322,7 +327,7 @@ class _LoraLinear(torch.autograd.Function):
             outputs = _forward(*inputs)
         _save(ctx, inputs, outputs)
         ctx.sizes = sizes
-        return tuple(outputs[: len(scalings)])
+        return tuple(map(no_view, outputs[: len(scalings)]))
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]

@@ -53,9 +53,9 @@ def attach(
     chosen = targets.resolve(model, lora_config)
     config = chosen.config
     rank = config.r
-    if start == "peft":
+    if start == "peft" or config.init_lora_weights not in (False, start):
         _check_peft_start(config)
-    else:
+    if start != "peft":
         config.init_lora_weights = True
     if start in TWIN_STARTS:
         config.r = 2 * rank

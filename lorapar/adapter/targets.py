@@ -10,7 +10,7 @@ happens to be there too.
 import copy
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from ..errors import InputError, suggestion
+from ..errors import InputError, nearest, suggestion
 
 SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # the paper's, section 4.1
 # What PEFT trains whole beside the adapter for these tasks.
@@ -35,6 +35,14 @@ HEADS_BY_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
+# Linear layers that a model of this type multiplies with by their weights, so that an adapter on one does nothing.
+READ_DIRECTLY = {
+    "falcon_mamba": ("dt_proj",),
+    "jamba": ("dt_proj",),
+    "mamba": ("dt_proj",),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+SENSES = re.compile("vision|image|video|audio|speech")
 TAKES = "only nn.Linear and bitsandbytes' 4-bit and 8-bit layers can be partitioned"
 
 
@@ -179,8 +187,10 @@ def _outputs(model: nn.Module) -> Iterator[str]:
     """The layer that makes logits of words, which may be the embedding again."""
     yield from (name for name, _ in model.named_modules() if leaf(name) in ("lm_head", "embed_out"))
     for at, top in _transformers_models(model):
-        head = top.get_output_embeddings()
-        yield from (f"{at}{name}" for name, module in top.named_modules() if module is head and name)
+        # Some wrappers (BLIP) leave the question to a model within.
+        heads = [model.get_output_embeddings() for model in top.modules() if isinstance(model, PreTrainedModel)]
+        yield from (f"{at}{name}" for name, module in top.named_modules()
+                    if name and any(module is head for head in heads))  # fmt: skip
 
 
 def _classifiers(model: nn.Module) -> Iterator[str]:
@@ -198,9 +208,11 @@ def _outside(model: nn.Module) -> Iterator[str]:
         if language:
             yield from (f"{at}{name}" for name in _beside(top, language))
         elif top.main_input_name == "input_ids":
-            # Custom code: its towers are the models in it that read no text.
-            towers = [name for name, module in inner.items() if module.main_input_name != "input_ids"]
-            yield from (f"{at}{name}" for name in towers)
+            # The models in it that read no text, by what they say or (Phi-4's) by the name of their configuration.
+            senses = tuple(kind for key, kind in cast(Any, top.config).sub_configs.items() if SENSES.search(key))
+            towers = [name for name, module in inner.items()
+                      if module.main_input_name != "input_ids" or isinstance(module.config, senses)]  # fmt: skip
+            yield from (f"{at}{name}" for name in _with_projectors(top, towers))
 
 
 def _text_config(top: PreTrainedModel) -> Any:
@@ -224,9 +236,22 @@ def _beside(module: nn.Module, language: Collection[str], at: str = "") -> Itera
             yield path
 
 
+def _with_projectors(top: PreTrainedModel, towers: Collection[str]) -> Iterator[str]:
+    """For each tower the outermost module around it that holds no embedding of text and no layers beside towers."""
+    inside = tuple(f"{tower}." for tower in towers)
+    of_text = [name for name, module in top.named_modules() if isinstance(module, nn.Embedding | nn.ModuleList)
+               and not name.startswith(inside)]  # fmt: skip
+    for tower in towers:
+        steps = tower.split(".")
+        around = (".".join(steps[: i + 1]) for i in range(len(steps)))
+        yield next(name for name in around if name == tower or not any(one.startswith(f"{name}.") for one in of_text))
+
+
 def _obstacle(model: nn.Module, name: str) -> str | None:
     """Why PEFT gives modules of this name no adapter, here or when it loads one: None where it does."""
     trial = LoraConfig(target_modules=[name])
+    if any(name in READ_DIRECTLY.get(top.config.model_type, ()) for _, top in _transformers_models(model)):
+        return "this architecture reads the weight directly, so that an adapter on it does nothing"
     try:
         _check_lora_target_modules_mamba(trial, model, name)
     except ValueError:
@@ -274,8 +299,10 @@ def _by_name(parts: _Parts, given: str) -> list[str]:
         return [name for name in parts.modules if name == given or _in_text(parts, name, given)]
     found = [name for name in parts.modules if name.endswith(f".{given}")]
     if not found:
-        raise InputError(f"lora.target_modules: got {given!r}, which matches no module of the model; "
-                         + _meant(parts, given))  # fmt: skip
+        # A list takes neither the word nor patterns.
+        meant = given.lower() == "all-linear" or re.search(r"[*|^$\\]", given)
+        hint = f"for that give it alone, without a list: target_modules: {given}" if meant else _meant(parts, given)
+        raise InputError(f"lora.target_modules: got {given!r}, which matches no module of the model; {hint}")
     return [name for name in found if parts.tower(name) is None] or found
 
 
@@ -290,21 +317,28 @@ def _by_pattern(parts: _Parts, given: str) -> list[str]:
     except re.error as error:
         raise InputError(f"lora.target_modules: got {given!r}, which is no regular expression ({error})") from None
     if not found:
+        meant = _meant(parts, given, ["all-linear"])
         raise InputError(f"lora.target_modules: got {given!r}, a regular expression that no whole name matches "
-                         f"(a list takes the ends of names: [{given}]); {_meant(parts, given)}")  # fmt: skip
+                         f"(a list takes the ends of names: [{given}]); {meant}")  # fmt: skip
     text = [name for name in found if parts.tower(name) is None]
     named = [name for name in found if (tower := parts.tower(name)) and leaf(tower) in given]
     return [*text, *named] if text else found
 
 
-def _meant(parts: _Parts, given: str) -> str:
+def _meant(parts: _Parts, given: str, words: Sequence[str] = ()) -> str:
     """How a refused name's error ends: the nearest of the linear layers' names."""
     fused = [name for name in parts.modules if parts.is_expert(name)]
     held = {name for expert in fused for name in _matrices(parts.modules[expert])}
-    if given in held | set(SIX[3:]) and fused:
+    if given in held | {*SIX[3:], "w1", "w2", "w3"} and fused:
         return "the experts hold their weights as fused parameters, which cannot be adapted yet; leave it out"
-    names = [name for name in parts.linear if not parts.is_head(name)]
-    return suggestion(given, names if "." in given else sorted({leaf(name) for name in names}))
+    return _near(given, [name for name in parts.linear if not parts.is_head(name)], words)
+
+
+def _near(given: str, names: Collection[str], words: Sequence[str] = ()) -> str:
+    """The nearest of the names, else their ends, which are few however deep the model is."""
+    ends = sorted({leaf(name) for name in names})
+    near = nearest(given, names if "." in given else [*ends, *words])
+    return f"nearest: {near[0]}" if near else f"allowed: {', '.join(ends)}"
 
 
 def _without_excluded(parts: _Parts, asked: list[str], config: LoraConfig) -> list[str]:
@@ -312,12 +346,21 @@ def _without_excluded(parts: _Parts, asked: list[str], config: LoraConfig) -> li
     whole."""
     given = config.exclude_modules or ()
     for one in [given] if isinstance(given, str) else sorted(given):
-        if not any(_excludes(given if isinstance(given, str) else [one], name) for name in asked):
-            names = asked if "." in one else sorted({leaf(name) for name in asked})
-            raise InputError(f"lora.exclude_modules: got {one!r}, which excludes none of the target modules; "
-                             + suggestion(one, names))  # fmt: skip
-    whole = _whole_heads(config)
-    return [name for name in asked if not (_excludes(given, name) or whole.intersection(name.split(".")))]
+        rule = given if isinstance(given, str) else [one]
+        try:
+            excluded = [name for name in parts.modules if _excludes(rule, name)]
+        except re.error as error:
+            raise InputError(f"lora.exclude_modules: got {one!r}, which is no regular expression ({error})") from None
+        if excluded and not set(excluded).intersection(asked):
+            holds = any(name.startswith(f"{excluded[0]}.") for name in asked)
+            hint = f"use the regular expression '.*{leaf(excluded[0])}[.].*'" if holds else "leave it out"
+            raise InputError(f"lora.exclude_modules: got {one!r}, which excludes none of the target modules: "
+                             f"{excluded[0]} {'only holds some' if holds else 'is none of them'}; {hint}")  # fmt: skip
+        if not excluded:
+            kind = "a regular expression that no whole name matches (a list takes the ends of names: "
+            what = f"{kind}[{one}])" if isinstance(given, str) else "which excludes none of the target modules"
+            raise InputError(f"lora.exclude_modules: got {one!r}, {what}; {_near(one, asked)}")
+    return [name for name in asked if not (_excludes(given, name) or _is_whole(name, config))]
 
 
 def _excludes(given: str | Collection[str], name: str) -> bool:
@@ -327,8 +370,10 @@ def _excludes(given: str | Collection[str], name: str) -> bool:
     return name in given or any(name.endswith(f".{one}") for one in given)
 
 
-def _whole_heads(config: LoraConfig) -> set[str]:
-    return {*HEADS_BY_TASK.get(cast(str, config.task_type), ()), *(config.modules_to_save or ())}
+def _is_whole(name: str, config: LoraConfig) -> bool:
+    """Whether PEFT trains a module whole, which it does where a name ends so: DistilBERT's pre_classifier too."""
+    heads = (*HEADS_BY_TASK.get(cast(str, config.task_type), ()), *(config.modules_to_save or ()))
+    return any(step.endswith(heads) for step in name.split("."))
 
 
 def _in_layers(parts: _Parts, names: list[str], config: LoraConfig) -> list[str]:
@@ -339,7 +384,11 @@ def _in_layers(parts: _Parts, names: list[str], config: LoraConfig) -> list[str]
     if not wanted:
         return names
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
-    number = {name: _layer_of(name, patterns or [r"[^.]*"]) for name in names}
+    try:
+        number = {name: _layer_of(name, patterns or [r"[^.]*"]) for name in names}
+    except re.error as error:
+        raise InputError(f"lora.layers_pattern: got {config.layers_pattern!r}, which is no regular expression "
+                         f"({error})") from None  # fmt: skip
     for pattern in patterns:
         if all(_layer_of(name, [pattern]) is None for name in names):
             lists = sorted({name.split(".")[i - 1] for name in names for i, step in enumerate(name.split("."))
@@ -385,16 +434,12 @@ def _exactly(parts: _Parts, chosen: list[str], config: LoraConfig) -> LoraConfig
 def _selected(parts: _Parts, config: LoraConfig) -> list[str]:
     """What PEFT would adapt. In some architectures of experts it puts the ends of names in a pattern's place first, and
     so takes them in every layer; or refuses."""
-    trial, whole = copy.deepcopy(config), _whole_heads(config)
+    trial = copy.deepcopy(config)
     try:
         convert_peft_config_for_transformers(trial, parts.model, None)
     except ValueError:
         return []
-    return [
-        name
-        for name in parts.modules
-        if check_target_module_exists(trial, name) and not whole.intersection(name.split("."))
-    ]
+    return [name for name in parts.modules if check_target_module_exists(trial, name) and not _is_whole(name, config)]
 
 
 # What is said of it

@@ -25,6 +25,7 @@ from .needs import (
     sft_step,
 )
 from .process import available_bytes, resident_bytes
+from .step import NotSimulated
 
 log = logging.getLogger("lorapar")
 
@@ -77,9 +78,12 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
               for why, stages in unknown.items()]  # fmt: skip
     lines += [line for row in rows if row.total > room for line in advice(recipe, lengths, row, room)]
     if "sft" in recipe.stages and not unknown:
-        batch, context = limits(recipe, lengths, room)
         tokens = sft_step(recipe, lengths, model.device).tokens
-        lines.append(f"sft: up to {batch:,} rows of {tokens} tokens at once, or one row of {context:,} tokens")
+        try:
+            batch, context = limits(recipe, lengths, room)
+            lines.append(f"sft: up to {batch:,} rows of {tokens} tokens at once, or one row of {context:,} tokens")
+        except NotSimulated as error:  # MPT's table of positions ends at its max_seq_len
+            lines.append(f"sft: the most rows and tokens are not known, as longer rows do not run ({error})")
     if any(row.total > room for row in rows):
         return "\n".join([*lines, "does not fit"]), False
     return "\n".join([*lines, "not known to fit" if unknown else "fits"]), not unknown

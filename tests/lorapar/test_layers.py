@@ -225,3 +225,32 @@ def test_a_quantised_base_is_scored_as_one_example_at_a_time(kind):
     expected = naive_sums(model, rows)
     for batch_size in (1, 2):
         assert worst(sums_of(model, rows, batch_size=batch_size), expected) < 1e-5
+
+
+class InPlace(nn.Module):
+    """Changes what its layers return, as DeBERTa does: `q /= scale`."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        y = self.up(x)
+        y *= 2.0
+        z = self.down(y.clone()).transpose(-1, -2)
+        z /= 3.0
+        return z
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 3, 8)])
+def test_what_a_layer_returns_can_be_changed_in_place(shape):
+    x = torch.linspace(-1, 1, 2 * 8 * (3 if len(shape) == 3 else 1)).view(shape)
+    torch.manual_seed(0)
+    ours = lorapar.attach(InPlace(), config(target_modules=["up", "down"]), start="paper")
+    large_start(ours)
+    ours(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in lora_parameters(ours).values())
+    scores = lorapar.score(ours, None, [x], loss=lambda model, row: model(row).square().sum())
+    for name, parameter in lora_parameters(ours).items():
+        gphi = parameter.grad.double() * parameter.detach()
+        torch.testing.assert_close(scores[name].double(), (gphi - 0.5 * gphi.square()).abs(), rtol=1e-4, atol=1e-7)

@@ -441,3 +441,13 @@ def recipe_values_of(path):
     from lorapar.recipe.reading import read_recipe
 
     return read_recipe(path)
+
+
+def test_a_plan_says_where_longer_rows_do_not_run(tmp_path):
+    """MPT adds a table that ends at max_seq_len, which is shorter here than the rows that the limits are drawn from."""
+    settings = transformers.MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=258, max_seq_len=512)
+    transformers.MptForCausalLM(settings).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text, fits = remedies.table(parse(recipe_values(tmp_path / "model")), 1 << 40)
+    assert "sft: the most rows and tokens are not known, as longer rows do not run (RuntimeError: " in text
+    assert fits

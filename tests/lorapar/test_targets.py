@@ -116,17 +116,30 @@ def test_a_tower_is_adapted_where_it_is_named():
         ("llama", dict(target_modules="q_proj"), r"a list takes the ends of names: \[q_proj\]\); nearest: q_proj"),
         ("llama", dict(target_modules="(q_proj"), "no regular expression"),
         ("llama", dict(exclude_modules=["q_porj"]), "exclude_modules: got 'q_porj', .*nearest: q_proj"),
-        ("llama", dict(exclude_modules=["q_proj", "o_proj"]), "exclude_modules: got 'o_proj', which excludes none"),
-        ("llama", dict(exclude_modules=r".*\.9\..*"), "lora.exclude_modules: got .*which excludes none"),
+        ("llama", dict(target_modules=["all-linear"]), "alone, without a list: target_modules: all-linear"),
+        ("llama", dict(target_modules=[r".*q_proj"]), r"alone, without a list: target_modules: .\*q_proj"),
+        ("llama", dict(target_modules="all_linear"), "nearest: all-linear"),
+        ("llama", dict(target_modules=["all_linear"]), "of the model; allowed: down_proj"),
+        # However deep the model, what is allowed is a few words.
+        ("llama", dict(target_modules=["x.weight"]), "allowed: down_proj, gate_proj, k_proj, o_proj, q_proj, up_p"),
+        ("llama", dict(exclude_modules=["q_proj", "o_proj"]), "'o_proj', which excludes none .*o_proj is none of them"),
+        ("llama", dict(exclude_modules=["mlp"]), r"only holds some; use the regular expression '.\*mlp\[.\]..*'"),
+        ("llama", dict(exclude_modules=r".*\.9\..*"), "exclude_modules: got .*no whole name matches .*allowed: down_"),
+        ("llama", dict(exclude_modules="q_proj"), r"exclude_modules: .*ends of names: \[q_proj\]\); nearest: q_proj"),
+        ("llama", dict(exclude_modules="(q_proj"), "exclude_modules: got .*no regular expression"),
         ("llama", dict(exclude_modules=TARGETS), "lora.exclude_modules: got .*, which leaves none of the 12 target"),
         ("llama", dict(layers_to_transform=[1, 2]), "lora.layers_to_transform: got 2, .*in layers 0 to 1"),
         ("llama", dict(layers_to_transform=-1), "lora.layers_to_transform: got -1"),
         ("llama", dict(layers_to_transform=0, layers_pattern="layer"), "pattern: got 'layer', .*nearest: layers"),
+        ("llama", dict(layers_to_transform=0, layers_pattern="(lay"), "layers_pattern: got .*no regular expression"),
+        ("llama", dict(init_lora_weights="pissa"), "init_lora_weights: got 'pissa', .*use start: pissa"),
         ("llama", dict(target_modules=["q_proj", "self_attn"]), "self_attn is a LlamaAttention; only nn.Linear"),
         ("llama", dict(rank_pattern={"q_proj": 2}), "lora.rank_pattern: not supported"),
         ("llama", dict(alpha_pattern={"q_proj": 2}), "lora.alpha_pattern: not supported"),
         ("tied", dict(target_modules=["q_proj", "lm_head"]), "lm_head is the output head"),
         ("qwen3_moe", dict(target_modules=TARGETS), "'down_proj', .*experts hold their weights as fused parameters"),
+        ("mixtral", dict(target_modules=["w1"]), "'w1', .*experts hold their weights as fused parameters"),
+        ("gemma3_multimodal", dict(exclude_modules=".*vision.*"), "model.vision_tower is none of them; leave it out"),
         ("qwen3_next", dict(target_modules=["q_proj", "up_proj"]), "up_proj: PEFT takes the name for fused expert"),
         ("gemma3_multimodal", dict(target_modules=["lm_head"]), "lm_head is the output head"),
     ],
@@ -208,6 +221,19 @@ def deepseek():
         v_head_dim=16, qk_nope_head_dim=8, n_group=1, topk_group=1, num_experts_per_tok=2))  # fmt: skip
 
 
+def phi4():
+    tower: dict[str, Any] = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2)
+    return tf.Phi4MultimodalForCausalLM(tf.Phi4MultimodalConfig(
+        **TEXT, pad_token_id=0, eos_token_id=1, vision_config=tower | dict(num_hidden_layers=1, image_size=28),
+        audio_config=tower | dict(num_blocks=1, ext_pw_out_channel=64, nemo_conv_channels=64),
+    ))  # fmt: skip
+
+
+def blip():
+    text = dict(vocab_size=258, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    return tf.BlipForConditionalGeneration(tf.BlipConfig(text_config=text, vision_config=vision(num_attention_heads=2)))
+
+
 def llama4():
     return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**TEXT, head_dim=16, num_local_experts=4, intermediate_size_mlp=64))
 
@@ -219,7 +245,12 @@ def llama4():
         (audio, SIX, "model.audio_tower, model.multi_modal_projector "),
         # Speech is what this one reads: its encoder is no tower beside a language model.
         (whisper, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, "16 layers adapted"),
-        (mamba, {"in_proj", "x_proj", "dt_proj"}, "(PEFT allows no adapter on it in this architecture"),
+        # Its code multiplies by dt_proj's weight.
+        (mamba, {"in_proj", "x_proj"}, "(this architecture reads the weight directly"),
+        # Towers that no sub-model of the text's names, and the projectors beside them.
+        (phi4, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, "left out: model.embed_tokens_extend 85.1%"),
+        # The word list's layer is deep within.
+        (blip, {"query", "key", "value", "dense"}, "left out: vision_model "),
         (deepseek, {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "PEFT takes the name"),
         (llama4, SIX | {"o_proj"}, "experts 66.4% (fused"),
     ],
@@ -359,3 +390,14 @@ def test_a_tensor_that_never_got_a_gradient_is_named(caplog):
     assert "2 of 6 tensors with active elements did not move, they never got a gradient" in caplog.text
     assert f"{tower}.lora_A.default.weight" in caplog.text
     assert len(masked_layers(model)) == 3
+
+
+def test_a_layer_whose_name_ends_as_a_head_s_is_trained_whole_as_peft_has_it():
+    """DistilBERT's pre_classifier."""
+    settings = tf.DistilBertConfig(vocab_size=100, dim=64, n_layers=1, n_heads=4, hidden_dim=64)
+    model = lorapar.attach(tf.DistilBertForSequenceClassification(settings), config(task_type="SEQ_CLS"))
+    assert {leaf(name) for name in adapted(model)} == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
+    whole = {name.split(".modules_to_save")[0] for name, p in model.named_parameters() if p.requires_grad} - {
+        name for name in lora_parameters(model)
+    }
+    assert {leaf(name) for name in whole} == {"pre_classifier", "classifier"}

@@ -322,9 +322,7 @@ class _LoraLinear(torch.autograd.Function):
             groups.append(flat[start : start + size])
             start += size
         inputs: Any = (x, *groups, scalings, p)
-        # Autograd would take a product with a bias for a view, and let no one change it in place.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            outputs = _forward(*inputs)
+        outputs = _forward(*inputs)
         _save(ctx, inputs, outputs)
         ctx.sizes = sizes
         return tuple(map(no_view, outputs[: len(scalings)]))

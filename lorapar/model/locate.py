@@ -77,7 +77,8 @@ def check_loaded(name: str, info: dict[str, Any]) -> None:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
             raise InputError(
                 f"model.name: the checkpoint {name!r} {fault} {', '.join(tensors[:3])}{more}, so it would not "
-                "be loaded as it was saved; its config.json must name the class it was saved from (architectures)"
+                "be loaded as it was saved; its config.json must describe the model that was saved, and name its class "
+                "(architectures); tensors that this model has no use for must be removed from the checkpoint"
             )
 
 

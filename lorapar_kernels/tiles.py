@@ -7,11 +7,44 @@ A rank slice is a tile too: (1, in) of A and (out, 1) of B; the slice's sum is A
 column of the tile and then across the columns, on every device: the same to the bit, so the same tiles are chosen.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import native
 from .backend import choose, no_obstacle
+
+STRIPE = 64  # what a kernel skips: so many columns of A, or rows of B, without an active element
+
+
+class TiledMask(NamedTuple):
+    """A factor's mask, and which of its stripes hold work: made once, where a mask is set, and used in every step.
+
+    Attributes:
+        mask: bool, of the factor's shape.
+        stripes: uint8, 1 where a stripe has an active element, one entry for STRIPE columns of A or rows of B; None
+            where every stripe has one, so that there is nothing to skip and a kernel need not ask.
+    """
+
+    mask: Tensor
+    stripes: Tensor | None
+
+    @classmethod
+    def of_a(cls, mask: Tensor) -> "TiledMask":
+        """Of lora_a's mask [r, in]; waits for the device."""
+        return cls(mask, _stripes(mask.any(0)))
+
+    @classmethod
+    def of_b(cls, mask: Tensor) -> "TiledMask":
+        """Of lora_b's mask [out, r]; waits for the device."""
+        return cls(mask, _stripes(mask.any(1)))
+
+
+def _stripes(active: Tensor) -> Tensor | None:
+    padded = torch.nn.functional.pad(active, (0, -active.numel() % STRIPE)).view(-1, STRIPE)
+    stripes = padded.any(1)
+    return None if bool(stripes.all()) else stripes.to(torch.uint8)
 
 
 def tile_sums_reference(scores: Tensor, tile: tuple[int, int]) -> Tensor:

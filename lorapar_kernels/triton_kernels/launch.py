@@ -102,6 +102,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
         variants.append(variant)
 
 
+class Launch:
+    """One kernel with its constexprs and launch options, to be launched again and again.
+
+    The arguments' dtypes, which of them are None, and each integer that the kernel specialises on are the same in every
+    call of one Launch: a launcher keeps one for each set of them.
+    """
+
+    def __init__(self, kernel: Any, room: int = COMMON_ROOM, **constants: Any):
+        self.kernel, self.room, self.constants = kernel, room, constants
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        launch(self.kernel, grid, *arguments, room=self.room, **self.constants)
+
+
 def cdiv(n: int, size: int) -> int:
     """n / size, rounded up."""
     return -(-n // size)

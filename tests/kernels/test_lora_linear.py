@@ -69,9 +69,7 @@ def calls_of_the_layer(w, bias, mask_a, mask_b, p, seed):
         "lora_linear_grouped": lambda x, a, b: lk.lora_linear_grouped(
             x, [w], [a], [b], [0.7], [bias], [mask_a], [mask_b], p, [seed]
         )[0],
-        "op": lambda x, a, b: torch.ops.lorapar.lora_linear(
-            x, [w], [bias], [], [a], [b], [mask_a], [mask_b], [seed], [0.7], p
-        )[0],
+        "op": lambda x, a, b: torch.ops.lorapar.lora_linear(x, w, bias, None, a, b, mask_a, mask_b, seed, 0.7, p)[0],
     }
 
 
@@ -258,28 +256,14 @@ def test_opcheck(p, opaque):
     x, w, a, b, bias = layer()
     y = torch.randn(6, 8, requires_grad=True)
     seed = torch.tensor([3]) if p else None
-    masks = [torch.rand(a.shape) < 0.5], [torch.rand(b.shape) < 0.5]
-    bases = ([], [None], [y]) if opaque else ([w], [bias], [])
-    torch.library.opcheck(
-        torch.ops.lorapar.lora_linear.default, (x, *bases, [a], [b], *masks, [seed], [1.5], p)
-    )  # fmt: skip
-    arguments = [t.detach() for t in (torch.randn(6, 8), x, torch.randn(3, 6).t())]
-    dy, x, s = arguments
+    masks = torch.rand(a.shape) < 0.5, torch.rand(b.shape) < 0.5
+    base = (None, None, y) if opaque else (w, bias, None)
+    torch.library.opcheck(torch.ops.lorapar.lora_linear.default, (x, *base, a, b, *masks, seed, 1.5, p))
+    dy, x, s, a, b = (t.detach() for t in (torch.randn(6, 8), x, torch.randn(3, 6).t(), a, b))
+    base = (None, None, None) if opaque else (w, None, None)
     torch.library.opcheck(
         torch.ops.lorapar.lora_linear_backward.default,
-        (
-            [dy],
-            x,
-            [s],
-            [] if opaque else [w],
-            [a.detach()],
-            [b.detach()],
-            *masks,
-            [seed],
-            [1.5],
-            p,
-            [True, True, False],
-        ),
+        (dy, x, s, *base, a, b, *masks, seed, 1.5, p, [True, True, False]),
     )
 
 

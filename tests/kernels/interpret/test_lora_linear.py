@@ -3,6 +3,7 @@
 Every output of `torch.empty` is filled with NaN first, so that what a kernel leaves unwritten shows.
 """
 
+import importlib
 import os
 
 import pytest
@@ -15,10 +16,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels import lora_linear as linear
+from lorapar_kernels import lora_product as product
 from lorapar_kernels.triton_kernels import lora_backward as backward_triton
 from lorapar_kernels.triton_kernels import lora_forward as forward_triton
 from lorapar_kernels.triton_kernels import lora_product as product_triton
+
+# The package's name of it is the function's.
+linear = importlib.import_module("lorapar_kernels.lora_linear")
 
 DTYPES = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 3e-3}
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -197,42 +201,36 @@ def test_what_ran_was_the_kernels(monkeypatch):
     assert called == expected
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_bits_kept_and_drawn_again_give_the_same(monkeypatch, keep):
+def test_bits_kept_and_drawn_again_give_the_same(monkeypatch):
     """A group, in 16 bits: what the backward reads is what it would draw."""
-    monkeypatch.setattr(linear, "keeps_bits", lambda x, layers, p: keep)
     kept = []
-    monkeypatch.setattr(linear.lora_product, "backward", heard(linear.lora_product.backward, kept))
-    torch.manual_seed(5)
+    backward = product.backward
+
+    def hearing(dys, x, columns, bits, *rest):
+        kept.append(len(bits))
+        return backward(dys, x, columns, bits, *rest)
+
+    monkeypatch.setattr(product, "backward", hearing)
     x = torch.randn(37, 72).bfloat16().requires_grad_()
     layers = layers_of(72, (40, 8), (8, 4), torch.bfloat16, True)
     leaves = [x, *(t.requires_grad_() for _, _, a, b in layers for t in (a, b))]
-    ys = lk.lora_linear_grouped(
-        x, [w for w, *_ in layers], [a for *_, a, _ in layers], [b for *_, b in layers], [1.0, 2.0], dropout_p=0.3,
-        seeds=[torch.tensor([3]), torch.tensor([4])],
-    )  # fmt: skip
-    gradients = torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])
-    assert [len(bits) for bits in kept] == [2 if keep else 0]
-    BITS.setdefault(os.environ["LORAPAR_PRODUCT"], []).append(gradients)
-    assert all(torch.equal(*pair) for pair in zip(BITS[os.environ["LORAPAR_PRODUCT"]][0], gradients))
-
-
-# The gradients of the test above, by product.
-BITS: dict[str, list] = {}
-
-
-def heard(backward, kept):
-    def hearing(dys, x, columns, bits, *rest):
-        kept.append(bits)
-        return backward(dys, x, columns, bits, *rest)
-
-    return hearing
+    found = []
+    for keep in (False, True):
+        monkeypatch.setattr(linear, "keeps_bits", lambda x, layers, p, keep=keep: keep)
+        ys = lk.lora_linear_grouped(
+            x, [w for w, *_ in layers], [a for *_, a, _ in layers], [b for *_, b in layers], [1.0, 2.0],
+            dropout_p=0.3, seeds=[torch.tensor([3]), torch.tensor([4])],
+        )  # fmt: skip
+        found.append(torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys]))
+    assert kept == [0, 2]
+    assert all(torch.equal(*pair) for pair in zip(*found))
 
 
 def test_few_tokens_without_a_gradient_are_torchs_own_products(monkeypatch):
     """Where the factors have x's dtype; a layer alone, of at most 16 tokens."""
     called = []
-    monkeypatch.setattr(forward_triton, "shrink", heard_shrink(forward_triton.shrink, called))
+    shrink = forward_triton.shrink
+    monkeypatch.setattr(forward_triton, "shrink", lambda *a: (called.append(1), shrink(*a))[1])
     for tokens, dtype, expected in ((16, torch.float32, 0), (17, torch.float32, 1), (1, torch.bfloat16, 1)):
         called.clear()
         x, w = torch.randn(tokens, 32).to(dtype), torch.randn(24, 32).to(dtype)
@@ -241,14 +239,6 @@ def test_few_tokens_without_a_gradient_are_torchs_own_products(monkeypatch):
         assert len(called) == expected
         exact = x.double() @ w.double().t() + 2.0 * x.double() @ a.double().t() @ b.double().t()
         assert error(y, exact) < (2e-6 if dtype == torch.float32 else 2e-2)
-
-
-def heard_shrink(shrink, called):
-    def hearing(*arguments):
-        called.append(1)
-        return shrink(*arguments)
-
-    return hearing
 
 
 def test_what_the_kernels_do_not_take_is_refused():

@@ -20,7 +20,6 @@ from lorapar_kernels.triton_kernels import lora_product as lora_product_triton
 from lorapar_kernels.triton_kernels.launch import COMMON_ROOM
 from lorapar_kernels.triton_kernels.lora_product import WIDE_ROOM, input_gradient
 
-
 # The interpreter cuts fp32 to bf16 where a GPU rounds: up to a whole unit of 2^-7.
 KINDS = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 8e-3), "fp16": (torch.float16, 1e-3)}
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..dropout import threshold_of
 from .launch import cdiv
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
@@ -43,5 +44,8 @@ def splits_of(tiles: int, steps: int) -> int:
 
 
 def dropout_switches(p: float, columns: int) -> dict[str, bool]:
-    """The two switches of the kernels that draw a mask. (`dropout.threshold_of(p)` is their threshold.)"""
-    return {"DROPOUT": p > 0.0, "ALIGNED": columns % 8 == 0}
+    """The two switches of the kernels that draw a mask. (`dropout.threshold_of(p)` is their threshold.)
+
+    A p that rounds to a threshold of 0 keeps all, which the draw's comparison has no room for: nothing is drawn.
+    """
+    return {"DROPOUT": threshold_of(p) > 0, "ALIGNED": columns % 8 == 0}

@@ -26,7 +26,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold_of
-from .dropout import keep_tile, store_bits
+from .dropout import keep_and_store_tile, keep_tile
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
@@ -106,9 +106,10 @@ def _add_product(
     m_a = (i_r < rank)[None, :] & (i_k < K)[:, None]
     b_a = tl.load(a_ptr + i_r[None, :].to(tl.int64) * a_stride + i_k[:, None], mask=m_a, other=0.0)
     if DROPOUT:
-        keep = keep_tile(seed, i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
-        if bits_ptr is not None:
-            store_bits(bits_ptr, keep, i_t, k, T, K, BK)
+        if bits_ptr is None:
+            keep = keep_tile(seed, i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+        else:
+            keep = keep_and_store_tile(bits_ptr, seed, i_t, k, T, K, threshold.to(tl.uint32), BK)
         b_x = tl.where(keep, b_x, 0.0)
     return tl.dot(b_x, b_a.to(b_x.dtype), acc, input_precision=PRECISION)
 
@@ -257,23 +258,16 @@ def _expand_tiles(size: int, columns: int, R: int) -> dict[str, int]:
     return {"BT": 128, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
 
 
-class _Shrink(NamedTuple):
-    """How to launch the shrink of one kind of group; the rest depends on the number of tokens."""
-
-    launch: Launch
-    BT: int
-    BK: int
-
-
 @functools.cache
-def _plan_shrink(
+def _shrink_launch(
     dtype: torch.dtype, K: int, R: int, G: int, p: float, precision: str, kind: tuple[Any, ...]
-) -> _Shrink:
+) -> Launch:
     """kind: what else makes a kernel of its own (dtypes, ranks, strides, which arguments are there)."""
     del kind
-    tiles = _shrink_tiles(dtype.itemsize, K, R, G, p)
-    launch = Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **dropout_switches(p, K), **tiles)
-    return _Shrink(launch, tiles["BT"], tiles["BK"])
+    switches = dropout_switches(p, K)
+    return Launch(
+        shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p)
+    )
 
 
 def shrink(
@@ -282,36 +276,151 @@ def shrink(
     """drop(x) Aᵀ for each A [r, K] of `factors`, x [T, K] with unit column stride, T ≥ 1.
 
     Returns the parts of each, [splits, T, R], whose sum it is: one in x's dtype, or several in fp32; and with keep_bits
-    each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8 or
-    p rounds to a threshold of 0.
+    each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8,
+    nor where p rounds to a threshold of 0.
     """
     (T, K), R, size = x.shape, padded_rank(factors), x.element_size()
-    keep_bits = keep_bits and K % 8 == 0 and threshold_of(p) > 0
-    partial: list[Tensor] = []
+    threshold = threshold_of(p)
+    keep_bits = keep_bits and K % 8 == 0 and threshold > 0
+    parts: list[Tensor] = []
     bits: list[Tensor] = []
     group = group_size(size, K, R, p)
     for start in range(0, len(factors), group):
         members = [unit_rows(a) for a in factors[start : start + group]]
-        G = len(members)
-        tiles = _shrink_tiles(size, K, R, G, p)
+        tiles = _shrink_tiles(size, K, R, len(members), p)
         rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
         k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
         splits = cdiv(K, k_split)
-        ranks, strides = [a.shape[0] for a in members], [a.stride(0) for a in members]
-        kind = (splits == 1, keep_bits, x.stride(0), *ranks, *strides, *(a.dtype for a in members))
-        plan = _plan_shrink(x.dtype, K, R, G, p, precision(x), kind)
         sums = [x.new_empty((splits, T, R), dtype=x.dtype if splits == 1 else FP32) for _ in members]
         masks = [x.new_empty((T, K // 8), dtype=torch.uint8) for _ in members] if keep_bits else []
-        plan.launch(
+        ranks, strides = [a.shape[0] for a in members], [a.stride(0) for a in members]
+        kind = (x.stride(0), *ranks, *strides, *(a.dtype for a in members), splits == 1, keep_bits)
+        _shrink_launch(x.dtype, K, R, len(members), p, precision(x), kind)(
             (rows, splits),
             x, *_three(members), *_three(seeds[start : start + group]), *_three(sums), *_three(masks),
-            T, K, x.stride(0), *_three(ranks), *_three(strides), k_split, threshold_of(p), 1.0 / (1.0 - p),
+            T, K, x.stride(0), *_three(ranks), *_three(strides), k_split, threshold, 1.0 / (1.0 - p),
         )  # fmt: skip
-        partial += sums
+        parts += sums
         bits += masks
-    return partial, bits
+    return parts, bits
+
+
+@functools.cache
+def _expand_launch(
+    dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]
+) -> Launch:
+    """columns: of the widest y; kind: as in `_shrink_launch`."""
+    del kind
+    return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, columns, R))
+
+
+def expand(
+    parts: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [T, N] = scaling · S Bᵀ + bias [N] + base [T, N] of each layer, and S [T, R], both in `dtype`, x's.
+
+    parts: as `shrink` returned them; B [N, r]. A base is read, never changed.
+    """
+    T, R = parts[0].shape[1:]
+    ys: list[Tensor] = []
+    whole: list[Tensor] = []
+    for start in range(0, len(parts), GROUP):
+        here = slice(start, start + GROUP)
+        members, sums = [unit_rows(b) for b in lora_bs[here]], parts[here]
+        added = [None if base is None else unit_rows(base) for base in bases[here]]
+        offsets = [None if bias is None else bias.contiguous() for bias in biases[here]]
+        widths, G = [b.shape[0] for b in members], len(members)
+        tiles = _expand_tiles(dtype.itemsize, max(widths), R)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
+        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
+        groups = cdiv(max(widths), n_group)
+        made = [part.new_empty((T, N), dtype=dtype) for part, N in zip(sums, widths)]
+        # One part is S itself.
+        stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
+        ranks, strides = [b.shape[1] for b in members], [b.stride(0) for b in members]
+        base_strides = [None if base is None else base.stride(0) for base in added]
+        kind = (
+            *widths, *ranks, *strides, *base_strides, *(b.dtype for b in members), *(s is None for s in stored),
+            *(None if bias is None else bias.dtype for bias in offsets),
+            *(None if base is None else base.dtype for base in added),
+        )  # fmt: skip
+        _expand_launch(dtype, max(widths), R, G, precision(made[0]), kind)(
+            (rows * groups, G),
+            *_three(sums), *_three(stored), *_three(members), *_three(offsets), *_three(added), *_three(made),
+            T, *_three([part.shape[0] for part in sums]), *_three(widths), *_three(ranks), *_three(strides),
+            *_three(base_strides), *_three([float(scaling) for scaling in scalings[here]]), n_group, groups,
+        )  # fmt: skip
+        ys += made
+        whole += [part[0] if s is None else s for part, s in zip(sums, stored)]
+    return ys, whole
 
 
 def _three(entries: Sequence[Any]) -> tuple[Any, Any, Any]:
     """A kernel's three arguments, None for the layers that are not there."""
-    return (*entries, *(None,) * (GROUP - len(entries)))
+    return (*entries, *(None,) * (GROUP - len(entries)))  # pyright: ignore[reportReturnType]
+
+
+def ahead_of_time(every: bool = False) -> list[Variant]:
+    """The kernels' variants, as the launchers launch them on tensors without memory (launch.py).
+
+    `every`: all dtypes, ranks, numbers of layers, dropouts and what else is added to y, in all combinations; else each
+    value of each at least once, the widest ones together.
+    """
+    with recording() as variants:
+        for case in _every_case() if every else REPRESENTATIVE:
+            _launch_all(*case)
+    return variants
+
+
+# x's dtype, the adapter's, rank, layers of one x, p, columns, bits kept, what y has besides ("", "bias", "base")
+REPRESENTATIVE = [
+    (BF16, FP32, 16, 1, 0.05, 4096, False, ""),
+    (BF16, FP32, 16, 3, 0.05, 4096, False, ""),
+    (BF16, FP32, 16, 3, 0.05, 4096, True, "bias"),
+    (BF16, FP32, 8, 3, 0.05, 4096, True, ""),
+    (BF16, FP32, 8, 1, 0.0, 4104, False, "base"),
+    (BF16, BF16, 32, 2, 0.0, 4096, False, "base"),
+    (BF16, FP32, 32, 3, 0.05, 4096, True, "bias"),
+    (BF16, FP32, 32, 1, 0.05, 61, False, "base"),
+    (BF16, FP32, 128, 1, 0.05, 61, False, "bias"),
+    (BF16, FP32, 128, 1, 0.05, 4096, True, "base"),
+    (BF16, FP32, 64, 3, 0.05, 4096, True, "bias"),
+    (BF16, BF16, 128, 1, 0.05, 4096, False, ""),
+    (BF16, FP32, 256, 1, 0.05, 4096, True, "bias"),
+    (BF16, FP32, 256, 1, 0.0, 4104, False, "base"),
+    (BF16, FP32, 32, 1, 0.05, 4104, True, "bias"),
+    (BF16, FP32, 16, 2, 0.05, 4096, True, "bias"),
+    (FP16, FP32, 8, 2, 0.05, 61, False, "bias"),
+    (FP16, FP16, 16, 1, 0.0, 4096, False, "base"),
+    (FP32, FP32, 16, 3, 0.05, 4096, True, "bias"),
+    (FP32, FP32, 64, 3, 0.05, 61, False, "base"),
+    (FP32, FP32, 256, 1, 0.05, 4096, False, "bias"),
+]
+
+
+def _every_case():
+    drops = [(0.0, 4096, False), *((0.05, columns, bits) for columns in (4096, 4104, 61) for bits in (False, True))]
+    for rank in (8, 16, 32, 64, 128, 256):
+        for group in range(1, GROUP + 1):
+            for (x, a), (p, columns, bits), more in itertools.product(DTYPES, drops, ("", "bias", "base")):
+                yield x, a, rank, group, p, columns, bits, more
+
+
+def _launch_all(x_dtype, a_dtype, rank, group, p, columns, bits, more, tokens=None) -> None:
+    """One group's launches, of so many tokens; None: so few that x is cut into parts, and so many that it is not."""
+    for T in (512, 65536) if tokens is None else (tokens,):
+        x = meta(T, columns, dtype=x_dtype)
+        factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
+        seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
+        parts, _ = shrink(x, factors, p, seeds, bits)
+        # Keys and values are narrower than queries, as where several heads share them.
+        widths = [columns, *[columns // 4 if columns % 64 == 0 else columns] * (group - 1)]
+        factors = [meta(N, rank, dtype=a_dtype) for N in widths]
+        biases = [meta(N, dtype=x_dtype) if more == "bias" else None for N in widths]
+        bases = [meta(T, N, dtype=x_dtype) if more == "base" else None for N in widths]
+        expand(parts, factors, [2.0] * group, biases, bases, x_dtype)

@@ -265,9 +265,7 @@ def _shrink_launch(
     """kind: what else makes a kernel of its own (dtypes, ranks, strides, which arguments are there)."""
     del kind
     switches = dropout_switches(p, K)
-    return Launch(
-        shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p)
-    )
+    return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
 
 
 def shrink(
@@ -306,9 +304,7 @@ def shrink(
 
 
 @functools.cache
-def _expand_launch(
-    dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]
-) -> Launch:
+def _expand_launch(dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
     """columns: of the widest y; kind: as in `_shrink_launch`."""
     del kind
     return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, columns, R))
@@ -321,12 +317,14 @@ def expand(
     biases: Sequence[Tensor | None],
     bases: Sequence[Tensor | None],
     dtype: torch.dtype,
+    leading: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [T, N] = scaling · S Bᵀ + bias [N] + base [T, N] of each layer, and S [T, R], both in `dtype`, x's.
 
-    parts: as `shrink` returned them; B [N, r]. A base is read, never changed.
+    parts: as `shrink` returned them; B [N, r]. A base is read, never changed. leading: what y has in place of [T].
     """
     T, R = parts[0].shape[1:]
+    leading = (T,) if leading is None else leading
     ys: list[Tensor] = []
     whole: list[Tensor] = []
     for start in range(0, len(parts), GROUP):
@@ -339,7 +337,7 @@ def expand(
         rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
         n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
         groups = cdiv(max(widths), n_group)
-        made = [part.new_empty((T, N), dtype=dtype) for part, N in zip(sums, widths)]
+        made = [part.new_empty((*leading, N), dtype=dtype) for part, N in zip(sums, widths)]
         # One part is S itself.
         stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
         ranks, strides = [b.shape[1] for b in members], [b.stride(0) for b in members]

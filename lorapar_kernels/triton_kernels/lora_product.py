@@ -50,7 +50,7 @@ BAND = 8
 PROGRAMS = 132
 
 
-# M counts tokens, as in lora_passes.py.
+# M counts tokens, as in lora_forward.py.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def product_kernel(
     left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,

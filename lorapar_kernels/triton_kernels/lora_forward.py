@@ -166,7 +166,7 @@ def _write_columns(
         i_n = n + tl.arange(0, BN)
         m_n = i_n < N
         acc = tl.zeros((BT, BN), tl.float32)
-        for r in tl.static_range(0, R, BR):
+        for r in tl.range(0, R, BR, num_stages=1):
             if R > BR:
                 b_s = _load_s(parts_ptr, s_ptr, i_t, r, n == 0, T, splits, R, BR, b_s)
             i_r = r + tl.arange(0, BR)
@@ -255,6 +255,9 @@ def _expand_tiles(size: int, columns: int, R: int) -> dict[str, int]:
         return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
     # 128 rows share one B, of which 128 columns of 16 ranks in fp32 are a quarter of the bytes of y that they make; a
     # row of a tile is 256 bytes, two sectors of 128.
+    if columns % 16 != 0:
+        # Such rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
+        return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}
     return {"BT": 128, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
 
 

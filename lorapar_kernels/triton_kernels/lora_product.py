@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dropout import threshold_of
 from .dropout import keep_tile, kept_bits
 from .launch import (
     BF16,
@@ -49,7 +50,7 @@ BAND = 8
 PROGRAMS = 132
 
 
-# M counts tokens, as in lora_passes.py.
+# M counts tokens, as in lora_forward.py.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def product_kernel(
     left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,
@@ -183,20 +184,17 @@ def _product(
         TensorDescriptor.from_tensor(right, [BN, BK] if right_t else [BK, BN]) if described else right,
         bias, thin, factor, None if bits is not None else seed, bits, out, M, N, K, rank,
         left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0),
-        round(p * 65536), float(scale),
+        threshold_of(p), float(scale),
         room=WIDE_ROOM if described else COMMON_ROOM, BAND=BAND, RIGHT_T=right_t, FACTOR_T=factor_t,
-        BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, BITS=bits is not None, ALIGNED=N % 8 == 0,
+        BIAS=bias is not None, ADDS=adds, DROPOUT=threshold_of(p) > 0, BITS=bits is not None, ALIGNED=N % 8 == 0,
         DESCRIBED=described, PRECISION=precision(left), **tiles,
     )  # fmt: skip
 
 
-def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scaling: float, y: Tensor) -> None:
+    """y [T, out] <- x Wᵀ + bias + scaling · S Bᵀ; x [T, in], W [out, in], S [T, r or more], B [out, r]."""
     bias = None if bias is None else bias.contiguous()
-    rows = unit_rows(x.reshape(-1, x.shape[-1]))
-    _product(rows, weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
-    return y
+    _product(unit_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y, False)
 
 
 def input_gradient(
@@ -204,22 +202,10 @@ def input_gradient(
     bits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dX [T, in] = dY W + keep ⊙ (dS A), added to `dx` in place where that is given; dY [T, out], W [out, in],
-    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]. bits: keep as the passes' `input_gradients` wrote it."""
+    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]. bits: keep as `shrink` wrote it, uint8 [T, in / 8]."""
     out = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device) if dx is None else dx
     _product(dy, weight, None, ds, a, 1.0, p, seed, bits, out, dx is not None)
     return out
-
-
-def room_for_bits(x: Tensor, p: float, layers: int) -> list[Tensor] | None:
-    """Where dA's pass writes each layer's mask for dX's product to read, uint8 [T, in / 8] of x [T, in]; None where the
-    product draws it again.
-
-    A sixteenth of x, written and read once. Drawn in the product instead, the mask is made while the matrix cores wait:
-    some 2,300 more instructions a thread before the loop (bench/LOG.md), where dA's pass waits for memory.
-    """
-    if p == 0.0 or x.shape[1] % 8 != 0 or x.element_size() == 4:
-        return None
-    return [torch.empty((x.shape[0], x.shape[1] // 8), dtype=torch.uint8, device=x.device) for _ in range(layers)]
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
@@ -275,5 +261,8 @@ def _launch_case(x_dtype, a_dtype, rank, tokens, columns, forward, p, more, room
         _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, None, left, False, room)
     else:
         factor = meta(rank, columns, dtype=a_dtype)
-        for bits in {None, *(room_for_bits(left, p, 1) or [])}:
+        # Drawn, and read where the forward kept them.
+        kept = meta(tokens, columns // 8, dtype=torch.uint8)
+        can_keep = p > 0.0 and columns % 8 == 0 and left.element_size() == 2
+        for bits in (None, kept) if can_keep else (None,):
             _product(left, weight, None, thin, factor, 1.0, p, seed, bits, left, more, room)

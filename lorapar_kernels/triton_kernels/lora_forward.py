@@ -26,7 +26,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -44,7 +44,6 @@ PROGRAMS = 264
 # The expand's programs: four for each multiprocessor, so that one's loads hide behind the others' stores, and no more
 # than the rows and that need, since each program adds up its rows' parts of S again.
 EXPAND_PROGRAMS = 528
-PLANS = 1024  # launches that are remembered; each number of tokens has its own
 # So many parts of S are loaded before the first is added: four round trips to L2 at once.
 AHEAD = tl.constexpr(4)
 
@@ -208,11 +207,7 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
 
     factors: A [r, K] of each layer of the group.
     """
-    return _padded(max(a.shape[0] for a in factors))
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
+    return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
 
 
 def is_slow(size: int, columns: int, p: float) -> bool:
@@ -283,45 +278,6 @@ def _shrink_launch(
     return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
 
 
-class _Shrink(NamedTuple):
-    """One launch of `shrink`, of the group's `layers`: all but the tensors. parts, bits: the shapes of what it makes."""
-
-    launch: Launch
-    grid: tuple[int, int]
-    layers: slice
-    parts: tuple[int, ...]
-    dtype: torch.dtype
-    bits: tuple[int, ...] | None
-    numbers: tuple[Any, ...]
-
-
-# Python takes longer to find this out than to launch, and a training step asks the same again and again.
-@functools.lru_cache(PLANS)
-def _shrink_plan(
-    T: int, K: int, stride: int, dtype: torch.dtype, p: float, keep_bits: bool, precision: str, *of_factors: Any
-) -> list[_Shrink]:
-    """of_factors: each A's rank, stride and dtype."""
-    all_ranks, all_strides, dtypes = of_factors[::3], of_factors[1::3], of_factors[2::3]
-    R, size, threshold = _padded(max(all_ranks)), dtype.itemsize, threshold_of(p)
-    keep_bits = keep_bits and K % 8 == 0 and threshold > 0
-    group, plans = group_size(size, K, R, p), []
-    for start in range(0, len(dtypes), group):
-        here = slice(start, start + group)
-        ranks, strides = all_ranks[here], all_strides[here]
-        G = len(ranks)
-        tiles = _shrink_tiles(size, K, R, G, p)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
-        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
-        splits = cdiv(K, k_split)
-        kind = (stride, *ranks, *strides, *dtypes[here], splits == 1, keep_bits)
-        launch = _shrink_launch(dtype, K, R, G, p, precision, kind)
-        numbers = (T, K, stride, *_three(ranks), *_three(strides), k_split, threshold, 1.0 / (1.0 - p))
-        bits = (G, T, K // 8) if keep_bits else None
-        made = dtype if splits == 1 else FP32
-        plans.append(_Shrink(launch, (rows, splits), here, (G, splits, T, R), made, bits, numbers))
-    return plans
-
-
 def shrink(
     x: Tensor, factors: Sequence[Tensor], p: float, seeds: Sequence[Tensor | None], keep_bits: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -331,60 +287,40 @@ def shrink(
     each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8,
     nor where p rounds to a threshold of 0.
     """
-    members = [unit_rows(a) for a in factors]
-    of_factors = [fact for a in members for fact in (a.shape[0], a.stride(0), a.dtype)]
+    (T, K), R, size = x.shape, padded_rank(factors), x.element_size()
+    threshold = threshold_of(p)
+    keep_bits = keep_bits and K % 8 == 0 and threshold > 0
     parts: list[Tensor] = []
     bits: list[Tensor] = []
-    for plan in _shrink_plan(*x.shape, x.stride(0), x.dtype, p, keep_bits, precision(x), *of_factors):
+    group = group_size(size, K, R, p)
+    for start in range(0, len(factors), group):
+        members = [unit_rows(a) for a in factors[start : start + group]]
+        tiles = _shrink_tiles(size, K, R, len(members), p)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
+        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
+        splits = cdiv(K, k_split)
         # One allocation for all layers, where what is made lives equally long.
-        sums = x.new_empty(plan.parts, dtype=plan.dtype).unbind(0)
-        masks = () if plan.bits is None else x.new_empty(plan.bits, dtype=torch.uint8).unbind(0)
-        here = plan.layers
-        plan.launch(
-            plan.grid, x, *_three(members[here]), *_three(seeds[here]), *_three(sums), *_three(masks), *plan.numbers
-        )
+        sums = x.new_empty((len(members), splits, T, R), dtype=x.dtype if splits == 1 else FP32).unbind(0)
+        masks = x.new_empty((len(members), T, K // 8), dtype=torch.uint8).unbind(0) if keep_bits else ()
+        ranks, strides = [a.shape[0] for a in members], [a.stride(0) for a in members]
+        kind = (x.stride(0), *ranks, *strides, *(a.dtype for a in members), splits == 1, keep_bits)
+        _shrink_launch(x.dtype, K, R, len(members), p, precision(x), kind)(
+            (rows, splits),
+            x, *_three(members), *_three(seeds[start : start + group]), *_three(sums), *_three(masks),
+            T, K, x.stride(0), *_three(ranks), *_three(strides), k_split, threshold, 1.0 / (1.0 - p),
+        )  # fmt: skip
         parts += sums
         bits += masks
     return parts, bits
 
 
 @functools.cache
-def _expand_launch(dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
+def _expand_launch(
+    dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]
+) -> Launch:
     """kind: as in `_shrink_launch`."""
     del kind
     return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, aligned, R))
-
-
-class _Expand(NamedTuple):
-    """One launch of `expand`, of the group's `layers`: all but the tensors and scalings. cut: how many have parts."""
-
-    launch: Launch
-    grid: tuple[int, int]
-    layers: slice
-    widths: tuple[int, ...]
-    cut: int
-    numbers: tuple[Any, ...]
-    last: tuple[int, int]
-
-
-@functools.lru_cache(PLANS)
-def _expand_plan(T: int, R: int, dtype: torch.dtype, precision: str, *of_layers: Any) -> list[_Expand]:
-    """of_layers: each S's number of parts; B's shape, stride and dtype; the bias's dtype; the base's dtype and stride."""
-    layers, plans = list(zip(*[iter(of_layers)] * 8)), []
-    for start in range(0, len(layers), GROUP):
-        here = slice(start, start + GROUP)
-        parts, widths, ranks, strides, dtypes, biases, bases, base_strides = zip(*layers[here])
-        G, aligned = len(parts), all(N % 16 == 0 for N in widths)
-        tiles = _expand_tiles(dtype.itemsize, aligned, R)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
-        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
-        groups = cdiv(max(widths), n_group)
-        cut = [n > 1 for n in parts]
-        kind = (*widths, *ranks, *strides, *base_strides, *dtypes, *cut, *biases, *bases)
-        launch = _expand_launch(dtype, aligned, R, G, precision, kind)
-        numbers = (T, *_three(parts), *_three(widths), *_three(ranks), *_three(strides), *_three(base_strides))
-        plans.append(_Expand(launch, (rows * groups, G), here, widths, sum(cut), numbers, (n_group, groups)))
-    return plans
 
 
 def expand(
@@ -402,30 +338,36 @@ def expand(
     """
     T, R = parts[0].shape[1:]
     leading = (T,) if leading is None else leading
-    members = [unit_rows(b) for b in lora_bs]
-    added = [None if base is None else unit_rows(base) for base in bases]
-    offsets = [None if bias is None else bias.contiguous() for bias in biases]
-    of_layers = [
-        fact
-        for part, b, base, bias in zip(parts, members, added, offsets)
-        for fact in (
-            part.shape[0], *b.shape, b.stride(0), b.dtype, None if bias is None else bias.dtype,
-            *((None, None) if base is None else (base.dtype, base.stride(0))),
-        )
-    ]  # fmt: skip
     ys: list[Tensor] = []
     whole: list[Tensor] = []
-    for plan in _expand_plan(T, R, dtype, precision(parts[0]) if dtype == FP32 else "ieee", *of_layers):
-        here = plan.layers
-        sums = parts[here]
-        made = [part.new_empty((*leading, N), dtype=dtype) for part, N in zip(sums, plan.widths)]
+    for start in range(0, len(parts), GROUP):
+        here = slice(start, start + GROUP)
+        members, sums = [unit_rows(b) for b in lora_bs[here]], parts[here]
+        added = [None if base is None else unit_rows(base) for base in bases[here]]
+        offsets = [None if bias is None else bias.contiguous() for bias in biases[here]]
+        widths, G = [b.shape[0] for b in members], len(members)
+        aligned = all(N % 16 == 0 for N in widths)
+        tiles = _expand_tiles(dtype.itemsize, aligned, R)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
+        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
+        groups = cdiv(max(widths), n_group)
+        made = [part.new_empty((*leading, N), dtype=dtype) for part, N in zip(sums, widths)]
         # One part is S itself.
-        summed = iter(sums[0].new_empty((plan.cut, T, R), dtype=dtype).unbind(0) if plan.cut else ())
+        cut = [part for part in sums if part.shape[0] > 1]
+        summed = iter(sums[0].new_empty((len(cut), T, R), dtype=dtype).unbind(0) if cut else ())
         stored = [None if part.shape[0] == 1 else next(summed) for part in sums]
-        plan.launch(
-            plan.grid,
-            *_three(sums), *_three(stored), *_three(members[here]), *_three(offsets[here]), *_three(added[here]),
-            *_three(made), *plan.numbers, *_three([float(scaling) for scaling in scalings[here]]), *plan.last,
+        ranks, strides = [b.shape[1] for b in members], [b.stride(0) for b in members]
+        base_strides = [None if base is None else base.stride(0) for base in added]
+        kind = (
+            *widths, *ranks, *strides, *base_strides, *(b.dtype for b in members), *(s is None for s in stored),
+            *(None if bias is None else bias.dtype for bias in offsets),
+            *(None if base is None else base.dtype for base in added),
+        )  # fmt: skip
+        _expand_launch(dtype, aligned, R, G, precision(made[0]), kind)(
+            (rows * groups, G),
+            *_three(sums), *_three(stored), *_three(members), *_three(offsets), *_three(added), *_three(made),
+            T, *_three([part.shape[0] for part in sums]), *_three(widths), *_three(ranks), *_three(strides),
+            *_three(base_strides), *_three([float(scaling) for scaling in scalings[here]]), n_group, groups,
         )  # fmt: skip
         ys += made
         whole += [part[0] if s is None else s for part, s in zip(sums, stored)]

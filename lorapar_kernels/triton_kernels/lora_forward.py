@@ -26,7 +26,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,6 +46,8 @@ PROGRAMS = 264
 EXPAND_PROGRAMS = 528
 # So many parts of S are loaded before the first is added: four round trips to L2 at once.
 AHEAD = tl.constexpr(4)
+# Kinds of launches, by number of tokens too, that are remembered; one that is not is planned anew, in 20 µs.
+PLANS = 4096
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])
@@ -207,7 +209,11 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
 
     factors: A [r, K] of each layer of the group.
     """
-    return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
+    return _padded(max([a.shape[0] for a in factors]))
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def is_slow(size: int, columns: int, p: float) -> bool:
@@ -268,6 +274,23 @@ def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     return {"BT": 128 if R <= 64 else 64, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
 
 
+class _Plan(NamedTuple):
+    """One launch of a group's, but for its tensors.
+
+    Attributes:
+        launch, grid: the kernel and its programs.
+        here: which of the group's layers it serves.
+        splits: how many parts of S there are.
+        integers: the kernel's last arguments.
+    """
+
+    launch: Launch
+    grid: tuple[int, ...]
+    here: slice
+    splits: int
+    integers: tuple[Any, ...]
+
+
 @functools.cache
 def _shrink_launch(
     dtype: torch.dtype, K: int, R: int, G: int, p: float, precision: str, kind: tuple[Any, ...]
@@ -276,6 +299,28 @@ def _shrink_launch(
     del kind
     switches = dropout_switches(p, K)
     return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
+
+
+@functools.lru_cache(PLANS)
+def _plan_shrink(
+    T: int, K: int, dtype: torch.dtype, x_stride: int, p: float, keep_bits: bool, precision: str,
+    factors: tuple[tuple[int, int, torch.dtype], ...],
+) -> list[_Plan]:  # fmt: skip
+    """factors: rank, stride and dtype of each A."""
+    R = _padded(max(rank for rank, *_ in factors))
+    plans, group = [], group_size(dtype.itemsize, K, R, p)
+    for start in range(0, len(factors), group):
+        here = slice(start, min(start + group, len(factors)))
+        ranks, strides, dtypes = zip(*factors[here])
+        tiles = _shrink_tiles(dtype.itemsize, K, R, len(ranks), p)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
+        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
+        splits = cdiv(K, k_split)
+        kind = (x_stride, *ranks, *strides, *dtypes, splits == 1, keep_bits)
+        launch = _shrink_launch(dtype, K, R, len(ranks), p, precision, kind)
+        rest = T, K, x_stride, *_three(ranks), *_three(strides), k_split, threshold_of(p), 1.0 / (1.0 - p)
+        plans.append(_Plan(launch, (rows, splits), here, splits, rest))
+    return plans
 
 
 def shrink(
@@ -287,27 +332,22 @@ def shrink(
     each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8,
     nor where p rounds to a threshold of 0.
     """
-    (T, K), R, size = x.shape, padded_rank(factors), x.element_size()
-    threshold = threshold_of(p)
-    keep_bits = keep_bits and K % 8 == 0 and threshold > 0
+    T, K = x.shape
+    keep_bits = keep_bits and K % 8 == 0 and threshold_of(p) > 0
+    factors = [unit_rows(a) for a in factors]
+    kinds = tuple([(a.shape[0], a.stride(0), a.dtype) for a in factors])
+    R = padded_rank(factors)
     parts: list[Tensor] = []
     bits: list[Tensor] = []
-    group = group_size(size, K, R, p)
-    for start in range(0, len(factors), group):
-        members = [unit_rows(a) for a in factors[start : start + group]]
-        tiles = _shrink_tiles(size, K, R, len(members), p)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
-        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
-        splits = cdiv(K, k_split)
+    for plan in _plan_shrink(T, K, x.dtype, x.stride(0), p, keep_bits, precision(x), kinds):
+        members = factors[plan.here]
         # One allocation for all layers, where what is made lives equally long.
-        sums = x.new_empty((len(members), splits, T, R), dtype=x.dtype if splits == 1 else FP32).unbind(0)
+        shape = len(members), plan.splits, T, R
+        sums = x.new_empty(shape, dtype=x.dtype if plan.splits == 1 else FP32).unbind(0)
         masks = x.new_empty((len(members), T, K // 8), dtype=torch.uint8).unbind(0) if keep_bits else ()
-        ranks, strides = [a.shape[0] for a in members], [a.stride(0) for a in members]
-        kind = (x.stride(0), *ranks, *strides, *(a.dtype for a in members), splits == 1, keep_bits)
-        _shrink_launch(x.dtype, K, R, len(members), p, precision(x), kind)(
-            (rows, splits),
-            x, *_three(members), *_three(seeds[start : start + group]), *_three(sums), *_three(masks),
-            T, K, x.stride(0), *_three(ranks), *_three(strides), k_split, threshold, 1.0 / (1.0 - p),
+        plan.launch(
+            plan.grid,
+            x, *_three(members), *_three(seeds[plan.here]), *_three(sums), *_three(masks), *plan.integers,
         )  # fmt: skip
         parts += sums
         bits += masks
@@ -315,12 +355,38 @@ def shrink(
 
 
 @functools.cache
-def _expand_launch(
-    dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]
-) -> Launch:
+def _expand_launch(dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
     """kind: as in `_shrink_launch`."""
     del kind
     return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, aligned, R))
+
+
+@functools.lru_cache(PLANS)
+def _plan_expand(
+    T: int, R: int, dtype: torch.dtype, precision: str, layers: tuple[tuple[Any, ...], ...]
+) -> list[_Plan]:
+    """layers: of each, its parts, B's shape, stride and dtype, the bias's dtype, the base's stride and dtype, and its
+    scaling."""
+    plans = []
+    for start in range(0, len(layers), GROUP):
+        here = slice(start, min(start + GROUP, len(layers)))
+        splits, shapes, strides, dtypes, of_biases, base_strides, of_bases, scalings = zip(*layers[here])
+        widths, ranks = zip(*shapes)
+        G, widest = len(widths), max(widths)
+        aligned = all(N % 16 == 0 for N in widths)
+        tiles = _expand_tiles(dtype.itemsize, aligned, R)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(widest, tiles["BN"])
+        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
+        groups = cdiv(widest, n_group)
+        whole = tuple(n == 1 for n in splits)
+        kind = (*widths, *ranks, *strides, *base_strides, *dtypes, *whole, *of_biases, *of_bases)
+        launch = _expand_launch(dtype, aligned, R, G, precision, kind)
+        rest = (
+            T, *_three(splits), *_three(widths), *_three(ranks), *_three(strides), *_three(base_strides),
+            *_three([float(scaling) for scaling in scalings]), n_group, groups,
+        )  # fmt: skip
+        plans.append(_Plan(launch, (rows * groups, G), here, max(splits), rest))
+    return plans
 
 
 def expand(
@@ -338,40 +404,34 @@ def expand(
     """
     T, R = parts[0].shape[1:]
     leading = (T,) if leading is None else leading
+    lora_bs = [unit_rows(b) for b in lora_bs]
+    bases = [None if base is None else unit_rows(base) for base in bases]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    kinds = tuple(
+        [
+            (part.shape[0], b.shape, b.stride(0), b.dtype, None if bias is None else bias.dtype,
+             None if base is None else base.stride(0), None if base is None else base.dtype, scaling)
+            for part, b, bias, base, scaling in zip(parts, lora_bs, biases, bases, scalings)
+        ]
+    )  # fmt: skip
     ys: list[Tensor] = []
-    whole: list[Tensor] = []
-    for start in range(0, len(parts), GROUP):
-        here = slice(start, start + GROUP)
-        members, sums = [unit_rows(b) for b in lora_bs[here]], parts[here]
-        added = [None if base is None else unit_rows(base) for base in bases[here]]
-        offsets = [None if bias is None else bias.contiguous() for bias in biases[here]]
-        widths, G = [b.shape[0] for b in members], len(members)
-        aligned = all(N % 16 == 0 for N in widths)
-        tiles = _expand_tiles(dtype.itemsize, aligned, R)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
-        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
-        groups = cdiv(max(widths), n_group)
-        made = [part.new_empty((*leading, N), dtype=dtype) for part, N in zip(sums, widths)]
+    columns: list[Tensor] = []
+    how = precision(parts[0]) if dtype == FP32 else "ieee"
+    for plan in _plan_expand(T, R, dtype, how, kinds):
+        sums, members = parts[plan.here], lora_bs[plan.here]
+        made = [part.new_empty((*leading, b.shape[0]), dtype=dtype) for part, b in zip(sums, members)]
         # One part is S itself.
-        cut = [part for part in sums if part.shape[0] > 1]
-        summed = iter(sums[0].new_empty((len(cut), T, R), dtype=dtype).unbind(0) if cut else ())
-        stored = [None if part.shape[0] == 1 else next(summed) for part in sums]
-        ranks, strides = [b.shape[1] for b in members], [b.stride(0) for b in members]
-        base_strides = [None if base is None else base.stride(0) for base in added]
-        kind = (
-            *widths, *ranks, *strides, *base_strides, *(b.dtype for b in members), *(s is None for s in stored),
-            *(None if bias is None else bias.dtype for bias in offsets),
-            *(None if base is None else base.dtype for base in added),
-        )  # fmt: skip
-        _expand_launch(dtype, aligned, R, G, precision(made[0]), kind)(
-            (rows * groups, G),
-            *_three(sums), *_three(stored), *_three(members), *_three(offsets), *_three(added), *_three(made),
-            T, *_three([part.shape[0] for part in sums]), *_three(widths), *_three(ranks), *_three(strides),
-            *_three(base_strides), *_three([float(scaling) for scaling in scalings[here]]), n_group, groups,
+        stored: Sequence[Tensor | None] = [None] * len(sums)
+        if plan.splits > 1:
+            stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
+        plan.launch(
+            plan.grid,
+            *_three(sums), *_three(stored), *_three(members), *_three(biases[plan.here]), *_three(bases[plan.here]),
+            *_three(made), *plan.integers,
         )  # fmt: skip
         ys += made
-        whole += [part[0] if s is None else s for part, s in zip(sums, stored)]
-    return ys, whole
+        columns += [part[0] if s is None else s for part, s in zip(sums, stored)]
+    return ys, columns
 
 
 def _three(entries: Sequence[Any]) -> tuple[Any, Any, Any]:

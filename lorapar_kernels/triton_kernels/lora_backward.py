@@ -130,7 +130,7 @@ def _output_loop(
     """Down the program's tokens. b_b [BN, R]: B's rows i_n; m_db [BN]: the rows of dB that are stored."""
     i_r = tl.arange(0, R)
     first = tl.program_id(1) * t_split
-    acc = tl.zeros(b_b.shape, tl.float32)
+    acc = tl.zeros((R, b_b.shape[0]), tl.float32)
     for t in range(first, tl.minimum(first + t_split, T), BT):
         i_t = t + tl.arange(0, BT).to(tl.int64)
         m_t = (i_t < T)[:, None]
@@ -140,10 +140,11 @@ def _output_loop(
         tl.store(ds_ptr + i_ds, tl.dot(b_dy, b_b, input_precision=PRECISION), mask=m_t)
         if db_ptr is not None:
             b_s = tl.load(s_ptr + i_t[:, None] * s_stride + i_r[None, :], mask=m_t, other=0.0)
-            acc += tl.dot(tl.trans(b_dy), b_s, input_precision=PRECISION)
+            # dBᵀ, since Triton does not pipeline dY for compute capability 8 where its transpose is an operand too.
+            acc += tl.dot(tl.trans(b_s), b_dy, input_precision=PRECISION)
     if db_ptr is not None:
         i_db = (tl.program_id(1).to(tl.int64) * N + i_n[:, None]) * s_stride + i_r[None, :]
-        tl.store(db_ptr + i_db, acc, mask=m_db[:, None])
+        tl.store(db_ptr + i_db, tl.trans(acc), mask=m_db[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "t_split", "threshold"])
@@ -214,6 +215,7 @@ def _input_loop(
     b_a0 = _factor(a0_ptr, i_k, rank0, K, a_stride0, R, NEEDS_X, kind)
     b_a1 = _factor(a1_ptr, i_k, rank1, K, a_stride1, R, NEEDS_X and G > 1, kind)
     b_a2 = _factor(a2_ptr, i_k, rank2, K, a_stride2, R, NEEDS_X and G > 2, kind)
+    seed0, seed1, seed2 = _seed(seed0_ptr), _seed(seed1_ptr), _seed(seed2_ptr)
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -225,13 +227,13 @@ def _input_loop(
         if NEEDS_A:
             b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x, other=0.0)
         b_dx = tl.zeros((BT, BK), tl.float32)
-        b_dx, acc0 = _add_layer(b_dx, acc0, b_x, b_a0, ds0_ptr, seed0_ptr, bits0_ptr, da0_ptr, i_t, T, K, ds_stride,
+        b_dx, acc0 = _add_layer(b_dx, acc0, b_x, b_a0, ds0_ptr, seed0, bits0_ptr, da0_ptr, i_t, T, K, ds_stride,
                                 threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if G > 1:
-            b_dx, acc1 = _add_layer(b_dx, acc1, b_x, b_a1, ds1_ptr, seed1_ptr, bits1_ptr, da1_ptr, i_t, T, K, ds_stride,
+            b_dx, acc1 = _add_layer(b_dx, acc1, b_x, b_a1, ds1_ptr, seed1, bits1_ptr, da1_ptr, i_t, T, K, ds_stride,
                                     threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if G > 2:
-            b_dx, acc2 = _add_layer(b_dx, acc2, b_x, b_a2, ds2_ptr, seed2_ptr, bits2_ptr, da2_ptr, i_t, T, K, ds_stride,
+            b_dx, acc2 = _add_layer(b_dx, acc2, b_x, b_a2, ds2_ptr, seed2, bits2_ptr, da2_ptr, i_t, T, K, ds_stride,
                                     threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if NEEDS_X:
             p_dx = dx_ptr + i_t[:, None] * K + i_k[None, :]
@@ -255,8 +257,30 @@ def _factor(a_ptr, i_k, rank, K, a_stride, R: tl.constexpr, WANTED: tl.constexpr
 
 
 @triton.jit
+def _seed(seed_ptr):
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed
+
+
+@triton.jit
+def _kept(bits_ptr, i_t, k, T, K, BK: tl.constexpr):
+    """Columns k to k + BK of a mask that lies as bits in bytes, or in words of 32, which alone Triton pipelines."""
+    if bits_ptr.dtype.element_ty == tl.int32:
+        i_word = k // 32 + tl.arange(0, BK // 32)
+        inside = (i_t < T)[:, None] & (i_word < K // 32)[None, :]
+        b_words = tl.load(bits_ptr + i_t[:, None] * (K // 32) + i_word[None, :], mask=inside, other=0)
+        lanes = (b_words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        keep = tl.reshape(lanes, (i_t.shape[0], BK)) != 0
+    else:
+        keep = kept_bits(bits_ptr, i_t, k, T, K, BK)
+    return keep
+
+
+@triton.jit
 def _add_layer(
-    b_dx, acc, b_x, b_a, ds_ptr, seed_ptr, bits_ptr, da_ptr, i_t, T, K, ds_stride, threshold,
+    b_dx, acc, b_x, b_a, ds_ptr, seed, bits_ptr, da_ptr, i_t, T, K, ds_stride, threshold,
     R: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NEEDS_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -267,9 +291,9 @@ def _add_layer(
     k = tl.program_id(0) * BK
     if DROPOUT:
         if bits_ptr is not None:
-            keep = kept_bits(bits_ptr, i_t, k, T, K, BK)
+            keep = _kept(bits_ptr, i_t, k, T, K, BK)
         else:
-            keep = keep_tile(tl.load(seed_ptr), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+            keep = keep_tile(seed, i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
         b_kept = tl.where(keep, b_x, 0.0)
     if NEEDS_X:
         part = tl.dot(b_ds, b_a, input_precision=PRECISION)
@@ -529,6 +553,8 @@ def input_gradients(
     dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None
     das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
     width, group = _width(dtype, R), group_size(size, K, R, p)
+    if K % 32 == 0:
+        bits = [words.view(torch.int32) for words in bits]
     pieces = [(g, r) for g, a in enumerate(factors) if needs_x or needs_a[g] for r in range(0, a.shape[0], width)]
     sums: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
     for start in range(0, len(pieces), group):

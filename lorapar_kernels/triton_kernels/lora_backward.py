@@ -74,7 +74,7 @@ def output_kernel(
     dy0_ptr, dy1_ptr, dy2_ptr, b0_ptr, b1_ptr, b2_ptr, s0_ptr, s1_ptr, s2_ptr,
     stripes0_ptr, stripes1_ptr, stripes2_ptr, ds0_ptr, ds1_ptr, ds2_ptr, db0_ptr, db1_ptr, db2_ptr,
     T, t_split, N0, N1, N2, rank0, rank1, rank2, dy_stride0, dy_stride1, dy_stride2, b_stride0, b_stride1, b_stride2,
-    s_stride, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    s_stride, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds_ptr [N / BN, T, R] <- dY B over BN columns each; db_ptr [splits, N, R] <- dYᵀ S over t_split tokens each.
 
@@ -83,21 +83,21 @@ def output_kernel(
     """
     if tl.program_id(2) == 0:
         _output_columns(dy0_ptr, b0_ptr, s0_ptr, stripes0_ptr, ds0_ptr, db0_ptr, T, t_split, N0, rank0,
-                        dy_stride0, b_stride0, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                        dy_stride0, b_stride0, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
     if dy1_ptr is not None:
         if tl.program_id(2) == 1:
             _output_columns(dy1_ptr, b1_ptr, s1_ptr, stripes1_ptr, ds1_ptr, db1_ptr, T, t_split, N1, rank1,
-                            dy_stride1, b_stride1, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                            dy_stride1, b_stride1, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
     if dy2_ptr is not None:
         if tl.program_id(2) == 2:
             _output_columns(dy2_ptr, b2_ptr, s2_ptr, stripes2_ptr, ds2_ptr, db2_ptr, T, t_split, N2, rank2,
-                            dy_stride2, b_stride2, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                            dy_stride2, b_stride2, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _output_columns(
     dy_ptr, b_ptr, s_ptr, stripes_ptr, ds_ptr, db_ptr, T, t_split, N, rank, dy_stride, b_stride, s_stride,
-    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer of output_kernel. db_ptr None: no dB is wanted."""
     i_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -108,30 +108,32 @@ def _output_columns(
         b_b = tl.load(b_ptr + i_b, mask=m_b, other=0.0).to(dy_ptr.dtype.element_ty)
         if db_ptr is None:
             _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                         R, BT, PRECISION)  # fmt: skip
+                         R, BT, STAGES, PRECISION)  # fmt: skip
         elif stripes_ptr is None:
             _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                         R, BT, PRECISION)  # fmt: skip
+                         R, BT, STAGES, PRECISION)  # fmt: skip
         else:
             b_active = tl.load(stripes_ptr + i_n // STRIPE, mask=i_n < N, other=0).to(tl.int32)
             if tl.max(b_active, 0) > 0:
                 _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, b_active > 0, T, t_split, N, dy_stride, s_stride,
-                             R, BT, PRECISION)  # fmt: skip
+                             R, BT, STAGES, PRECISION)  # fmt: skip
             else:
                 _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                             R, BT, PRECISION)  # fmt: skip
+                             R, BT, STAGES, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _output_loop(
     dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, m_db, T, t_split, N, dy_stride, s_stride,
-    R: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Down the program's tokens. b_b [BN, R]: B's rows i_n; m_db [BN]: the rows of dB that are stored."""
     i_r = tl.arange(0, R)
     first = tl.program_id(1) * t_split
     acc = tl.zeros((R, b_b.shape[0]), tl.float32)
-    for t in range(first, tl.minimum(first + t_split, T), BT):
+    # A loop of warp-group products alone has a buffer a stage, another one less.
+    stages: tl.constexpr = STAGES if db_ptr is not None else 2
+    for t in tl.range(first, tl.minimum(first + t_split, T), BT, num_stages=stages):
         i_t = t + tl.arange(0, BT).to(tl.int64)
         m_t = (i_t < T)[:, None]
         m_dy = m_t & (i_n < N)[None, :]
@@ -406,12 +408,15 @@ def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
 @functools.cache
 def _output_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     if size == 4:
-        return {"BT": 16, "BN": 16 if R > 32 else 32, "num_warps": 4, "num_stages": 2}
+        return {"BT": 16 if R > 32 else 32, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if R > 32:
+        # 64 rows of dY spill up to 120 bytes on sm_80 and sm_100.
+        return {"BT": 32, "BN": 128 if R == 64 else 64, "num_warps": 8, "num_stages": 3 if aligned and R == 64 else 2}
     if not aligned:
         # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers.
-        return {"BT": 32, "BN": 64 if R < 256 else 32, "num_warps": 8, "num_stages": 2}
-    BN = {16: 256, 32: 256, 64: 128, 128: 128, 256: 64}[R]
-    return {"BT": 64, "BN": BN, "num_warps": 4 if R == 16 else 8, "num_stages": 2}
+        return {"BT": 32, "BN": 128, "num_warps": 8, "num_stages": 3}
+    # Two tiles of dY of 32 KB under way: three do not fit beside B and S.
+    return {"BT": 64, "BN": 256, "num_warps": 4 if R == 16 else 8, "num_stages": 3 if R == 16 else 2}
 
 
 @functools.cache
@@ -433,7 +438,8 @@ def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str,
 def _output_launch(size: int, aligned: bool, R: int, how: str, *key: Any) -> Launch:
     """One Launch for each set of these and of what else `key` tells apart."""
     del key
-    return Launch(output_kernel, R=R, PRECISION=how, **_output_tiles(size, aligned, R))
+    tiles = _output_tiles(size, aligned, R)
+    return Launch(output_kernel, R=R, PRECISION=how, STAGES=tiles["num_stages"], **tiles)
 
 
 @functools.cache
@@ -491,7 +497,8 @@ def output_gradients(
     dB is 0 outside its mask, and None where `needs_b` is False. Two launches for up to three layers.
     """
     (T, R), dtype, device = columns[0].shape, dys[0].dtype, dys[0].device
-    width, factors = _width(dtype, R), list(map(unit_rows, lora_bs))
+    # 256 ranks of one layer spill 17 kB on sm_80.
+    width, factors = _width(dtype.itemsize, R, 128), list(map(unit_rows, lora_bs))
     aligned = all(dy.shape[1] % 16 == 0 and dy.stride(0) % 16 == 0 for dy in dys)
     tiles = _output_tiles(dtype.itemsize, aligned, width)
     blocks, steps = [cdiv(dy.shape[1], tiles["BN"]) for dy in dys], cdiv(T, tiles["BT"])
@@ -552,7 +559,7 @@ def input_gradients(
     (T, K), R, dtype, size = x.shape, dss[0].shape[1], x.dtype, x.element_size()
     dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None
     das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
-    width, group = _width(dtype, R), group_size(size, K, R, p)
+    width, group = _width(size, R, 256), group_size(size, K, R, p)
     if K % 32 == 0:
         bits = [words.view(torch.int32) for words in bits]
     pieces = [(g, r) for g, a in enumerate(factors) if needs_x or needs_a[g] for r in range(0, a.shape[0], width)]
@@ -593,9 +600,10 @@ def input_gradients(
     return dx, das
 
 
-def _width(dtype: torch.dtype, R: int) -> int:
-    """How many ranks a launch takes: a plain-core product holds all of its inner dimension in registers."""
-    return min(R, 64) if dtype.itemsize == 4 else R
+def _width(size: int, R: int, most: int) -> int:
+    """How many ranks of R a launch takes: at most `most`, in fp32 64, since a plain-core product holds all of its inner
+    dimension in registers."""
+    return min(R, 64 if size == 4 else most)
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:

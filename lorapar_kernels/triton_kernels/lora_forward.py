@@ -239,6 +239,11 @@ def dropout_switches(p: float, columns: int) -> dict[str, bool]:
 def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str, int]:
     if is_slow(size, columns, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    if G > 1 and R * G <= 64:
+        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, one program a multiprocessor of 64 K. Of
+        # these fit three (two where bits are kept), with three tiles of x of 4 KB each on their way: 36 KB a
+        # multiprocessor, where 4.3 TB/s · 0.7 µs over 132 of them is 23 KB.
+        return {"BT": 64, "BK": 32, "num_warps": 4, "num_stages": 4}
     wide = R * G > 64
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
@@ -252,13 +257,15 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
 def _expand_tiles(size: int, columns: int, R: int) -> dict[str, int]:
     """columns: of the widest y."""
     if size == 4:
-        return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
-    # 128 rows share one B, of which 128 columns of 16 ranks in fp32 are a quarter of the bytes of y that they make; a
-    # row of a tile is 256 bytes, two sectors of 128.
+        # 64 columns of 256 ranks spill 64 bytes on sm_90.
+        return {"BT": 32, "BN": 64 if R <= 64 else 32, "BR": 16, "num_warps": 4, "num_stages": 2}
     if columns % 16 != 0:
         # Such rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}
-    return {"BT": 128, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
+    # A row of a tile is 256 bytes, two whole lines. 128 rows share one B, which is read from L2 again for each tile: of
+    # 16 ranks in fp32 a quarter of the bytes of y that it makes, half of them for 64 rows, and L2 would then be the
+    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks spill 8 bytes on sm_100.
+    return {"BT": 128 if R <= 64 else 64, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
 
 
 @functools.cache

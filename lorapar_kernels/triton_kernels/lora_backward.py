@@ -17,13 +17,17 @@ nothing is active makes no product for them at all, and then input_kernel does n
 program, outside its loop: a product under a condition in a pipelined loop reads tiles before they arrive (Triton 3.6,
 found by racecheck on an H100), and a loop that is not pipelined would cost more than the products that it leaves out.
 
-How large the parts are. One program of output_kernel owns BN columns of dY and a range of tokens, holds its B and its
-sum of dB in registers, and goes down its tokens: dS comes in N / BN parts of T · R, dB in as many parts of N · R as
-there are ranges. In bytes of Y = 2 T N (bf16, R = 16): 32 / BN of it for dS and 32 / (tokens of a range) for dB.
+How large the parts are. A program of output_kernel owns BN columns of dY and a range of tokens, holds its rows of B and
+its sum of dB in registers, and goes down its tokens: dS comes in N / BN parts of T · R, dB in as many parts of N · R as
+there are ranges. Of Y = 2 T N bytes (bf16, R = 16) that is 32 / BN for dS and 32 / (tokens of a range) for dB:
 
-                                       programs    dS        dB         of Y    128 rows × all columns (before)
-    T 8192, N 4096, one layer            16 × 16   1/16·2    1/16        0.19    0.29
-    q, k, v                          3 · 16 × 5    1/8       1/52        0.14    0.29
+    T = 8192, BN = 256             programs                  dS      dB      of Y
+    4096 → 4096, alone             16 · 16 ranges of 512     0.125   0.063   0.19
+    q, k, v of 4096                48 · 5 ranges of 1,664    0.125   0.020   0.15
+    gate, up of 11008              86 · 3 ranges of 2,752    0.125   0.012   0.14
+
+each written and read once, through L2 for the most part. A program that owned 128 tokens and went along their columns
+made 0.29 Y: 0.25 of dB, a part for each 128 tokens, and 0.04 of dS.
 
 Triton compiles a kernel again where an integer argument becomes 1 or a multiple of 16. That is switched off for what
 differs between batches (numbers of tokens and parts, the dropout's threshold), so that no batch waits for the compiler
@@ -36,7 +40,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -45,7 +49,7 @@ from torch import Tensor
 
 from .dropout import keep_tile, kept_bits
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
-from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank, splits_of
+from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
 
 # Columns of A, or rows of B, that one entry of a mask's stripes stands for (../tiles.py).
 STRIPE = tl.constexpr(64)
@@ -406,6 +410,17 @@ def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
 
 
 @functools.cache
+def _steps_a_range(blocks: int, steps: int, at_work: int) -> int:
+    """How many of `steps` down the tokens one program goes, of `blocks` columns of programs, so that all end soonest.
+
+    at_work: programs that run together, on all multiprocessors; more take another round. A program's first loads and
+    its part of the sum cost about as much as two steps. Of equals the longest, which leaves the fewest parts.
+    """
+    lengths = sorted({cdiv(steps, ranges) for ranges in range(1, min(steps, 64) + 1)}, reverse=True)
+    return min(lengths, key=lambda length: cdiv(blocks * cdiv(steps, length), at_work) * (length + 2))
+
+
+@functools.cache
 def _output_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     if size == 4:
         return {"BT": 16 if R > 32 else 32, "BN": 32, "num_warps": 4, "num_stages": 2}
@@ -425,13 +440,10 @@ def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str,
         # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
         BK = 16 if size == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
-    aligned = columns % 16 == 0
-    warps = 8 if R * G > 16 or not aligned else 4
-    # On sm_100 64 rows of one layer of 64 ranks spill 16 bytes with Triton 3.9, of two layers of 16 ranks 24 with 3.6;
-    # 64 columns of 128 ranks spill 60 on sm_80.
-    rows = 32 if R * G > 64 or R == 64 or (R, G) == (16, 2) else 64
-    wide = 32 if R > 64 or (R == 64 and not aligned) else 64
-    return {"BT": rows, "BK": wide, "num_warps": warps, "num_stages": 2}
+    # A tile of 16 KB or two under way for each program; wide, because each program reads dS anew.
+    if R * G <= 48:
+        return {"BT": 32, "BK": 128, "num_warps": 8, "num_stages": 4}
+    return {"BT": 32, "BK": 64 if R <= 64 else 32, "num_warps": 8, "num_stages": 2}
 
 
 @functools.cache
@@ -502,8 +514,7 @@ def output_gradients(
     aligned = all(dy.shape[1] % 16 == 0 and dy.stride(0) % 16 == 0 for dy in dys)
     tiles = _output_tiles(dtype.itemsize, aligned, width)
     blocks, steps = [cdiv(dy.shape[1], tiles["BN"]) for dy in dys], cdiv(T, tiles["BT"])
-    # At most PROGRAMS, which are at work together; one more would be alone in a second round.
-    t_split = cdiv(steps, max(1, PROGRAMS // max(1, sum(blocks)))) * tiles["BT"]
+    t_split = _steps_a_range(sum(blocks), steps, PROGRAMS) * tiles["BT"]
     splits = cdiv(T, t_split)
     ds_parts = [torch.empty((n, T, R), dtype=torch.float32, device=device) for n in blocks]
     db_parts = [
@@ -568,7 +579,7 @@ def input_gradients(
         here = pieces[start : start + group]
         tiles = _input_tiles(size, K, width, len(here), p)
         blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
-        t_split = cdiv(steps, splits_of(blocks, steps)) * tiles["BT"]
+        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2) * tiles["BT"]
         splits = cdiv(T, t_split)
         members = []
         for g, r in here:
@@ -618,41 +629,63 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
     return variants
 
 
-# x's dtype, the adapter's, rank, layers of one x, p, columns, stripes, gradients wanted of (x, A and B), bits
+# x's dtype, the adapter's, rank, layers of one x, p, columns, empty stripes, gradients wanted of (x, A and B), bits
 REPRESENTATIVE = [
-    (BF16, FP32, 16, 3, 0.05, 4096, False, (True, True), True),
+    (BF16, FP32, 8, 3, 0.05, 4096, False, (True, True), True),
     (BF16, FP32, 16, 3, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 16, 1, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 16, 1, 0.05, 4096, False, (True, True), True),
+    (BF16, FP32, 16, 2, 0.05, 4096, True, (True, True), False),
+    (BF16, BF16, 32, 2, 0.0, 4096, True, (True, True), False),
+    (BF16, FP32, 32, 3, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 64, 3, 0.05, 4096, False, (True, True), True),
+    (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True), False),
+    (BF16, FP32, 128, 1, 0.05, 61, False, (True, True), False),
+    (BF16, FP32, 256, 2, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 256, 1, 0.05, 4104, False, (True, True), True),
+    (BF16, FP32, 16, 1, 0.05, 4104, True, (True, True), False),
+    (FP16, FP32, 32, 2, 0.05, 61, True, (True, True), False),
+    (FP16, FP16, 16, 1, 0.0, 4096, False, (True, False), False),
+    (FP32, FP32, 16, 3, 0.05, 4096, True, (True, True), False),
+    (FP32, FP32, 64, 3, 0.05, 61, True, (True, True), False),
+    (FP32, FP32, 256, 1, 0.05, 4096, True, (True, True), True),
 ]
 
 
 def _every_case():
-    drops = [(0.0, 4096, False), (0.05, 4096, False), (0.05, 4096, True), (0.05, 4104, False), (0.05, 61, False)]
+    drops = [(0.0, 4096, False), *((0.05, columns, bits) for columns in (4096, 4104) for bits in (False, True))]
     for rank in (8, 16, 32, 64, 128, 256):
         for group in range(1, GROUP + 1):
-            for (x, a), (p, columns, bits), striped in itertools.product(DTYPES, drops, (False, True)):
+            for (x, a), (p, columns, bits), striped in itertools.product(
+                DTYPES, [*drops, (0.05, 61, False)], (False, True)
+            ):
                 for wanted in ((True, True), (True, False), (False, True)):
                     yield x, a, rank, group, p, columns, striped, wanted, bits
 
 
-class _Striped:
-    """A mask without memory, of which some stripes are empty."""
+class _Striped(NamedTuple):
+    """A mask without memory; stripes None where none is empty."""
 
-    def __init__(self, mask: Tensor, columns: int, striped: bool):
-        self.mask = mask
-        self.stripes = meta(cdiv(columns, 64), dtype=torch.uint8) if striped else None
+    mask: Tensor
+    stripes: Tensor | None
 
 
 def _launch_all(x_dtype, a_dtype, rank, group, p, columns, striped, wanted, bits, tokens=8192) -> None:
-    """One group's backward."""
+    """One group's backward, masked."""
     needs_x, needs_factors = wanted
-    x = meta(tokens, columns, dtype=x_dtype)
+    x, needs = meta(tokens, columns, dtype=x_dtype), [needs_factors] * group
     factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
-    lora_bs = [meta(columns, rank, dtype=a_dtype) for _ in range(group)]
     seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
     drawn = [meta(tokens, columns // 8, dtype=torch.uint8) for _ in range(group)] if bits else []
-    masks_a = [_Striped(meta(rank, columns, dtype=torch.bool), columns, striped) for _ in range(group)]
-    masks_b = [_Striped(meta(columns, rank, dtype=torch.bool), columns, striped) for _ in range(group)]
-    ss = [meta(tokens, padded_rank(factors), dtype=x_dtype) for _ in range(group)]
-    needs = [needs_factors] * group
-    dss, _ = output_gradients([x] * group, lora_bs, ss, [2.0] * group, p, masks_b, needs)
+    # Keys and values are narrower than queries, as where several heads share them.
+    widths = [columns, *[columns // 4 if columns % 64 == 0 else columns] * (group - 1)]
+    dys = [meta(tokens, N, dtype=x_dtype) for N in widths]
+    lora_bs = [meta(N, rank, dtype=a_dtype) for N in widths]
+    ss = [meta(tokens, padded_rank(factors), dtype=x_dtype) for _ in widths]
+    masks_a, masks_b = (
+        [_Striped(meta(*shape, dtype=torch.bool), meta(cdiv(n, 64), dtype=torch.uint8) if striped else None)
+         for shape, n in shapes]
+        for shapes in ([((rank, columns), columns)] * group, [((N, rank), N) for N in widths])
+    )  # fmt: skip
+    dss, _ = output_gradients(dys, lora_bs, ss, [2.0] * group, p, masks_b, needs)
     input_gradients(x, factors, dss, p, seeds, drawn, masks_a, needs, needs_x)

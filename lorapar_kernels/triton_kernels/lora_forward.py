@@ -275,7 +275,9 @@ def _shrink_launch(
     """kind: what else makes a kernel of its own (dtypes, ranks, strides, which arguments are there)."""
     del kind
     switches = dropout_switches(p, K)
-    return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
+    return Launch(
+        shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p)
+    )
 
 
 def shrink(
@@ -314,7 +316,9 @@ def shrink(
 
 
 @functools.cache
-def _expand_launch(dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
+def _expand_launch(
+    dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]
+) -> Launch:
     """columns: of the widest y; kind: as in `_shrink_launch`."""
     del kind
     return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, columns, R))

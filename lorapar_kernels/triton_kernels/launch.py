@@ -108,8 +108,9 @@ class Launch:
     """One kernel with its constexprs and launch options, to be launched again and again.
 
     The arguments' dtypes, which of them are None, and of each integer that the kernel specialises on, whether it is 1
-    and whether a multiple of 16, are the same in every call of one Launch: a launcher keeps one for each set of them. At
-    least one argument is a tensor, none is a tuple or a descriptor, and the constexprs are the kernel's last parameters.
+    and whether a multiple of 16, are the same in every call of one Launch: a launcher keeps one for each set of them.
+    At least one argument is a tensor, none is a tuple or a descriptor, and the constexprs are the kernel's last
+    parameters.
 
     Triton's launcher finds all of that out again in each call, and looks the compiled kernel up by a string made of it.
     Here the first call goes through it, and later ones call the compiled kernel's own launcher with what a call cannot

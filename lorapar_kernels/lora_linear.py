@@ -427,7 +427,8 @@ def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor
 
     x is in the dtype that the layers compute in, also under autocast.
     """
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return differentiable(x, layers, p)
         # The tracer knows what is given to an op, and not what is inside a layer.

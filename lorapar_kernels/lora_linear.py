@@ -316,7 +316,6 @@ class _LoraLayers(torch.autograd.Function):
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
         ctx.passes, ctx.p, ctx.n_bits = passes, p, len(bits)
-        ctx.widths = [out.shape[-1] for out in outs]
         return tuple(map(no_view, outs))
 
     @staticmethod
@@ -329,16 +328,21 @@ class _LoraLayers(torch.autograd.Function):
             LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
             for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
-        # An output that nothing used has no gradient.
-        dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
-        wanted = needs[2 : 2 * n + 3]
+        through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
+        # An output that nothing used has no gradient, and neither have its factors.
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        wanted = [needs[2], *(needs[3 + i] for i in used), *(needs[3 + n + i] for i in used)]
+        of_used = [layers[i] for i in used]
         # In a backward: someone asked for create_graph.
         if torch.is_grad_enabled():
-            found = differentiable_gradients(dys, x, layers, ctx.p, wanted)
+            found = differentiable_gradients([grads[i] for i in used], x, of_used, ctx.p, wanted)
         else:
-            found = _gradients(ctx.passes, dys, x, columns, bits, layers, ctx.p, wanted)
-        through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
-        return None, None, *found, *through
+            columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
+            found = _gradients(ctx.passes, [grads[i] for i in used], x, columns, bits, of_used, ctx.p, wanted)
+        of_factors: list[Tensor | None] = [None] * (2 * n)
+        for place, i in enumerate(used):
+            of_factors[i], of_factors[n + i] = found[1 + place], found[1 + len(used) + place]
+        return None, None, found[0], *of_factors, *through
 
 
 def _one_layer(
@@ -428,10 +432,12 @@ def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor
 
     x is in the dtype that the layers compute in, also under autocast.
     """
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return differentiable(x, layers, p)
-        if torch.compiler.is_compiling():
+        # The tracer knows what is given to an op, and not what is inside a layer.
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return [_op_of(x, layer, p) for layer in layers]
         inputs = (
             x,

@@ -53,7 +53,7 @@ def random_layer(kind, out, inner, bias=False):
 @KINDS
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, bias):
-    from lorapar.adapter.layers_bnb import FrozenProduct, dequantised
+    from lorapar_kernels.bnb_weights import FrozenProduct, dequantised
 
     layer = random_layer(kind, 96, 192, bias)
     weight = dequantised(layer, torch.float32).double().clone()
@@ -70,7 +70,7 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, 
 @needs_bnb
 @KINDS
 def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
-    from lorapar.adapter.layers_bnb import FrozenProduct
+    from lorapar_kernels.bnb_weights import FrozenProduct
 
     layer, saved = random_layer(kind, 64, 64), []
     x = torch.randn(16, 64, requires_grad=True)
@@ -82,8 +82,48 @@ def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
 
 
 @needs_bnb
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantised_weight_stands_in_for_a_layer_s_own(kind, bias):
+    from lorapar_kernels.bnb_weights import dequantised, frozen_weight
+
+    layer, x = random_layer(kind, 96, 192, bias), torch.randn(2, 192, requires_grad=True)
+    weight = frozen_weight(layer, x)
+    assert (weight.shape, weight.device) == (torch.Size((96, 192)), torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(weight.dense(dtype), dequantised(layer, dtype))
+        assert weight.dense(dtype).dtype == dtype
+
+
+@needs_bnb
+@KINDS
+def test_a_layer_that_does_more_than_its_product_is_called(kind):
+    from lorapar_kernels.bnb_weights import frozen_weight, take_over
+
+    layer, x = random_layer(kind, 64, 64, bias=True), torch.randn(2, 64, requires_grad=True)
+    assert frozen_weight(layer, x) is not None
+    take_over(layer)
+    assert frozen_weight(layer, x) is not None
+    # Where no gradient goes through, a 4-bit layer's own kernel is quicker; 8 bits have none that computes the same.
+    with torch.no_grad():
+        assert (frozen_weight(layer, x) is None) == (kind == "nf4")
+    assert (frozen_weight(layer, x.detach()) is None) == (kind == "nf4")
+    layer.bias.requires_grad_()
+    assert frozen_weight(layer, x) is None
+    layer.bias.requires_grad_(False)
+    if kind == "nf4":
+        layer.compute_dtype = torch.bfloat16
+        assert frozen_weight(layer, x) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert frozen_weight(layer, x) is not None
+        layer.compute_dtype = None
+    layer.forward = lambda given: given
+    assert frozen_weight(layer, x) is None
+
+
+@needs_bnb
 def test_weights_of_several_shapes_share_one_buffer():
-    from lorapar.adapter.layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     large, small = random_layer("int8", 128, 128), random_layer("int8", 64, 64)
     first = dequantised(large, torch.float32)
@@ -94,34 +134,34 @@ def test_weights_of_several_shapes_share_one_buffer():
 
 @needs_bnb
 def test_each_stream_has_a_buffer_of_its_own_and_a_graph_its_own_memory(monkeypatch):
-    from lorapar.adapter import layers_bnb
+    from lorapar_kernels import bnb_weights
 
     current = 7
-    monkeypatch.setattr(layers_bnb, "_buffers", {})
-    monkeypatch.setattr(layers_bnb, "_stream", lambda device: current)
+    monkeypatch.setattr(bnb_weights, "_buffers", {})
+    monkeypatch.setattr(bnb_weights, "_stream", lambda device: current)
     layer, other = random_layer("int8", 64, 48), random_layer("int8", 64, 48)
-    one = layers_bnb.dequantised(layer, torch.float32)
+    one = bnb_weights.dequantised(layer, torch.float32)
     kept = one.clone()
     current = 8
-    two = layers_bnb.dequantised(other, torch.float32)
+    two = bnb_weights.dequantised(other, torch.float32)
     assert two.data_ptr() != one.data_ptr()
     assert torch.equal(one, kept)
     current = 7
-    assert layers_bnb.dequantised(layer, torch.float32).data_ptr() == one.data_ptr()
-    assert len(layers_bnb._buffers) == 2
+    assert bnb_weights.dequantised(layer, torch.float32).data_ptr() == one.data_ptr()
+    assert len(bnb_weights._buffers) == 2
     # Captured: none of the buffers, and none for a later call.
     current = None
-    three = layers_bnb.dequantised(other, torch.float32)
+    three = bnb_weights.dequantised(other, torch.float32)
     assert three.data_ptr() not in (one.data_ptr(), two.data_ptr())
     assert torch.equal(one, kept)
-    assert len(layers_bnb._buffers) == 2
+    assert len(bnb_weights._buffers) == 2
     release_freed()
-    assert not layers_bnb._buffers
+    assert not bnb_weights._buffers
 
 
 @needs_bnb
 def test_the_stream_is_the_current_one_of_the_device(monkeypatch):
-    from lorapar.adapter.layers_bnb import _stream
+    from lorapar_kernels.bnb_weights import _stream
 
     capturing, device = False, torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -166,7 +206,7 @@ def test_the_loaded_base_is_in_the_form_asked_for(tiny_folder, kind, dtype):
         assert layer.compute_dtype == getattr(torch, dtype)
     assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
     assert model.training
-    from lorapar.adapter.layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     weight = plain.model.layers[0].self_attn.q_proj.weight.float()
     error = relative_error(dequantised(layer, torch.float32), weight)

@@ -79,7 +79,7 @@ def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class QuantisedWeight:
-    """The weight of a bitsandbytes layer as `lora_linear.FrozenWeight`: its shape, its device, and its values on demand.
+    """The weight of a bitsandbytes layer as a `FrozenWeight` of lora_linear.py: its values where they are needed.
 
     It holds the layer and no tensor, so that a graph that keeps it keeps nothing of the weight's size.
     """

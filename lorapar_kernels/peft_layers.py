@@ -1,0 +1,187 @@
+"""PEFT's LoRA layers with this package's forward and backward; imports peft, and is imported by whoever has it.
+
+`FastLayer` goes ahead of one of PEFT's LoRA layer classes (of `nn.Linear`, or of bitsandbytes' 4-bit and 8-bit layers);
+PEFT's names, saving, loading, merging and adapter switching are untouched. It keeps nothing that PEFT's layer lacks
+when it is made, so that a layer that exists already can be made one by its `__class__`.
+
+The base's product and the adapter's are one op where nothing can tell them apart: where the base is an `nn.Linear`
+and nothing else (`is_plain`). Any other base is called as PEFT calls it and the adapter's share is added to what it
+returns, so that a forward of its own, an inner adapter, hooks and offloading take part. An adapter whose share is not
+s · drop(x) Aᵀ Bᵀ of two weights (a variant, hooks, a bias of B) is computed by PEFT's own arithmetic.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+import lorapar_kernels as lk
+
+# Torch's own, which a library may replace for every layer.
+_FORWARD, _LINEAR = nn.Linear.forward, F.linear
+
+
+class Terms(NamedTuple):
+    """What one adapter adds to its base, scaling · drop(x) Aᵀ Bᵀ, and where its gradients may be other than zero."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    mask_a: Tensor | None = None
+    mask_b: Tensor | None = None
+
+
+class FastLayer(Linear if TYPE_CHECKING else object):
+    """A mixin ahead of one of PEFT's LoRA layers, which computes with `lora_linear` and `lora_add`.
+
+    A subclass may say which terms an adapter has (`terms`), which masks its factors have (`masks`), and take the whole
+    computation over (`adapted`).
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
+        there = cast(nn.ModuleDict, self._modules["lora_A"])._modules
+        names = [name for name in self.active_adapters if name in there]
+        if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
+            return super().forward(x, *args, **kwargs)
+        for_variants = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS} if kwargs else {}
+        kwargs.pop("adapter_names", None)
+        return self.adapted(x, names, for_variants, *args, **kwargs)
+
+    def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output for x with the share of each adapter in `names` added."""
+        y: Tensor | None = None
+        alone = nothing_watches_all()
+        if args or kwargs or not (alone and self.can_fuse()):
+            y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        for name in names:
+            if not (alone and self.is_vanilla(name)):
+                y = self.as_peft(self.base_layer(x) if y is None else y, x, name, for_variants | kwargs)
+                continue
+            terms = self.terms(name)
+            if terms.a.shape[0] > 0:
+                y = self.added(y, x, terms, *self.draw_dropout(name, x.device))
+        return self.base_layer(x) if y is None else y
+
+    def can_fuse(self) -> bool:
+        """Whether `added` makes the base's product itself where y is None."""
+        base = cast(nn.Module, self._modules["base_layer"])
+        if not is_plain(base):
+            return False
+        # The op gives the base no gradient.
+        weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
+        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+    def is_vanilla(self, name: str) -> bool:
+        """Whether the adapter's share is s · drop(x) Aᵀ Bᵀ of the two weights, and its modules have no hooks."""
+        if name in self.lora_variant or self.lora_bias[name]:
+            return False
+        parts: Any = self._modules
+        return (
+            is_plain(parts["lora_A"]._modules[name])
+            and is_plain(parts["lora_B"]._modules[name])
+            and _is_plain_dropout(parts["lora_dropout"]._modules[name])
+        )
+
+    def added(self, y: Tensor | None, x: Tensor, terms: Terms, p: float, seed: Tensor | None) -> Tensor:
+        """One adapter's share added to y, what the base returned for x; None: the base's product is made too."""
+        a, b, scaling, mask_a, mask_b = terms
+        if y is not None:
+            return lk.lora_add(y, x, *as_wide(y, a, b), scaling, mask_a, mask_b, p, seed)
+        base = cast(nn.Linear, self._modules["base_layer"])
+        return lk.lora_linear(x, base.weight, *as_wide(x, a, b), scaling, base.bias, mask_a, mask_b, p, seed)
+
+    def as_peft(self, y: Tensor, x: Tensor, name: str, kwargs: dict[str, Any]) -> Tensor:
+        """An adapter's share by PEFT's arithmetic, module by module: a variant (DoRA, ...), hooks, a bias of B."""
+        masks = self.masks(name)
+        a, b = cast(nn.Module, self.lora_A[name]), cast(nn.Module, self.lora_B[name])
+        x = self._cast_input_dtype(x, cast(Tensor, a.weight).dtype)
+        if name in self.lora_variant:
+            kwargs = dict.fromkeys(VARIANT_KWARG_KEYS) | kwargs
+            share = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
+            return share.to(y.dtype)
+        dropout = cast(nn.Module, self.lora_dropout[name])
+        if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and nothing_watches_all():
+            p, seed = self.draw_dropout(name, x.device)
+            # The elements that the op would drop.
+            x = x if seed is None else torch.where(lk.dropout_mask(seed, list(x.shape), p), x / (1.0 - p), 0.0)
+        else:
+            x = dropout(x)
+        share = _masked_call(b, _masked_call(a, x, masks[0]), masks[1])
+        return (y + share * self.scaling[name]).to(y.dtype)
+
+    def terms(self, name: str) -> Terms:
+        """What the adapter `name` is computed with."""
+        return Terms(*self.factors(name), *self.masks(name))
+
+    def masks(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The masks of lora_A and lora_B, bool of their shapes; None: every element has its gradient."""
+        return None, None
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """lora_A [r, in], lora_B [out, r] and the scaling of the adapter `name`."""
+        parts: Any = self._modules
+        return parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight, self.scaling[name]
+
+    def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
+        """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
+        dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
+        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
+            return 0.0, None
+        return dropout.p, torch.randint(2**62, (1,), device=device)
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `module(x)` is x Wᵀ + bias and nothing else happens in the call.
+
+    False for a subclass (a forward of its own, a parametrization), a forward put on the instance (accelerate), hooks,
+    and a weight of a tensor class of its own (quantised, sharded). It is asked in every call: hooks come and go.
+    """
+    if type(module) is not nn.Linear or _is_watched(module):
+        return False
+    kind = type(_tensor(module, "weight"))
+    return kind is nn.Parameter or kind is Tensor
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
+    return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
+
+
+def nothing_watches_all() -> bool:
+    """Whether no hook is on all modules, and nn.Linear computes what torch has it compute."""
+    return not _has_any_global_hook() and nn.Linear.forward is _FORWARD and F.linear is _LINEAR
+
+
+def _is_plain_dropout(module: Any) -> bool:
+    return (type(module) is nn.Identity or type(module) is nn.Dropout) and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its class's forward; hooks on all modules are not asked for."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def as_wide(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B at least as wide as x, as the ops take them; PEFT narrows x instead."""
+    size = x.dtype.itemsize
+    return a if a.dtype.itemsize >= size else a.to(x.dtype), b if b.dtype.itemsize >= size else b.to(x.dtype)
+
+
+def _masked_call(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """module(x), hooks and all; where there is a mask, its weight's gradient is zero outside it."""
+    if mask is None or not torch.is_grad_enabled():
+        return module(x)
+    weight = cast(Tensor, module.weight)
+    return torch.func.functional_call(module, {"weight": torch.where(mask, weight, weight.detach())}, (x,))

@@ -4,6 +4,7 @@ Needs torch; Triton is imported when a Triton kernel is first used, and csrc's l
 What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it) and lora_product.py (`LORAPAR_PRODUCT`).
 """
 
+from .accelerating import accelerate, restore
 from .bitmask import MaskIndex, index_mask, pack_mask, unpack_mask
 from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
@@ -18,6 +19,7 @@ __all__ = [
     "MaskIndex",
     "PreparedAdamW",
     "ScoreSums",
+    "accelerate",
     "dropout_mask",
     "importance",
     "index_mask",
@@ -29,6 +31,7 @@ __all__ = [
     "masked_adamw",
     "pack_mask",
     "product_choices",
+    "restore",
     "set_product_choices",
     "spread_tiles",
     "tile_sums",

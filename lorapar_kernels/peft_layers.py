@@ -185,3 +185,7 @@ def _masked_call(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
         return module(x)
     weight = cast(Tensor, module.weight)
     return torch.func.functional_call(module, {"weight": torch.where(mask, weight, weight.detach())}, (x,))
+
+
+class FastLinear(FastLayer, Linear):
+    """PEFT's LoRA layer of an `nn.Linear`, of a transformers `Conv1D`, or of what another adapter made of one."""

@@ -84,18 +84,12 @@ class QuantisedWeight:
     It holds the layer and no tensor, so that a graph that keeps it keeps nothing of the weight's size.
     """
 
-    __slots__ = ("_base",)
+    __slots__ = ("_base", "device", "shape")
 
-    def __init__(self, base: nn.Module):
-        self._base = cast(Any, base)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self._base.out_features, self._base.in_features))
-
-    @property
-    def device(self) -> torch.device:
-        return self._base.weight.device
+    def __init__(self, base: Any):
+        self._base = base
+        self.device: torch.device = base.weight.device
+        self.shape = torch.Size((base.out_features, base.in_features))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[out, in] in `dtype`, in a buffer that the next call of any weight writes over."""

@@ -10,6 +10,7 @@ in its dtype beside fp32 factors, where PEFT casts it up; an 8-bit base is compu
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from torch import nn
 
 log = logging.getLogger("lorapar_kernels")
 Model = TypeVar("Model", bound=nn.Module)
+_NUMBER = r"(?<![^.])\d+(?![^.])"  # a part of a module's name that is a number
 
 
 def accelerate(model: Model) -> Model:
@@ -51,11 +53,15 @@ def accelerate(model: Model) -> Model:
             _take_over(layer, classes[type(layer)])
             taken += 1
         else:
-            left[f"{name.rsplit('.', 1)[-1]} ({obstacle})"] += 1
+            # The layers of one kind in every block are named together.
+            left[f"{re.sub(_NUMBER, '*', name.removeprefix('base_model.model.'))} ({obstacle})"] += 1
     ours = sum(isinstance(layer, FastLayer) for layer in layers.values())
     named = ", ".join(f"{count} {what}" for what, count in left.items())
     if ours == 0:
-        raise ValueError(f"accelerate: none of the model's LoRA layers can be taken over: {named}")
+        raise ValueError(
+            f"accelerate: none of the model's LoRA layers can be taken over: {named}; plain LoRA on nn.Linear, 4-bit and "
+            "8-bit layers can"
+        )
     if left:
         log.warning("accelerate: %d LoRA layers compute with lorapar_kernels; left as PEFT's: %s", ours, named)
     elif taken:
@@ -116,10 +122,12 @@ def _obstacle(layer: Any, classes: Mapping[type[nn.Module], type[nn.Module]]) ->
         return f"PEFT's {type(layer).__name__}"
     if "forward" in layer.__dict__ and not _hook_calls_own(layer):
         return "a forward of its own was put on it"
-    if getattr(getattr(layer.get_base_layer().weight, "quant_state", None), "packing_format_for_cpu", False):
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return "bitsandbytes repacked its 4-bit weight in an evaluation on this CPU; load the model anew"
     obstacles = {name: _adapter_obstacle(layer, name) for name in layer.lora_A}
-    if any(obstacle is None for obstacle in obstacles.values()):
+    if None in obstacles.values() or not obstacles:
+        # Another adapter of it is computed by PEFT's arithmetic.
         return None
     return ", ".join(f"adapter {name!r}: {obstacle}" for name, obstacle in obstacles.items())
 

@@ -59,8 +59,8 @@ def accelerate(model: Model) -> Model:
     named = ", ".join(f"{count} {what}" for what, count in left.items())
     if ours == 0:
         raise ValueError(
-            f"accelerate: none of the model's LoRA layers can be taken over: {named}; plain LoRA on nn.Linear, 4-bit and "
-            "8-bit layers can"
+            f"accelerate: none of the model's LoRA layers can be taken over: {named}; plain LoRA on nn.Linear, "
+            "4-bit and 8-bit layers can"
         )
     if left:
         log.warning("accelerate: %d LoRA layers compute with lorapar_kernels; left as PEFT's: %s", ours, named)

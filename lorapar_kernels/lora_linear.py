@@ -424,7 +424,8 @@ def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return differentiable(x, layers, p)
-        if torch.compiler.is_compiling():
+        # The tracer knows what is given to an op, and not what is inside a layer.
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return [_op_of(x, layer, p) for layer in layers]
         inputs = (
             x,

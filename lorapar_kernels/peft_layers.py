@@ -5,12 +5,13 @@ PEFT's names, saving, loading, merging and adapter switching are untouched. It k
 when it is made, so that a layer that exists already can be made one by its `__class__`.
 
 The base's product and the adapter's are one op where nothing can tell them apart: where the base is an `nn.Linear`
-and nothing else (`is_plain`). Any other base is called as PEFT calls it and the adapter's share is added to what it
-returns, so that a forward of its own, an inner adapter, hooks and offloading take part. An adapter whose share is not
-s · drop(x) Aᵀ Bᵀ of two weights (a variant, hooks, a bias of B) is computed by PEFT's own arithmetic.
+and nothing else (`is_plain`), or has a frozen weight that a subclass hands over (`frozen`). Any other base is called as
+PEFT calls it and the adapter's share is added to what it returns, so that a forward of its own, an inner adapter, hooks
+and offloading take part. An adapter whose share is not s · drop(x) Aᵀ Bᵀ of two weights (a variant, hooks, a bias of B)
+is computed by PEFT's own arithmetic.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import lorapar_kernels as lk
+
+from .lora_layer import FrozenWeight, LoraLayer
+from .lora_linear import as_autocast, check_layer, lora_layers
+from .tiles import TiledMask
 
 # Torch's own, which a library may replace for every layer.
 _FORWARD, _LINEAR = nn.Linear.forward, F.linear
@@ -31,16 +36,23 @@ class Terms(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float
-    mask_a: Tensor | None = None
-    mask_b: Tensor | None = None
+    mask_a: TiledMask | None = None
+    mask_b: TiledMask | None = None
+
+
+# A base's weight and bias, where its output is their product with x and nothing else.
+Frozen: TypeAlias = tuple[Tensor | FrozenWeight, Tensor | None]
 
 
 class FastLayer(Linear if TYPE_CHECKING else object):
-    """A mixin ahead of one of PEFT's LoRA layers, which computes with `lora_linear` and `lora_add`.
+    """A mixin ahead of one of PEFT's LoRA layers, which computes with the op of lora_linear.py.
 
-    A subclass may say which terms an adapter has (`terms`), which masks its factors have (`masks`), and take the whole
-    computation over (`adapted`).
+    A subclass may say what its base multiplies by (`frozen`), which terms an adapter has (`terms`), which masks its
+    factors have (`masks`), and take the whole computation over (`adapted`).
     """
+
+    # On the class, so that a layer made by `__class__` has them.
+    _accepted: tuple[Any, ...] | None = None  # the facts of the last arguments that `check_layer` accepted
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
@@ -54,27 +66,26 @@ class FastLayer(Linear if TYPE_CHECKING else object):
 
     def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for x with the share of each adapter in `names` added."""
-        y: Tensor | None = None
         alone = nothing_watches_all()
-        if args or kwargs or not (alone and self.can_fuse()):
-            y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        frozen = self.frozen(x) if alone and not args and not kwargs else None
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None
         for name in names:
             if not (alone and self.is_vanilla(name)):
                 y = self.as_peft(self.base_layer(x) if y is None else y, x, name, for_variants | kwargs)
                 continue
             terms = self.terms(name)
             if terms.a.shape[0] > 0:
-                y = self.added(y, x, terms, *self.draw_dropout(name, x.device))
+                y = self.with_share(x, frozen, y, terms, *self.draw_dropout(name, x.device))
         return self.base_layer(x) if y is None else y
 
-    def can_fuse(self) -> bool:
-        """Whether `added` makes the base's product itself where y is None."""
+    def frozen(self, x: Tensor) -> Frozen | None:
+        """The base's weight and bias, where its output is x Wᵀ + bias and neither has a gradient; else None."""
         base = cast(nn.Module, self._modules["base_layer"])
         if not is_plain(base):
-            return False
+            return None
         # The op gives the base no gradient.
         weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
-        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        return None if weight.requires_grad or (bias is not None and bias.requires_grad) else (weight, bias)
 
     def is_vanilla(self, name: str) -> bool:
         """Whether the adapter's share is s · drop(x) Aᵀ Bᵀ of the two weights, and its modules have no hooks."""
@@ -87,13 +98,28 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             and _is_plain_dropout(parts["lora_dropout"]._modules[name])
         )
 
-    def added(self, y: Tensor | None, x: Tensor, terms: Terms, p: float, seed: Tensor | None) -> Tensor:
-        """One adapter's share added to y, what the base returned for x; None: the base's product is made too."""
-        a, b, scaling, mask_a, mask_b = terms
+    def with_share(
+        self, x: Tensor, frozen: Frozen | None, y: Tensor | None, terms: Terms, p: float, seed: Tensor | None
+    ) -> Tensor:
+        """The base's output with one adapter's share added. y: what the base returned for x; None: `frozen` is set."""
         if y is not None:
-            return lk.lora_add(y, x, *as_wide(y, a, b), scaling, mask_a, mask_b, p, seed)
-        base = cast(nn.Linear, self._modules["base_layer"])
-        return lk.lora_linear(x, base.weight, *as_wide(x, a, b), scaling, base.bias, mask_a, mask_b, p, seed)
+            a, b = as_wide(y, terms.a, terms.b)
+            return lk.lora_add(y, x, a, b, terms.scaling, terms.mask_a, terms.mask_b, p, seed)
+        assert frozen is not None
+        x, weight, bias = _in_autocast(x, *frozen)
+        layer = LoraLayer(weight, bias, None, *as_wide(x, terms.a, terms.b), *terms[2:], seed)
+        self.check(x, layer, p)
+        return lora_layers(x, [layer], p)[0]
+
+    def check(self, x: Tensor, layer: LoraLayer, p: float) -> None:
+        """`check_layer`, but for arguments of which all is known that it asks about."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return check_layer(x, layer, p)
+        facts = _facts(x, layer, p)
+        if facts != self._accepted:
+            check_layer(x, layer, p)
+            self._accepted = facts
+        return None
 
     def as_peft(self, y: Tensor, x: Tensor, name: str, kwargs: dict[str, Any]) -> Tensor:
         """An adapter's share by PEFT's arithmetic, module by module: a variant (DoRA, ...), hooks, a bias of B."""
@@ -118,8 +144,8 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         """What the adapter `name` is computed with."""
         return Terms(*self.factors(name), *self.masks(name))
 
-    def masks(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The masks of lora_A and lora_B, bool of their shapes; None: every element has its gradient."""
+    def masks(self, name: str) -> tuple[TiledMask | None, TiledMask | None]:
+        """The masks of lora_A and lora_B; None: every element has its gradient."""
         return None, None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
@@ -163,12 +189,16 @@ def _is_plain_dropout(module: Any) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its class's forward; hooks on all modules are not asked for."""
+    return "forward" in module.__dict__ or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
         or module._compiled_call_impl is not None
     )
 
@@ -179,12 +209,35 @@ def as_wide(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a if a.dtype.itemsize >= size else a.to(x.dtype), b if b.dtype.itemsize >= size else b.to(x.dtype)
 
 
-def _masked_call(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _in_autocast(
+    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None
+) -> tuple[Tensor, Tensor | FrozenWeight, Tensor | None]:
+    """x and the base's tensors in the dtype that they are computed in."""
+    if not torch._C._is_any_autocast_enabled():
+        return x, weight, bias
+    dense = weight if isinstance(weight, Tensor) else None
+    x_, weight_, bias_ = as_autocast(x, dense, bias)
+    assert x_ is not None
+    return x_, weight if weight_ is None else weight_, bias_
+
+
+def _facts(x: Tensor, layer: LoraLayer, p: float) -> tuple[Any, ...]:
+    """All that `check_layer` asks of its arguments; a base that is trained is none of ours (`frozen`)."""
+    weight, bias, _, a, b, _, mask_a, mask_b, seed = layer
+    assert weight is not None
+    of_masks = [None if mask is None else (mask.mask.shape, mask.mask.device) for mask in (mask_a, mask_b)]
+    of_bias = None if bias is None else (bias.shape, bias.device)
+    of_weight = weight.shape, weight.device, weight.dtype if isinstance(weight, Tensor) else None
+    of_factors = a.shape, a.device, a.dtype, b.shape, b.device, b.dtype
+    return x.dtype, x.device, x.shape[-1], p, seed is None, *of_weight, of_bias, *of_factors, *of_masks
+
+
+def _masked_call(module: nn.Module, x: Tensor, mask: TiledMask | None) -> Tensor:
     """module(x), hooks and all; where there is a mask, its weight's gradient is zero outside it."""
     if mask is None or not torch.is_grad_enabled():
         return module(x)
     weight = cast(Tensor, module.weight)
-    return torch.func.functional_call(module, {"weight": torch.where(mask, weight, weight.detach())}, (x,))
+    return torch.func.functional_call(module, {"weight": torch.where(mask.mask, weight, weight.detach())}, (x,))
 
 
 class FastLinear(FastLayer, Linear):

@@ -11,7 +11,7 @@ granularity a layer runs at its active rank.
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig
@@ -28,6 +28,32 @@ if TYPE_CHECKING:
     from ..partitioning.partition import Partition
 
 ADAPTER = "default"  # TRL looks for this name
+
+
+class Prepared(NamedTuple):
+    """A layer's masks and live ranks, and what the op takes of them: made once, where they are set.
+
+    Attributes:
+        mask_a, mask_b, live: the layer's buffers.
+        masks: of whole factors. of_live: of the slices that are computed with.
+    """
+
+    mask_a: Tensor | None = None
+    mask_b: Tensor | None = None
+    live: Tensor | None = None
+    masks: tuple[lk.TiledMask | None, lk.TiledMask | None] = (None, None)
+    of_live: tuple[lk.TiledMask | None, lk.TiledMask | None] = (None, None)
+
+    @classmethod
+    def of(cls, mask_a: Tensor | None, mask_b: Tensor | None, live: Tensor | None) -> "Prepared":
+        """Waits for the device."""
+        a, b = mask_a, mask_b
+        whole = lk.TiledMask.of_a(a) if a is not None else None, lk.TiledMask.of_b(b) if b is not None else None
+        if live is None:
+            return cls(mask_a, mask_b, None, whole)
+        a, b = None if a is None else a[live], None if b is None else b[:, live].contiguous()
+        selected = lk.TiledMask.of_a(a) if a is not None else None, lk.TiledMask.of_b(b) if b is not None else None
+        return cls(mask_a, mask_b, live, whole, selected)
 
 
 class MaskedLayer(FastLayer):
@@ -52,6 +78,7 @@ class MaskedLayer(FastLayer):
         self.trainable_rank: int = self.r[adapter_name]
         self.scoring: lk.ScoreSums | None = None
         self.offsets: lk.Examples | Tensor | None = None
+        self._prepared = Prepared()
         self._unmerged: Any = None
         self._merged_sum: str | None = None
 
@@ -65,18 +92,25 @@ class MaskedLayer(FastLayer):
             raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
         return super().as_peft(y, x, name, kwargs)
 
-    def masks(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        # Out of the dictionary: a module's attribute costs half a microsecond to two.
-        buffers = self._buffers
-        return (buffers["mask_a"], buffers["mask_b"]) if name == ADAPTER else (None, None)
+    def masks(self, name: str) -> tuple[lk.TiledMask | None, lk.TiledMask | None]:
+        return self.prepared().masks if name == ADAPTER else (None, None)
 
     def terms(self, name: str) -> Terms:
         live = self._buffers["live_ranks"]
         if name != ADAPTER or live is None:
             return super().terms(name)
         a, b, scaling = self.factors(name)
-        a, b, masks = select_ranks(a, b, *self.masks(name), live)
-        return Terms(a, b, scaling, *masks)
+        # Gradients go back to their places.
+        return Terms(a.index_select(0, live), b.index_select(1, live), scaling, *self.prepared().of_live)
+
+    def prepared(self) -> "Prepared":
+        """The masks as the op takes them; made again where a caller set others, or moved them to another device."""
+        # Out of the dictionary: a module's attribute costs half a microsecond to two.
+        buffers, made = self._buffers, self._prepared
+        mask_a, mask_b, live = buffers["mask_a"], buffers["mask_b"], buffers["live_ranks"]
+        if made.mask_a is not mask_a or made.mask_b is not mask_b or made.live is not live:
+            made = self._prepared = Prepared.of(mask_a, mask_b, live)
+        return made
 
     def scored(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer of a scoring pass."""
@@ -87,14 +121,14 @@ class MaskedLayer(FastLayer):
                 "be measured; remove it before scoring"
             )
         a, b, scaling = self.factors(ADAPTER)
-        fused = nothing_watches_all() and self.can_fuse() and not args and not kwargs
-        y = None if fused else cast(Tensor, self.base_layer(x, *args, **kwargs))
+        frozen = self.frozen(x) if nothing_watches_all() and not args and not kwargs else None
         if self.offsets is None:
             # One example, whose gradient autograd leaves in the factors.
-            return self.added(y, x, Terms(a, b, scaling), 0.0, None)
-        if y is None:
-            base = cast(nn.Linear, self.base_layer)
-            return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
+            y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None
+            return self.with_share(x, frozen, y, Terms(a, b, scaling), 0.0, None)
+        if frozen is not None and isinstance(frozen[0], Tensor):
+            return lk.lora_linear_scored(x, frozen[0], a, b, scaling, self.offsets, self.scoring, bias=frozen[1])
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         return lk.lora_add_scored(y, x, *as_wide(y, a, b), scaling, self.offsets, self.scoring)
 
     def leave_meta(self) -> None:
@@ -118,14 +152,14 @@ class MaskedLayer(FastLayer):
         self.mask_a, self.mask_b = mask_a.to(a.device), mask_b.to(a.device)
         self.live_ranks = None
         r = self.trainable_rank
-        if a.shape[0] != 2 * r:
-            return
-        with torch.no_grad():
-            cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
-            active = self.mask_a.any(1) | self.mask_b.any(0)
-            live = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
-        if live.numel() < r:
-            self.live_ranks = torch.cat((live, live + r))
+        if a.shape[0] == 2 * r:
+            with torch.no_grad():
+                cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
+                active = self.mask_a.any(1) | self.mask_b.any(0)
+                live = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
+            if live.numel() < r:
+                self.live_ranks = torch.cat((live, live + r))
+        self.prepared()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # What is loaded need not cancel; `activate` looks again.
@@ -215,14 +249,6 @@ class MaskedLinear(MaskedLayer, Linear):
     def merged_sum(self) -> str | None:
         # As text, in which one NaN equals another.
         return float(cast(nn.Linear, self.get_base_layer()).weight.sum(dtype=torch.float64)).hex()
-
-
-def select_ranks(
-    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, ranks: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Rows `ranks` of A and its mask, columns `ranks` of B and its mask; gradients go back to their places."""
-    masks = None if mask_a is None else mask_a[ranks], None if mask_b is None else mask_b[:, ranks].contiguous()
-    return a.index_select(0, ranks), b.index_select(1, ranks), masks
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

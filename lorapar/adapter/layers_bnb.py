@@ -19,6 +19,7 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from lorapar_kernels import bnb_weights
+from lorapar_kernels.peft_layers_bnb import FastQuantised
 
 from ..errors import InputError
 from .layers import MaskedLayer
@@ -120,7 +121,7 @@ def take_over(model: nn.Module) -> None:
         bnb_weights.take_over(module)
 
 
-class MaskedLinear4bit(MaskedLayer, Linear4bit):
+class MaskedLinear4bit(MaskedLayer, FastQuantised, Linear4bit):
     """Of a `bnb.nn.Linear4bit` (NF4 or FP4)."""
 
     def set_aside(self) -> Any:
@@ -131,7 +132,7 @@ class MaskedLinear4bit(MaskedLayer, Linear4bit):
         cast(nn.Linear, self.get_base_layer()).weight = aside
 
 
-class MaskedLinear8bit(MaskedLayer, Linear8bitLt):
+class MaskedLinear8bit(MaskedLayer, FastQuantised, Linear8bitLt):
     """Of a `bnb.nn.Linear8bitLt` (LLM.int8())."""
 
     def set_aside(self) -> Any:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorapar
+import lorapar_kernels as lk
 from lorapar import InputError
 from lorapar.adapter.attach import load_adapter
 from lorapar.adapter.layers import lora_parameters
@@ -119,6 +122,68 @@ def test_a_layer_that_does_more_than_its_product_is_called(kind):
         layer.compute_dtype = None
     layer.forward = lambda given: given
     assert frozen_weight(layer, x) is None
+
+
+def fast_layer(kind, out, inner, bias=False, **keys):
+    """PEFT's LoRA layer of such a base, accelerated; B is random too."""
+    model = nn.ModuleDict({"layer": random_layer(kind, out, inner, bias)})
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    config = LoraConfig(target_modules=["layer"], init_lora_weights=False, **keys)
+    return lk.accelerate(inject_adapter_in_model(config, model))["layer"].train()
+
+
+@needs_bnb
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_layer_is_one_op_with_the_dequantised_weight(kind, bias, p, monkeypatch):
+    """Bit for bit `lora_linear` of that weight, made twice a step and kept by nobody; the forward is as `lora_add` on
+    the base's own product, the gradient to rounding."""
+    from lorapar_kernels import bnb_weights
+
+    layer = fast_layer(kind, 96, 192, bias, r=5, lora_dropout=p)
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x, dy = torch.randn(2, 7, 192, requires_grad=True), torch.randn(2, 7, 96)
+    weight = bnb_weights.dequantised(base, torch.float32).clone()
+
+    def gradients(y):
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
+
+    made, saved, seed = [], [], torch.manual_seed(4).initial_seed()
+    inner = bnb_weights.dequantised
+    monkeypatch.setattr(bnb_weights, "dequantised", lambda *given: (made.append(given[1]), inner(*given))[1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    assert max(tensor.numel() for tensor in saved) < weight.numel()
+    ours = gradients(y)
+    assert made == [torch.float32, torch.float32]
+    torch.manual_seed(seed)
+    drawn = (p, torch.randint(2**62, (1,))) if p else (0.0, None)
+    whole = gradients(lk.lora_linear(x, weight, a, b, layer.scaling["default"], base.bias, None, None, *drawn))
+    assert all(torch.equal(one, other) for one, other in zip(ours, whole))
+    y = bnb_weights.FrozenProduct.apply(x, base)
+    apart = gradients(lk.lora_add(y, x, a, b, layer.scaling["default"], None, None, *drawn))
+    assert torch.equal(ours[0], apart[0])
+    for one, other in zip(ours, apart):
+        assert float((one - other).norm() / other.norm()) < 2e-6
+
+
+@needs_bnb
+@KINDS
+def test_a_second_derivative_through_the_layer(kind):
+    from lorapar_kernels.bnb_weights import dequantised
+
+    layer = fast_layer(kind, 64, 64, r=4)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, 64, requires_grad=True)
+
+    def second(y):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (x, b))
+
+    dense = dequantised(layer.base_layer, torch.float32).clone() + layer.scaling["default"] * b @ a
+    for one, other in zip(second(layer(x)), second(x @ dense.t())):
+        assert float((one - other).norm() / other.norm()) < 1e-5
 
 
 @needs_bnb

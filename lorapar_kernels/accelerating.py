@@ -41,7 +41,7 @@ def accelerate(model: Model) -> Model:
 
     from .peft_layers import FastLayer
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"accelerate: {_without_lora(model)}")
     classes, left, taken = _classes(), Counter[str](), 0

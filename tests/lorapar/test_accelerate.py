@@ -4,6 +4,10 @@ import copy
 import importlib.util
 import io
 import logging
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -423,3 +427,36 @@ def test_trl_s_own_trainers_lose_the_same(stage, kind, when, tiny_folder, tmp_pa
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
     for name, tensor in their_adapter.items():
         assert float((our_adapter[name] - tensor).norm() / tensor.norm()) < 1e-4, name
+
+
+def code_of(heading):
+    """The Python of the page's part that begins with `heading`."""
+    text = (Path(__file__).parents[2] / "docs" / "accelerate.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text[text.index(f"**{heading}") :], flags=re.DOTALL)[0]
+
+
+def test_the_page_s_lines_for_other_trainers_accelerate(monkeypatch, tmp_path, tiny_folder):
+    """Stand-ins for Axolotl and LLaMA-Factory, with what the lines use of them; the callback is called by TRL's trainer."""
+    base, tuner, ran = ModuleType("axolotl.integrations.base"), ModuleType("llamafactory.train.tuner"), []
+    base.BasePlugin, tuner.run_exp = object, lambda callbacks: ran.extend(callbacks)
+    for module in (base, tuner):
+        parts = module.__name__.split(".")
+        for i in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(parts[0]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    names: dict = {}
+    exec(code_of("Axolotl"), names)
+    model = made()
+    names["AccelerateLora"]().post_model_load({}, model)
+    assert fast(model)
+    exec(code_of("LLaMA-Factory"), {"__name__": "__main__"})
+    rows, settings = ROWS.remove_columns("system"), sft_config(tmp_path, max_steps=1)
+    trainer = SFTTrainer(made(), settings, train_dataset=rows, processing_class=tiny_tokenizer(), callbacks=ran)
+    assert not fast(trainer.model)
+    trainer.train()
+    assert len(fast(trainer.model)) == 2 * len(TARGETS)
+    names = {"lk": lk, "SFTTrainer": SFTTrainer, "model": str(tiny_folder), "config": settings, "rows": rows}
+    exec(code_of("TRL"), names | {"lora_config": config()})
+    exec(code_of("Plain"), names := {"lk": lk, "get_peft_model": get_peft_model, "LoraConfig": LoraConfig,
+                                     "model": tiny_model()})  # fmt: skip
+    assert len(fast(names["model"])) == 14

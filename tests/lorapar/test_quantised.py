@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import lorapar
@@ -166,6 +167,24 @@ def test_the_layer_is_one_op_with_the_dequantised_weight(kind, bias, p, monkeypa
     assert torch.equal(ours[0], apart[0])
     for one, other in zip(ours, apart):
         assert float((one - other).norm() / other.norm()) < 2e-6
+
+
+@needs_bnb
+@KINDS
+def test_no_output_is_copied_and_no_gradient_is_summed_by_autograd(kind):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape in ((29, 96), (29, 192)):
+                seen.append(func.overloadpacket.__name__)
+            return out
+
+    layer, seen = fast_layer(kind, 96, 192, r=5), []
+    x, dy = torch.randn(29, 192, requires_grad=True), torch.randn(29, 96)
+    with Seen():
+        layer(x).backward(dy)
+    # x Wᵀ and S Bᵀ into one y, dY W and dS A into one dX; x's gradient is detached as it is kept.
+    assert [name for name in seen if name not in ("detach", "view", "_unsafe_view")] == ["mm", "addmm_"] * 2
 
 
 @needs_bnb

@@ -436,7 +436,7 @@ def code_of(heading):
 
 
 def test_the_page_s_lines_for_other_trainers_accelerate(monkeypatch, tmp_path, tiny_folder):
-    """Stand-ins for Axolotl and LLaMA-Factory, with what the lines use of them; the callback is called by TRL's trainer."""
+    """Stand-ins for Axolotl and LLaMA-Factory, with what the lines use of them; TRL's trainer calls the callback."""
     base, tuner, ran = ModuleType("axolotl.integrations.base"), ModuleType("llamafactory.train.tuner"), []
     base.BasePlugin, tuner.run_exp = object, lambda callbacks: ran.extend(callbacks)
     for module in (base, tuner):

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .siblings import ALONE
+
 log = logging.getLogger("lorapar_kernels")
 Model = TypeVar("Model", bound=nn.Module)
 _NUMBER = r"(?<![^.])\d+(?![^.])"  # a part of a module's name that is a number
@@ -154,6 +156,11 @@ def _take_over(layer: Any, fast: type[nn.Module]) -> None:
 
 
 def _let_go(layer: Any, own: type[nn.Module]) -> None:
+    siblings = layer.__dict__.pop("_siblings", None)
+    if siblings is not None:
+        # Those that stay, where a part of a model is restored, are computed alone.
+        siblings.mode = ALONE
+    layer.__dict__.pop("_accepted", None)
     _change_class(layer, own)
     if "_repacked_by_bnb" in layer.__dict__:
         layer.get_base_layer().support_avx512bf16_for_cpu = layer.__dict__.pop("_repacked_by_bnb")

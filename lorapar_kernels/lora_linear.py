@@ -288,6 +288,9 @@ def _gradients(
     return [None if dx is None else dx.view(x.shape), *das, *dbs]
 
 
+SAVED: Any = object()  # in the place of a weight that autograd keeps
+
+
 class _LoraLayers(torch.autograd.Function):
     """`_forward` and `_gradients` in eager mode; torch.compile sees the op below, which computes the same.
 
@@ -304,25 +307,24 @@ class _LoraLayers(torch.autograd.Function):
         # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *weights)
-        # Without the tensors that autograd saves: an opaque base's y would stay alive here.
-        ctx.layers = [
-            layer._replace(weight=None if isinstance(layer.weight, Tensor) else layer.weight, bias=None, y=None)
-            for layer in layers
+        # Without the tensors that autograd saves, and without y: an opaque base's output would stay alive here.
+        ctx.rest = [
+            (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
+            for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
-        ctx.has_tensor = [isinstance(layer.weight, Tensor) for layer in layers]
         ctx.p, ctx.n_bits = p, len(bits)
         ctx.widths = [out.shape[-1] for out in outs]
         return tuple(map(no_view, outs))
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
-        n, needs = len(ctx.layers), ctx.needs_input_grad
+        n, needs = len(ctx.rest), ctx.needs_input_grad
         x, *rest = ctx.saved_tensors
         columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
         weights = iter(rest[3 * n + ctx.n_bits :])
         layers = [
-            layer._replace(weight=next(weights) if is_tensor else layer.weight, lora_a=a, lora_b=b)
-            for layer, is_tensor, a, b in zip(ctx.layers, ctx.has_tensor, rest[:n], rest[n : 2 * n])
+            LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
+            for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
         # An output that nothing used has no gradient.
         dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]

@@ -11,7 +11,7 @@ and offloading take part. An adapter whose share is not s · drop(x) Aᵀ Bᵀ o
 is computed by PEFT's own arithmetic.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,40 +22,68 @@ from torch.nn.modules.module import _has_any_global_hook
 
 import lorapar_kernels as lk
 
-from .lora_layer import FrozenWeight, LoraLayer
-from .lora_linear import as_autocast, check_layer, lora_layers
+from . import siblings
+from .siblings import Frozen, Part, Siblings, Terms, as_wide, draw_seed
 from .tiles import TiledMask
 
 # Torch's own, which a library may replace for every layer.
 _FORWARD, _LINEAR = nn.Linear.forward, F.linear
 
 
-class Terms(NamedTuple):
-    """What one adapter adds to its base, scaling · drop(x) Aᵀ Bᵀ, and where its gradients may be other than zero."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    mask_a: TiledMask | None = None
-    mask_b: TiledMask | None = None
-
-
-# A base's weight and bias, where its output is their product with x and nothing else.
-Frozen: TypeAlias = tuple[Tensor | FrozenWeight, Tensor | None]
-
-
 class FastLayer(Linear if TYPE_CHECKING else object):
     """A mixin ahead of one of PEFT's LoRA layers, which computes with the op of lora_linear.py.
 
     A subclass may say what its base multiplies by (`frozen`), which terms an adapter has (`terms`), which masks its
-    factors have (`masks`), and take the whole computation over (`adapted`).
+    factors have (`masks`), when a call is no single op (`part`), and take over what such a call computes (`adapted`).
     """
 
     # On the class, so that a layer made by `__class__` has them.
-    _accepted: tuple[Any, ...] | None = None  # the facts of the last arguments that `check_layer` accepted
+    _siblings: Siblings | None = None
+    _accepted: tuple[Any, ...] | None = None  # see `siblings.check_once`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain, sharing = not args and not kwargs, siblings.can_share()
+        y = siblings.taken(self, x, plain) if sharing else None
+        if y is not None:
+            return y
+        part = self.part(x) if plain and nothing_watches_all() else None
+        if part is None:
+            return self.in_pieces(x, *args, **kwargs)
+        return siblings.called(x, part) if sharing else siblings.computed(x, [part])[0]
+
+    def part(self, x: Tensor) -> Part | None:
+        """What the call is computed of where it is one op: a frozen base and one adapter; else None."""
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
+        state, parts = self.__dict__, cast(Any, self._modules)
+        name = _only(state["_active_adapter"])
+        if name is None or state["_disable_adapters"] or state["merged_adapters"]:
+            return None
+        if name not in parts["lora_A"]._modules or not self.is_vanilla(name):
+            return None
+        frozen = self.frozen(x)
+        if frozen is None:
+            return None
+        terms = self.terms(name)
+        return Part(self, name, frozen, terms, self.dropout_p(name)) if terms.a.shape[0] > 0 else None
+
+    def is_intercepted(self) -> bool:
+        """Whether something may happen between a call of this layer and its forward."""
+        return bool(
+            self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or "forward" in self.__dict__
+            or self._compiled_call_impl is not None
+        )
+
+    def stands(self, name: str, training: bool) -> bool:
+        """Whether the layer still computes as `part` said of it, in that mode."""
+        state = self.__dict__
+        of_adapters = state["_disable_adapters"] or state["merged_adapters"] or _only(state["_active_adapter"]) != name
+        return not of_adapters and state["training"] == training
+
+    def in_pieces(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A call that is more than one op, or PEFT's own."""
         there = cast(nn.ModuleDict, self._modules["lora_A"])._modules
         names = [name for name in self.active_adapters if name in there]
         if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
@@ -75,7 +103,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
                 continue
             terms = self.terms(name)
             if terms.a.shape[0] > 0:
-                y = self.with_share(x, frozen, y, terms, *self.draw_dropout(name, x.device))
+                y = self.with_share(x, frozen, y, terms, self.dropout_p(name))
         return self.base_layer(x) if y is None else y
 
     def frozen(self, x: Tensor) -> Frozen | None:
@@ -98,28 +126,13 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             and _is_plain_dropout(parts["lora_dropout"]._modules[name])
         )
 
-    def with_share(
-        self, x: Tensor, frozen: Frozen | None, y: Tensor | None, terms: Terms, p: float, seed: Tensor | None
-    ) -> Tensor:
+    def with_share(self, x: Tensor, frozen: Frozen | None, y: Tensor | None, terms: Terms, p: float) -> Tensor:
         """The base's output with one adapter's share added. y: what the base returned for x; None: `frozen` is set."""
         if y is not None:
-            a, b = as_wide(y, terms.a, terms.b)
+            a, b, seed = *as_wide(y, terms.a, terms.b), draw_seed(x.device) if p > 0.0 else None
             return lk.lora_add(y, x, a, b, terms.scaling, terms.mask_a, terms.mask_b, p, seed)
         assert frozen is not None
-        x, weight, bias = _in_autocast(x, *frozen)
-        layer = LoraLayer(weight, bias, None, *as_wide(x, terms.a, terms.b), *terms[2:], seed)
-        self.check(x, layer, p)
-        return lora_layers(x, [layer], p)[0]
-
-    def check(self, x: Tensor, layer: LoraLayer, p: float) -> None:
-        """`check_layer`, but for arguments of which all is known that it asks about."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return check_layer(x, layer, p)
-        facts = _facts(x, layer, p)
-        if facts != self._accepted:
-            check_layer(x, layer, p)
-            self._accepted = facts
-        return None
+        return siblings.computed(x, [Part(self, "", frozen, terms, p)])[0]
 
     def as_peft(self, y: Tensor, x: Tensor, name: str, kwargs: dict[str, Any]) -> Tensor:
         """An adapter's share by PEFT's arithmetic, module by module: a variant (DoRA, ...), hooks, a bias of B."""
@@ -132,9 +145,10 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             return share.to(y.dtype)
         dropout = cast(nn.Module, self.lora_dropout[name])
         if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and nothing_watches_all():
-            p, seed = self.draw_dropout(name, x.device)
+            p = self.dropout_p(name)
             # The elements that the op would drop.
-            x = x if seed is None else torch.where(lk.dropout_mask(seed, list(x.shape), p), x / (1.0 - p), 0.0)
+            if p > 0.0:
+                x = torch.where(lk.dropout_mask(draw_seed(x.device), list(x.shape), p), x / (1.0 - p), 0.0)
         else:
             x = dropout(x)
         share = _masked_call(b, _masked_call(a, x, masks[0]), masks[1])
@@ -153,12 +167,15 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         parts: Any = self._modules
         return parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight, self.scaling[name]
 
-    def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
-        """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
+    def dropout_p(self, name: str) -> float:
+        """The share of x that the adapter's dropout drops in this call."""
         dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
-        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
-            return 0.0, None
-        return dropout.p, torch.randint(2**62, (1,), device=device)
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _only(active: str | list[str]) -> str | None:
+    """The one active adapter; None where there are several or none."""
+    return active if isinstance(active, str) else active[0] if len(active) == 1 else None
 
 
 def is_plain(module: Any) -> bool:
@@ -201,35 +218,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
     )
-
-
-def as_wide(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B at least as wide as x, as the ops take them; PEFT narrows x instead."""
-    size = x.dtype.itemsize
-    return a if a.dtype.itemsize >= size else a.to(x.dtype), b if b.dtype.itemsize >= size else b.to(x.dtype)
-
-
-def _in_autocast(
-    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None
-) -> tuple[Tensor, Tensor | FrozenWeight, Tensor | None]:
-    """x and the base's tensors in the dtype that they are computed in."""
-    if not torch._C._is_any_autocast_enabled():
-        return x, weight, bias
-    dense = weight if isinstance(weight, Tensor) else None
-    x_, weight_, bias_ = as_autocast(x, dense, bias)
-    assert x_ is not None
-    return x_, weight if weight_ is None else weight_, bias_
-
-
-def _facts(x: Tensor, layer: LoraLayer, p: float) -> tuple[Any, ...]:
-    """All that `check_layer` asks of its arguments; a base that is trained is none of ours (`frozen`)."""
-    weight, bias, _, a, b, _, mask_a, mask_b, seed = layer
-    assert weight is not None
-    of_masks = [None if mask is None else (mask.mask.shape, mask.mask.device) for mask in (mask_a, mask_b)]
-    of_bias = None if bias is None else (bias.shape, bias.device)
-    of_weight = weight.shape, weight.device, weight.dtype if isinstance(weight, Tensor) else None
-    of_factors = a.shape, a.device, a.dtype, b.shape, b.device, b.dtype
-    return x.dtype, x.device, x.shape[-1], p, seed is None, *of_weight, of_bias, *of_factors, *of_masks
 
 
 def _masked_call(module: nn.Module, x: Tensor, mask: TiledMask | None) -> Tensor:

@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import lorapar_kernels as lk
-from lorapar_kernels.peft_layers import FastLayer, Terms, as_wide, nothing_watches_all
+from lorapar_kernels.peft_layers import FastLayer, nothing_watches_all
+from lorapar_kernels.siblings import Part, Terms, as_wide
 
 from ..errors import InputError
 
@@ -82,6 +83,12 @@ class MaskedLayer(FastLayer):
         self._unmerged: Any = None
         self._merged_sum: str | None = None
 
+    def part(self, x: Tensor) -> Part | None:
+        return super().part(x) if self.scoring is None else None
+
+    def stands(self, name: str, training: bool) -> bool:
+        return self.scoring is None and super().stands(name, training)
+
     def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.scoring is not None:
             return self.scored(x, *args, **kwargs)
@@ -125,7 +132,7 @@ class MaskedLayer(FastLayer):
         if self.offsets is None:
             # One example, whose gradient autograd leaves in the factors.
             y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None
-            return self.with_share(x, frozen, y, Terms(a, b, scaling), 0.0, None)
+            return self.with_share(x, frozen, y, Terms(a, b, scaling), 0.0)
         if frozen is not None and isinstance(frozen[0], Tensor):
             return lk.lora_linear_scored(x, frozen[0], a, b, scaling, self.offsets, self.scoring, bias=frozen[1])
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))

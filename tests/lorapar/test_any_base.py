@@ -15,7 +15,7 @@ from lorapar.adapter.attach import _register
 from lorapar.adapter.layers import MaskedLinear, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.errors import InputError
-from lorapar_kernels import peft_layers
+from lorapar_kernels import siblings
 from tests.tiny import tiny_model
 
 TOKENS = torch.arange(2, 22)[None]
@@ -114,8 +114,8 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("kind", BASES)
 def test_a_base_of_any_kind_gives_what_peft_s_layer_gives(kind, monkeypatch):
     fused = []
-    inner = peft_layers.lora_layers
-    monkeypatch.setattr(peft_layers, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
+    inner = siblings.lora_layers
+    monkeypatch.setattr(siblings, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
     theirs, ours = both(BASES[kind])
     assert_same(results(theirs, X), results(ours, X))
     assert bool(fused) == (kind == "plain")
@@ -412,8 +412,8 @@ def test_a_replica_s_tensors_are_no_parameters_and_fused_all_the_same(monkeypatc
             tensor = module._parameters.pop(name)
             setattr(module, name, None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad))
     fused = []
-    inner = peft_layers.lora_layers
-    monkeypatch.setattr(peft_layers, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
+    inner = siblings.lora_layers
+    monkeypatch.setattr(siblings, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
     assert torch.equal(model(X), expected)
     assert len(fused) == 2
 

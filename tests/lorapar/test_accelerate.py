@@ -30,6 +30,7 @@ from trl import GRPOTrainer, SFTTrainer
 import lorapar
 import lorapar_kernels as lk
 from lorapar_kernels.peft_layers import FastLayer, FastLinear
+from lorapar_kernels.siblings import SHARED
 from tests.lorapar.test_training import ROWS, grpo_config, letters, sft_config
 from tests.tiny import TARGETS, tiny_model, tiny_tokenizer
 
@@ -100,6 +101,9 @@ def test_loss_and_gradients_are_peft_s_and_restored_they_are_so_to_the_bit(kind,
     assert lk.accelerate(model) is model
     assert len(fast(model)) == 2 * len(TARGETS)
     close(step(model), before)
+    # From the second step on q, k and v are one op, whose weights share a buffer.
+    close(step(model), before)
+    assert model.base_model.model.model.layers[1].self_attn.q_proj._siblings.mode == SHARED
     assert list(model.state_dict()) == names
     assert all(one is other for one, other in zip(model.parameters(), parameters))
     assert lk.restore(model) is model
@@ -156,6 +160,7 @@ def test_an_evaluation_between_leaves_a_gradient_and_the_weights(kind, tiny_fold
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = True
     lk.accelerate(model)
+    step(model)  # in which siblings are learned; from the next on they are one op
     before = step(model)
     with torch.no_grad():
         model.eval()(input_ids=TOKENS)
@@ -228,6 +233,16 @@ def test_every_form_of_a_model_with_lora_layers():
         close(step(lk.accelerate(model)), before)
         assert len(fast(model)) == 2 * len(TARGETS)
         assert equal(step(lk.restore(model)), before)
+
+
+def test_a_part_of_a_model_is_restored():
+    model = made()
+    before = step(model)
+    step(lk.accelerate(model))
+    lk.restore(model.base_model.model.model.layers[0].self_attn.k_proj)
+    assert len(fast(model)) == 2 * len(TARGETS) - 1
+    for _ in range(2):
+        close(step(model), before)
 
 
 def test_copies_and_pickles():

@@ -122,7 +122,7 @@ def _obstacle(layer: Any, classes: Mapping[type[nn.Module], type[nn.Module]]) ->
         if isinstance(layer, tuple(classes)):
             return f"a {type(layer).__name__}, made of PEFT's class; accelerate before it is wrapped"
         return f"PEFT's {type(layer).__name__}"
-    if "forward" in layer.__dict__ and not _hook_calls_own(layer):
+    if "forward" in layer.__dict__ and not _own_forwards(layer):
         return "a forward of its own was put on it"
     weight = getattr(layer.get_base_layer(), "weight", None)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -141,10 +141,10 @@ def _adapter_obstacle(layer: Any, name: str) -> str | None:
     return "lora_bias" if layer.lora_bias[name] else None
 
 
-def _hook_calls_own(layer: Any) -> bool:
-    """Whether the forward on the instance is accelerate's, which calls the class's."""
-    inner = layer.__dict__.get("_old_forward")
-    return getattr(inner, "__func__", None) is type(layer).forward
+def _own_forwards(layer: Any) -> list[str]:
+    """Where the instance holds its class's forward: what the package accelerate's hook on it calls, or left behind."""
+    held = {name: layer.__dict__.get(name) for name in ("forward", "_old_forward")}
+    return [name for name, method in held.items() if getattr(method, "__func__", None) is type(layer).forward]
 
 
 def _take_over(layer: Any, fast: type[nn.Module]) -> None:
@@ -167,6 +167,7 @@ def _let_go(layer: Any, own: type[nn.Module]) -> None:
 
 
 def _change_class(layer: Any, to: type[nn.Module]) -> None:
+    names = _own_forwards(layer)
     layer.__class__ = to
-    if "_old_forward" in layer.__dict__:
-        layer._old_forward = to.forward.__get__(layer)
+    for name in names:
+        layer.__dict__[name] = to.forward.__get__(layer)

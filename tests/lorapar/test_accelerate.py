@@ -1,6 +1,7 @@
 """`lorapar_kernels.accelerate` and `restore`: PEFT's own models with our layers in the place of theirs, and back."""
 
 import copy
+import functools
 import importlib.util
 import io
 import logging
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -285,6 +286,20 @@ def test_a_step_of_an_optimizer_that_was_there_before():
     close(step(ours), step(theirs), rel=1e-4)
 
 
+def test_under_ddp(tmp_path):
+    model = made()
+    before = step(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            loss, found = step(lk.accelerate(wrapped))
+            close((loss, {name.removeprefix("module."): gradient for name, gradient in found.items()}), before)
+        assert len(fast(model)) == 2 * len(TARGETS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_is_left_is_named_in_one_line(caplog):
     class Convolved(nn.Module):
         def __init__(self):
@@ -297,9 +312,8 @@ def test_what_is_left_is_named_in_one_line(caplog):
             return self.second(self.first(x).relu())
 
     model = get_peft_model(Convolved(), LoraConfig(r=2, target_modules=["embed", "conv", "first", "second"]))
-    model.second = None
     model.add_adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=["first"]))
-    model.base_model.model.second.forward = model.base_model.model.second.forward
+    model.base_model.model.second.forward = functools.partial(model.base_model.model.second.forward)
     with caplog.at_level(logging.INFO, "lorapar_kernels"):
         lk.accelerate(model)
     (record,) = caplog.records
@@ -384,6 +398,14 @@ def test_a_hook_of_accelerate_s_on_a_layer_calls_ours_and_then_peft_s():
     assert equal(step(lk.restore(model)), before)
     assert layer._old_forward.__func__ is Linear.forward
     assert seen == [Linear, FastLinear, Linear]
+    # The hook leaves the class's forward on the layer as it goes.
+    lk.accelerate(model)
+    remove_hook_from_module(layer)
+    close(step(model), before)
+    assert equal(step(lk.restore(model)), before)
+    lk.accelerate(model)
+    assert len(fast(model)) == 2 * len(TARGETS)
+    close(step(model), before)
 
 
 @needs_bnb

@@ -46,12 +46,12 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         y = siblings.taken(self, x, plain) if sharing else None
         if y is not None:
             return y
-        part = self.part() if plain and nothing_watches_all() else None
+        part = self.part(x) if plain and nothing_watches_all() else None
         if part is None:
             return self.in_pieces(x, *args, **kwargs)
         return siblings.called(x, part) if sharing else siblings.computed(x, [part])[0]
 
-    def part(self) -> Part | None:
+    def part(self, x: Tensor) -> Part | None:
         """What the call is computed of where it is one op: a frozen base and one adapter; else None."""
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
         state, parts = self.__dict__, cast(Any, self._modules)
@@ -60,7 +60,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             return None
         if name not in parts["lora_A"]._modules or not self.is_vanilla(name):
             return None
-        frozen = self.frozen()
+        frozen = self.frozen(x)
         if frozen is None:
             return None
         terms = self.terms(name)
@@ -95,7 +95,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
     def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for x with the share of each adapter in `names` added."""
         alone = nothing_watches_all()
-        frozen = self.frozen() if alone and not args and not kwargs else None
+        frozen = self.frozen(x) if alone and not args and not kwargs else None
         y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None
         for name in names:
             if not (alone and self.is_vanilla(name)):
@@ -106,7 +106,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
                 y = self.with_share(x, frozen, y, terms, self.dropout_p(name))
         return self.base_layer(x) if y is None else y
 
-    def frozen(self) -> Frozen | None:
+    def frozen(self, x: Tensor) -> Frozen | None:
         """The base's weight and bias, where its output is x Wᵀ + bias and neither has a gradient; else None."""
         base = cast(nn.Module, self._modules["base_layer"])
         if not is_plain(base):
@@ -206,12 +206,16 @@ def _is_plain_dropout(module: Any) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its class's forward; hooks on all modules are not asked for."""
+    return "forward" in module.__dict__ or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
         or module._compiled_call_impl is not None
     )
 
@@ -222,3 +226,7 @@ def _masked_call(module: nn.Module, x: Tensor, mask: TiledMask | None) -> Tensor
         return module(x)
     weight = cast(Tensor, module.weight)
     return torch.func.functional_call(module, {"weight": torch.where(mask.mask, weight, weight.detach())}, (x,))
+
+
+class FastLinear(FastLayer, Linear):
+    """PEFT's LoRA layer of an `nn.Linear`, of a transformers `Conv1D`, or of what another adapter made of one."""

@@ -219,7 +219,7 @@ class Siblings:
         parts = [part]
         for member in self.members[1:]:
             sibling = member()
-            other = None if sibling is None or sibling.is_intercepted() else sibling.part()
+            other = None if sibling is None or sibling.is_intercepted() else sibling.part(x)
             if other is None or other.p != part.p:
                 self.misfit |= sibling is None
                 return None

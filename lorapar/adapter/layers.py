@@ -83,8 +83,8 @@ class MaskedLayer(FastLayer):
         self._unmerged: Any = None
         self._merged_sum: str | None = None
 
-    def part(self) -> Part | None:
-        return super().part() if self.scoring is None else None
+    def part(self, x: Tensor) -> Part | None:
+        return super().part(x) if self.scoring is None else None
 
     def stands(self, name: str, training: bool) -> bool:
         return self.scoring is None and super().stands(name, training)
@@ -128,7 +128,7 @@ class MaskedLayer(FastLayer):
                 "be measured; remove it before scoring"
             )
         a, b, scaling = self.factors(ADAPTER)
-        frozen = self.frozen() if nothing_watches_all() and not args and not kwargs else None
+        frozen = self.frozen(x) if nothing_watches_all() and not args and not kwargs else None
         if self.offsets is None:
             # One example, whose gradient autograd leaves in the factors.
             y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None

@@ -10,7 +10,7 @@ from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_l
 from .lora_linear import lora_add, lora_linear, lora_linear_grouped
 from .lora_product import product_choices, set_product_choices
 from .masked_adamw import PreparedAdamW, masked_adamw
-from .tiles import spread_tiles, tile_sums
+from .tiles import TiledMask, spread_tiles, tile_sums
 from .top_mass import top_count, top_mass
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MaskIndex",
     "PreparedAdamW",
     "ScoreSums",
+    "TiledMask",
     "dropout_mask",
     "importance",
     "index_mask",

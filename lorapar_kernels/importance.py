@@ -29,16 +29,17 @@ from torch import Tensor
 
 from .backend import choose, no_obstacle
 from .dropout import triton_obstacle
+from .lora_layer import as_rows
 from .lora_linear import (
     as_autocast,
     check_arguments,
     check_weight,
-    input_gradients_reference,
+    expand_reference,
+    input_gradient_reference,
     no_view,
     shrink_reference,
     transposed_product,
 )
-from .lora_product import expand
 
 
 class _FourSums(NamedTuple):
@@ -141,9 +142,12 @@ class _LoraLinearScored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_a, lora_b, scaling, examples, sums, backend):  # type: ignore[override]
-        out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
-        (s,) = shrink_reference(x.reshape(-1, x.shape[-1]), [lora_a], 0.0, [None])
-        expand(out.view(-1, out.shape[-1]), s, lora_b, scaling)
+        (s,) = shrink_reference(as_rows(x), [lora_a], 0.0, [None])
+        if y is None:
+            out = F.linear(x, weight, bias)
+            out.view(-1, out.shape[-1]).addmm_(s, lora_b.to(out.dtype).t(), alpha=scaling)
+        else:
+            out = expand_reference(as_rows(y), s, lora_b, scaling).view(y.shape)
         ctx.save_for_backward(x, s, weight, lora_a, lora_b)
         ctx.scaling, ctx.examples, ctx.sums, ctx.backend = scaling, examples, sums, backend
         return no_view(out)
@@ -168,9 +172,8 @@ class _LoraLinearScored(torch.autograd.Function):
             add_example_products_reference(of_b, rows, s, lora_b, ctx.scaling, starts)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = rows @ weight if weight is not None else rows.new_zeros(rows.shape[0], x.shape[-1])
-            input_gradients_reference(columns, dx, [lora_a], [ds], 0.0, [None], [None], [False])
-            dx = dx.view(x.shape)
+            dx = None if weight is None else rows @ weight
+            dx = input_gradient_reference(dx, ds, lora_a, 0.0, None).view(x.shape)
         return dx, (dy if ctx.needs_input_grad[1] else None), *(None,) * 8
 
 

@@ -7,14 +7,13 @@ drop(x) = keep ⊙ x / (1 − p), S = drop(x) Aᵀ and dS = s / (1 − p) · dY 
     dX = dY W + keep ⊙ (dS A),    dA = mask_a ⊙ dSᵀ (keep ⊙ x),    dB = mask_b ⊙ s · dYᵀ S.
 
 Masks act on gradients, never on the forward: an inactive element keeps its value and takes part with it (LoRA-PAR,
-paper section 3.4). Saved for backward: x, which q, k and v share, and S of rank r; the dropout mask is drawn again from
-its seed, so that nothing else of x's or y's size is kept. The scale 1 / (1 − p) is applied at rank r, so that dropping
-an element of x rounds nothing.
+paper section 3.4). Saved for backward: x, which the layers of one x share, and S of rank r; the dropout mask is drawn
+again from its seed, or kept as bits (`keeps_bits`). The scale 1 / (1 − p) is applied at rank r, so that dropping an
+element of x rounds nothing.
 
-Three passes are all that a LoRA layer adds to the frozen layer's own products: `shrink` (reads x), `output_gradients`
-(reads dY), `input_gradients` (reads x, adds to dX). Their specification is below, in plain PyTorch for any device;
-triton_kernels/lora_passes.py has them as kernels. lora_product.py makes the frozen products and adds S Bᵀ to them. The
-rest is here: autograd, and the op, which serves one layer and several layers of one x.
+One op serves one layer and several layers of one x, as one node of autograd. Its specification is below, in plain
+PyTorch for any device. On a GPU the small factors' share is written first, and the frozen products add to it
+(lora_product.py; the kernels are in triton_kernels/lora_forward.py and lora_backward.py).
 
 A gradient of a gradient (`create_graph`), forward-mode differentiation, and a call inside a transform of torch.func are
 computed by `differentiable`, the layer in operations that torch itself differentiates: S and dS above are constants to
@@ -22,7 +21,7 @@ autograd.
 
 Trade-offs: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a
 bf16 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a
-layer. The plain passes make a product of r rows for each layer of one x, where the kernels read x once for all of them.
+layer. The reference makes a product of r rows for each layer of one x, where the kernels read x once for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,15 +37,12 @@ from torch.autograd import forward_ad
 from . import lora_product, native
 from .backend import choose, no_obstacle
 from .dropout import dropout_mask, triton_obstacle, zero_dropped
-from .lora_product import expand
+from .lora_layer import FrozenWeight, LoraLayer, as_rows, dense_weight
+from .tiles import TiledMask
 
 MAX_RANK = 256  # of the Triton kernels
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """[..., n] -> [T, n] with unit column stride."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+# A call of so few tokens without a gradient (a decoding step) is two small products beside the base's.
+FEW_TOKENS = 16
 
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -65,53 +61,93 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     return left.t() @ right if left.shape[1] <= right.shape[1] else (right.t() @ left).t()
 
 
-def masked(gradient: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def masked(gradient: Tensor, mask: TiledMask | None, dtype: torch.dtype) -> Tensor:
     """The gradient in its parameter's dtype, contiguous, exactly zero (also where it was NaN) outside the mask."""
     gradient = gradient.to(dtype).contiguous()
-    return gradient if mask is None else gradient.masked_fill_(~mask, 0.0)
+    return gradient if mask is None else gradient.masked_fill_(~mask.mask, 0.0)
 
 
-def shrink_reference(x: Tensor, factors: list[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
+def shrink_reference(x: Tensor, factors: Sequence[Tensor], p: float, seeds: Sequence[Tensor | None]) -> list[Tensor]:
     """S = drop(x) Aᵀ [T, r] of x [T, in] for each A of `factors`, in x's dtype."""
     # r rows as in `transposed_product`, but whatever T is, so that S has the same strides for any T.
     columns = [(a.to(x.dtype) @ apply_dropout(x, p, seed).t()).t() for a, seed in zip(factors, seeds)]
     return columns if p == 0.0 else [s.mul_(1.0 / (1.0 - p)) for s in columns]
 
 
-def _shrink_fake(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors as `shrink_reference` returns them, without values."""
-    return [x.new_empty((a.shape[0], x.shape[0])).t() for a in factors]
+def _shrink_fake(x: Tensor, lora_a: Tensor) -> Tensor:
+    """A tensor as `shrink_reference` returns them, without values."""
+    return x.new_empty((lora_a.shape[0], x.shape[0])).t()
+
+
+def expand_reference(y: Tensor, s: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """y + scaling · S Bᵀ, y [T, out], S [T, r], in y's dtype."""
+    return torch.addmm(y, s, b.to(y.dtype).t(), alpha=scaling)
 
 
 def output_gradients_reference(
-    dy: Tensor, b: Tensor, s: Tensor, scaling: float, p: float, mask: Tensor | None, needs_b: bool
+    dy: Tensor, b: Tensor, s: Tensor, scaling: float, p: float, mask: TiledMask | None, needs_b: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dS = scaling / (1 − p) · dY B [T, r] in dY's dtype, and dB = mask ⊙ scaling · dYᵀ S in B's."""
     ds = transposed_product(dy.t(), b.to(dy.dtype)).mul_(scaling / (1.0 - p))
     return ds, masked(transposed_product(dy, s).mul_(scaling), mask, b.dtype) if needs_b else None
 
 
-def input_gradients_reference(
+def input_gradient_reference(dx: Tensor | None, ds: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """keep ⊙ (dS A) [T, in] in dS's dtype, added to dx in place where that is given."""
+    if p == 0.0:
+        return ds @ a.to(ds.dtype) if dx is None else dx.addmm_(ds, a.to(ds.dtype))
+    kept = apply_dropout(ds @ a.to(ds.dtype), p, seed)
+    return kept if dx is None else dx.add_(kept)
+
+
+def forward_reference(
+    x: Tensor, layers: Sequence[LoraLayer], p: float, keep_bits: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Each layer's output [..., out], each S [T, r], and no dropout bits (they are drawn again)."""
+    columns = shrink_reference(as_rows(x), [layer.lora_a for layer in layers], p, [layer.seed for layer in layers])
+    outs = []
+    for layer, s in zip(layers, columns):
+        if layer.weight is None:
+            assert layer.y is not None
+            out = expand_reference(as_rows(layer.y), s, layer.lora_b, layer.scaling).view(layer.y.shape)
+        else:
+            out = F.linear(x, dense_weight(layer.weight, x.dtype), layer.bias)
+            out.view(-1, out.shape[-1]).addmm_(s, layer.lora_b.to(x.dtype).t(), alpha=layer.scaling)
+        outs.append(out)
+    return outs, columns, []
+
+
+def backward_reference(
+    dys: Sequence[Tensor],
     x: Tensor,
-    dx: Tensor | None,
-    factors: list[Tensor],
-    dss: list[Tensor],
+    columns: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    layers: Sequence[LoraLayer],
     p: float,
-    seeds: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
-    needs_a: Sequence[bool],
-) -> list[Tensor | None]:
-    """Add Σ keep ⊙ (dS A) to dx [T, in] in place; dA = mask ⊙ dSᵀ (keep ⊙ x) in A's dtype for each A that needs it."""
-    if dx is not None:
-        for a, ds, seed in zip(factors, dss, seeds):
-            if p == 0.0:
-                dx.addmm_(ds, a.to(x.dtype))
-            else:
-                dx.add_(apply_dropout(ds @ a.to(x.dtype), p, seed))
-    return [
-        masked(ds.t() @ apply_dropout(x, p, seed), mask, a.dtype) if need else None
-        for a, ds, seed, mask, need in zip(factors, dss, seeds, masks, needs_a)
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dX [T, in] of what is not opaque, each dA and each dB, None where not needed.
+
+    dys [T, out], x [T, in]; needs: of x, of each A, of each B.
+    """
+    n = len(layers)
+    of_outputs = [
+        output_gradients_reference(dy, layer.lora_b, s, layer.scaling, p, layer.mask_b, need)
+        for dy, layer, s, need in zip(dys, layers, columns, needs[n + 1 :])
     ]
+    dx: Tensor | None = None
+    if needs[0]:
+        for dy, layer in zip(dys, layers):
+            if layer.weight is not None:
+                weight = dense_weight(layer.weight, dy.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        for layer, (ds, _) in zip(layers, of_outputs):
+            dx = input_gradient_reference(dx, ds, layer.lora_a, p, layer.seed)
+    das = [
+        masked(ds.t() @ apply_dropout(x, p, layer.seed), layer.mask_a, layer.lora_a.dtype) if need else None
+        for layer, (ds, _), need in zip(layers, of_outputs, needs[1 : n + 1])
+    ]
+    return dx, das, [db for _, db in of_outputs]
 
 
 def no_view(y: Tensor) -> Tensor:
@@ -119,81 +155,74 @@ def no_view(y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
-def differentiable(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ys: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    mask_as: Sequence[Tensor | None],
-    mask_bs: Sequence[Tensor | None],
-    seeds: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    p: float,
-) -> list[Tensor]:
-    """Each layer's output in torch's own operations, differentiable to any order; arguments as of `_forward`."""
-    bases = ys or [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+def differentiable(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
+    """Each layer's output in torch's own operations, differentiable to any order."""
     outs = []
-    for base, a, b, mask_a, mask_b, seed, scaling in zip(bases, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings):
-        kept = x if seed is None else torch.where(dropout_mask(seed, list(x.shape), p), x, 0.0)
+    for layer in layers:
+        base = layer.y
+        if base is None:
+            assert layer.weight is not None
+            weight = layer.weight
+            # Kept by autograd, so in memory of its own.
+            weight = weight if isinstance(weight, Tensor) else weight.dense(x.dtype).clone()
+            base = F.linear(x, weight, layer.bias)
+        kept = x if layer.seed is None else torch.where(dropout_mask(layer.seed, list(x.shape), p), x, 0.0)
         a, b = (
-            (factor if mask is None else torch.where(mask, factor, factor.detach())).to(x.dtype)
-            for factor, mask in ((a, mask_a), (b, mask_b))
+            (factor if mask is None else torch.where(mask.mask, factor, factor.detach())).to(x.dtype)
+            for factor, mask in ((layer.lora_a, layer.mask_a), (layer.lora_b, layer.mask_b))
         )
-        outs.append(base + F.linear(F.linear(kept, a) * (1.0 / (1.0 - p)), b) * scaling)
+        outs.append(base + F.linear(F.linear(kept, a) * (1.0 / (1.0 - p)), b) * layer.scaling)
     return outs
 
 
 def differentiable_gradients(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    *masks_seeds_scalings_p: Any,
-    needs: Sequence[bool],
+    dys: Sequence[Tensor], x: Tensor, layers: Sequence[LoraLayer], p: float, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """dX, each dA and each dB with their own graph, None where not needed: `_gradients` under `create_graph`."""
+    """dX, each dA and each dB with their own graph, None where not needed: a backward under `create_graph`."""
+    n = len(layers)
     # Each place has a tensor of its own, also where one tensor was given twice.
-    places = [given.view_as(given) for given in (x, *lora_as, *lora_bs)]
-    n = len(lora_as)
-    # What an opaque base returned adds no gradient here; any constant will do.
-    ys = [] if weights else [dy.detach() for dy in dys]
+    given = x, *(layer.lora_a for layer in layers), *(layer.lora_b for layer in layers)
+    places = [tensor.view_as(tensor) for tensor in given]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        outs = differentiable(
-            places[0], weights, [None] * n, ys, places[1 : n + 1], places[n + 1 :], *masks_seeds_scalings_p
-        )
+        # What an opaque base returned adds no gradient here, and neither does a bias; any constant will do.
+        put = [
+            layer._replace(
+                bias=None,
+                y=dy.detach() if layer.weight is None else None,
+                lora_a=places[i + 1],
+                lora_b=places[n + i + 1],
+            )
+            for i, (layer, dy) in enumerate(zip(layers, dys))
+        ]
+        outs = differentiable(places[0], put, p)
         wanted = [place for place, need in zip(places, needs) if need]
         found = iter(torch.autograd.grad(outs, wanted, dys, create_graph=True) if wanted else ())
     return [next(found) if need else None for need in needs]
 
 
 class Passes(NamedTuple):
-    """The three passes of one backend.
+    """How one backend computes the layers of one x.
 
     Attributes:
-        shrink_fake: tensors as `shrink` returns them, without values.
+        forward, backward: as `forward_reference` and `backward_reference`.
+        shrink_fake: S as `forward` returns it for x [T, in] and A, without values.
         fused: whether lora_product.py's fused product can run with them.
     """
 
-    shrink: Callable[..., list[Tensor]]
-    shrink_fake: Callable[..., list[Tensor]]
-    output_gradients: Callable[..., tuple[Tensor, Tensor | None]]
-    input_gradients: Callable[..., list[Tensor | None]]
+    forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]]
+    backward: Callable[..., tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]]
+    shrink_fake: Callable[[Tensor, Tensor], Tensor]
     fused: bool
 
 
 def reference_passes() -> Passes:
     """The specification above, which serves any device."""
-    return Passes(shrink_reference, _shrink_fake, output_gradients_reference, input_gradients_reference, fused=False)
+    return Passes(forward_reference, backward_reference, _shrink_fake, fused=False)
 
 
 def triton_passes() -> Passes:
-    """The Triton kernels; imports Triton."""
-    from .triton_kernels import lora_passes as kernels
-
-    return Passes(kernels.shrink, kernels.shrink_fake, kernels.output_gradients, kernels.input_gradients, fused=True)
+    """The Triton kernels around torch's products."""
+    return Passes(lora_product.forward, lora_product.backward, lora_product.shrink_fake, fused=True)
 
 
 def triton_obstacle_of(x: Tensor, rank: int) -> str | None:
@@ -220,171 +249,198 @@ def passes_for(op: str, x: Tensor, factors: Sequence[Tensor]) -> Passes:
     return triton_passes() if name == "triton" and x.numel() > 0 else reference_passes()
 
 
-def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ys: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    mask_as: Sequence[Tensor | None],
-    mask_bs: Sequence[Tensor | None],
-    seeds: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    p: float,
-) -> list[Tensor]:
-    """One layer, or several of one x. ys: what opaque bases returned for x, in place of weights.
+def keeps_bits(x: Tensor, layers: Sequence[LoraLayer], p: float) -> bool:
+    """Whether the dropout masks that the forward draws are kept for the backward, as bits: a sixteenth of a 16-bit x.
 
-    Returns each layer's output, and after them each S, which the backward needs.
+    A draw is about nine integer instructions an element and reading a bit three, while reading x takes an H200 as long
+    as nine or ten. So one layer's draws hide behind reading x, and those of two or three layers of one x do not.
+    Estimated, not measured on a GPU.
     """
-    passes = passes_for("lora_linear", x, lora_as)
-    columns = passes.shrink(as_rows(x), list(lora_as), p, list(seeds))
-    if weights:
-        return lora_product.outputs(x, weights, biases, columns, lora_bs, scalings, passes.fused) + columns
-    outs = [y.clone(memory_format=torch.contiguous_format) for y in ys]
-    for out, s, b, scaling in zip(outs, columns, lora_bs, scalings):
-        expand(out.view(-1, out.shape[-1]), s, b, scaling)
-    return outs + columns
+    return p > 0.0 and len(layers) > 1 and x.element_size() == 2 and x.shape[-1] % 8 == 0
+
+
+def _forward(
+    x: Tensor, layers: Sequence[LoraLayer], p: float, for_backward: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Each layer's output; each S and the dropout bits, which the backward needs."""
+    passes = passes_for("lora_linear", x, [layer.lora_a for layer in layers])
+    if not passes.fused and x.numel() > 0:
+        lora_product.refuse_fused(layers)
+    if not for_backward and passes.fused and len(layers) == 1 and layers[0].lora_b.dtype == x.dtype:
+        # Two launches of ours would cost what torch's two products do.
+        few = x.numel() <= FEW_TOKENS * x.shape[-1] and p == 0.0
+        passes = reference_passes() if few else passes
+    return passes.forward(x, layers, p, for_backward and keeps_bits(x, layers, p))
 
 
 def _gradients(
     dys: Sequence[Tensor],
     x: Tensor,
     columns: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    mask_as: Sequence[Tensor | None],
-    mask_bs: Sequence[Tensor | None],
-    seeds: Sequence[Tensor | None],
-    scalings: Sequence[float],
+    bits: Sequence[Tensor],
+    layers: Sequence[LoraLayer],
     p: float,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    """needs: of x, of each A, of each B. Returns dX, each dA, each dB; an empty tensor for what is not needed."""
-    n, passes = len(dys), passes_for("lora_linear", x, lora_as)
-    needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), needs[n + 1 :]
-    flat, rows = as_rows(x), [as_rows(dy) for dy in dys]
-    dss, dbs = [], []
-    for dy, b, s, scaling, mask, need in zip(rows, lora_bs, columns, scalings, mask_bs, needs_b):
-        ds, db = passes.output_gradients(dy, b, s, scaling, p, mask, need)
-        dss.append(ds)
-        dbs.append(db)
-    of_x = list(lora_as), dss, p, list(seeds), list(mask_as), needs_a
-    if needs_x and weights:
-        dx, das = lora_product.input_gradients(flat, rows, weights, *of_x, passes.input_gradients, passes.fused)
-    else:
-        dx = torch.zeros_like(flat) if needs_x else None
-        das = passes.input_gradients(flat, dx, *of_x)
-    gradients = [None if dx is None else dx.view(x.shape), *das, *dbs]
-    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+) -> list[Tensor | None]:
+    """needs: of x, of each A, of each B. Returns dX, each dA, each dB; None for what is not needed."""
+    passes = passes_for("lora_linear", x, [layer.lora_a for layer in layers])
+    dx, das, dbs = passes.backward([as_rows(dy) for dy in dys], as_rows(x), columns, bits, layers, p, needs)
+    return [None if dx is None else dx.view(x.shape), *das, *dbs]
 
 
-def _save(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """Keep x, S, the weights and what is of the factors' size; nothing else of x's or y's size."""
-    x, weights, _, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p = inputs
-    n = len(lora_as)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *outputs[n:], *lora_as, *lora_bs, *mask_as, *mask_bs, *seeds, *weights)
-    ctx.scalings, ctx.p, ctx.opaque = list(scalings), p, bool(ys)
-    ctx.widths = [out.shape[-1] for out in outputs[:n]]
-
-
-def _saved_gradients(
-    gradients: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor | None], needs: list[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Each dY, and `gradients` of what `_save` kept, None where not needed."""
-    n = len(ctx.widths)
-    x, *rest = ctx.saved_tensors
-    columns, lora_as, lora_bs, mask_as, mask_bs, seeds = (rest[i * n : (i + 1) * n] for i in range(6))
-    # An output that nothing used has no gradient.
-    dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
-    weights = rest[6 * n :]
-    of_layers = lora_as, lora_bs, mask_as, mask_bs, seeds, ctx.scalings, ctx.p
-    # In a backward: someone asked for create_graph.
-    if torch.is_grad_enabled():
-        return dys, differentiable_gradients(dys, x, weights, *of_layers, needs=needs)
-    found = gradients(dys, x, columns, weights, *of_layers, needs)
-    return dys, [gradient if need else None for gradient, need in zip(found, needs)]
-
-
-class _LoraLinear(torch.autograd.Function):
+class _LoraLayers(torch.autograd.Function):
     """`_forward` and `_gradients` in eager mode; torch.compile sees the op below, which computes the same.
 
-    Neither can serve both (bench/LOG.md): torch's wrapping of an op with lists of tensors makes a small forward 3.4
-    times as slow, and Dynamo refuses an autograd.Function that is given one tensor twice, as tied layers do.
+    Neither can serve both (bench/LOG.md): torch's wrapping of an op costs a small forward as much again, and Dynamo
+    refuses an autograd.Function that is given one tensor twice, as tied layers do. `layers` comes as one object, since
+    autograd looks at each argument: what can have a gradient follows it (x, each A, each B, each opaque base's y).
     """
 
     @staticmethod
-    def forward(ctx, sizes, scalings, p, x, *flat):  # type: ignore[override]
-        groups, start = [], 0
-        for size in sizes:
-            groups.append(flat[start : start + size])
-            start += size
-        inputs: Any = (x, *groups, scalings, p)
-        outputs = _forward(*inputs)
-        _save(ctx, inputs, outputs)
-        ctx.sizes = sizes
-        return tuple(map(no_view, outputs[: len(scalings)]))
+    def forward(ctx, layers, p, x, *differentiable_of_layers):  # type: ignore[override]
+        n = len(layers)
+        outs, columns, bits = _forward(x, layers, p, True)
+        ctx.set_materialize_grads(False)
+        # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
+        weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+        ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *weights)
+        # Without the tensors that autograd saves: an opaque base's y would stay alive here.
+        ctx.layers = [
+            layer._replace(weight=None if isinstance(layer.weight, Tensor) else layer.weight, bias=None, y=None)
+            for layer in layers
+        ]
+        ctx.has_tensor = [isinstance(layer.weight, Tensor) for layer in layers]
+        ctx.p, ctx.n_bits = p, len(bits)
+        ctx.widths = [out.shape[-1] for out in outs]
+        return tuple(map(no_view, outs))
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
-        n_weights, n_biases, n_ys, n, *_ = ctx.sizes
-        needs, first_a = ctx.needs_input_grad, 4 + n_weights + n_biases + n_ys
-        needs = [needs[3], *needs[first_a : first_a + 2 * n]]
-        dys, (dx, *of_factors) = _saved_gradients(_gradients, ctx, grads, needs)
-        through = dys if ctx.opaque else []
-        return None, None, None, dx, *[None] * (n_weights + n_biases), *through, *of_factors, *[None] * (3 * n)
+        n, needs = len(ctx.layers), ctx.needs_input_grad
+        x, *rest = ctx.saved_tensors
+        columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
+        weights = iter(rest[3 * n + ctx.n_bits :])
+        layers = [
+            layer._replace(weight=next(weights) if is_tensor else layer.weight, lora_a=a, lora_b=b)
+            for layer, is_tensor, a, b in zip(ctx.layers, ctx.has_tensor, rest[:n], rest[n : 2 * n])
+        ]
+        # An output that nothing used has no gradient.
+        dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
+        wanted = needs[2 : 2 * n + 3]
+        # In a backward: someone asked for create_graph.
+        if torch.is_grad_enabled():
+            found = differentiable_gradients(dys, x, layers, ctx.p, wanted)
+        else:
+            found = _gradients(dys, x, columns, bits, layers, ctx.p, wanted)
+        through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
+        return None, None, *found, *through
 
 
-_op = torch.library.custom_op("lorapar::lora_linear", _forward, mutates_args=())
-_gradients_op = torch.library.custom_op("lorapar::lora_linear_backward", _gradients, mutates_args=())
+def _one_layer(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+) -> list[LoraLayer]:
+    mask_a_, mask_b_ = (None if mask is None else TiledMask(mask, None) for mask in (mask_a, mask_b))
+    return [LoraLayer(weight, bias, y, lora_a, lora_b, scaling, mask_a_, mask_b_, seed)]
 
 
-@_op.register_fake
-def _forward_fake(x, weights, biases, ys, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p):
-    outs = [y.new_empty(y.shape) for y in ys] or [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    return outs + passes_for("lora_linear", x, lora_as).shrink_fake(as_rows(x), lora_as)
+# One layer, without lists: torch's handling of an op with lists took 0.2 ms a call.
+_ops = torch.library.Library("lorapar", "FRAGMENT")
+_OF_LAYER = (
+    "Tensor? weight, Tensor? bias, Tensor? y, Tensor lora_a, Tensor lora_b, Tensor? mask_a, Tensor? mask_b, "
+    "Tensor? seed, float scaling, float p"
+)
+_ops.define(f"lora_linear(Tensor x, {_OF_LAYER}) -> (Tensor, Tensor)")
+_ops.define(
+    f"lora_linear_backward(Tensor dy, Tensor x, Tensor s, {_OF_LAYER}, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
 
 
-@_gradients_op.register_fake
-def _gradients_fake(dys, x, columns, weights, lora_as, lora_bs, mask_as, mask_bs, seeds, scalings, p, needs):
-    return [
-        like.new_empty(like.shape) if need else x.new_empty(0) for like, need in zip([x, *lora_as, *lora_bs], needs)
-    ]
+@torch.library.impl(_ops, "lora_linear", "CompositeExplicitAutograd")
+def _lora_linear_op(x: Tensor, *layer_and_p: Any) -> tuple[Tensor, Tensor]:
+    *of_layer, p = layer_and_p
+    (out,), (s,), _ = _forward(x, _one_layer(*of_layer), p, True)
+    return out, s
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _save(ctx, inputs, output)
-    # torch takes a list with a None in it for one argument, whose gradient is None and not a list of them.
-    ctx.nothing = [
-        None if any(entry is None for entry in given) else [None] * len(given)
-        for given in (inputs[1], inputs[2], *inputs[6:9])
-    ]
+@torch.library.impl(_ops, "lora_linear_backward", "CompositeExplicitAutograd")
+def _lora_linear_backward_op(dy: Tensor, x: Tensor, s: Tensor, *layer_p_needs: Any) -> tuple[Tensor, ...]:
+    *of_layer, p, needs = layer_p_needs
+    found = _gradients([dy], x, [s], [], _one_layer(*of_layer), p, needs)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    n = len(ctx.widths)
-    needs_x, _, _, needs_y, needs_a, needs_b, *_ = ctx.needs_input_grad
-    dys, (dx, *of_factors) = _saved_gradients(_gradients_op, ctx, grads[:n], [needs_x, *needs_a, *needs_b])
-    through = [dy if need else None for dy, need in zip(dys, needs_y)] if ctx.opaque else []
-    of_weights, of_biases, *of_masks_and_seeds = ctx.nothing
-    return dx, of_weights, of_biases, through, of_factors[:n], of_factors[n:], *of_masks_and_seeds, None, None
+@torch.library.register_fake("lorapar::lora_linear", lib=_ops)
+def _lora_linear_fake(x, weight, bias, y, lora_a, lora_b, *rest):
+    out = x.new_empty((*x.shape[:-1], lora_b.shape[0]))
+    return out, passes_for("lora_linear", x, [lora_a]).shrink_fake(as_rows(x), lora_a)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+@torch.library.register_fake("lorapar::lora_linear_backward", lib=_ops)
+def _lora_linear_backward_fake(dy, x, s, weight, bias, y, lora_a, lora_b, *rest):
+    needs = rest[-1]
+    return tuple(
+        like.new_empty(like.shape) if need else x.new_empty(0) for like, need in zip((x, lora_a, lora_b), needs)
+    )
 
 
-def _apply(x: Tensor, *groups: Sequence[Tensor | None], scalings: list[float], p: float) -> list[Tensor]:
-    """Each layer's output of checked arguments: weights, biases, ys, factors A and B, masks of each, seeds."""
-    n = len(scalings)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, y, lora_a, lora_b, mask_a, mask_b, seed, scaling, p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight, lora_a, lora_b, mask_a, mask_b, seed)
+    ctx.scaling, ctx.p, ctx.opaque = scaling, p, y is not None
+    ctx.out_shape = output[0].shape
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    x, s, weight, lora_a, lora_b, mask_a, mask_b, seed = ctx.saved_tensors
+    dy = x.new_zeros(ctx.out_shape) if grad is None else grad
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+    of_layer = weight, None, None, lora_a, lora_b, mask_a, mask_b, seed, ctx.scaling
+    if torch.is_grad_enabled():
+        found = differentiable_gradients([dy], x, _one_layer(*of_layer), ctx.p, needs)
+    else:
+        made = torch.ops.lorapar.lora_linear_backward(dy, x, s, *of_layer, ctx.p, needs)
+        found = [gradient if need else None for gradient, need in zip(made, needs)]
+    dx, da, db = found
+    return dx, None, None, grad if ctx.opaque else None, da, db, *(None,) * 5
+
+
+torch.library.register_autograd("lorapar::lora_linear", _backward, setup_context=_setup_context, lib=_ops)
+
+
+def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
+    """Each layer's output [..., out], of arguments that `check_layer` has accepted; one node of autograd.
+
+    x is in the dtype that the layers compute in, also under autocast.
+    """
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return differentiable(x, *groups, scalings, p)  # type: ignore[arg-type]
+            return differentiable(x, layers, p)
         if torch.compiler.is_compiling():
-            return _op(x, *map(list, groups), scalings, p)[:n]
-        flat = [tensor for group in groups for tensor in group]
-        return list(_LoraLinear.apply(tuple(map(len, groups)), scalings, p, x, *flat))
+            return [_op_of(x, layer, p) for layer in layers]
+        inputs = (
+            x,
+            *(layer.lora_a for layer in layers),
+            *(layer.lora_b for layer in layers),
+            *(layer.y for layer in layers if layer.y is not None),
+        )
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            return list(_LoraLayers.apply(layers, p, *inputs))  # type: ignore[arg-type]
+        return _forward(x, layers, p, False)[0]
+
+
+def _op_of(x: Tensor, layer: LoraLayer, p: float) -> Tensor:
+    masks = (None if mask is None else mask.mask for mask in (layer.mask_a, layer.mask_b))
+    of_layer = layer.weight, layer.bias, layer.y, layer.lora_a, layer.lora_b, *masks, layer.seed, layer.scaling
+    return torch.ops.lorapar.lora_linear(x, *of_layer, p)[0]
 
 
 def check_arguments(
@@ -437,15 +493,18 @@ def check_input(x: Tensor) -> None:
         raise ValueError("x must have at least one dimension [..., in], got a scalar")
 
 
-def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_weight(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> None:
     check_input(x)
-    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [out, {x.shape[-1]}], got {list(weight.shape)}")
-    on_device(x, weight=weight, bias=bias)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
-    if weight.requires_grad:
-        raise ValueError("weight must not require a gradient: the base is frozen, and gets none")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    on_device(x, bias=bias)
+    if isinstance(weight, Tensor):
+        if weight.dtype != x.dtype:
+            raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient: the base is frozen, and gets none")
     if bias is None:
         return
     if bias.shape != (weight.shape[0],):
@@ -462,6 +521,35 @@ def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
+def check_layer(x: Tensor, layer: LoraLayer, p: float) -> None:
+    """Raise ValueError or TypeError that names the first argument that does not fit `lora_layers`."""
+    mask_a, mask_b = (None if mask is None else mask.mask for mask in (layer.mask_a, layer.mask_b))
+    if layer.weight is not None:
+        check_weight(x, layer.weight, layer.bias)
+    check_arguments(x, layer.lora_a, layer.lora_b, _out_features(layer), mask_a, mask_b, p, layer.seed)
+
+
+def _out_features(layer: LoraLayer) -> int:
+    if layer.weight is not None:
+        return layer.weight.shape[0]
+    assert layer.y is not None
+    return layer.y.shape[-1]
+
+
+def _checked(x: Tensor, layers: list[LoraLayer], p: float) -> list[Tensor]:
+    for layer in layers:
+        check_layer(x, layer, p)
+    return lora_layers(x, layers, p)
+
+
+def _tiled(name: str, mask: Tensor | TiledMask | None) -> TiledMask | None:
+    if mask is None or isinstance(mask, TiledMask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a bool tensor or a TiledMask, got {type(mask).__name__}")
+    return TiledMask(mask, None)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -469,8 +557,8 @@ def lora_linear(
     lora_b: Tensor,
     scaling: float,
     bias: Tensor | None = None,
-    mask_a: Tensor | None = None,
-    mask_b: Tensor | None = None,
+    mask_a: Tensor | TiledMask | None = None,
+    mask_b: Tensor | TiledMask | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -482,19 +570,18 @@ def lora_linear(
         lora_a, lora_b: [r, in] and [out, r], of x's dtype or wider; each gradient has its tensor's dtype.
         scaling: lora_alpha / r.
         mask_a, mask_b: bool of lora_a's and lora_b's shape, True where an element is active; None: all are.
-            Gradients are exactly zero elsewhere; the forward and x's gradient use every element.
+            Gradients are exactly zero elsewhere; the forward and x's gradient use every element. A `TiledMask` of
+            one, made once, has the kernels skip the stripes that hold nothing active.
         dropout_p: in [0, 1), on the LoRA branch's input. seed: one-element int64 tensor, see `dropout_mask`.
 
     Returns [..., out] in x's dtype. Raises ValueError or TypeError that names the argument that does not fit.
     """
     x_, weight_, bias_ = as_autocast(x, weight, bias)
     assert x_ is not None
-    assert weight_ is not None
-    check_weight(x_, weight_, bias_)
-    check_arguments(x_, lora_a, lora_b, weight_.shape[0], mask_a, mask_b, dropout_p, seed)
+    masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
     drawn = seed if dropout_p > 0.0 else None
-    groups = [weight_], [bias_], [], [lora_a], [lora_b], [mask_a], [mask_b], [drawn]
-    return _apply(x_, *groups, scalings=[scaling], p=dropout_p)[0]
+    layer = LoraLayer(weight_, bias_, None, lora_a, lora_b, scaling, *masks, drawn)
+    return _checked(x_, [layer], dropout_p)[0]
 
 
 def lora_add(
@@ -503,21 +590,22 @@ def lora_add(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
-    mask_a: Tensor | None = None,
-    mask_b: Tensor | None = None,
+    mask_a: Tensor | TiledMask | None = None,
+    mask_b: Tensor | TiledMask | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     """y + scaling · drop(x) Aᵀ Bᵀ, y [..., out] being what an opaque base layer (4-bit, 8-bit) returned for x.
 
-    Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype, and its gradient is passed through.
+    Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype and its values, and its gradient is passed
+    through.
     """
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must be [{', '.join(map(str, x.shape[:-1]))}, out] as x is, got {list(y.shape)}")
-    x_ = x.to(y.dtype)
-    check_arguments(x_, lora_a, lora_b, y.shape[-1], mask_a, mask_b, dropout_p, seed)
-    groups = [], [], [y], [lora_a], [lora_b], [mask_a], [mask_b], [seed if dropout_p > 0.0 else None]
-    return _apply(x_, *groups, scalings=[scaling], p=dropout_p)[0]
+    masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
+    drawn = seed if dropout_p > 0.0 else None
+    layer = LoraLayer(None, None, y, lora_a, lora_b, scaling, *masks, drawn)
+    return _checked(x.to(y.dtype), [layer], dropout_p)[0]
 
 
 def lora_linear_grouped(
@@ -527,8 +615,8 @@ def lora_linear_grouped(
     lora_bs: Sequence[Tensor],
     scalings: Sequence[float],
     biases: Sequence[Tensor | None] | None = None,
-    mask_as: Sequence[Tensor | None] | None = None,
-    mask_bs: Sequence[Tensor | None] | None = None,
+    mask_as: Sequence[Tensor | TiledMask | None] | None = None,
+    mask_bs: Sequence[Tensor | TiledMask | None] | None = None,
     dropout_p: float = 0.0,
     seeds: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
@@ -547,10 +635,10 @@ def lora_linear_grouped(
     none: list[None] = [None] * count
     x_, *rest = as_autocast(x, *weights, *(biases or none))
     assert x_ is not None
-    weights_, biases_ = [weight for weight in rest[:count] if weight is not None], rest[count:]
-    masks, drawn = (mask_as or none, mask_bs or none), seeds or none
-    for weight, bias, a, b, mask_a, mask_b, seed in zip(weights_, biases_, lora_as, lora_bs, *masks, drawn):
-        check_weight(x_, weight, bias)
-        check_arguments(x_, a, b, weight.shape[0], mask_a, mask_b, dropout_p, seed)
-    groups = weights_, biases_, [], lora_as, lora_bs, *masks, drawn if dropout_p > 0.0 else none
-    return _apply(x_, *groups, scalings=list(scalings), p=dropout_p)
+    drawn = seeds if seeds and dropout_p > 0.0 else none
+    given = zip(rest[:count], rest[count:], lora_as, lora_bs, scalings, mask_as or none, mask_bs or none, drawn)
+    layers = [
+        LoraLayer(weight, bias, None, a, b, scaling, _tiled("mask_a", mask_a), _tiled("mask_b", mask_b), seed)
+        for weight, bias, a, b, scaling, mask_a, mask_b, seed in given
+    ]
+    return _checked(x_, layers, dropout_p)

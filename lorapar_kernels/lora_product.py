@@ -1,10 +1,11 @@
-"""A LoRA layer's frozen product together with its expand, s · S Bᵀ: two ways, and which of them a call takes.
+"""The LoRA layers of one x by Triton's kernels, around the frozen products: two ways, and which of them a call takes.
 
-    plain   torch's product, then the expand added to its output, so y and dX go through memory once more
-    fused   one product that carries the expand in its accumulator (triton_kernels/lora_product.py), where Triton runs
+    plain   expand first: one kernel writes s · S Bᵀ + bias, and torch's product adds x Wᵀ to it (beta = 1, a read that
+            hides under the product); dX likewise begins as Σ keep ⊙ (dS A), written by dA's pass
+    fused   one product that carries the expand in its accumulator (triton_kernels/lora_product.py)
 
-Both compute the same sums; fused rounds once less. plain is the specification, the only way without Triton's passes,
-and the safe default: whether our own product is fast enough beside cuBLAS's depends on the GPU and on the shape. So on
+Both compute the same sums; fused rounds once less. plain is the safe default, since whether our own product is fast
+enough beside cuBLAS's depends on the GPU and on the shape. So on
 a CUDA device the first call of each kind (`_kind`) times both on its own tensors, which takes some milliseconds, and
 the process keeps the faster. The GPU's work is timed, not Python's: a captured graph of each way is replayed. Nothing
 is timed while a CUDA graph is captured, or under torch.use_deterministic_algorithms, since two processes may choose
@@ -25,10 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import named
+from .lora_layer import LoraLayer, as_rows, dense_weight
 
 VARIABLE, WAYS = "LORAPAR_PRODUCT", ("plain", "fused")
 # Rounds of timing, and calls a round; the share of plain's time below which fused is taken: less than that is noise.
@@ -41,102 +42,136 @@ _chosen: dict[tuple[Any, ...], str] = {}
 _given: Choices = {}
 
 
-def expand(y: Tensor, s: Tensor, b: Tensor, scaling: float) -> None:
-    """Add scaling · S Bᵀ to y [T, out] in place; S [T, r or more]: a kernel's S is padded."""
-    y.addmm_(s[:, : b.shape[1]], b.to(y.dtype).t(), alpha=scaling)
+def forward(
+    x: Tensor, layers: Sequence[LoraLayer], p: float, keep_bits: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Each layer's output [..., out] of x [..., in]; each S [T, R] and, if asked for, the dropout masks as bits."""
+    from .triton_kernels import lora_forward as kernels
 
+    rows = as_rows(x)
+    lora_bs = [layer.lora_b for layer in layers]
+    scalings = [layer.scaling for layer in layers]
+    parts, bits = kernels.shrink(
+        rows, [layer.lora_a for layer in layers], p, [layer.seed for layer in layers], keep_bits
+    )
+    outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
 
-def outputs(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    columns: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    can_fuse: bool,
-) -> list[Tensor]:
-    """x Wᵀ + bias + scaling · S Bᵀ [..., out] of each layer, x [..., in], S [T, r or more] of `columns`.
-
-    can_fuse: whether Triton's passes serve this call; the fused product needs them.
-    """
-
-    def plain() -> list[Tensor]:
-        made = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        for y, s, b, scaling in zip(made, columns, lora_bs, scalings):
-            expand(y.view(-1, y.shape[-1]), s, b, scaling)
-        return made
+    def expand_first() -> list[Tensor]:
+        bases = [None if layer.y is None else as_rows(layer.y) for layer in layers]
+        columns = kernels.expand(
+            parts, lora_bs, scalings, [layer.bias for layer in layers], bases, [as_rows(out) for out in outs]
+        )
+        for out, layer in zip(outs, layers):
+            if layer.weight is not None:
+                as_rows(out).addmm_(rows, dense_weight(layer.weight, x.dtype).t())
+        return columns
 
     def fused() -> list[Tensor]:
-        from .triton_kernels import lora_product as kernels
+        from .triton_kernels import lora_product as product
 
-        each = zip(weights, biases, columns, lora_bs, scalings)
-        return [kernels.output(x, *of_layer) for of_layer in each]
+        columns = kernels.summed(parts, x.dtype)
+        for out, layer, s in zip(outs, layers, columns):
+            assert layer.weight is not None
+            weight = dense_weight(layer.weight, x.dtype)
+            product.output(rows, weight, layer.bias, s, layer.lora_b, layer.scaling, as_rows(out))
+        return columns
 
-    return _run_chosen({"plain": plain, "fused": fused}, can_fuse, x, _kind("forward", x, weights, lora_bs, 0.0))
+    if not _has_products(layers):
+        return outs, expand_first(), bits
+    ways = {"plain": expand_first, "fused": fused}
+    return outs, _run_chosen(ways, x, _kind("forward", x, layers, 0.0)), bits
 
 
-def input_gradients(
-    x: Tensor,
+def backward(
     dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    dss: Sequence[Tensor],
+    x: Tensor,
+    columns: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    layers: Sequence[LoraLayer],
     p: float,
-    seeds: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
-    needs_a: Sequence[bool],
-    add_input_gradients: Callable[..., list[Tensor | None]],
-    can_fuse: bool,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """dX = Σ dY W + keep ⊙ (dS A) [T, in], and each dA; x [T, in].
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dX [T, in] of what is not opaque, each dA and each dB, None where not needed.
 
-    add_input_gradients: the passes' `input_gradients`, which adds to dX and makes each dA. can_fuse: as in `outputs`.
+    dys [T, out], x [T, in], columns and bits of `forward`; needs: of x, of each A, of each B.
     """
-    of_layers = lora_as, dss, p, seeds, masks, needs_a
+    from .triton_kernels import lora_backward as kernels
 
-    def plain() -> tuple[Tensor, list[Tensor | None]]:
-        dx = dys[0] @ weights[0]
-        for dy, weight in zip(dys[1:], weights[1:]):
-            dx.addmm_(dy, weight)
-        return dx, add_input_gradients(x, dx, *of_layers)
+    n = len(layers)
+    needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), list(needs[n + 1 :])
+    lora_as, seeds = [layer.lora_a for layer in layers], [layer.seed for layer in layers]
+    dss, dbs = kernels.output_gradients(
+        dys,
+        [layer.lora_b for layer in layers],
+        columns,
+        [layer.scaling for layer in layers],
+        p,
+        [layer.mask_b for layer in layers],
+        needs_b,
+    )
+    of_x = x, lora_as, dss, p, seeds, bits, [layer.mask_a for layer in layers], needs_a
 
-    def fused() -> tuple[Tensor, list[Tensor | None]]:
-        from .triton_kernels import lora_product as kernels
-
-        das: list[Tensor | None] = [None] * len(dys)
-        bits = None
-        if any(needs_a):
-            bits = kernels.room_for_bits(x, p, len(dys))
-            das = add_input_gradients(x, None, *of_layers, bits)
-        dx = None
-        for i, of_layer in enumerate(zip(dys, weights, dss, lora_as, seeds)):
-            dx = kernels.input_gradient(dx, *of_layer, p, None if bits is None else bits[i])
-        assert dx is not None
+    def expand_first() -> tuple[Tensor | None, list[Tensor | None]]:
+        dx, das = kernels.input_gradients(*of_x, needs_x)
+        if dx is not None:
+            for dy, layer in zip(dys, layers):
+                if layer.weight is not None:
+                    dx.addmm_(dy, dense_weight(layer.weight, dy.dtype))
         return dx, das
 
-    kind = (*_kind("backward", x, weights, lora_as, p), any(needs_a))
-    return _run_chosen({"plain": plain, "fused": fused}, can_fuse, x, kind)
+    def fused() -> tuple[Tensor | None, list[Tensor | None]]:
+        from .triton_kernels import lora_product as product
+
+        _, das = kernels.input_gradients(*of_x, False)
+        dx = None
+        for i, (dy, layer) in enumerate(zip(dys, layers)):
+            assert layer.weight is not None
+            weight = dense_weight(layer.weight, dy.dtype)
+            kept = bits[i] if bits else None
+            dx = product.input_gradient(dx, dy, weight, dss[i], layer.lora_a, layer.seed, p, kept)
+        return dx, das
+
+    if not (needs_x and _has_products(layers)):
+        return *expand_first(), dbs
+    kind = (*_kind("backward", x, layers, p), any(needs_a))
+    dx, das = _run_chosen({"plain": expand_first, "fused": fused}, x, kind)
+    return dx, das, dbs
 
 
-def _kind(direction: str, x: Tensor, weights: Sequence[Tensor], factors: Sequence[Tensor], p: float) -> tuple[Any, ...]:
+def shrink_fake(x: Tensor, lora_a: Tensor) -> Tensor:
+    """A tensor as each S of `forward` is, without values; x [T, in]."""
+    from .triton_kernels import lora_forward as kernels
+
+    return x.new_empty((x.shape[0], kernels.padded_rank([lora_a])))
+
+
+def _has_products(layers: Sequence[LoraLayer]) -> bool:
+    return all(layer.weight is not None for layer in layers)
+
+
+def refuse_fused(layers: Sequence[LoraLayer]) -> None:
+    """ValueError where LORAPAR_PRODUCT=fused forces what only goes with Triton's passes, and others serve."""
+    if named(VARIABLE, WAYS) == "fused" and _has_products(layers):
+        raise ValueError(
+            f"{VARIABLE}=fused cannot serve lora_linear: it goes with Triton's passes, which do not run here"
+        )
+
+
+def _kind(direction: str, x: Tensor, layers: Sequence[LoraLayer], p: float) -> tuple[Any, ...]:
     """What a choice holds for: numbers of tokens within a power of two, all else exactly."""
     tokens = int(x.numel() // x.shape[-1]).bit_length()  # torch.jit.trace gives tensors
-    layers = tuple((weight.shape, factor.shape, factor.dtype) for weight, factor in zip(weights, factors))
-    return direction, x.device, x.dtype, tokens, p > 0.0, layers
+    forward = direction == "forward"
+    of_layers = []
+    for layer in layers:
+        factor = layer.lora_b if forward else layer.lora_a
+        assert layer.weight is not None
+        of_layers.append((layer.weight.shape, factor.shape, factor.dtype))
+    return direction, x.device, x.dtype, tokens, p > 0.0, tuple(of_layers)
 
 
-def _run_chosen(ways: Mapping[str, Callable[[], Any]], can_fuse: bool, x: Tensor, kind: tuple[Any, ...]) -> Any:
+def _run_chosen(ways: Mapping[str, Callable[[], Any]], x: Tensor, kind: tuple[Any, ...]) -> Any:
     """The result of the way that is forced, or was chosen for this kind of call earlier, or is chosen now."""
-    way = named(VARIABLE, WAYS)
-    if x.numel() == 0:
-        way = "plain"
-    elif not can_fuse:
-        if way == "fused":
-            raise ValueError(
-                f"{VARIABLE}=fused cannot serve lora_linear: it goes with Triton's passes, which do not run here"
-            )
-        way = "plain"
-    way = way or _chosen.get(kind)
+    way = named(VARIABLE, WAYS) or _chosen.get(kind)
     if way is None:
         way = _given_way(x.device, kind)
         if way is None and _may_time(x.device):

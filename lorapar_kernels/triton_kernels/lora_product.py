@@ -190,13 +190,10 @@ def _product(
     )  # fmt: skip
 
 
-def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """x Wᵀ + bias + scaling · S Bᵀ [..., out] in x's dtype; x [..., in], W [out, in], S [T, r or more], B [out, r]."""
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scaling: float, y: Tensor) -> None:
+    """y [T, out] <- x Wᵀ + bias + scaling · S Bᵀ; x [T, in], W [out, in], S [T, r or more], B [out, r]."""
     bias = None if bias is None else bias.contiguous()
-    rows = unit_rows(x.reshape(-1, x.shape[-1]))
-    _product(rows, weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y.view(-1, y.shape[-1]), False)
-    return y
+    _product(unit_rows(x), weight.t(), bias, s, b.t(), scaling, 0.0, None, None, y, False)
 
 
 def input_gradient(
@@ -204,22 +201,10 @@ def input_gradient(
     bits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dX [T, in] = dY W + keep ⊙ (dS A), added to `dx` in place where that is given; dY [T, out], W [out, in],
-    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]. bits: keep as the passes' `input_gradients` wrote it."""
+    dS [T, r or more] with the factor 1 / (1 − p), A [r, in]. bits: keep as `shrink` wrote it, uint8 [T, in / 8]."""
     out = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device) if dx is None else dx
     _product(dy, weight, None, ds, a, 1.0, p, seed, bits, out, dx is not None)
     return out
-
-
-def room_for_bits(x: Tensor, p: float, layers: int) -> list[Tensor] | None:
-    """Where dA's pass writes each layer's mask for dX's product to read, uint8 [T, in / 8] of x [T, in]; None where the
-    product draws it again.
-
-    A sixteenth of x, written and read once. Drawn in the product instead, the mask is made while the matrix cores wait:
-    some 2,300 more instructions a thread before the loop (bench/LOG.md), where dA's pass waits for memory.
-    """
-    if p == 0.0 or x.shape[1] % 8 != 0 or x.element_size() == 4:
-        return None
-    return [torch.empty((x.shape[0], x.shape[1] // 8), dtype=torch.uint8, device=x.device) for _ in range(layers)]
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
@@ -275,5 +260,8 @@ def _launch_case(x_dtype, a_dtype, rank, tokens, columns, forward, p, more, room
         _product(left, weight.t(), bias, thin, factor.t(), 2.0, 0.0, None, None, left, False, room)
     else:
         factor = meta(rank, columns, dtype=a_dtype)
-        for bits in {None, *(room_for_bits(left, p, 1) or [])}:
+        # Drawn, and read where the forward kept them.
+        kept = meta(tokens, columns // 8, dtype=torch.uint8)
+        can_keep = p > 0.0 and columns % 8 == 0 and left.element_size() == 2
+        for bits in (None, kept) if can_keep else (None,):
             _product(left, weight, None, thin, factor, 1.0, p, seed, bits, left, more, room)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import lorapar_kernels as lk
+from lorapar_kernels.lora_layer import LoraLayer
+from lorapar_kernels.lora_linear import lora_layers
 
 SHAPES = [((5,), 7, 3, 2), ((2, 3), 8, 16, 1), ((1, 63), 60, 33, 5), ((0,), 4, 4, 2), ((4, 2, 3), 31, 17, 40)]
 
@@ -69,9 +71,7 @@ def calls_of_the_layer(w, bias, mask_a, mask_b, p, seed):
         "lora_linear_grouped": lambda x, a, b: lk.lora_linear_grouped(
             x, [w], [a], [b], [0.7], [bias], [mask_a], [mask_b], p, [seed]
         )[0],
-        "op": lambda x, a, b: torch.ops.lorapar.lora_linear(
-            x, [w], [bias], [], [a], [b], [mask_a], [mask_b], [seed], [0.7], p
-        )[0],
+        "op": lambda x, a, b: torch.ops.lorapar.lora_linear(x, w, bias, None, a, b, mask_a, mask_b, seed, 0.7, p)[0],
     }
 
 
@@ -203,6 +203,87 @@ def test_autocast_computes_in_its_dtype_and_gives_fp32_gradients():
     assert a.grad.dtype == b.grad.dtype == x.grad.dtype == torch.float32
 
 
+class Codes:
+    """A weight that is made where it is needed, in memory that all such weights share."""
+
+    buffer = torch.empty(64 * 64, dtype=torch.float64)
+    made = 0
+
+    def __init__(self, weight):
+        self.weight, self.shape, self.device = weight, weight.shape, weight.device
+
+    def dense(self, dtype):
+        Codes.made += 1
+        out = self.buffer[: self.weight.numel()].view(self.shape)
+        return out.copy_(self.weight).to(dtype)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_weights_made_where_they_are_needed(twice):
+    """In one node with a plain weight and an opaque base; made once forward and once backward."""
+    x, *_ = tensors((5,), 12, 4, 2)
+    x.requires_grad_()
+    each = [[t.requires_grad_(i > 0) for i, t in enumerate(tensors((5,), 12, n, 2)[1:4])] for n in (4, 6, 8, 7)]
+    y = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64)
+    ws = [Codes(each[0][0]), Codes(each[1][0]), each[2][0], None]
+    layers = [
+        LoraLayer(w, b if w is ws[1] else None, None if w is not None else y, a, b_, 1.5)
+        for w, (_, a, b_), b in zip(ws, each, (None, bias, None, None))
+    ]
+    leaves = [x, y, *(t for _, *factors in each for t in factors)]
+
+    def gradients(outs):
+        first = torch.autograd.grad([out.square().sum() for out in outs], leaves, create_graph=twice)
+        if not twice:
+            return first
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    Codes.made = 0
+    ours = gradients(lora_layers(x, layers, 0.0))
+    assert twice or Codes.made == 4
+    bases = [F.linear(x, each[0][0]), F.linear(x, each[1][0], bias), F.linear(x, each[2][0]), y]
+    expected = gradients([base + 1.5 * x @ a.t() @ b.t() for base, (_, a, b) in zip(bases, each)])
+    for one, other in zip(ours, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_an_opaque_base_returned_is_not_changed():
+    x, w, a, b, *_ = tensors((3, 5), 12, 4, 2)
+    y = F.linear(x, w)
+    before = y.clone()
+    turned = y.transpose(0, 1)
+    out = lk.lora_add(turned, x.transpose(0, 1), a, b, 2.0)
+    assert torch.equal(y, before)
+    torch.testing.assert_close(out, (before + 2.0 * x @ a.t() @ b.t()).transpose(0, 1))
+
+
+def test_without_a_gradient_there_is_no_node():
+    x, w, a, b, *_ = tensors((3,), 12, 4, 2)
+    assert lk.lora_linear(x, w, a, b, 1.0).grad_fn is None
+    a.requires_grad_()
+    assert lk.lora_linear(x, w, a, b, 1.0).grad_fn is not None
+    with torch.no_grad():
+        assert lk.lora_linear(x, w, a, b, 1.0).grad_fn is None
+
+
+def test_a_mask_that_knows_its_stripes_masks_the_same():
+    x, w, a, b, _, dy = tensors((7,), 200, 130, 3)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    mask_a, mask_b = random_mask(a), random_mask(b)
+    mask_a[:, 64:128] = False
+    mask_b[128:] = False
+    tiled = lk.TiledMask.of_a(mask_a), lk.TiledMask.of_b(mask_b)
+    assert tiled[0].stripes.tolist() == [1, 0, 1, 1]
+    assert tiled[1].stripes.tolist() == [1, 1, 0]
+    assert lk.TiledMask.of_a(torch.ones(2, 65, dtype=torch.bool)).stripes is None
+    found = [
+        torch.autograd.grad(lk.lora_linear(x, w, a, b, 1.0, None, *masks), leaves, dy)
+        for masks in ((mask_a, mask_b), tiled)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 def test_non_contiguous_x():
     x, w, a, b, *_ = tensors((6, 5), 16, 8, 2)
     turned = x.transpose(0, 1)
@@ -230,6 +311,7 @@ def test_grouped_equals_one_by_one():
         (dict(weight=torch.zeros(3, 4, requires_grad=True)), ValueError, "weight must not require"),
         (dict(mask_a=torch.ones(2, 3, dtype=torch.bool)), ValueError, "mask_a must have 2×4 elements, got 2×3"),
         (dict(mask_b=torch.ones(3, 2)), TypeError, "mask_b must be bool"),
+        (dict(mask_b=[True]), TypeError, "mask_b must be a bool tensor or a TiledMask, got list"),
         (dict(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
         (dict(dropout_p=0.5), ValueError, "seed must be"),
         (dict(lora_a=torch.zeros(2, 4, dtype=torch.bfloat16)), TypeError, "at least as wide"),
@@ -258,28 +340,14 @@ def test_opcheck(p, opaque):
     x, w, a, b, bias = layer()
     y = torch.randn(6, 8, requires_grad=True)
     seed = torch.tensor([3]) if p else None
-    masks = [torch.rand(a.shape) < 0.5], [torch.rand(b.shape) < 0.5]
-    bases = ([], [None], [y]) if opaque else ([w], [bias], [])
-    torch.library.opcheck(
-        torch.ops.lorapar.lora_linear.default, (x, *bases, [a], [b], *masks, [seed], [1.5], p)
-    )  # fmt: skip
-    arguments = [t.detach() for t in (torch.randn(6, 8), x, torch.randn(3, 6).t())]
-    dy, x, s = arguments
+    masks = torch.rand(a.shape) < 0.5, torch.rand(b.shape) < 0.5
+    base = (None, None, y) if opaque else (w, bias, None)
+    torch.library.opcheck(torch.ops.lorapar.lora_linear.default, (x, *base, a, b, *masks, seed, 1.5, p))
+    dy, x, s, a, b = (t.detach() for t in (torch.randn(6, 8), x, torch.randn(3, 6).t(), a, b))
+    base = (None, None, None) if opaque else (w, None, None)
     torch.library.opcheck(
         torch.ops.lorapar.lora_linear_backward.default,
-        (
-            [dy],
-            x,
-            [s],
-            [] if opaque else [w],
-            [a.detach()],
-            [b.detach()],
-            *masks,
-            [seed],
-            [1.5],
-            p,
-            [True, True, False],
-        ),
+        (dy, x, s, *base, a, b, *masks, seed, 1.5, p, [True, True, False]),
     )
 
 

@@ -3,6 +3,7 @@
 Every output of `torch.empty` is filled with NaN first, so that what a kernel leaves unwritten shows.
 """
 
+import importlib
 import os
 
 import pytest
@@ -15,8 +16,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interpreter tests run under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lorapar_kernels.triton_kernels import lora_passes as lora_passes_triton
-from lorapar_kernels.triton_kernels import lora_product as lora_product_triton
+from lorapar_kernels import lora_product as product
+from lorapar_kernels.triton_kernels import lora_backward as backward_triton
+from lorapar_kernels.triton_kernels import lora_forward as forward_triton
+from lorapar_kernels.triton_kernels import lora_product as product_triton
+
+# The package's name of it is the function's.
+linear = importlib.import_module("lorapar_kernels.lora_linear")
 
 DTYPES = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 3e-3}
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,29 +136,6 @@ def test_opaque_base_equals_the_reference(monkeypatch, p):
         assert error(mine, expected.double()) < 2e-6
 
 
-def test_a_tile_without_an_active_bit_is_skipped():
-    """Nothing of it is written: its partial sums are still NaN, and only the mask keeps them out of the gradient."""
-    x, ds = torch.randn(64, 192), torch.randn(64, 16)
-    a = torch.randn(16, 192)
-    mask = torch.zeros(16, 192, dtype=torch.bool)
-    mask[:, 128:] = torch.rand(16, 64) < 0.5
-    partial = []
-    reduce = lora_passes_triton._reduce
-    lora_passes_triton._reduce = lambda part, *rest: (partial.append(part), reduce(part, *rest))[1]
-    try:
-        (da,) = lora_passes_triton.input_gradients(x, None, [a], [ds], 0.0, [None], [mask], [True])
-        dy, b, s = torch.randn(64, 192), torch.randn(192, 16), torch.randn(64, 16)
-        _, db = lora_passes_triton.output_gradients(dy, b, s, 1.0, 0.0, mask.t().contiguous(), True)
-    finally:
-        lora_passes_triton._reduce = reduce
-    part_a, part_b = partial[0], partial[-1]
-    assert not part_a[:, :, :128].any()
-    assert part_b[:, :128].isnan().all()
-    assert part_b[:, 128:].isfinite().all()
-    torch.testing.assert_close(da, ds.t() @ x * mask, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(db, dy.t() @ s * mask.t(), rtol=1e-4, atol=1e-4)
-
-
 def test_no_gradient_of_a_factor_that_needs_none():
     x = torch.randn(20, 24, requires_grad=True)
     w, a, b = torch.randn(16, 24), torch.randn(4, 24), torch.randn(16, 4, requires_grad=True)
@@ -195,21 +178,67 @@ def test_twice_the_same_bits():
 
 def test_what_ran_was_the_kernels(monkeypatch):
     called = []
-    passes, of_product = ("shrink", "output_gradients", "input_gradients"), ("output", "input_gradient")
-    for module, names in ((lora_passes_triton, passes), (lora_product_triton, of_product)):
+    of_forward, of_backward, of_product = (
+        ("shrink", "expand"), ("output_gradients", "input_gradients"), ("output", "input_gradient")
+    )  # fmt: skip
+    for module, names in (
+        (forward_triton, of_forward), (backward_triton, of_backward), (product_triton, of_product)
+    ):  # fmt: skip
         for name in names:
             inner = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1])
     x, w = torch.randn(5, 16, requires_grad=True), torch.randn(4, 16)
     a, b = torch.randn(2, 16, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()
-    products = {"plain": [], "fused": ["output", "input_gradient"]}[os.environ["LORAPAR_PRODUCT"]]
-    assert [name for name in called if name in passes] == list(passes)
-    assert [name for name in called if name in of_product] == products
+    expected = {
+        "plain": ["shrink", "expand", "output_gradients", "input_gradients"],
+        "fused": ["shrink", "output", "output_gradients", "input_gradients", "input_gradient"],
+    }[os.environ["LORAPAR_PRODUCT"]]
+    assert called == expected
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
     monkeypatch.delenv("LORAPAR_PRODUCT")
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()
-    assert len(called) == 3 + len(products)
+    assert called == expected
+
+
+def test_bits_kept_and_drawn_again_give_the_same(monkeypatch):
+    """A group, in 16 bits: what the backward reads is what it would draw."""
+    kept = []
+    backward = product.backward
+
+    def hearing(dys, x, columns, bits, *rest):
+        kept.append(len(bits))
+        return backward(dys, x, columns, bits, *rest)
+
+    monkeypatch.setattr(product, "backward", hearing)
+    x = torch.randn(37, 72).bfloat16().requires_grad_()
+    layers = layers_of(72, (40, 8), (8, 4), torch.bfloat16, True)
+    leaves = [x, *(t.requires_grad_() for _, _, a, b in layers for t in (a, b))]
+    found = []
+    for keep in (False, True):
+        monkeypatch.setattr(linear, "keeps_bits", lambda x, layers, p, keep=keep: keep)
+        ys = lk.lora_linear_grouped(
+            x, [w for w, *_ in layers], [a for *_, a, _ in layers], [b for *_, b in layers], [1.0, 2.0],
+            dropout_p=0.3, seeds=[torch.tensor([3]), torch.tensor([4])],
+        )  # fmt: skip
+        found.append(torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys]))
+    assert kept == [0, 2]
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+def test_few_tokens_without_a_gradient_are_torchs_own_products(monkeypatch):
+    """Where the factors have x's dtype; a layer alone, of at most 16 tokens."""
+    called = []
+    shrink = forward_triton.shrink
+    monkeypatch.setattr(forward_triton, "shrink", lambda *a: (called.append(1), shrink(*a))[1])
+    for tokens, dtype, expected in ((16, torch.float32, 0), (17, torch.float32, 1), (1, torch.bfloat16, 1)):
+        called.clear()
+        x, w = torch.randn(tokens, 32).to(dtype), torch.randn(24, 32).to(dtype)
+        a, b = torch.randn(4, 32), torch.randn(24, 4)
+        y = lk.lora_linear(x, w, a, b, 2.0)
+        assert len(called) == expected
+        exact = x.double() @ w.double().t() + 2.0 * x.double() @ a.double().t() @ b.double().t()
+        assert error(y, exact) < (2e-6 if dtype == torch.float32 else 2e-2)
 
 
 def test_what_the_kernels_do_not_take_is_refused():

@@ -15,10 +15,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from lorapar_kernels import lora_product
-from lorapar_kernels.triton_kernels import lora_passes as lora_passes_triton
+from lorapar_kernels.triton_kernels import lora_forward as lora_forward_triton
 from lorapar_kernels.triton_kernels import lora_product as lora_product_triton
 from lorapar_kernels.triton_kernels.launch import COMMON_ROOM
-from lorapar_kernels.triton_kernels.lora_product import WIDE_ROOM, input_gradient, output, room_for_bits
+from lorapar_kernels.triton_kernels.lora_product import WIDE_ROOM, input_gradient
 
 # The interpreter cuts fp32 to bf16 where a GPU rounds: up to a whole unit of 2^-7.
 KINDS = {"fp32": (torch.float32, 2e-6), "bf16": (torch.bfloat16, 8e-3), "fp16": (torch.float16, 1e-3)}
@@ -49,6 +49,12 @@ def tiles(monkeypatch):
 
     monkeypatch.setattr(lora_product_triton, "launch", overheard)
     return seen
+
+
+def output(x, weight, bias, s, b, scaling):
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    lora_product_triton.output(x, weight, bias, s, b, scaling, y)
+    return y
 
 
 def error(ours, exact):
@@ -115,24 +121,12 @@ def test_wide_tiles(monkeypatch, tiles):
     assert set(tiles) == {(128, 256, True)}
 
 
-@pytest.mark.parametrize("active", [False, True])
-def test_the_mask_written_by_das_pass_is_the_seeds(active):
-    """Also where no element of A is active, so that no dA is made."""
-    x, p = torch.randn(70, 136).bfloat16(), 0.3
-    seeds, factors = [torch.tensor([11]), torch.tensor([-12])], [torch.randn(3, 136), torch.randn(20, 136)]
-    dss = [torch.randn(70, 32).bfloat16() for _ in range(2)]
-    masks = [torch.full(a.shape, active) for a in factors]
-    bits = room_for_bits(x, p, 2)
-    das = lora_passes_triton.input_gradients(x, None, factors, dss, p, seeds, masks, [True, True], bits)
-    without = lora_passes_triton.input_gradients(x, None, factors, dss, p, seeds, masks, [True, True])
-    dy, w = torch.randn(70, 24).bfloat16(), torch.randn(24, 136).bfloat16()
-    for seed, kept, a, ds, da, expected in zip(seeds, bits, factors, dss, das, without):
-        lanes = (kept[:, :, None] >> torch.arange(8)) & 1
-        assert torch.equal(lanes.reshape(70, 136).bool(), lk.dropout_mask(seed, x.shape, p))
-        assert torch.equal(da, expected)
-        read, drawn = input_gradient(None, dy, w, ds, a, seed, p, kept), input_gradient(None, dy, w, ds, a, seed, p)
-        assert torch.equal(read, drawn)
-    assert room_for_bits(x, 0.0, 1) is room_for_bits(x[:, :61], p, 1) is room_for_bits(x.float(), p, 1) is None
+def test_bits_read_and_bits_drawn_give_the_same():
+    x, p, seed, a = torch.randn(70, 136).bfloat16(), 0.3, torch.tensor([11]), torch.randn(3, 136)
+    _, (bits,) = lora_forward_triton.shrink(x, [a], p, [seed], True)
+    dy, w, ds = torch.randn(70, 24).bfloat16(), torch.randn(24, 136).bfloat16(), torch.randn(70, 16).bfloat16()
+    read, drawn = input_gradient(None, dy, w, ds, a, seed, p, bits), input_gradient(None, dy, w, ds, a, seed, p)
+    assert torch.equal(read, drawn)
 
 
 @pytest.mark.parametrize(("tokens", "n_in"), [(300, 264), (70, 61)])

@@ -25,7 +25,7 @@ from typing import Any
 from .triton_kernels.launch import COMMON_ROOM, FP_FUSION, Variant
 
 # In triton_kernels; each has `ahead_of_time(every)`, its kernels' variants. A test finds a module that is left out.
-MODULES = ("dropout", "importance", "lora_passes", "lora_product")
+MODULES = ("dropout", "importance", "lora_backward", "lora_forward", "lora_product")
 
 
 # Where a block can have more shared memory than COMMON_ROOM, and a launcher may make use of it: no consumer card has

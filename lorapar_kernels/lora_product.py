@@ -48,38 +48,52 @@ def forward(
     """Each layer's output [..., out] of x [..., in]; each S [T, R] and, if asked for, the dropout masks as bits."""
     from .triton_kernels import lora_forward as kernels
 
-    rows = as_rows(x)
-    lora_bs = [layer.lora_b for layer in layers]
-    scalings = [layer.scaling for layer in layers]
+    rows, lora_bs = as_rows(x), [layer.lora_b for layer in layers]
     parts, bits = kernels.shrink(
         rows, [layer.lora_a for layer in layers], p, [layer.seed for layer in layers], keep_bits
     )
-    outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
 
-    def expand_first() -> list[Tensor]:
-        bases = [None if layer.y is None else as_rows(layer.y) for layer in layers]
-        columns = kernels.expand(
-            parts, lora_bs, scalings, [layer.bias for layer in layers], bases, [as_rows(out) for out in outs]
+    def expand_first() -> tuple[list[Tensor], list[Tensor]]:
+        outs, columns = kernels.expand(
+            parts,
+            lora_bs,
+            [layer.scaling for layer in layers],
+            [layer.bias for layer in layers],
+            [None if layer.y is None else as_rows(layer.y) for layer in layers],
+            x.dtype,
+            x.shape[:-1],
         )
         for out, layer in zip(outs, layers):
             if layer.weight is not None:
                 as_rows(out).addmm_(rows, dense_weight(layer.weight, x.dtype).t())
-        return columns
+        return outs, columns
 
-    def fused() -> list[Tensor]:
+    def fused() -> tuple[list[Tensor], list[Tensor]]:
         from .triton_kernels import lora_product as product
 
-        columns = kernels.summed(parts, x.dtype)
+        columns = _summed(parts, x.dtype)
+        outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
         for out, layer, s in zip(outs, layers, columns):
             assert layer.weight is not None
             weight = dense_weight(layer.weight, x.dtype)
             product.output(rows, weight, layer.bias, s, layer.lora_b, layer.scaling, as_rows(out))
-        return columns
+        return outs, columns
 
     if not _has_products(layers):
-        return outs, expand_first(), bits
+        return *expand_first(), bits
     ways = {"plain": expand_first, "fused": fused}
-    return outs, _run_chosen(ways, x, _kind("forward", x, layers, 0.0)), bits
+    return *_run_chosen(ways, x, _kind("forward", x, layers, 0.0)), bits
+
+
+def _summed(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each S [T, R] in `dtype` of its parts [n, T, R]."""
+    from .triton_kernels.lora_backward import reduce
+
+    if parts[0].shape[0] == 1:
+        return [part[0] for part in parts]
+    columns = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+    reduce(parts, columns, [None] * len(parts), [1.0] * len(parts))
+    return columns
 
 
 def backward(

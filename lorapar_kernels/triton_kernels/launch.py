@@ -27,6 +27,9 @@ DTYPES = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32)]
 # Bytes of shared memory that a block can have on every GPU of compute capability 8.0 and above, consumer cards too
 # (CUDA C++ Programming Guide, technical specifications).
 COMMON_ROOM = 99 << 10
+INT32 = 2**31 - 1
+# Whether each call of a Launch is held against the first one's promises; tests switch it on.
+CHECKED = False
 # A product and the sum it is added to may be one instruction, which rounds once. Set explicitly, because Triton 3.9
 # warns where it is not set, and 3.10 changes the default: fp32 products would take twice the instructions.
 FP_FUSION = True
@@ -80,11 +83,11 @@ def recording() -> Iterator[list[Variant]]:
         _recorded.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMMON_ROOM, **constants: Any) -> Any:
     """`kernel[grid](*arguments, **constants)`: arguments by position, constexprs and launch options by name.
 
     It runs on the device of the first CUDA tensor. room: the `Variant`'s; a launcher passes more than COMMON_ROOM only
-    where the device has it.
+    where the device has it. Returns what Triton does: the compiled kernel, None where nothing was compiled.
     """
     variants = _recorded.get()
     if variants is None:
@@ -93,27 +96,109 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
         # microsecond, entering another several.
         if device is not None and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                launch(kernel, grid, *arguments, room=room, **constants)
-            return
-        kernel[grid](*arguments, enable_fp_fusion=FP_FUSION, **constants)
-        return
+                return launch(kernel, grid, *arguments, room=room, **constants)
+        return kernel[grid](*arguments, enable_fp_fusion=FP_FUSION, **constants)
     variant = _variant(kernel, Call(grid, arguments, constants), room)
     if variant not in variants:
         variants.append(variant)
+    return None
 
 
 class Launch:
     """One kernel with its constexprs and launch options, to be launched again and again.
 
     The arguments' dtypes, which of them are None, and each integer that the kernel specialises on are the same in every
-    call of one Launch: a launcher keeps one for each set of them.
+    call of one Launch: a launcher keeps one for each set of them. At least one argument is a tensor, none is a tuple or
+    a descriptor, and the constexprs are the kernel's last parameters.
+
+    Triton's launcher finds all of that out again in each call, and looks the compiled kernel up by a string made of it.
+    Here the first call goes through it, and later ones call the compiled kernel's own launcher with what a call cannot
+    promise checked: the device, and which addresses are multiples of 16, on which Triton specialises too. Where hooks
+    watch the launches (a profiler's), Triton makes them.
     """
 
     def __init__(self, kernel: Any, room: int = COMMON_ROOM, **constants: Any):
         self.kernel, self.room, self.constants = kernel, room, constants
+        # Of the first launch on a GPU: where the arguments have tensors, and integers that are not specialised on; the
+        # constexprs' values, which follow the arguments; Triton's driver and its switches.
+        self._tensors: tuple[int, ...] = ()
+        self._sizes: tuple[int, ...] = ()
+        self._last: tuple[Any, ...] = ()
+        self._driver: Any = None
+        self._switches: Any = None
+        # By device and alignment, what Triton compiled.
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._promised: list[Any] | None = None
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        launch(self.kernel, grid, *arguments, room=self.room, **self.constants)
+        if CHECKED:
+            self._check(arguments)
+        tensors = self._tensors or self._learn(arguments)
+        if not tensors or _recorded.get() is not None or self._is_watched():
+            self._by_triton(grid, arguments)
+            return
+        values, low = list(arguments), 0
+        for i in tensors:
+            tensor = values[i]
+            # Triton asks the driver whether the GPU can read there, and says so where it cannot. A tensor's device
+            # tells as much, for less; then its address is all that the launcher wants of it.
+            if not tensor.is_cuda:
+                self._by_triton(grid, arguments)
+                return
+            values[i] = address = tensor.data_ptr()
+            low |= address
+        for i in self._sizes:
+            # Triton would compile for 64 bits.
+            if values[i] > INT32:
+                self._by_triton(grid, arguments)
+                return
+        device = arguments[tensors[0]].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(grid, *arguments)
+            return
+        key = device, low % 16 == 0 or tuple(values[i] % 16 == 0 for i in tensors)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._by_triton(grid, arguments)
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = self._driver.active.get_current_stream(device)
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self._last
+        )
+
+    def _by_triton(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        return launch(self.kernel, grid, *arguments, room=self.room, **self.constants)
+
+    def _learn(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+        """Where the tensors are, if there is one on a GPU."""
+        if _cuda_device(arguments) is None:
+            return ()
+        from triton import knobs
+        from triton.runtime import driver
+
+        self._driver, self._switches = driver, knobs.runtime
+        names, free = self.kernel.arg_names, _not_specialised(self.kernel)
+        self._sizes = tuple(i for i, value in enumerate(arguments) if type(value) is int and names[i] in free)
+        self._last = tuple(self.constants[name] for name in names[len(arguments) :])
+        self._tensors = tuple(i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor))
+        return self._tensors
+
+    def _is_watched(self) -> bool:
+        """Whether something of Triton's is to be called at each launch."""
+        enter, leave = self._switches.launch_enter_hook, self._switches.launch_exit_hook
+        # Chains of hooks; but a function can be put in their place, or None.
+        return bool(self.kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+    def _check(self, arguments: tuple[Any, ...]) -> None:
+        """AssertionError where an argument is not what the first call of this Launch promised."""
+        names, free = self.kernel.arg_names, _not_specialised(self.kernel)
+        promises = [_promise(value, name in free) for value, name in zip(arguments, names)]
+        self._promised = promises if self._promised is None else self._promised
+        for name, first, now in zip(names, self._promised, promises):
+            assert first == now, f"{self.kernel.__name__}: {name} was {first} in this Launch's first call, now {now}"
+        assert len(promises) == len(self._promised), f"{self.kernel.__name__}: one call has more arguments"
 
 
 def cdiv(n: int, size: int) -> int:
@@ -172,8 +257,7 @@ def warm(variant: Variant) -> None:
 def _variant(kernel: Any, call: Call, room: int) -> Variant:
     arguments, constants = call.arguments, dict(call.constants)
     options = {"num_warps": constants.pop("num_warps", 4), "num_stages": constants.pop("num_stages", 3)}
-    names = kernel.arg_names
-    as_they_are = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    names, as_they_are = kernel.arg_names, _not_specialised(kernel)
     signature: dict[str, Any] = {}
     values: dict[Any, Any] = dict(constants)
     aligned: list[Any] = []
@@ -198,6 +282,22 @@ def _variant(kernel: Any, call: Call, room: int) -> Variant:
     shown = " ".join(f"{name}={_short(value)}" for name, value in constants.items())
     warps, stages = options["num_warps"], options["num_stages"]
     return Variant(kernel, f"{dtypes} {shown}", ordered, values, tuple(aligned), warps, stages, room, call)
+
+
+def _not_specialised(kernel: Any) -> set[str]:
+    """The parameters whose values `kernel` is not compiled for."""
+    parameters = getattr(kernel, "params", None)
+    # An interpreted kernel has none, but keeps what the decorator was given.
+    if parameters is None:
+        return set(kernel.kwargs["do_not_specialize"] or ())
+    return {parameter.name for parameter in parameters if parameter.do_not_specialize}
+
+
+def _promise(value: Any, free: bool) -> Any:
+    """What of an argument is the same in each call of a Launch."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if value is None or (type(value) is int and not free) else type(value)
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dropout import threshold_of
 from .dropout import keep_tile, kept_bits
 from .launch import (
     BF16,
@@ -49,7 +50,7 @@ BAND = 8
 PROGRAMS = 132
 
 
-# M counts tokens, as in lora_passes.py.
+# M counts tokens, as in lora_forward.py.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def product_kernel(
     left_ptr, right_ptr, bias_ptr, thin_ptr, factor_ptr, seed_ptr, bits_ptr, out_ptr, M, N, K, rank,
@@ -183,9 +184,9 @@ def _product(
         TensorDescriptor.from_tensor(right, [BN, BK] if right_t else [BK, BN]) if described else right,
         bias, thin, factor, None if bits is not None else seed, bits, out, M, N, K, rank,
         left.stride(0), right.stride(0), thin.stride(0), factor.stride(0), out.stride(0),
-        round(p * 65536), float(scale),
+        threshold_of(p), float(scale),
         room=WIDE_ROOM if described else COMMON_ROOM, BAND=BAND, RIGHT_T=right_t, FACTOR_T=factor_t,
-        BIAS=bias is not None, ADDS=adds, DROPOUT=p > 0.0, BITS=bits is not None, ALIGNED=N % 8 == 0,
+        BIAS=bias is not None, ADDS=adds, DROPOUT=threshold_of(p) > 0, BITS=bits is not None, ALIGNED=N % 8 == 0,
         DESCRIBED=described, PRECISION=precision(left), **tiles,
     )  # fmt: skip
 

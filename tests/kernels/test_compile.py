@@ -1,6 +1,7 @@
 """python -m lorapar_kernels.compile: every kernel, every architecture, no GPU, and a bad one is told."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -156,7 +157,7 @@ def test_what_is_recorded_is_what_is_launched():
     import torch
 
     from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import shrink
+    from lorapar_kernels.triton_kernels.lora_forward import shrink
 
     x, a = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(8, 4096, device="meta")
     with recording() as variants:
@@ -164,13 +165,14 @@ def test_what_is_recorded_is_what_is_launched():
     kernel = variants[0]
     assert kernel.kernel.__name__ == "shrink_kernel"
     assert kernel.signature["x_ptr"] == "*bf16"
-    assert kernel.signature["a_ptrs"] == ("*fp32",)
-    assert kernel.signature["ranks"] == ("i32",)
+    assert kernel.signature["a0_ptr"] == "*fp32"
+    assert kernel.signature["a1_ptr"] == "constexpr"
+    assert kernel.signature["rank0"] == "i32"
     assert kernel.constants["R"] == 16
     names = list(kernel.signature)
     assert (names.index("K"),) in kernel.aligned
-    assert (names.index("ranks"), 0) not in kernel.aligned
-    assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel", "reduce_kernel"]
+    assert (names.index("rank0"),) not in kernel.aligned
+    assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel"]
 
 
 def test_warming_hands_over_what_a_launch_would(monkeypatch):
@@ -244,20 +246,21 @@ def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
 RAGGED = (1, 2, 15, 16, 17, 100, 512, 513, 527, 1024, 8191, 8192, 8200, 20000)
 
 
-def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
-    """What few and what many tokens launch, which is compiled ahead of time, is all that any number launches."""
+@pytest.mark.parametrize("name", ["lora_forward", "lora_backward"])
+def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own(name):
+    """What is compiled ahead of time is all that any number of tokens launches."""
     from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import REPRESENTATIVE, _launch_all
 
-    for case in REPRESENTATIVE:
+    module = importlib.import_module(f"lorapar_kernels.triton_kernels.{name}")
+    for case in module.REPRESENTATIVE:
         with recording() as ahead:
-            _launch_all(*case)
+            module._launch_all(*case)
         of_tokens = {}
         for tokens in RAGGED:
             with recording() as of_tokens[tokens]:
-                _launch_all(*case, tokens=tokens)
+                module._launch_all(*case, tokens=tokens)
             assert all(variant in ahead for variant in of_tokens[tokens]), (case, tokens)
-        # Of few tokens S and dS come in parts of fp32, which are added up; of many (8,191 here) at once, in x's dtype.
+        # Of few tokens S comes in parts of fp32, which are added up; of many (8,191 here) whole, in x's dtype.
         assert all(of_tokens[tokens] == of_tokens[1] for tokens in RAGGED if tokens < 8191), case
 
 
@@ -294,7 +297,8 @@ def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
     import torch
 
     from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import input_gradients, output_gradients, shrink
+    from lorapar_kernels.triton_kernels.lora_backward import input_gradients, output_gradients
+    from lorapar_kernels.triton_kernels.lora_forward import expand, shrink
 
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -303,9 +307,10 @@ def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
     sets = []
     for p, scaling in ((0.05, 0.5), (0.25, 1), (1 / 65536, 16)):
         with recording() as variants:
-            (s,) = shrink(x, [a], p, [seed])
-            ds, _ = output_gradients(x, b, s, scaling, p, None, True)
-            input_gradients(x, x, [a], [ds], p, [seed], [None], [True])
+            parts, _ = shrink(x, [a], p, [seed])
+            _, columns = expand(parts, [b], [scaling], [None], [None], x.dtype)
+            dss, _ = output_gradients([x], [b], columns, [scaling], p, [None], [True])
+            input_gradients(x, [a], dss, p, [seed], [], [None], [True], True)
         sets.append(variants)
     assert sets[0] == sets[1] == sets[2]
 

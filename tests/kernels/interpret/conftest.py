@@ -1,9 +1,12 @@
-"""Two faults of Triton 3.6's interpreter, mended for the tests in this folder."""
+"""Two faults of Triton 3.6's interpreter, mended for the tests in this folder; and a Launch's promises, checked."""
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from lorapar_kernels.triton_kernels import launch
+
+launch.CHECKED = True
 _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
 

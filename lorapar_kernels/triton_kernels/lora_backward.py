@@ -1,0 +1,624 @@
+"""What a LoRA layer adds to the frozen one's backward (../lora_linear.py has the specification).
+
+With S = drop(x) Aᵀ of the forward, dS = scaling / (1 − p) · dY B and keep the dropout mask, for up to 3 layers of one x
+(q, k, v; gate, up) a launch:
+
+    output_kernel       parts of dS and of dB = scaling · dYᵀ S:                           reads each dY once
+    input_kernel        dX = Σ keep ⊙ (dS A), and parts of dA = dSᵀ (keep ⊙ x):            reads x once, writes dX
+    reduce_kernel       adds up the parts of the whole group in a fixed order, and masks
+
+dX is what the base's products then add to (beta = 1). Layouts: x, dX [T, K], dY [T, N], A [r, K], B [N, r], row strides
+free; S and dS [T, R] contiguous, r padded to R = 16, 32, ... 256; parts fp32. Sums always run in the same order:
+deterministic.
+
+Masks act on dA and dB alone. The reduction applies them, and reads a part only where its mask is active; so where no
+element of a stripe (64 columns of A, 64 rows of B) is, its part is neither written nor read. A program in whose columns
+nothing is active makes no product for them at all, and then input_kernel does not read x. That is asked once a
+program, outside its loop: a product under a condition in a pipelined loop reads tiles before they arrive (Triton 3.6,
+found by racecheck on an H100), and a loop that is not pipelined would cost more than the products that it leaves out.
+
+How large the parts are. One program of output_kernel owns BN columns of dY and a range of tokens, holds its B and its
+sum of dB in registers, and goes down its tokens: dS comes in N / BN parts of T · R, dB in as many parts of N · R as
+there are ranges. In bytes of Y = 2 T N (bf16, R = 16): 32 / BN of it for dS and 32 / (tokens of a range) for dB.
+
+                                       programs    dS        dB         of Y    128 rows × all columns (before)
+    T 8192, N 4096, one layer            16 × 16   1/16·2    1/16        0.19    0.29
+    q, k, v                          3 · 16 × 5    1/8       1/52        0.14    0.29
+
+Triton compiles a kernel again where an integer argument becomes 1 or a multiple of 16. That is switched off for what
+differs between batches (numbers of tokens and parts, the dropout's threshold), so that no batch waits for the compiler
+in the middle of training. Columns, ranks and strides stay specialised, since loads of 16 bytes depend on them.
+"""
+
+# Triton's annotations describe the language from outside and differ between its releases.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import keep_tile, kept_bits
+from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
+from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank, splits_of
+
+# Columns of A, or rows of B, that one entry of a mask's stripes stands for (../tiles.py).
+STRIPE = tl.constexpr(64)
+# What one reduction launch adds up: dS and dB of three layers, and room for two more.
+REDUCED = 8
+# Elements that a program of the reduction makes, 4 a thread, and parts whose loads it has under way together.
+BLOCK, AT_ONCE = 512, 8
+
+
+class Mask(Protocol):
+    """A factor's mask, as ../tiles.py's TiledMask has it.
+
+    Attributes:
+        mask: bool, of the factor's shape.
+        stripes: uint8, 1 where a stripe of the factor has an active element; None where each has.
+    """
+
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def stripes(self) -> Tensor | None: ...
+
+
+@triton.jit(do_not_specialize=["T", "t_split"])
+def output_kernel(
+    dy0_ptr, dy1_ptr, dy2_ptr, b0_ptr, b1_ptr, b2_ptr, s0_ptr, s1_ptr, s2_ptr,
+    stripes0_ptr, stripes1_ptr, stripes2_ptr, ds0_ptr, ds1_ptr, ds2_ptr, db0_ptr, db1_ptr, db2_ptr,
+    T, t_split, N0, N1, N2, rank0, rank1, rank2, dy_stride0, dy_stride1, dy_stride2, b_stride0, b_stride1, b_stride2,
+    s_stride, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ds_ptr [N / BN, T, R] <- dY B over BN columns each; db_ptr [splits, N, R] <- dYᵀ S over t_split tokens each.
+
+    A program has columns BN · program_id(0) and tokens t_split · program_id(1) onwards of layer program_id(2); layers
+    that are not there are None. s_stride: elements between rows of S, and of the parts of dS and dB.
+    """
+    if tl.program_id(2) == 0:
+        _output_columns(dy0_ptr, b0_ptr, s0_ptr, stripes0_ptr, ds0_ptr, db0_ptr, T, t_split, N0, rank0,
+                        dy_stride0, b_stride0, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+    if dy1_ptr is not None:
+        if tl.program_id(2) == 1:
+            _output_columns(dy1_ptr, b1_ptr, s1_ptr, stripes1_ptr, ds1_ptr, db1_ptr, T, t_split, N1, rank1,
+                            dy_stride1, b_stride1, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+    if dy2_ptr is not None:
+        if tl.program_id(2) == 2:
+            _output_columns(dy2_ptr, b2_ptr, s2_ptr, stripes2_ptr, ds2_ptr, db2_ptr, T, t_split, N2, rank2,
+                            dy_stride2, b_stride2, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _output_columns(
+    dy_ptr, b_ptr, s_ptr, stripes_ptr, ds_ptr, db_ptr, T, t_split, N, rank, dy_stride, b_stride, s_stride,
+    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One layer of output_kernel. db_ptr None: no dB is wanted."""
+    i_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    # A narrower layer than the group's widest has fewer columns of programs.
+    if tl.program_id(0) * BN < N:
+        m_b = (i_n < N)[:, None] & (tl.arange(0, R) < rank)[None, :]
+        i_b = i_n[:, None].to(tl.int64) * b_stride + tl.arange(0, R)[None, :]
+        b_b = tl.load(b_ptr + i_b, mask=m_b, other=0.0).to(dy_ptr.dtype.element_ty)
+        if db_ptr is None:
+            _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
+                         R, BT, PRECISION)  # fmt: skip
+        elif stripes_ptr is None:
+            _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
+                         R, BT, PRECISION)  # fmt: skip
+        else:
+            b_active = tl.load(stripes_ptr + i_n // STRIPE, mask=i_n < N, other=0).to(tl.int32)
+            if tl.max(b_active, 0) > 0:
+                _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, b_active > 0, T, t_split, N, dy_stride, s_stride,
+                             R, BT, PRECISION)  # fmt: skip
+            else:
+                _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
+                             R, BT, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _output_loop(
+    dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, m_db, T, t_split, N, dy_stride, s_stride,
+    R: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Down the program's tokens. b_b [BN, R]: B's rows i_n; m_db [BN]: the rows of dB that are stored."""
+    i_r = tl.arange(0, R)
+    first = tl.program_id(1) * t_split
+    acc = tl.zeros(b_b.shape, tl.float32)
+    for t in range(first, tl.minimum(first + t_split, T), BT):
+        i_t = t + tl.arange(0, BT).to(tl.int64)
+        m_t = (i_t < T)[:, None]
+        m_dy = m_t & (i_n < N)[None, :]
+        b_dy = tl.load(dy_ptr + i_t[:, None] * dy_stride + i_n[None, :], mask=m_dy, other=0.0)
+        i_ds = (tl.program_id(0).to(tl.int64) * T + i_t[:, None]) * s_stride + i_r[None, :]
+        tl.store(ds_ptr + i_ds, tl.dot(b_dy, b_b, input_precision=PRECISION), mask=m_t)
+        if db_ptr is not None:
+            b_s = tl.load(s_ptr + i_t[:, None] * s_stride + i_r[None, :], mask=m_t, other=0.0)
+            acc += tl.dot(tl.trans(b_dy), b_s, input_precision=PRECISION)
+    if db_ptr is not None:
+        i_db = (tl.program_id(1).to(tl.int64) * N + i_n[:, None]) * s_stride + i_r[None, :]
+        tl.store(db_ptr + i_db, acc, mask=m_db[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "t_split", "threshold"])
+def input_kernel(
+    x_ptr, dx_ptr, a0_ptr, a1_ptr, a2_ptr, ds0_ptr, ds1_ptr, ds2_ptr, seed0_ptr, seed1_ptr, seed2_ptr,
+    bits0_ptr, bits1_ptr, bits2_ptr, stripes0_ptr, stripes1_ptr, stripes2_ptr, da0_ptr, da1_ptr, da2_ptr,
+    T, t_split, K, x_stride, ds_stride, rank0, rank1, rank2, a_stride0, a_stride1, a_stride2, threshold,
+    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, NEEDS_A: tl.constexpr, MASKED: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx [T, K] <- Σ_g keep_g ⊙ (dS_g A_g) (+ dx: ADDS), and da_ptr [splits, R, K] <- dS_gᵀ (keep_g ⊙ x) of each layer.
+
+    A program has columns BK · program_id(0) and tokens t_split · program_id(1) onwards of all G layers. keep is read
+    where its bits are given, else drawn from the seed. dx_ptr None, da_ptr None: not wanted. NEEDS_A: some layer's dA
+    is wanted; MASKED: each that is has stripes. ds_stride: elements between rows of dS, which
+    carries the factor 1 / (1 − p).
+    """
+    i_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    b_active0 = _active(da0_ptr, stripes0_ptr, i_k, K)
+    b_active1 = _active(da1_ptr, stripes1_ptr, i_k, K)
+    b_active2 = _active(da2_ptr, stripes2_ptr, i_k, K)
+    if MASKED:
+        if tl.max(b_active0 + b_active1 + b_active2, 0) > 0:
+            _input_loop(x_ptr, dx_ptr, a0_ptr, a1_ptr, a2_ptr, ds0_ptr, ds1_ptr, ds2_ptr,
+                        seed0_ptr, seed1_ptr, seed2_ptr, bits0_ptr, bits1_ptr, bits2_ptr, da0_ptr, da1_ptr, da2_ptr,
+                        b_active0, b_active1, b_active2, i_k, T, t_split, K, x_stride, ds_stride, rank0, rank1, rank2,
+                        a_stride0, a_stride1, a_stride2, threshold, G, R, BT, BK, DROPOUT, ALIGNED, True, ADDS,
+                        PRECISION)  # fmt: skip
+        else:
+            if dx_ptr is not None:
+                _input_loop(x_ptr, dx_ptr, a0_ptr, a1_ptr, a2_ptr, ds0_ptr, ds1_ptr, ds2_ptr,
+                            seed0_ptr, seed1_ptr, seed2_ptr, bits0_ptr, bits1_ptr, bits2_ptr, None, None, None,
+                            b_active0, b_active1, b_active2, i_k, T, t_split, K, x_stride, ds_stride,
+                            rank0, rank1, rank2, a_stride0, a_stride1, a_stride2, threshold, G, R, BT, BK, DROPOUT,
+                            ALIGNED, False, ADDS, PRECISION)  # fmt: skip
+    else:
+        _input_loop(x_ptr, dx_ptr, a0_ptr, a1_ptr, a2_ptr, ds0_ptr, ds1_ptr, ds2_ptr,
+                    seed0_ptr, seed1_ptr, seed2_ptr, bits0_ptr, bits1_ptr, bits2_ptr, da0_ptr, da1_ptr, da2_ptr,
+                    b_active0, b_active1, b_active2, i_k, T, t_split, K, x_stride, ds_stride, rank0, rank1, rank2,
+                    a_stride0, a_stride1, a_stride2, threshold, G, R, BT, BK, DROPOUT, ALIGNED, NEEDS_A, ADDS,
+                    PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _active(da_ptr, stripes_ptr, i_k, K):
+    """int32, 1 for the columns i_k whose parts of dA are wanted."""
+    if da_ptr is None:
+        active = tl.zeros(i_k.shape, tl.int32)
+    elif stripes_ptr is None:
+        active = (i_k < K).to(tl.int32)
+    else:
+        active = tl.load(stripes_ptr + i_k // STRIPE, mask=i_k < K, other=0).to(tl.int32)
+    return active
+
+
+@triton.jit
+def _input_loop(
+    x_ptr, dx_ptr, a0_ptr, a1_ptr, a2_ptr, ds0_ptr, ds1_ptr, ds2_ptr, seed0_ptr, seed1_ptr, seed2_ptr,
+    bits0_ptr, bits1_ptr, bits2_ptr, da0_ptr, da1_ptr, da2_ptr, b_active0, b_active1, b_active2, i_k,
+    T, t_split, K, x_stride, ds_stride, rank0, rank1, rank2, a_stride0, a_stride1, a_stride2, threshold,
+    G: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, NEEDS_A: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Down the program's tokens; without NEEDS_A x is not read."""
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    NEEDS_X: tl.constexpr = dx_ptr is not None
+    # Before the loop, which the compiler would stage A's tiles for.
+    b_a0 = _factor(a0_ptr, i_k, rank0, K, a_stride0, R, NEEDS_X, kind)
+    b_a1 = _factor(a1_ptr, i_k, rank1, K, a_stride1, R, NEEDS_X and G > 1, kind)
+    b_a2 = _factor(a2_ptr, i_k, rank2, K, a_stride2, R, NEEDS_X and G > 2, kind)
+    acc0 = tl.zeros((R, BK), tl.float32)
+    acc1 = tl.zeros((R, BK), tl.float32)
+    acc2 = tl.zeros((R, BK), tl.float32)
+    first = tl.program_id(1) * t_split
+    for t in range(first, tl.minimum(first + t_split, T), BT):
+        i_t = t + tl.arange(0, BT).to(tl.int64)
+        m_x = (i_t < T)[:, None] & (i_k < K)[None, :]
+        b_x = tl.zeros((BT, BK), kind)
+        if NEEDS_A:
+            b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x, other=0.0)
+        b_dx = tl.zeros((BT, BK), tl.float32)
+        b_dx, acc0 = _add_layer(b_dx, acc0, b_x, b_a0, ds0_ptr, seed0_ptr, bits0_ptr, da0_ptr, i_t, T, K, ds_stride,
+                                threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
+        if G > 1:
+            b_dx, acc1 = _add_layer(b_dx, acc1, b_x, b_a1, ds1_ptr, seed1_ptr, bits1_ptr, da1_ptr, i_t, T, K, ds_stride,
+                                    threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
+        if G > 2:
+            b_dx, acc2 = _add_layer(b_dx, acc2, b_x, b_a2, ds2_ptr, seed2_ptr, bits2_ptr, da2_ptr, i_t, T, K, ds_stride,
+                                    threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
+        if NEEDS_X:
+            p_dx = dx_ptr + i_t[:, None] * K + i_k[None, :]
+            if ADDS:
+                b_dx += tl.load(p_dx, mask=m_x, other=0.0).to(tl.float32)
+            tl.store(p_dx, b_dx.to(kind), mask=m_x)
+    _store_part(da0_ptr, acc0, b_active0, i_k, K, R)
+    _store_part(da1_ptr, acc1, b_active1, i_k, K, R)
+    _store_part(da2_ptr, acc2, b_active2, i_k, K, R)
+
+
+@triton.jit
+def _factor(a_ptr, i_k, rank, K, a_stride, R: tl.constexpr, WANTED: tl.constexpr, kind: tl.constexpr):
+    """A's columns i_k, [R, BK]; rows from its rank on are 0."""
+    b_a = tl.zeros((R, i_k.shape[0]), kind)
+    if WANTED:
+        i_r = tl.arange(0, R)
+        m_a = (i_r < rank)[:, None] & (i_k < K)[None, :]
+        b_a = tl.load(a_ptr + i_r[:, None].to(tl.int64) * a_stride + i_k[None, :], mask=m_a, other=0.0).to(kind)
+    return b_a
+
+
+@triton.jit
+def _add_layer(
+    b_dx, acc, b_x, b_a, ds_ptr, seed_ptr, bits_ptr, da_ptr, i_t, T, K, ds_stride, threshold,
+    R: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NEEDS_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One layer's share of a tile: b_dx [BT, BK] + keep ⊙ (dS A), and acc [R, BK] + dSᵀ (keep ⊙ x)."""
+    i_r = tl.arange(0, R)
+    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=(i_t < T)[:, None], other=0.0)
+    b_kept = b_x
+    k = tl.program_id(0) * BK
+    if DROPOUT:
+        if bits_ptr is not None:
+            keep = kept_bits(bits_ptr, i_t, k, T, K, BK)
+        else:
+            keep = keep_tile(tl.load(seed_ptr), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+        b_kept = tl.where(keep, b_x, 0.0)
+    if NEEDS_X:
+        part = tl.dot(b_ds, b_a, input_precision=PRECISION)
+        if DROPOUT:
+            part = tl.where(keep, part, 0.0)
+        b_dx += part
+    if da_ptr is not None:
+        acc += tl.dot(tl.trans(b_ds), b_kept, input_precision=PRECISION)
+    return b_dx, acc
+
+
+@triton.jit
+def _store_part(da_ptr, acc, b_active, i_k, K, R: tl.constexpr):
+    if da_ptr is not None:
+        i_da = (tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)[:, None]) * K + i_k[None, :]
+        tl.store(da_ptr + i_da, acc, mask=(b_active > 0)[None, :])
+
+
+@triton.jit(do_not_specialize=[f"{name}{i}" for name in ("parts", "stride", "n", "width", "columns") for i in range(8)])
+def reduce_kernel(
+    p0, p1, p2, p3, p4, p5, p6, p7, m0, m1, m2, m3, m4, m5, m6, m7, o0, o1, o2, o3, o4, o5, o6, o7,
+    parts0, parts1, parts2, parts3, parts4, parts5, parts6, parts7,
+    stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7, n0, n1, n2, n3, n4, n5, n6, n7,
+    width0, width1, width2, width3, width4, width5, width6, width7,
+    columns0, columns1, columns2, columns3, columns4, columns5, columns6, columns7,
+    scale0, scale1, scale2, scale3, scale4, scale5, scale6, scale7, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Of the outputs program_id(1), program_id(0)'s BLOCK elements: o <- scale · Σ p in the order of its parts.
+
+    Pointers p of parts, m of masks (or None) and o of outputs, p None where there is no more; `_add_parts` has the
+    integers.
+    """
+    i = tl.program_id(1)
+    if i == 0:
+        _add_parts(p0, m0, o0, parts0, stride0, n0, width0, columns0, scale0, BLOCK, AT_ONCE)
+    if p1 is not None:
+        if i == 1:
+            _add_parts(p1, m1, o1, parts1, stride1, n1, width1, columns1, scale1, BLOCK, AT_ONCE)
+    if p2 is not None:
+        if i == 2:
+            _add_parts(p2, m2, o2, parts2, stride2, n2, width2, columns2, scale2, BLOCK, AT_ONCE)
+    if p3 is not None:
+        if i == 3:
+            _add_parts(p3, m3, o3, parts3, stride3, n3, width3, columns3, scale3, BLOCK, AT_ONCE)
+    if p4 is not None:
+        if i == 4:
+            _add_parts(p4, m4, o4, parts4, stride4, n4, width4, columns4, scale4, BLOCK, AT_ONCE)
+    if p5 is not None:
+        if i == 5:
+            _add_parts(p5, m5, o5, parts5, stride5, n5, width5, columns5, scale5, BLOCK, AT_ONCE)
+    if p6 is not None:
+        if i == 6:
+            _add_parts(p6, m6, o6, parts6, stride6, n6, width6, columns6, scale6, BLOCK, AT_ONCE)
+    if p7 is not None:
+        if i == 7:
+            _add_parts(p7, m7, o7, parts7, stride7, n7, width7, columns7, scale7, BLOCK, AT_ONCE)
+
+
+@triton.jit
+def _add_parts(
+    part_ptr, mask_ptr, out_ptr, parts, stride, n, width, columns, scale, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """One output. n: elements of a part that its rows take; stride: between parts, in units of 16 elements, so that the
+    compiler knows that each begins where a load of 16 bytes can. Rows of parts have `width` elements, of the output
+    `columns`; None where both are the same."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < n:
+        i = first + tl.arange(0, BLOCK)
+        i_out, m_out = i, i < n
+        if width is not None:
+            i_out = i // width * columns + i % width
+            m_out = m_out & (i % width < columns)
+        # A part has a multiple of 16 elements, so reading on to one stays inside it.
+        bound = (n + 15) // 16 * 16
+        b_mask = tl.full((BLOCK,), 1, tl.int32)
+        if mask_ptr is not None:
+            b_mask = tl.load(mask_ptr + i_out, mask=m_out, other=0).to(tl.int32)
+        part_stride = stride.to(tl.int64) * 16
+        p_part = part_ptr + i
+        total = tl.zeros((BLOCK,), tl.float32)
+        for part in range(0, parts, AT_ONCE):
+            for j in tl.static_range(AT_ONCE):
+                # As a bound: a scalar condition combined with a mask is no bool in the interpreter, which Triton 3.9
+                # refuses.
+                m_part = i < tl.where(part + j < parts, bound, 0)
+                if mask_ptr is not None:
+                    m_part = b_mask > tl.where(part + j < parts, 0, 1)
+                total += tl.load(p_part + j * part_stride, mask=m_part, other=0.0).to(tl.float32)
+            p_part += AT_ONCE * part_stride
+        total = tl.where(b_mask > 0, total * scale, 0.0)
+        tl.store(out_ptr + i_out, total.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+def _bits(mask: Mask | None) -> Tensor | None:
+    """The mask as contiguous bytes."""
+    return None if mask is None else mask.mask.contiguous().view(torch.uint8)
+
+
+def _stripes(mask: Mask | None) -> Tensor | None:
+    return None if mask is None else mask.stripes
+
+
+def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
+    """A kernel's places for `size` layers or outputs: their first arguments, their second ones, ...; None where none is
+    left."""
+    rest = (None,) * (size - len(entries))
+    return [place for each in zip(*entries) for place in (*each, *rest)]
+
+
+@functools.cache
+def _output_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
+    if size == 4:
+        return {"BT": 16, "BN": 16 if R > 32 else 32, "num_warps": 4, "num_stages": 2}
+    if not aligned:
+        # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers.
+        return {"BT": 32, "BN": 64 if R < 256 else 32, "num_warps": 8, "num_stages": 2}
+    BN = {16: 256, 32: 256, 64: 128, 128: 128, 256: 64}[R]
+    return {"BT": 64, "BN": BN, "num_warps": 4 if R == 16 else 8, "num_stages": 2}
+
+
+@functools.cache
+def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str, int]:
+    if is_slow(size, columns, p):
+        # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
+        BK = 16 if size == 2 and R == 32 else 32
+        return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
+    aligned = columns % 16 == 0
+    warps = 8 if R * G > 16 or not aligned else 4
+    # On sm_100 64 rows of one layer of 64 ranks spill 16 bytes with Triton 3.9, of two layers of 16 ranks 24 with 3.6;
+    # 64 columns of 128 ranks spill 60 on sm_80.
+    rows = 32 if R * G > 64 or R == 64 or (R, G) == (16, 2) else 64
+    wide = 32 if R > 64 or (R == 64 and not aligned) else 64
+    return {"BT": rows, "BK": wide, "num_warps": warps, "num_stages": 2}
+
+
+@functools.cache
+def _output_launch(size: int, aligned: bool, R: int, how: str, *key: Any) -> Launch:
+    """One Launch for each set of these and of what else `key` tells apart."""
+    del key
+    return Launch(output_kernel, R=R, PRECISION=how, **_output_tiles(size, aligned, R))
+
+
+@functools.cache
+def _input_launch(
+    size: int, K: int, R: int, G: int, p: float, how: str, needs_a: bool, masked: bool, adds: bool, *key: Any
+) -> Launch:
+    """One Launch for each set of these and of what else `key` tells apart."""
+    del key
+    switches = {"NEEDS_A": needs_a, "MASKED": masked, "ADDS": adds, **dropout_switches(p, K)}
+    return Launch(input_kernel, G=G, R=R, PRECISION=how, **switches, **_input_tiles(size, K, R, G, p))
+
+
+@functools.cache
+def _reduce_launch(*key: Any) -> Launch:
+    """One Launch for each `key`: the outputs' dtypes, their parts', which have masks, which rows of another width."""
+    del key
+    return Launch(reduce_kernel, BLOCK=BLOCK, AT_ONCE=AT_ONCE, num_warps=4)
+
+
+def reduce(
+    parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None], scales: Sequence[float]
+) -> None:
+    """Each out [rows, columns] <- scale · Σ parts in their order, 0 outside its mask; one launch for up to 8 outs.
+
+    parts: contiguous [n, rows or more, columns or more], one of the two a multiple of 16 (a padded rank); read only
+    where the mask is active. outs: contiguous. masks: contiguous uint8 of out's shape, or None.
+    """
+    for start in range(0, len(outs), REDUCED):
+        members, kinds, n = [], [], 0
+        for i in range(start, min(start + REDUCED, len(outs))):
+            part, out, mask = parts[i], outs[i], masks[i]
+            rows, columns = out.shape
+            width = part.shape[2]
+            same = width == columns
+            members.append((part, mask, out, part.shape[0], part.stride(0) // 16, rows * width,
+                            None if same else width, None if same else columns, float(scales[i])))  # fmt: skip
+            kinds.append((part.dtype, mask is None, out.dtype, same))
+            n = max(n, rows * width)
+        grid = (max(1, cdiv(n, BLOCK)), len(members))
+        _reduce_launch(*kinds)(grid, *_places(members, REDUCED))
+
+
+def output_gradients(
+    dys: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    scalings: Sequence[float],
+    p: float,
+    masks: Sequence[Mask | None],
+    needs_b: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dS [T, R] = scaling / (1 − p) · dY B in dY's dtype, dB [N, r] = scaling · dYᵀ S in B's, of each layer of a group.
+
+    dys: [T, N], unit column stride, T ≥ 1. columns: S [T, R] in dY's dtype, contiguous, with the factor 1 / (1 − p).
+    dB is 0 outside its mask, and None where `needs_b` is False. Two launches for up to three layers.
+    """
+    (T, R), dtype, device = columns[0].shape, dys[0].dtype, dys[0].device
+    width, factors = _width(dtype, R), list(map(unit_rows, lora_bs))
+    aligned = all(dy.shape[1] % 16 == 0 and dy.stride(0) % 16 == 0 for dy in dys)
+    tiles = _output_tiles(dtype.itemsize, aligned, width)
+    blocks, steps = [cdiv(dy.shape[1], tiles["BN"]) for dy in dys], cdiv(T, tiles["BT"])
+    # At most PROGRAMS, which are at work together; one more would be alone in a second round.
+    t_split = cdiv(steps, max(1, PROGRAMS // max(1, sum(blocks)))) * tiles["BT"]
+    splits = cdiv(T, t_split)
+    ds_parts = [torch.empty((n, T, R), dtype=torch.float32, device=device) for n in blocks]
+    db_parts = [
+        torch.empty((splits, dy.shape[1], R), dtype=torch.float32, device=device) if need else None
+        for dy, need in zip(dys, needs_b)
+    ]
+    stripes = [_stripes(mask) if need else None for mask, need in zip(masks, needs_b)]
+    layers = list(zip(dys, factors, columns, stripes, ds_parts, db_parts))
+    if width < R:
+        layers = [_cut(layer, r, width) for layer in layers for r in range(0, R, width)]
+    for start in range(0, len(layers), GROUP):
+        members = layers[start : start + GROUP]
+        integers = [(dy.shape[1], b.shape[1], dy.stride(0), b.stride(0)) for dy, b, *_ in members]
+        kinds = [(b.dtype, stripe is None, db is None) for _, b, _, stripe, _, db in members]
+        launch = _output_launch(dtype.itemsize, aligned, width, precision(dys[0]), dtype, R, *integers, *kinds)
+        launch(
+            (max(1, *blocks), splits, len(members)), *_places(members, GROUP), T, t_split, *_places(integers, GROUP), R
+        )
+    dss = [s.new_empty(s.shape) for s in columns]
+    dbs = [b.new_empty(b.shape) if need else None for b, need in zip(lora_bs, needs_b)]
+    sums = [(part, ds, None, scaling / (1.0 - p)) for part, ds, scaling in zip(ds_parts, dss, scalings)]
+    for part, db, mask, scaling in zip(db_parts, dbs, masks, scalings):
+        if part is not None and db is not None:
+            sums.append((part, db, _bits(mask), scaling))
+    reduce(*zip(*sums))
+    return dss, dbs
+
+
+def _cut(layer: tuple[Any, ...], r: int, width: int) -> tuple[Any, ...]:
+    """The layer's ranks r to r + width: of its B, S and parts."""
+    dy, b, s, stripes, ds, db = layer
+    ranks = slice(r, r + width)
+    return dy, b[:, ranks], s[:, ranks], stripes, ds[:, :, ranks], None if db is None else db[:, :, ranks]
+
+
+def input_gradients(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    p: float,
+    seeds: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    masks: Sequence[Mask | None],
+    needs_a: Sequence[bool],
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dX [T, K] = Σ keep ⊙ (dS A) in x's dtype, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's, of each layer of a group.
+
+    x: [T, K], unit column stride, T ≥ 1. dss: dS [T, R] in x's dtype, contiguous, with the factor 1 / (1 − p).
+    bits: each layer's dropout mask as `store_bits` wrote it, or [], where it is drawn from the seed. dA is 0 outside
+    its mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
+    """
+    (T, K), R, dtype, size = x.shape, dss[0].shape[1], x.dtype, x.element_size()
+    dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None
+    das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
+    width, group = _width(dtype, R), group_size(size, K, R, p)
+    pieces = [(g, r) for g, a in enumerate(factors) if needs_x or needs_a[g] for r in range(0, a.shape[0], width)]
+    sums: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+    for start in range(0, len(pieces), group):
+        here = pieces[start : start + group]
+        tiles = _input_tiles(size, K, width, len(here), p)
+        blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
+        t_split = cdiv(steps, splits_of(blocks, steps)) * tiles["BT"]
+        splits = cdiv(T, t_split)
+        members = []
+        for g, r in here:
+            a, ds, da, part, mask = unit_rows(factors[g]), dss[g], das[g], None, _bits(masks[g])
+            if width < R:
+                # As large a rank goes in pieces: rows of A, dA and the mask, columns of dS.
+                ranks = slice(r, r + width)
+                a, ds = a[ranks], ds[:, ranks]
+                da, mask = (None if rows is None else rows[ranks] for rows in (da, mask))
+            if da is not None:
+                part = torch.empty((splits, width, K), dtype=torch.float32, device=x.device)
+                sums.append((part, da, mask, 1.0))
+            stripes = None if da is None else _stripes(masks[g])
+            members.append((a, ds, None if bits else seeds[g], bits[g] if bits else None, stripes, part))
+        wanted = [(stripes, part) for *_, stripes, part in members if part is not None]
+        masked = len(wanted) > 0 and all(stripes is not None for stripes, _ in wanted)
+        integers = [(a.shape[0], a.stride(0)) for a, *_ in members]
+        kinds = [(a.dtype, stripes is None, part is None) for a, *_, stripes, part in members]
+        launch = _input_launch(
+            size, K, width, len(members), p, precision(x), len(wanted) > 0, masked, start > 0,
+            dtype, needs_x, bool(bits), x.stride(0), R, *integers, *kinds,
+        )  # fmt: skip
+        launch(
+            (blocks, splits), x, dx, *_places(members, GROUP), T, t_split, K, x.stride(0), R,
+            *_places(integers, GROUP), round(p * 65536),
+        )  # fmt: skip
+    if sums:
+        reduce(*zip(*sums))
+    return dx, das
+
+
+def _width(dtype: torch.dtype, R: int) -> int:
+    """How many ranks a launch takes: a plain-core product holds all of its inner dimension in registers."""
+    return min(R, 64) if dtype.itemsize == 4 else R
+
+
+def ahead_of_time(every: bool = False) -> list[Variant]:
+    """The kernels' variants, as the launchers launch them on tensors without memory (launch.py).
+
+    `every`: all dtypes, ranks, numbers of layers, dropouts, masks and wanted gradients in all combinations; else each
+    value of each at least once, the widest ones together.
+    """
+    with recording() as variants:
+        for case in _every_case() if every else REPRESENTATIVE:
+            _launch_all(*case)
+    return variants
+
+
+# x's dtype, the adapter's, rank, layers of one x, p, columns, stripes, gradients wanted of (x, A and B), bits
+REPRESENTATIVE = [
+    (BF16, FP32, 16, 3, 0.05, 4096, False, (True, True), True),
+    (BF16, FP32, 16, 3, 0.05, 4096, True, (True, True), False),
+]
+
+
+def _every_case():
+    drops = [(0.0, 4096, False), (0.05, 4096, False), (0.05, 4096, True), (0.05, 4104, False), (0.05, 61, False)]
+    for rank in (8, 16, 32, 64, 128, 256):
+        for group in range(1, GROUP + 1):
+            for (x, a), (p, columns, bits), striped in itertools.product(DTYPES, drops, (False, True)):
+                for wanted in ((True, True), (True, False), (False, True)):
+                    yield x, a, rank, group, p, columns, striped, wanted, bits
+
+
+class _Striped:
+    """A mask without memory, of which some stripes are empty."""
+
+    def __init__(self, mask: Tensor, columns: int, striped: bool):
+        self.mask = mask
+        self.stripes = meta(cdiv(columns, 64), dtype=torch.uint8) if striped else None
+
+
+def _launch_all(x_dtype, a_dtype, rank, group, p, columns, striped, wanted, bits, tokens=8192) -> None:
+    """One group's backward."""
+    needs_x, needs_factors = wanted
+    x = meta(tokens, columns, dtype=x_dtype)
+    factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
+    lora_bs = [meta(columns, rank, dtype=a_dtype) for _ in range(group)]
+    seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
+    drawn = [meta(tokens, columns // 8, dtype=torch.uint8) for _ in range(group)] if bits else []
+    masks_a = [_Striped(meta(rank, columns, dtype=torch.bool), columns, striped) for _ in range(group)]
+    masks_b = [_Striped(meta(columns, rank, dtype=torch.bool), columns, striped) for _ in range(group)]
+    ss = [meta(tokens, padded_rank(factors), dtype=x_dtype) for _ in range(group)]
+    needs = [needs_factors] * group
+    dss, _ = output_gradients([x] * group, lora_bs, ss, [2.0] * group, p, masks_b, needs)
+    input_gradients(x, factors, dss, p, seeds, drawn, masks_a, needs, needs_x)

@@ -251,6 +251,10 @@ def passes_for(op: str, x: Tensor, factors: Sequence[Tensor]) -> Passes:
     return triton_passes() if name == "triton" and x.numel() > 0 else reference_passes()
 
 
+def _passes_of(x: Tensor, layers: Sequence[LoraLayer]) -> Passes:
+    return passes_for("lora_linear", x, [layer.lora_a for layer in layers])
+
+
 def keeps_bits(x: Tensor, layers: Sequence[LoraLayer], p: float) -> bool:
     """Whether the dropout masks that the forward draws are kept for the backward, as bits: a sixteenth of a 16-bit x.
 
@@ -262,10 +266,9 @@ def keeps_bits(x: Tensor, layers: Sequence[LoraLayer], p: float) -> bool:
 
 
 def _forward(
-    x: Tensor, layers: Sequence[LoraLayer], p: float, for_backward: bool
+    passes: Passes, x: Tensor, layers: Sequence[LoraLayer], p: float, for_backward: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Each layer's output; each S and the dropout bits, which the backward needs."""
-    passes = passes_for("lora_linear", x, [layer.lora_a for layer in layers])
     if not passes.fused and x.numel() > 0:
         lora_product.refuse_fused(layers)
     if not for_backward and passes.fused and len(layers) == 1 and layers[0].lora_b.dtype == x.dtype:
@@ -276,6 +279,7 @@ def _forward(
 
 
 def _gradients(
+    passes: Passes,
     dys: Sequence[Tensor],
     x: Tensor,
     columns: Sequence[Tensor],
@@ -285,9 +289,11 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """needs: of x, of each A, of each B. Returns dX, each dA, each dB; None for what is not needed."""
-    passes = passes_for("lora_linear", x, [layer.lora_a for layer in layers])
     dx, das, dbs = passes.backward([as_rows(dy) for dy in dys], as_rows(x), columns, bits, layers, p, needs)
     return [None if dx is None else dx.view(x.shape), *das, *dbs]
+
+
+SAVED: Any = object()  # in the place of a weight that autograd keeps
 
 
 class _LoraLayers(torch.autograd.Function):
@@ -300,31 +306,30 @@ class _LoraLayers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, p, x, *differentiable_of_layers):  # type: ignore[override]
-        n = len(layers)
-        outs, columns, bits = _forward(x, layers, p, True)
+        n, passes = len(layers), _passes_of(x, layers)
+        outs, columns, bits = _forward(passes, x, layers, p, True)
         ctx.set_materialize_grads(False)
         # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *weights)
-        # Without the tensors that autograd saves: an opaque base's y would stay alive here.
-        ctx.layers = [
-            layer._replace(weight=None if isinstance(layer.weight, Tensor) else layer.weight, bias=None, y=None)
-            for layer in layers
+        # Without the tensors that autograd saves, and without y: an opaque base's output would stay alive here.
+        ctx.rest = [
+            (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
+            for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
-        ctx.has_tensor = [isinstance(layer.weight, Tensor) for layer in layers]
-        ctx.p, ctx.n_bits = p, len(bits)
+        ctx.passes, ctx.p, ctx.n_bits = passes, p, len(bits)
         ctx.widths = [out.shape[-1] for out in outs]
         return tuple(map(no_view, outs))
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
-        n, needs = len(ctx.layers), ctx.needs_input_grad
+        n, needs = len(ctx.rest), ctx.needs_input_grad
         x, *rest = ctx.saved_tensors
         columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
         weights = iter(rest[3 * n + ctx.n_bits :])
         layers = [
-            layer._replace(weight=next(weights) if is_tensor else layer.weight, lora_a=a, lora_b=b)
-            for layer, is_tensor, a, b in zip(ctx.layers, ctx.has_tensor, rest[:n], rest[n : 2 * n])
+            LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
+            for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
         # An output that nothing used has no gradient.
         dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
@@ -333,7 +338,7 @@ class _LoraLayers(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = differentiable_gradients(dys, x, layers, ctx.p, wanted)
         else:
-            found = _gradients(dys, x, columns, bits, layers, ctx.p, wanted)
+            found = _gradients(ctx.passes, dys, x, columns, bits, layers, ctx.p, wanted)
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
         return None, None, *found, *through
 
@@ -368,14 +373,16 @@ _ops.define(
 @torch.library.impl(_ops, "lora_linear", "CompositeExplicitAutograd")
 def _lora_linear_op(x: Tensor, *layer_and_p: Any) -> tuple[Tensor, Tensor]:
     *of_layer, p = layer_and_p
-    (out,), (s,), _ = _forward(x, _one_layer(*of_layer), p, True)
+    layers = _one_layer(*of_layer)
+    (out,), (s,), _ = _forward(_passes_of(x, layers), x, layers, p, True)
     return out, s
 
 
 @torch.library.impl(_ops, "lora_linear_backward", "CompositeExplicitAutograd")
 def _lora_linear_backward_op(dy: Tensor, x: Tensor, s: Tensor, *layer_p_needs: Any) -> tuple[Tensor, ...]:
     *of_layer, p, needs = layer_p_needs
-    found = _gradients([dy], x, [s], [], _one_layer(*of_layer), p, needs)
+    layers = _one_layer(*of_layer)
+    found = _gradients(_passes_of(x, layers), [dy], x, [s], [], layers, p, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -438,7 +445,7 @@ def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor
         )
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             return list(_LoraLayers.apply(layers, p, *inputs))  # type: ignore[arg-type]
-        return _forward(x, layers, p, False)[0]
+        return _forward(_passes_of(x, layers), x, layers, p, False)[0]
 
 
 def _op_of(x: Tensor, layer: LoraLayer, p: float) -> Tensor:

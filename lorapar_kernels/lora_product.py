@@ -19,6 +19,7 @@ The scoring forms and opaque bases have no such product to choose.
 """
 
 import functools
+import importlib
 import statistics
 import time
 import warnings
@@ -42,12 +43,17 @@ _chosen: dict[tuple[Any, ...], str] = {}
 _given: Choices = {}
 
 
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module of Triton's kernels, imported at the first call; an import statement in a function takes 1.2 µs a call."""
+    return importlib.import_module(f".triton_kernels.{name}", __package__)
+
+
 def forward(
     x: Tensor, layers: Sequence[LoraLayer], p: float, keep_bits: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Each layer's output [..., out] of x [..., in]; each S [T, R] and, if asked for, the dropout masks as bits."""
-    from .triton_kernels import lora_forward as kernels
-
+    kernels = _kernels("lora_forward")
     rows, lora_bs = as_rows(x), [layer.lora_b for layer in layers]
     parts, bits = kernels.shrink(
         rows, [layer.lora_a for layer in layers], p, [layer.seed for layer in layers], keep_bits
@@ -69,8 +75,7 @@ def forward(
         return outs, columns
 
     def fused() -> tuple[list[Tensor], list[Tensor]]:
-        from .triton_kernels import lora_product as product
-
+        product = _kernels("lora_product")
         columns = _summed(parts, x.dtype)
         outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
         for out, layer, s in zip(outs, layers, columns):
@@ -87,12 +92,10 @@ def forward(
 
 def _summed(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each S [T, R] in `dtype` of its parts [n, T, R]."""
-    from .triton_kernels.lora_backward import reduce
-
     if parts[0].shape[0] == 1:
         return [part[0] for part in parts]
     columns = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
-    reduce(parts, columns, [None] * len(parts), [1.0] * len(parts))
+    _kernels("lora_backward").reduce(parts, columns, [None] * len(parts), [1.0] * len(parts))
     return columns
 
 
@@ -109,9 +112,7 @@ def backward(
 
     dys [T, out], x [T, in], columns and bits of `forward`; needs: of x, of each A, of each B.
     """
-    from .triton_kernels import lora_backward as kernels
-
-    n = len(layers)
+    kernels, n = _kernels("lora_backward"), len(layers)
     needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), list(needs[n + 1 :])
     lora_as, seeds = [layer.lora_a for layer in layers], [layer.seed for layer in layers]
     dss, dbs = kernels.output_gradients(
@@ -134,8 +135,7 @@ def backward(
         return dx, das
 
     def fused() -> tuple[Tensor | None, list[Tensor | None]]:
-        from .triton_kernels import lora_product as product
-
+        product = _kernels("lora_product")
         _, das = kernels.input_gradients(*of_x, False)
         dx = None
         for i, (dy, layer) in enumerate(zip(dys, layers)):
@@ -154,9 +154,7 @@ def backward(
 
 def shrink_fake(x: Tensor, lora_a: Tensor) -> Tensor:
     """A tensor as each S of `forward` is, without values; x [T, in]."""
-    from .triton_kernels import lora_forward as kernels
-
-    return x.new_empty((x.shape[0], kernels.padded_rank([lora_a])))
+    return x.new_empty((x.shape[0], _kernels("lora_forward").padded_rank([lora_a])))
 
 
 def _has_products(layers: Sequence[LoraLayer]) -> bool:

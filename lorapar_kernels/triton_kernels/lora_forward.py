@@ -26,7 +26,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,6 +46,8 @@ PROGRAMS = 264
 EXPAND_PROGRAMS = 528
 # So many parts of S are loaded before the first is added: four round trips to L2 at once.
 AHEAD = tl.constexpr(4)
+# Kinds of launches, by number of tokens too, that are remembered; one that is not is planned anew, in 20 µs.
+PLANS = 4096
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])
@@ -166,7 +168,7 @@ def _write_columns(
         i_n = n + tl.arange(0, BN)
         m_n = i_n < N
         acc = tl.zeros((BT, BN), tl.float32)
-        for r in tl.static_range(0, R, BR):
+        for r in tl.range(0, R, BR, num_stages=1):
             if R > BR:
                 b_s = _load_s(parts_ptr, s_ptr, i_t, r, n == 0, T, splits, R, BR, b_s)
             i_r = r + tl.arange(0, BR)
@@ -207,7 +209,11 @@ def padded_rank(factors: Sequence[Tensor]) -> int:
 
     factors: A [r, K] of each layer of the group.
     """
-    return max(16, 1 << (max(a.shape[0] for a in factors) - 1).bit_length())
+    return _padded(max([a.shape[0] for a in factors]))
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def is_slow(size: int, columns: int, p: float) -> bool:
@@ -239,6 +245,11 @@ def dropout_switches(p: float, columns: int) -> dict[str, bool]:
 def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str, int]:
     if is_slow(size, columns, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    if G > 1 and R * G <= 64:
+        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, one program a multiprocessor of 64 K. Of
+        # these fit three (two where bits are kept), with three tiles of x of 4 KB each on their way: 36 KB a
+        # multiprocessor, where 4.3 TB/s · 0.7 µs over 132 of them is 23 KB.
+        return {"BT": 64, "BK": 32, "num_warps": 4, "num_stages": 4}
     wide = R * G > 64
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
@@ -249,13 +260,35 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     return {"BT": 32 if wide else 64, "BK": width, "num_warps": warps, "num_stages": 2 if wide else 3}
 
 
-def _expand_tiles(size: int, columns: int, R: int) -> dict[str, int]:
-    """columns: of the widest y."""
+def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
+    """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
-    # 128 rows share one B, of which 128 columns of 16 ranks in fp32 are a quarter of the bytes of y that they make; a
-    # row of a tile is 256 bytes, two sectors of 128.
-    return {"BT": 128, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
+        # 64 columns of 256 ranks spill 64 bytes on sm_90.
+        return {"BT": 32, "BN": 64 if R <= 64 else 32, "BR": 16, "num_warps": 4, "num_stages": 2}
+    if not aligned:
+        # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
+        return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}
+    # A row of a tile is 256 bytes, two whole lines. 128 rows share one B, which is read from L2 again for each tile: of
+    # 16 ranks in fp32 a quarter of the bytes of y that it makes, half of them for 64 rows, and L2 would then be the
+    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks spill 8 bytes on sm_100.
+    return {"BT": 128 if R <= 64 else 64, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
+
+
+class _Plan(NamedTuple):
+    """One launch of a group's, but for its tensors.
+
+    Attributes:
+        launch, grid: the kernel and its programs.
+        here: which of the group's layers it serves.
+        splits: how many parts of S there are.
+        integers: the kernel's last arguments.
+    """
+
+    launch: Launch
+    grid: tuple[int, ...]
+    here: slice
+    splits: int
+    integers: tuple[Any, ...]
 
 
 @functools.cache
@@ -268,6 +301,28 @@ def _shrink_launch(
     return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
 
 
+@functools.lru_cache(PLANS)
+def _plan_shrink(
+    T: int, K: int, dtype: torch.dtype, x_stride: int, p: float, keep_bits: bool, precision: str,
+    factors: tuple[tuple[int, int, torch.dtype], ...],
+) -> list[_Plan]:  # fmt: skip
+    """factors: rank, stride and dtype of each A."""
+    R = _padded(max(rank for rank, *_ in factors))
+    plans, group = [], group_size(dtype.itemsize, K, R, p)
+    for start in range(0, len(factors), group):
+        here = slice(start, min(start + group, len(factors)))
+        ranks, strides, dtypes = zip(*factors[here])
+        tiles = _shrink_tiles(dtype.itemsize, K, R, len(ranks), p)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
+        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
+        splits = cdiv(K, k_split)
+        kind = (x_stride, *ranks, *strides, *dtypes, splits == 1, keep_bits)
+        launch = _shrink_launch(dtype, K, R, len(ranks), p, precision, kind)
+        rest = T, K, x_stride, *_three(ranks), *_three(strides), k_split, threshold_of(p), 1.0 / (1.0 - p)
+        plans.append(_Plan(launch, (rows, splits), here, splits, rest))
+    return plans
+
+
 def shrink(
     x: Tensor, factors: Sequence[Tensor], p: float, seeds: Sequence[Tensor | None], keep_bits: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -277,26 +332,22 @@ def shrink(
     each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8,
     nor where p rounds to a threshold of 0.
     """
-    (T, K), R, size = x.shape, padded_rank(factors), x.element_size()
-    threshold = threshold_of(p)
-    keep_bits = keep_bits and K % 8 == 0 and threshold > 0
+    T, K = x.shape
+    keep_bits = keep_bits and K % 8 == 0 and threshold_of(p) > 0
+    factors = [unit_rows(a) for a in factors]
+    kinds = tuple([(a.shape[0], a.stride(0), a.dtype) for a in factors])
+    R = padded_rank(factors)
     parts: list[Tensor] = []
     bits: list[Tensor] = []
-    group = group_size(size, K, R, p)
-    for start in range(0, len(factors), group):
-        members = [unit_rows(a) for a in factors[start : start + group]]
-        tiles = _shrink_tiles(size, K, R, len(members), p)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(K, tiles["BK"])
-        k_split = cdiv(steps, splits_of(rows, steps)) * tiles["BK"]
-        splits = cdiv(K, k_split)
-        sums = [x.new_empty((splits, T, R), dtype=x.dtype if splits == 1 else FP32) for _ in members]
-        masks = [x.new_empty((T, K // 8), dtype=torch.uint8) for _ in members] if keep_bits else []
-        ranks, strides = [a.shape[0] for a in members], [a.stride(0) for a in members]
-        kind = (x.stride(0), *ranks, *strides, *(a.dtype for a in members), splits == 1, keep_bits)
-        _shrink_launch(x.dtype, K, R, len(members), p, precision(x), kind)(
-            (rows, splits),
-            x, *_three(members), *_three(seeds[start : start + group]), *_three(sums), *_three(masks),
-            T, K, x.stride(0), *_three(ranks), *_three(strides), k_split, threshold, 1.0 / (1.0 - p),
+    for plan in _plan_shrink(T, K, x.dtype, x.stride(0), p, keep_bits, precision(x), kinds):
+        members = factors[plan.here]
+        # One allocation for all layers, where what is made lives equally long.
+        shape = len(members), plan.splits, T, R
+        sums = x.new_empty(shape, dtype=x.dtype if plan.splits == 1 else FP32).unbind(0)
+        masks = x.new_empty((len(members), T, K // 8), dtype=torch.uint8).unbind(0) if keep_bits else ()
+        plan.launch(
+            plan.grid,
+            x, *_three(members), *_three(seeds[plan.here]), *_three(sums), *_three(masks), *plan.integers,
         )  # fmt: skip
         parts += sums
         bits += masks
@@ -304,10 +355,38 @@ def shrink(
 
 
 @functools.cache
-def _expand_launch(dtype: torch.dtype, columns: int, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
-    """columns: of the widest y; kind: as in `_shrink_launch`."""
+def _expand_launch(dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
+    """kind: as in `_shrink_launch`."""
     del kind
-    return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, columns, R))
+    return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, aligned, R))
+
+
+@functools.lru_cache(PLANS)
+def _plan_expand(
+    T: int, R: int, dtype: torch.dtype, precision: str, layers: tuple[tuple[Any, ...], ...]
+) -> list[_Plan]:
+    """layers: of each, its parts, B's shape, stride and dtype, the bias's dtype, the base's stride and dtype, and its
+    scaling."""
+    plans = []
+    for start in range(0, len(layers), GROUP):
+        here = slice(start, min(start + GROUP, len(layers)))
+        splits, shapes, strides, dtypes, of_biases, base_strides, of_bases, scalings = zip(*layers[here])
+        widths, ranks = zip(*shapes)
+        G, widest = len(widths), max(widths)
+        aligned = all(N % 16 == 0 for N in widths)
+        tiles = _expand_tiles(dtype.itemsize, aligned, R)
+        rows, steps = cdiv(T, tiles["BT"]), cdiv(widest, tiles["BN"])
+        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
+        groups = cdiv(widest, n_group)
+        whole = tuple(n == 1 for n in splits)
+        kind = (*widths, *ranks, *strides, *base_strides, *dtypes, *whole, *of_biases, *of_bases)
+        launch = _expand_launch(dtype, aligned, R, G, precision, kind)
+        rest = (
+            T, *_three(splits), *_three(widths), *_three(ranks), *_three(strides), *_three(base_strides),
+            *_three([float(scaling) for scaling in scalings]), n_group, groups,
+        )  # fmt: skip
+        plans.append(_Plan(launch, (rows * groups, G), here, max(splits), rest))
+    return plans
 
 
 def expand(
@@ -325,37 +404,34 @@ def expand(
     """
     T, R = parts[0].shape[1:]
     leading = (T,) if leading is None else leading
+    lora_bs = [unit_rows(b) for b in lora_bs]
+    bases = [None if base is None else unit_rows(base) for base in bases]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    kinds = tuple(
+        [
+            (part.shape[0], b.shape, b.stride(0), b.dtype, None if bias is None else bias.dtype,
+             None if base is None else base.stride(0), None if base is None else base.dtype, scaling)
+            for part, b, bias, base, scaling in zip(parts, lora_bs, biases, bases, scalings)
+        ]
+    )  # fmt: skip
     ys: list[Tensor] = []
-    whole: list[Tensor] = []
-    for start in range(0, len(parts), GROUP):
-        here = slice(start, start + GROUP)
-        members, sums = [unit_rows(b) for b in lora_bs[here]], parts[here]
-        added = [None if base is None else unit_rows(base) for base in bases[here]]
-        offsets = [None if bias is None else bias.contiguous() for bias in biases[here]]
-        widths, G = [b.shape[0] for b in members], len(members)
-        tiles = _expand_tiles(dtype.itemsize, max(widths), R)
-        rows, steps = cdiv(T, tiles["BT"]), cdiv(max(widths), tiles["BN"])
-        n_group = cdiv(steps, min(steps, cdiv(EXPAND_PROGRAMS, rows * G))) * tiles["BN"]
-        groups = cdiv(max(widths), n_group)
-        made = [part.new_empty((*leading, N), dtype=dtype) for part, N in zip(sums, widths)]
+    columns: list[Tensor] = []
+    how = precision(parts[0]) if dtype == FP32 else "ieee"
+    for plan in _plan_expand(T, R, dtype, how, kinds):
+        sums, members = parts[plan.here], lora_bs[plan.here]
+        made = [part.new_empty((*leading, b.shape[0]), dtype=dtype) for part, b in zip(sums, members)]
         # One part is S itself.
-        stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
-        ranks, strides = [b.shape[1] for b in members], [b.stride(0) for b in members]
-        base_strides = [None if base is None else base.stride(0) for base in added]
-        kind = (
-            *widths, *ranks, *strides, *base_strides, *(b.dtype for b in members), *(s is None for s in stored),
-            *(None if bias is None else bias.dtype for bias in offsets),
-            *(None if base is None else base.dtype for base in added),
-        )  # fmt: skip
-        _expand_launch(dtype, max(widths), R, G, precision(made[0]), kind)(
-            (rows * groups, G),
-            *_three(sums), *_three(stored), *_three(members), *_three(offsets), *_three(added), *_three(made),
-            T, *_three([part.shape[0] for part in sums]), *_three(widths), *_three(ranks), *_three(strides),
-            *_three(base_strides), *_three([float(scaling) for scaling in scalings[here]]), n_group, groups,
+        stored: Sequence[Tensor | None] = [None] * len(sums)
+        if plan.splits > 1:
+            stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
+        plan.launch(
+            plan.grid,
+            *_three(sums), *_three(stored), *_three(members), *_three(biases[plan.here]), *_three(bases[plan.here]),
+            *_three(made), *plan.integers,
         )  # fmt: skip
         ys += made
-        whole += [part[0] if s is None else s for part, s in zip(sums, stored)]
-    return ys, whole
+        columns += [part[0] if s is None else s for part, s in zip(sums, stored)]
+    return ys, columns
 
 
 def _three(entries: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -377,22 +453,19 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
 
 # x's dtype, the adapter's, rank, layers of one x, p, columns, bits kept, what y has besides ("", "bias", "base")
 REPRESENTATIVE = [
-    (BF16, FP32, 16, 1, 0.05, 4096, False, ""),
-    (BF16, FP32, 16, 3, 0.05, 4096, False, ""),
-    (BF16, FP32, 16, 3, 0.05, 4096, True, "bias"),
-    (BF16, FP32, 8, 3, 0.05, 4096, True, ""),
-    (BF16, FP32, 8, 1, 0.0, 4104, False, "base"),
+    (BF16, FP32, 16, 1, 0.05, 4096, True, ""),
+    (BF16, FP32, 16, 3, 0.05, 4096, False, "bias"),
+    (BF16, FP32, 8, 3, 0.05, 4096, True, "base"),
     (BF16, BF16, 32, 2, 0.0, 4096, False, "base"),
     (BF16, FP32, 32, 3, 0.05, 4096, True, "bias"),
     (BF16, FP32, 32, 1, 0.05, 61, False, "base"),
     (BF16, FP32, 128, 1, 0.05, 61, False, "bias"),
-    (BF16, FP32, 128, 1, 0.05, 4096, True, "base"),
     (BF16, FP32, 64, 3, 0.05, 4096, True, "bias"),
-    (BF16, BF16, 128, 1, 0.05, 4096, False, ""),
+    (BF16, BF16, 128, 1, 0.05, 4096, False, "base"),
     (BF16, FP32, 256, 1, 0.05, 4096, True, "bias"),
     (BF16, FP32, 256, 1, 0.0, 4104, False, "base"),
-    (BF16, FP32, 32, 1, 0.05, 4104, True, "bias"),
-    (BF16, FP32, 16, 2, 0.05, 4096, True, "bias"),
+    (BF16, FP32, 8, 1, 0.05, 4104, True, "bias"),
+    (BF16, FP32, 16, 2, 0.05, 4096, True, ""),
     (FP16, FP32, 8, 2, 0.05, 61, False, "bias"),
     (FP16, FP16, 16, 1, 0.0, 4096, False, "base"),
     (FP32, FP32, 16, 3, 0.05, 4096, True, "bias"),

@@ -17,7 +17,7 @@ PyTorch for any device. On a GPU the small factors' share is written first, and 
 
 A gradient of a gradient (`create_graph`), forward-mode differentiation, and a call inside a transform of torch.func are
 computed by `differentiable`, the layer in operations that torch itself differentiates: S and dS above are constants to
-autograd.
+autograd. So are torch.jit.trace and torch.export, whose programs then run without this package.
 
 Trade-offs: products run in x's dtype with the GEMM's own fp32 accumulation, so A and B are rounded to bf16 beside a
 bf16 x, and their gradients are rounded once on the way out. Casting x up instead, as PEFT does, costs a copy of x a
@@ -158,6 +158,8 @@ def no_view(y: Tensor) -> Tensor:
 def differentiable(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output in torch's own operations, differentiable to any order."""
     outs = []
+    if p > 0.0 and torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace: a LoRA layer with dropout cannot be traced; call model.eval() first")
     for layer in layers:
         base = layer.y
         if base is None:
@@ -434,10 +436,13 @@ def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor
     """
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or torch._C._get_tracing_state() is not None:
             return differentiable(x, layers, p)
-        # The tracer knows what is given to an op, and not what is inside a layer.
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling():
+            # What is exported runs where this package is not.
+            if torch.compiler.is_exporting():
+                return differentiable(x, layers, p)
             return [_op_of(x, layer, p) for layer in layers]
         inputs = (
             x,

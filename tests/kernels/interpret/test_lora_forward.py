@@ -72,7 +72,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "name"), [*((i, n) for i in range(9) for n in ("fp32", "bf16")), (3, "fp16"), (5, "fp16")])
+@pytest.mark.parametrize(
+    ("case", "name"), [*((i, n) for i in range(9) for n in ("fp32", "bf16")), (3, "fp16"), (5, "fp16")]
+)
 def test_shrink_and_expand(case, name, launches):
     T, K, widths, ranks, p, cut = CASES[case]
     (dtype, bound), wide = KINDS[name], case % 2 == 0

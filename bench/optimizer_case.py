@@ -14,6 +14,7 @@ from lorapar_kernels.bitmask import TILE
 
 LR, DECAY = 2e-4, 0.1
 FUSED, EIGHT_BIT, COPY = "torch's fused AdamW", "ours, 8-bit moments", "a copy of 24 bytes an element"
+IN_MEMORY = "ours, step in memory"
 # In and out features of q, k, v, gate, up, down in each of 30 layers, and q, k, v, gate, up, down of a Llama-2-7B.
 LINEARS = {
     "small": [(64, 96), (576, 192)],
@@ -49,9 +50,11 @@ def optimizer_case(model: str, active: float, device: str) -> OptimizerCase:
     grads = [torch.randn(shape, device=device) for shape in shapes]
     masks = [torch.rand(shape, device=device) < active for shape in shapes]
     indexed = [lk.index_mask(mask) for mask in masks]
-    params, params_8 = ([tensor.detach().clone() for tensor in dense] for _ in range(2))
+    params, params_8, params_m = ([tensor.detach().clone() for tensor in dense] for _ in range(3))
     start = [tensor.clone() for tensor in params]
-    exp_avgs, exp_avg_sqs = ([torch.zeros(index.active, device=device) for index in indexed] for _ in range(2))
+    exp_avgs, exp_avg_sqs, *moments_m = (
+        [torch.zeros(index.active, device=device) for index in indexed] for _ in range(4)
+    )
     codes = [[torch.zeros(index.active, dtype=dtype, device=device) for index in indexed]
              for dtype in (torch.int8, torch.uint8)]  # fmt: skip
     scales = [torch.zeros(2, -(-tensor.numel() // TILE), device=device) for tensor in params]
@@ -63,7 +66,8 @@ def optimizer_case(model: str, active: float, device: str) -> OptimizerCase:
     target = torch.empty_like(source)
     prepared = lk.PreparedAdamW(params, indexed, exp_avgs, exp_avg_sqs)
     prepared_8 = lk.PreparedAdamW(params_8, indexed, codes[0], codes[1], scales=scales)
-    steps = {"ours": 0, EIGHT_BIT: 0}
+    prepared_m = lk.PreparedAdamW(params_m, indexed, *moments_m)
+    steps, step_in_memory = {"ours": 0, EIGHT_BIT: 0}, torch.zeros((), dtype=torch.int64, device=device)
 
     def ours() -> None:
         steps["ours"] += 1
@@ -73,13 +77,24 @@ def optimizer_case(model: str, active: float, device: str) -> OptimizerCase:
         steps[EIGHT_BIT] += 1
         prepared_8.step(grads, steps[EIGHT_BIT], lr=LR, weight_decay=DECAY)
 
+    def ours_in_memory() -> None:
+        step_in_memory.add_(1)
+        prepared_m.step(grads, step_in_memory, lr=LR, weight_decay=DECAY)
+
     def check() -> None:
-        for mine, theirs, eight, mask, before in zip(params, dense, params_8, masks, start):
-            torch.testing.assert_close(mine[mask], theirs.detach()[mask], rtol=1e-5, atol=1e-6)
-            for stepped in (mine, eight):
+        for mine, theirs, eight, other, mask, before in zip(params, dense, params_8, params_m, masks, start):
+            for stepped in (mine, other):
+                torch.testing.assert_close(stepped[mask], theirs.detach()[mask], rtol=1e-5, atol=1e-6)
+            for stepped in (mine, eight, other):
                 assert torch.equal(stepped[~mask], before[~mask]), "an inactive element moved"
 
-    ways = {"ours": ours, FUSED: optimizer.step, EIGHT_BIT: ours_8_bit, COPY: lambda: target.copy_(source)}
+    ways = {
+        "ours": ours,
+        FUSED: optimizer.step,
+        EIGHT_BIT: ours_8_bit,
+        IN_MEMORY: ours_in_memory,
+        COPY: lambda: target.copy_(source),
+    }
     for way in ways.values():
         way()
     state = [sum(tensor.nbytes for tensor in tensors) / kept for tensors in

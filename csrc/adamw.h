@@ -93,17 +93,52 @@ struct Coefficients {
     float decay, weight_1, keep_1, keep_2, weight_2, root_factor, eps, rate, grad_sign;
 };
 
-inline Coefficients coefficients_of(const lorapar_adamw_settings &s) {
-    const double step = static_cast<double>(s.step);
-    return {static_cast<float>(1.0 - s.lr * s.weight_decay),
+// What a step is of: its number and its rate, from the settings or from the memory that they name.
+struct Step {
+    int64_t number;
+    double lr;
+};
+
+LORAPAR_BOTH Step step_of(const lorapar_adamw_settings &s) {
+    Step step{s.step, s.lr_at == nullptr ? s.lr : static_cast<double>(*s.lr_at)};
+    if (s.step_at != nullptr && s.step_type == 0) step.number = *static_cast<const int64_t *>(s.step_at);
+    if (s.step_at != nullptr && s.step_type == 1) {
+        const float number = *static_cast<const float *>(s.step_at);
+        step.number = number >= 1.0f && number < 9e18f ? static_cast<int64_t>(number) : 0;
+    }
+    return step;
+}
+
+// Whether there is such a step.
+LORAPAR_BOTH bool valid(const Step &step) { return step.number >= 1 && step.lr >= 0.0 && step.lr - step.lr == 0.0; }
+
+// base to the exponent-th, 0 <= base < 1, exponent >= 1: by squaring, within two roundings a bit of the exponent. A
+// device's own power of doubles is as close, and twenty times the code.
+LORAPAR_BOTH double power_of(double base, int64_t exponent) {
+    double power = 1.0;
+    for (; exponent > 0; exponent /= 2, base *= base) {
+        if (exponent % 2 != 0) power *= base;
+    }
+    return power;
+}
+
+// `power_1` and `power_2`: the betas to the step-th.
+LORAPAR_BOTH Coefficients coefficients_of(const lorapar_adamw_settings &s, double lr, double power_1, double power_2) {
+    return {static_cast<float>(1.0 - lr * s.weight_decay),
             static_cast<float>(1.0 - s.beta1),
             static_cast<float>(1.0 - static_cast<float>(1.0 - s.beta1)),
             static_cast<float>(s.beta2),
             static_cast<float>(1.0 - s.beta2),
-            static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(s.beta2, step))),
+            static_cast<float>(1.0 / sqrt(1.0 - power_2)),
             static_cast<float>(s.eps),
-            static_cast<float>(-s.lr / (1.0 - std::pow(s.beta1, step))),
+            static_cast<float>(-lr / (1.0 - power_1)),
             s.maximize ? -1.0f : 1.0f};
+}
+
+// On the host.
+inline Coefficients coefficients_of(const lorapar_adamw_settings &s, const Step &step) {
+    const double number = static_cast<double>(step.number);
+    return coefficients_of(s, step.lr, std::pow(s.beta1, number), std::pow(s.beta2, number));
 }
 
 // gradient: scaled and signed.
@@ -173,11 +208,15 @@ inline int check_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const
                       s.beta2 >= 0.0 && s.beta2 < 1.0 && s.eps >= 0.0 && std::isfinite(s.eps) &&
                       s.weight_decay >= 0.0 && std::isfinite(s.weight_decay) && s.param_type >= 0 &&
                       s.param_type <= LORAPAR_FLOAT16 && s.grad_type >= 0 && s.grad_type <= LORAPAR_FLOAT16 &&
-                      (!s.stochastic || s.param_type == LORAPAR_BFLOAT16);
+                      (!s.stochastic || s.param_type == LORAPAR_BFLOAT16) && (s.step_type == 0 || s.step_type == 1);
     if (!fine) return LORAPAR_ERROR_SETTING;
     const int64_t optional = 1;
     if (s.grad_scale != nullptr && check_pointer(s.grad_scale, optional)) return LORAPAR_ERROR_ALIGNMENT;
     if (s.skipped != nullptr && check_pointer(s.skipped, optional)) return LORAPAR_ERROR_ALIGNMENT;
+    const int step_status = s.step_type == 0 ? check_pointer(static_cast<const int64_t *>(s.step_at), optional)
+                                             : check_pointer(static_cast<const float *>(s.step_at), optional);
+    if (s.step_at != nullptr && step_status) return LORAPAR_ERROR_ALIGNMENT;
+    if (s.lr_at != nullptr && check_pointer(s.lr_at, optional)) return LORAPAR_ERROR_ALIGNMENT;
     auto check_typed = [](const void *pointer, int type, int64_t n) {
         return type == LORAPAR_FLOAT32 ? check_pointer(static_cast<const float *>(pointer), n)
                                        : check_pointer(static_cast<const uint16_t *>(pointer), n);

@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a meaning below changes; native.py refuses a library of another version. */
-#define LORAPAR_ABI_VERSION 6
+#define LORAPAR_ABI_VERSION 7
 
 #define LORAPAR_OK 0
 #define LORAPAR_ERROR_NULL_POINTER 1 /* a null pointer although n > 0 (or, for a result, at all) */
@@ -149,10 +149,16 @@ typedef struct {
     const float *grad_scale; /* one float where the tensors are, which multiplies gradients; NULL: 1 */
     int32_t *skipped; /* one, where the tensors are: set to 1, and nothing else written, where the scaled gradient of an
                          active element is not finite, else to 0; NULL: not looked at */
+    /* In the place of `step` and `lr`, where the tensors are: read when the work runs, so that a graph that is captured
+     * once takes other steps when it is replayed. NULL: not. */
+    const void *step_at; /* one int64_t or float, a whole number */
+    const float *lr_at;
+    int32_t step_type; /* of step_at: 0, int64_t, or 1, float */
 } lorapar_adamw_settings;
 
 /* One step, in place. The CPU library answers LORAPAR_ERROR_MASK, before it writes, where a mask and its index disagree;
- * the CUDA library cannot know without waiting, and leaves such a tile as it was. */
+ * the CUDA library cannot know without waiting, and leaves such a tile as it was. Where step_at holds less than 1, or
+ * lr_at what `lr` may not be, the one answers LORAPAR_ERROR_SETTING and the other leaves everything as it was. */
 LORAPAR_API int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count,
                                      const lorapar_adamw_settings *settings, intptr_t queue);
 

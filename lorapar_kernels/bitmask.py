@@ -53,12 +53,15 @@ def index_mask_reference(words: Tensor, n: int) -> Tensor:
 
 
 def check_words(words: Tensor, n: int) -> None:
-    """ValueError unless `words` are the words of a mask of n elements."""
+    """ValueError unless `words` are as many as a mask of n elements has."""
     expected = (n + 31) // 32
     if words.dtype != torch.int32 or words.ndim != 1:
         raise ValueError(f"words must be a 1-D int32 tensor, got {words.dtype} of shape {list(words.shape)}")
     if words.numel() != expected:
         raise ValueError(f"words must be {expected} for {n} elements, got {words.numel()}")
+
+
+def _check_spare_bits(words: Tensor, n: int) -> None:
     if n % 32 != 0:
         last = int(words[-1]) & 0xFFFFFFFF
         if last >> (n % 32) != 0:
@@ -84,6 +87,8 @@ def _pack_mask(mask: Tensor) -> Tensor:
 
 @torch.library.custom_op("lorapar::unpack_mask", mutates_args=())
 def _unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
+    # Here, where the op runs: torch.compile knows no values.
+    _check_spare_bits(words, math.prod(shape))
     if _backend("unpack_mask", words.device) == "reference":
         return unpack_mask_reference(words, torch.Size(shape))
     words = words.contiguous()

@@ -119,6 +119,11 @@ def _dropout_mask_fake(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     return seed.new_empty(shape, dtype=torch.bool)
 
 
+@_dropout_mask.register_vmap
+def _dropout_mask_vmap(info, in_dims, seed: Tensor, shape: Sequence[int], p: float) -> tuple[Tensor, int]:
+    return torch.stack([_dropout_mask(one, shape, p) for one in seed.movedim(in_dims[0], 0)]), 0
+
+
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """A bool mask of `shape` on the seed's device, True = kept, with probability 1 - p to 1/65536.
 

@@ -18,6 +18,10 @@ the same end); powers need no table and give the same bits on every device. Code
 as an average that moves by a thousandth a step would never leave one; v above 0 never gets a code below 2, so that
 its root is no smaller than the least m.
 
+In a CUDA graph the step's number, and the rate where it changes, are tensors: each replay reads them from the device's
+memory. There β₁ᵗ and β₂ᵗ are products in double (by squaring); a step's constants are within a unit in the last place
+of fp32 of those that a step of the same number as an int has.
+
 The random bits are a hash of (seed, step, tensor's place in the list, element): csrc's library on the CPU or on CUDA
 and the reference below give one another's results, to the bit in fp32 and below.
 
@@ -27,11 +31,10 @@ here frozen means untouched, bit for bit.
 
 import ctypes
 import math
-import operator
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -43,7 +46,7 @@ from .bitmask import TILE, MaskIndex, index_mask, unpack_mask
 
 # LORAPAR_FLOAT32, LORAPAR_BFLOAT16, LORAPAR_FLOAT16.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SHAPE, DTYPE, DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
+STEP_TYPES = {torch.int64: 0, torch.float32: 1}
 GRAD, FIELDS = 1, 10  # of lorapar_adamw_tensor: its gradient's place, and how many fields of eight bytes it has
 LOW32, LOW64 = (1 << 32) - 1, (1 << 64) - 1
 # The powers that the largest codes of the 8-bit moments stand for.
@@ -58,8 +61,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 class Settings(NamedTuple):
     """What all tensors of a step share."""
 
-    step: int
-    lr: float
+    step: int | Tensor
+    lr: float | Tensor
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -151,20 +154,21 @@ def masked_adamw_reference(
     beta1, beta2 = settings.betas
     # Row-major positions, whatever the strides of the three.
     active = mask.reshape(-1).nonzero().squeeze(1)
+    step, lr = int(settings.step), float(settings.lr)
     dtype = state_dtype(param.dtype)
     phi, gradient = param.take(active).to(dtype), grad.take(active).to(dtype)
     if compensation is not None:
         phi += compensation
     factor = -1.0 if settings.maximize else 1.0
     gradient = gradient * (factor if grad_scale is None else grad_scale * factor)
-    random = partial(random_bits, settings.seed, settings.step, number, active)
+    random = partial(random_bits, settings.seed, step, number, active)
     m, v = (exp_avg, exp_avg_sq) if scales is None else decode_moments(exp_avg, exp_avg_sq, scales, active // TILE)
     # torch.lerp's two forms, so that a weight of 1 gives the gradient itself.
     difference, weight = gradient - m, torch.tensor(1.0 - beta1, dtype=dtype)
     m = m + weight * difference if weight < 0.5 else gradient - difference * (1.0 - weight)
     v = v * beta2 + gradient * (1.0 - beta2) * gradient
-    root = _sqrt(v) * (1.0 / math.sqrt(1.0 - beta2**settings.step)) + settings.eps
-    phi = phi * (1.0 - settings.lr * settings.weight_decay) + m / root * (-settings.lr / (1.0 - beta1**settings.step))
+    root = _sqrt(v) * (1.0 / math.sqrt(1.0 - beta2**step)) + settings.eps
+    phi = phi * (1.0 - lr * settings.weight_decay) + m / root * (-lr / (1.0 - beta1**step))
     if scales is not None:
         m, v = encode_moments(m, v, scales, active // TILE, random(1))
     exp_avg.copy_(m)
@@ -240,10 +244,18 @@ class _Group:
         grads = list(map(Tensor.contiguous, grads))
         self.table[GRAD::FIELDS] = array("q", map(Tensor.data_ptr, grads))
         skipped = torch.zeros(1, dtype=torch.int32, device=device)
+        step, step_at, lr, lr_at = settings.step, None, settings.lr, None
+        if isinstance(step, Tensor):
+            step, step_at, step_type = 1, step.data_ptr(), STEP_TYPES[step.dtype]
+        else:
+            step_type = 0
+        if isinstance(lr, Tensor):
+            lr, lr_at = 0.0, lr.data_ptr()
         c_settings = native.AdamWSettings(
-            settings.lr, *settings.betas, settings.eps, settings.weight_decay, settings.step, settings.seed,
+            lr, *settings.betas, settings.eps, settings.weight_decay, step, settings.seed,
             settings.maximize, settings.stochastic, TYPES[self.params[0].dtype], TYPES[grads[0].dtype],
             None if grad_scale is None else grad_scale.data_ptr(), skipped.data_ptr() if skip else None,
+            step_at, lr_at, step_type,
         )  # fmt: skip
         rows = (native.AdamWTensor * count).from_buffer(self.table)
         native.call("masked_adamw", device, rows, count, ctypes.byref(c_settings))
@@ -253,15 +265,17 @@ class _Group:
 torch.library.define(
     "lorapar::masked_adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor[] words, Tensor[] befores, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, Tensor(e!)[] compensations, Tensor? grad_scale, int step, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, bool stochastic, int seed, "
-    "bool skip_nonfinite) -> Tensor",
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, Tensor(e!)[] compensations, Tensor? grad_scale, "
+    "Tensor? step_at, Tensor? lr_at, int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool maximize, bool stochastic, int seed, bool skip_nonfinite) -> Tensor",
 )
 
 
-def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step, lr,
-                  beta1, beta2, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite) -> Tensor:  # fmt: skip
+def _masked_adamw(params, grads, words, befores, exp_avgs, exp_avg_sqs, scales, compensations, grad_scale, step_at,
+                  lr_at, step, lr, beta1, beta2, eps, weight_decay, maximize, stochastic, seed,
+                  skip_nonfinite) -> Tensor:  # fmt: skip
     group = _Group(params, words, befores, exp_avgs, exp_avg_sqs, scales, compensations)
+    step, lr = step if step_at is None else step_at, lr if lr_at is None else lr_at
     settings = Settings(step, lr, (beta1, beta2), eps, weight_decay, maximize, stochastic, seed)
     return group.step(grads, grad_scale, settings, skip_nonfinite)
 
@@ -370,9 +384,9 @@ class PreparedAdamW:
     def step(
         self,
         grads: Sequence[Tensor],
-        step: int,
+        step: int | Tensor,
         *,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -381,7 +395,7 @@ class PreparedAdamW:
         skip_nonfinite: bool = False,
         stochastic: bool = False,
         seed: int = 0,
-    ) -> bool:
+    ) -> bool | Tensor:
         """One step, in place: `masked_adamw` says what its arguments and its answer are."""
         _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale)
         if len(grads) != len(self._shapes):
@@ -390,7 +404,7 @@ class PreparedAdamW:
         if not compiling and self._where() != self._places:
             self._prepare()
         # No list of shapes is made: hundreds of new objects a step would have Python look for garbage each time.
-        if not all(map(operator.eq, map(SHAPE, grads), self._shapes)):
+        if not all(grad.shape == shape for grad, shape in zip(grads, self._shapes)):
             _check_shapes("grads", "as its parameter", grads, self._shapes)
         if skip_nonfinite and len(self._groups) > 1:
             raise ValueError(
@@ -403,16 +417,25 @@ class PreparedAdamW:
         ours = [[grads[i] for i in chosen] for chosen, _ in self._groups]
         for (chosen, group), theirs in zip(self._groups, ours):
             _check_grads(chosen, theirs, group.params[0].device)
+            for name, value in (("step", step), ("lr", lr)):
+                if isinstance(value, Tensor) and value.device != group.params[0].device:
+                    raise ValueError(f"{name} must be on the parameters' device, got {value.device} beside "
+                                     f"{group.params[0].device} at {chosen[0]}")  # fmt: skip
         settings = Settings(step, lr, betas, eps, weight_decay, maximize, stochastic, seed)
         skipped = []
         for (_, group), theirs in zip(self._groups, ours):
             if compiling:
                 columns = (group.params, theirs, group.words, group.befores, *group.written()[1:])
-                hyper = (step, lr, *betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite)
-                skipped.append(torch.ops.lorapar.masked_adamw(*columns, grad_scale, *hyper))
+                # A number that goes unread where a tensor is.
+                read = [value if isinstance(value, Tensor) else None for value in (step, lr)]
+                given = [1 if isinstance(step, Tensor) else step, 1.0 if isinstance(lr, Tensor) else lr]
+                hyper = (*betas, eps, weight_decay, maximize, stochastic, seed, skip_nonfinite)
+                skipped.append(torch.ops.lorapar.masked_adamw(*columns, grad_scale, *read, *given, *hyper))
             else:
                 # The op takes 3 ms to hand over the tensors of a 7B.
                 skipped.append(group.step(theirs, grad_scale, settings, skip_nonfinite))
+        if skip_nonfinite and isinstance(step, Tensor):
+            return (skipped[0] == 0).view(step.shape) if skipped else True
         return not (skip_nonfinite and any(int(one) for one in skipped))
 
 
@@ -421,17 +444,35 @@ def _check_grads(places: list[int], grads: Sequence[Tensor], device: torch.devic
     dtype = grads[0].dtype
     if not dtype.is_floating_point:
         raise ValueError(f"grads[{places[0]}] must be of a floating-point dtype, got {dtype}")
-    if not all(map(operator.is_, map(DTYPE, grads), repeat(dtype))):
+    if not all(grad.dtype == dtype for grad in grads):
         i, other = next((i, grad.dtype) for i, grad in zip(places, grads) if grad.dtype != dtype)
         raise ValueError(f"grads must be of one dtype, got {dtype} at {places[0]} and {other} at {i}")
-    if not all(map(operator.eq, map(DEVICE, grads), repeat(device))):
+    if not all(grad.device == device for grad in grads):
         i, other = next((i, grad.device) for i, grad in zip(places, grads) if grad.device != device)
         raise ValueError(f"grads[{i}] must be on its parameter's device {device}, got {other}")
 
 
+def _check_tensor(name: str, tensor: Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    if tensor.numel() != 1 or tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be one {allowed} element, got {tensor.numel()} of {tensor.dtype}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether a look at it waits for no device, and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale: Tensor | None) -> None:
-    if not isinstance(step, int) or step < 1:
+    if isinstance(step, Tensor):
+        _check_tensor("step", step, STEP_TYPES)
+        if _readable(step) and not (step.item() >= 1 and step.item() % 1 == 0):
+            raise ValueError(f"step must hold a whole number of at least 1, got {step.item()}")
+    elif not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be an int of at least 1, got {step!r}")
+    if isinstance(lr, Tensor):
+        _check_tensor("lr", lr, (torch.float32,))
+        lr = lr.item() if _readable(lr) else 0.0
     if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
         raise ValueError(f"betas must be in [0, 1), got {betas}")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -449,9 +490,9 @@ def masked_adamw(
     masks: Sequence[Tensor | MaskIndex],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    step: int,
+    step: int | Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
@@ -462,14 +503,17 @@ def masked_adamw(
     seed: int = 0,
     scales: Sequence[Tensor] | None = None,
     compensations: Sequence[Tensor] | None = None,
-) -> bool:
+) -> bool | Tensor:
     """One AdamW step on the active elements of every parameter, in place on params and their state.
 
     Args:
         params, grads, masks: lists of one length; grads[i] and masks[i] (bool, or what `index_mask` made of
             it, which saves packing it at every step) of params[i]'s shape.
         exp_avgs, exp_avg_sqs: 1-D, masks[i].sum() entries each, fp32 (fp64 for an fp64 parameter), or int8 and uint8
-            with scales; zeros at first. step: the number of this step, from 1 on.
+            with scales; zeros at first.
+        step: the number of this step, from 1 on; or a tensor that holds it, one int64 or fp32 element on the
+            parameters' device. It is read when the step runs, and only read: the caller adds 1 before each step.
+        lr: the rate, or a tensor of one fp32 element on the parameters' device.
         grad_scale: one fp32 element on the parameters' device that multiplies every gradient (the clipping factor,
             the inverse of a loss scale, or their product), or None. A tensor, so that nothing waits for the device.
         skip_nonfinite: where the scaled gradient of an active element, of any tensor, is not finite, change nothing.
@@ -480,6 +524,13 @@ def masked_adamw(
             leaves out, carried to the next step.
 
     Returns True, or False where the step was skipped (on CUDA the answer waits for the device, so only where asked).
+    With skip_nonfinite and a tensor for `step` nothing waits: the answer is a bool tensor of `step`'s shape.
+
+    To replay it in a CUDA graph, give `step` as a tensor, and lr too where it changes: with csrc's library nothing is
+    read on the host and nothing waits. Gradients and the rest must stay where they were when the graph was captured;
+    other arguments are the captured ones at each replay. A tensor whose value cannot be a step's or a rate's raises
+    ValueError on a CPU; on CUDA, where that is not known without waiting, such a step changes nothing.
+
     An element outside its mask is not written, whatever it, its gradient or the decay are. Raises ValueError
     naming the argument; all are checked before anything is written.
     To step the same tensors again and again, `PreparedAdamW` checks them once.

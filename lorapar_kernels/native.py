@@ -16,7 +16,7 @@ import torch
 
 from .backend import old_gpu
 
-ABI_VERSION = 6  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
+ABI_VERSION = 7  # LORAPAR_ABI_VERSION of the header that the signatures below were written from
 KINDS = ("cpu", "cuda")
 
 # The statuses that a caller answers with words of its own.
@@ -77,7 +77,8 @@ class AdamWSettings(ctypes.Structure):
         ("step", SIZE),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int32) for name in ("maximize", "stochastic", "param_type", "grad_type")),
-        *((name, POINTER) for name in ("grad_scale", "skipped")),
+        *((name, POINTER) for name in ("grad_scale", "skipped", "step_at", "lr_at")),
+        ("step_type", ctypes.c_int32),
     )
 
 

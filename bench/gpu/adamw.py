@@ -1,7 +1,10 @@
-"""A step of `masked_adamw` over a 7B's LoRA elements (r = 8), 40 % and all of them active, fp32 and 8-bit moments."""
+"""A step of `masked_adamw` over a 7B's LoRA elements (r = 8), 40 % and all of them active, fp32 and 8-bit moments.
+
+Its number is an int, or is read from memory, as in a CUDA graph.
+"""
 
 from bench.gpu import record, timing
-from bench.optimizer_case import COPY, EIGHT_BIT, FUSED, optimizer_case
+from bench.optimizer_case import COPY, EIGHT_BIT, FUSED, IN_MEMORY, optimizer_case
 
 
 def main() -> None:
@@ -14,7 +17,7 @@ def main() -> None:
         case.check()
         medians = timing.say(name, found, elements=case.elements, kept=case.kept)
         for kind in ("events", "clock"):
-            for way in ("ours", EIGHT_BIT):
+            for way in ("ours", IN_MEMORY, EIGHT_BIT):
                 words = f"AdamW {name}: {way} against {FUSED}, by {kind}" if active < 1.0 else None
                 record.result(f"{name} | {way} against fused [{kind}]", "x",
                               medians[FUSED][kind] / medians[way][kind], headline=words)  # fmt: skip

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorapar_kernels as lk
-from bench.gpu import cases, record
+from bench.gpu import cases, record, timing
 from bench.lora_layers import SCALING, forced_product
 from lorapar_kernels.dropout import threshold_of
 
@@ -113,7 +113,7 @@ class Problem:
         self.offsets = torch.tensor([*range(0, case.tokens, step), case.tokens])
         self.base: Any = None
         if case.form == "4-bit":
-            from lorapar.adapter.layers_bnb import dequantised
+            from lorapar_kernels.bnb_weights import dequantised
 
             self.base = four_bit(self.weights[0])
             self.weights = [dequantised(self.base, case.dtype).clone()]
@@ -145,7 +145,7 @@ class Problem:
             elif case.form == "add":
                 ys = [lk.lora_add(F.linear(x, weight), x, a, b, SCALING, **options)]
             else:
-                from lorapar.adapter.layers_bnb import FrozenProduct
+                from lorapar_kernels.bnb_weights import FrozenProduct
 
                 y: Any = FrozenProduct.apply(x, self.base)
                 ys = [lk.lora_add(y, x, a, b, SCALING, **options)]
@@ -249,6 +249,7 @@ def main() -> None:
             cases.wait()
     exact = None
     repeated()
+    replayed()
     elsewhere()
 
 
@@ -291,21 +292,52 @@ def show_poison() -> None:
 
 def repeated() -> None:
     """Equal calls give equal bits."""
-    tokens, (n_in, n_out) = cases.tokens(), cases.shapes()[0]
-    every = [
-        *(Case("linear", tokens, n_in, (n_out,), product=product) for product in cases.products()),
-        *(Case("grouped", tokens, n_in, (n_out,) * 3, product=product) for product in cases.products()),
-        Case("scored", tokens, n_in, (n_out,), rank=8, p=0.0, masks="none"),
-    ]
-    for case in every:
+    for case in of_each_form():
         problem = Problem(case, record.device())
         masks = masks_of(problem)
         one, two = (problem.ours(masks) for _ in range(2))
         told(f"equal calls, equal bits: {case.name}", one, two)
 
 
+def of_each_form() -> list[Case]:
+    tokens, (n_in, n_out) = cases.tokens(), cases.shapes()[0]
+    return [
+        *(Case("linear", tokens, n_in, (n_out,), product=product) for product in cases.products()),
+        *(Case("grouped", tokens, n_in, (n_out,) * 3, product=product) for product in cases.products()),
+        Case("scored", tokens, n_in, (n_out,), rank=8, p=0.0, masks="none"),
+    ]
+
+
+def replayed() -> None:
+    """A graph captured of a call, forward and backward, gives at its replay the bits of a call: of an x and of dropout
+    seeds that have changed since."""
+    if record.rehearsal():
+        record.skipped("a captured graph", "this is a CPU")
+        return
+    for case in of_each_form():
+        if case.form == "scored":
+            continue
+        problem, found = Problem(case, record.device()), {}
+        masks = masks_of(problem)
+        name = f"captured and replayed, equal bits: {case.name}"
+        try:
+            graph = timing.captured(lambda problem=problem, masks=masks, found=found: found.update(problem.ours(masks)))
+        except RuntimeError as error:
+            record.wrong(name, cases.one_line(error))
+            cases.wait()
+            continue
+        problem.x.normal_()
+        for seed in problem.seeds:
+            assert seed is not None
+            seed.random_()
+        wanted = problem.ours(masks)
+        graph.replay()
+        cases.wait()
+        told(name, wanted, found)
+
+
 def told(name: str, one: Named, two: Named) -> None:
-    different = {key: int((one[key] != two[key].to(one[key].device)).sum()) for key in one}
+    different = {key: cases.differing(one[key], two[key].to(one[key].device)) for key in one}
     if any(different.values()):
         record.wrong(name, f"{sum(different.values())} elements differ", **different)
     else:

@@ -104,8 +104,9 @@ def adamw(n: int, generator: torch.Generator) -> tuple[Callable[[str], Found], s
             optional["compensations"] = [torch.zeros(count, dtype=dtype, device=device) for count in counts]
         optional |= {"grad_scale": torch.tensor(0.37, device=device), "skip_nonfinite": True}
         optional |= {"maximize": form == "maximize", "stochastic": "stochastic" in form}
-        for step, grads in enumerate(steps, start=1):
+        for number, grads in enumerate(steps, start=1):
             grads = [grad.to(device) for grad in grads]
+            step = torch.tensor(number, device=device) if n % 2 else number
             lk.masked_adamw(mine, grads, where, first, second, step, lr=1e-2, weight_decay=0.1, seed=11, **optional)
         written = {"param": mine, "exp_avg": first, "exp_avg_sq": second}
         written |= {name: optional[name] for name in ("scales", "compensations") if name in optional}

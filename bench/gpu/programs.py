@@ -34,7 +34,7 @@ KERNELS: tuple[Row, ...] = (
     ),
     (Step("layer", 100, least=20, interpreted=True),),
     (Step("probes", 30),),
-    (Step("decoder", 70, least=20, needs=("peft", "transformers"), interpreted=True),),
+    (Step("decoder", 130, least=20, needs=("peft", "transformers"), interpreted=True),),
     (Step("short", 60, least=15, interpreted=True),),
     (Step("adamw", 30),),
     (Step("selection", 30),),

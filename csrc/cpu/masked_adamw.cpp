@@ -153,8 +153,8 @@ void write_half(const Tile &tile, const lorapar_adamw_settings &settings, uint64
     scatter(rows.half.data(), tile.mask(), tile.n, static_cast<uint16_t *>(tile.tensor->param) + tile.first());
 }
 
-void step_tile(const Tile &tile, const lorapar_adamw_settings &settings, const Coefficients &c, float grad_scale,
-               Rows &rows) {
+void step_tile(const Tile &tile, const lorapar_adamw_settings &settings, int64_t step, const Coefficients &c,
+               float grad_scale, Rows &rows) {
     if (tile.active == 0) return;
     const lorapar_adamw_tensor &tensor = *tile.tensor;
     const int n = tile.active;
@@ -169,7 +169,7 @@ void step_tile(const Tile &tile, const lorapar_adamw_settings &settings, const C
         const uint16_t *left_out = static_cast<const uint16_t *>(tensor.compensation) + tile.offset;
         for (int j = 0; j < n; ++j) rows.param[j] += from_half(left_out[j], settings.param_type);
     }
-    const uint64_t key = key_of(settings.seed, settings.step, tile.number);
+    const uint64_t key = key_of(settings.seed, step, tile.number);
     if (tensor.scales != nullptr || settings.stochastic) {
         int count = 0;
         for_each_active(tile.mask(), (tile.n + 31) / 32,
@@ -198,6 +198,8 @@ void step_tile(const Tile &tile, const lorapar_adamw_settings &settings, const C
 
 int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorapar_adamw_settings &settings,
                  intptr_t queue) {
+    const Step step = step_of(settings);
+    if (!valid(step)) return LORAPAR_ERROR_SETTING;
     const Tiles tiles(tensors, count);
     const int threads = threads_for(tiles.size(), kGrain, queue);
     const float grad_scale = settings.grad_scale == nullptr ? 1.0f : *settings.grad_scale;
@@ -224,9 +226,11 @@ int masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorap
     if (wrong) return LORAPAR_ERROR_MASK;
     if (settings.skipped != nullptr) *settings.skipped = skipped;
     if (skipped) return LORAPAR_OK;
-    const Coefficients c = coefficients_of(settings);
+    const Coefficients c = coefficients_of(settings, step);
     parallel_chunks(tiles.size(), kChunk, threads, [&](int64_t begin, int64_t end, int thread) {
-        tiles.each(begin, end, [&](const Tile &tile) { step_tile(tile, settings, c, grad_scale, rows[thread]); });
+        tiles.each(begin, end, [&](const Tile &tile) {
+            step_tile(tile, settings, step.number, c, grad_scale, rows[thread]);
+        });
     });
     return LORAPAR_OK;
 }

@@ -31,14 +31,14 @@ struct Table {
 };
 static_assert(sizeof(Table) <= kTableBytes, "the table is a kernel parameter");
 
-struct Settings {
+// A step's number and constants. The host makes them, or, where the number or the rate is in memory, each block.
+struct Made {
+    int64_t number;
     Coefficients coefficients;
-    int64_t step;
-    uint64_t seed;
-    int param_type, grad_type;
-    bool stochastic;
-    const float *grad_scale;
-    int32_t *skipped;
+};
+
+struct Settings : lorapar_adamw_settings {
+    Made made;
 };
 
 __device__ inline float load(const void *from, int type, int64_t i) {
@@ -126,17 +126,33 @@ __device__ inline void store_half(const lorapar_adamw_tensor &tensor, const Sett
     }
 }
 
+// The step that memory names; number 0 where there is no such step.
+__device__ inline Made made_from_memory(const Settings &settings) {
+    const Step step = step_of(settings);
+    if (!valid(step)) return {0, {}};
+    const double power_1 = power_of(settings.beta1, step.number), power_2 = power_of(settings.beta2, step.number);
+    return {step.number, coefficients_of(settings, step.lr, power_1, power_2)};
+}
+
 template <bool kCodes>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ Settings settings) {
     __shared__ float shared[kThreads / 32];
     if (settings.skipped != nullptr && *settings.skipped != 0) return;
-    const Coefficients &c = settings.coefficients;
+    // Read where it is used: copies in registers would cost a block in six.
+    __shared__ Made made;
+    if (threadIdx.x == 0) {
+        const bool in_memory = settings.step_at != nullptr || settings.lr_at != nullptr;
+        made = in_memory ? made_from_memory(settings) : settings.made;
+    }
+    __syncthreads();
+    if (made.number == 0) return;
+    const Coefficients &c = made.coefficients;
     const float factor = c.grad_sign * (settings.grad_scale == nullptr ? 1.0f : *settings.grad_scale);
     for (int64_t number = blockIdx.x; number < table.first_tile[table.count]; number += gridDim.x) {
         const Places places = places_of(table, number);
         const lorapar_adamw_tensor &tensor = table.tensors[places.tensor];
-        const uint64_t key = key_of(settings.seed, settings.step, table.first_tensor + places.tensor);
+        const uint64_t key = key_of(settings.seed, made.number, table.first_tensor + places.tensor);
         float *largest_1 = tensor.scales + places.tile, *largest_2 = largest_1 + tiles_of(tensor.n);
         float param[kEach], gradient[kEach], exp_avg[kEach], exp_avg_sq[kEach];
         // All loads first, so that they are under way together.
@@ -226,8 +242,7 @@ int launch_tables(const lorapar_adamw_tensor *tensors, int64_t count, const Sett
 int lorapar_masked_adamw(const lorapar_adamw_tensor *tensors, int64_t count, const lorapar_adamw_settings *s,
                          intptr_t queue) {
     if (int status = check_adamw(tensors, count, s)) return status;
-    const Settings settings{coefficients_of(*s), s->step,      s->seed,    s->param_type, s->grad_type,
-                            s->stochastic != 0,  s->grad_scale, s->skipped};
+    const Settings settings{*s, {s->step, coefficients_of(*s, {s->step, s->lr})}};
     if (s->skipped != nullptr) {
         if (int status = status_of(cudaMemsetAsync(s->skipped, 0, sizeof(int32_t), stream_of(queue)))) return status;
         if (int status = launch_tables(tensors, count, settings, queue, nonfinite_kernel)) return status;

@@ -270,8 +270,11 @@ def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}
     # A row of a tile is 256 bytes, two whole lines. 128 rows share one B, which is read from L2 again for each tile: of
     # 16 ranks in fp32 a quarter of the bytes of y that it makes, half of them for 64 rows, and L2 would then be the
-    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks spill 8 bytes on sm_100.
-    return {"BT": 128 if R <= 64 else 64, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
+    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks, 64 at a time, spill 8 bytes on sm_100, and 64
+    # rows so 208 on sm_80.
+    if R > 64:
+        return {"BT": 64, "BN": 128, "BR": 32, "num_warps": 8, "num_stages": 2}
+    return {"BT": 128, "BN": 128, "BR": R, "num_warps": 8, "num_stages": 2}
 
 
 class _Plan(NamedTuple):

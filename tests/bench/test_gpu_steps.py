@@ -5,6 +5,7 @@ GPU's: events, graphs, streams and memory by stand-ins, Triton's launches record
 """
 
 import contextlib
+import functools
 import importlib
 import stat
 import sys
@@ -68,6 +69,7 @@ def lines(monkeypatch):
     for name, value in small.items():
         monkeypatch.setattr(cases, name, lambda value=value: value)
     monkeypatch.setattr(decoder, "sizes", lambda: decoder.SMALL)
+    monkeypatch.setattr(decoder, "batches", lambda: decoder.SMALL_BATCHES)
     monkeypatch.setattr(short, "TOKENS", short.SMALL_TOKENS)
     monkeypatch.setattr(short, "STEPS", short.SMALL_STEPS)
     monkeypatch.setattr(native_ops, "AWKWARD", (0, 33))
@@ -80,6 +82,8 @@ def lines(monkeypatch):
     monkeypatch.setattr(record, "_wrong", 0)
     # What was not computed differs from everything.
     monkeypatch.setattr(cases, "difference", lambda one, other: 0.0)
+    monkeypatch.setattr(cases, "differing", lambda one, other: 0)
+    monkeypatch.setattr(timing, "times", functools.partial(timing.times, rounds=2))
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     stand_ins = {
         "Event": Event, "Stream": Stream, "current_stream": Stream, "synchronize": lambda: None, "_sleep": int,

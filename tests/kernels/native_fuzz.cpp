@@ -305,7 +305,15 @@ static void optimizer() {
     float grad_scale = 0.5f;
     int32_t skipped = -1;
     lorapar_adamw_settings settings{1e-2, 0.9, 0.99, 1e-8, 0.1, 1, random_engine(), chance(2), stochastic, type, grad_type,
-                                    chance(2) ? &grad_scale : nullptr, chance(2) ? &skipped : nullptr};
+                                    chance(2) ? &grad_scale : nullptr, chance(2) ? &skipped : nullptr,
+                                    nullptr, nullptr, 0};
+    // The step's number and the rate in memory, each in an allocation of its own.
+    Array<int64_t> whole_step(1);
+    Array<float> float_step(1), rate(1, 1e-2f);
+    const int in_memory = static_cast<int>(below(3));
+    settings.step_type = in_memory == 2;
+    if (in_memory != 0) settings.step_at = in_memory == 1 ? static_cast<void *>(whole_step.get()) : float_step.get();
+    if (chance(2)) settings.lr_at = rate.get();
     auto step = [&] { return lorapar_masked_adamw(table.data(), count, &settings, some_queue()); };
     auto everything = [&] {
         std::vector<uint8_t> all;
@@ -316,6 +324,7 @@ static void optimizer() {
         return all;
     };
     for (settings.step = 1; settings.step < 4; ++settings.step) {
+        whole_step[0] = settings.step, float_step[0] = static_cast<float>(settings.step);
         const std::vector<uint8_t> old = everything();
         std::vector<std::vector<uint8_t>> params;
         for (const Parameter &p : parameters) params.push_back(p.param.bytes());
@@ -343,7 +352,31 @@ static void optimizer() {
     EXPECT(step() == LORAPAR_ERROR_SETTING);
     settings = fine, settings.param_type = 3;
     EXPECT(step() == LORAPAR_ERROR_SETTING);
+    settings = fine, settings.step_type = 2;
+    EXPECT(step() == LORAPAR_ERROR_SETTING);
+    settings = fine, settings.lr_at = misaligned(rate.get());
+    EXPECT(step() == LORAPAR_ERROR_ALIGNMENT);
+    settings = fine, settings.step_at = misaligned(whole_step.get());
+    EXPECT(step() == LORAPAR_ERROR_ALIGNMENT);
+    // What memory holds, the device sees too late to say.
+    const int bad = QUEUES ? LORAPAR_ERROR_SETTING : LORAPAR_OK;
+    settings = fine, settings.skipped = nullptr, settings.step_at = whole_step.get(), settings.step_type = 0;
+    for (const int64_t number : {int64_t{0}, int64_t{-3}, INT64_MIN}) {
+        whole_step[0] = number;
+        EXPECT(step() == bad && everything() == old);
+    }
+    settings.step_at = float_step.get(), settings.step_type = 1;
+    for (const float number : {0.0f, 0.5f, -1.0f, NAN, INFINITY, -INFINITY, 1e30f}) {
+        float_step[0] = number;
+        EXPECT(step() == bad && everything() == old);
+    }
+    settings.step_at = nullptr, settings.step_type = 0, settings.lr_at = rate.get();
+    for (const float number : {-1.0f, NAN, INFINITY}) {
+        rate[0] = number;
+        EXPECT(step() == bad && everything() == old);
+    }
     settings = fine;
+    whole_step[0] = 4, float_step[0] = 4.0f, rate[0] = 1e-2f;
     table[t].active = n + 1;
     EXPECT(step() == LORAPAR_ERROR_SIZE);
     table[t] = good, table[t].n = -1;

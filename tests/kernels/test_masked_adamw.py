@@ -138,6 +138,18 @@ def test_takes_a_leaf_that_requires_a_gradient():
         ({"grads": []}, "grads must hold 1 tensors, one a parameter, got 0"),
         ({"step": 0}, "step must be an int of at least 1, got 0"),
         ({"step": 1.0}, "step must be an int of at least 1, got 1.0"),
+        ({"step": torch.tensor(0)}, "step must hold a whole number of at least 1, got 0"),
+        ({"step": torch.tensor(1.5)}, "step must hold a whole number of at least 1, got 1.5"),
+        ({"step": torch.tensor(float("inf"))}, "step must hold a whole number of at least 1, got inf"),
+        ({"step": torch.tensor([1, 2])}, "step must be one int64 or float32 element, got 2 of torch.int64"),
+        (
+            {"step": torch.tensor(1, dtype=torch.int32)},
+            "step must be one int64 or float32 element, got 1 of torch.int32",
+        ),
+        ({"step": torch.ones((), device="meta")}, "step must be on the parameters' device, got meta beside cpu at 0"),
+        ({"lr": torch.tensor(0.1, dtype=torch.float64)}, "lr must be one float32 element, got 1 of torch.float64"),
+        ({"lr": torch.tensor(-1.0)}, "lr must be finite and at least 0, got -1.0"),
+        ({"lr": torch.ones((), device="meta")}, "lr must be on the parameters' device, got meta beside cpu at 0"),
         ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
         ({"eps": float("nan")}, "eps must be finite"),
         ({"weight_decay": -0.1}, "weight_decay must be finite"),
@@ -186,3 +198,23 @@ def test_prepared_refuses_what_no_longer_fits():
     with pytest.raises(ValueError, match=r"masks\[0\] must be \[4, 4\], as its parameter, got \[4, 3\]"):
         prepared.step([torch.ones(4, 4)], 1, lr=0.1)
     assert torch.equal(param, torch.ones(4, 4))
+
+
+def test_compiles_whole_and_once_for_all_steps():
+    params, masks, exp_avgs, exp_avg_sqs, generator = case(torch.float32, shapes=((8, 37), (5,)))
+    theirs, moments = [p.clone() for p in params], [[t.clone() for t in ts] for ts in (exp_avgs, exp_avg_sqs)]
+    prepared = PreparedAdamW(params, masks, exp_avgs, exp_avg_sqs)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step_of = torch.compile(lambda grads, step, lr: prepared.step(grads, step, lr=lr), backend=count, fullgraph=True)
+    for step in range(1, 5):
+        grads = [torch.randn(param.shape, generator=generator) for param in params]
+        step_of(grads, torch.tensor(step), torch.tensor(2.0**-7))
+        masked_adamw(theirs, grads, masks, *moments, step, lr=2.0**-7)
+    assert len(graphs) == 1
+    for mine, other in zip((*params, *exp_avgs, *exp_avg_sqs), (*theirs, *moments[0], *moments[1]), strict=True):
+        assert torch.equal(mine, other)

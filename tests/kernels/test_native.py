@@ -192,7 +192,7 @@ def test_a_library_that_does_not_load_warns(tmp_path, monkeypatch):
 
 def test_a_library_of_another_version_is_refused(library_file, monkeypatch):
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    with pytest.raises(OSError, match="has ABI version 6, expected 99: build it again"):
+    with pytest.raises(OSError, match="has ABI version 7, expected 99: build it again"):
         native.open_library(library_file)
     monkeypatch.setitem(native.SIGNATURES, "lorapar_of_tomorrow", ([], ctypes.c_int))
     with pytest.raises(OSError, match="has no function lorapar_of_tomorrow"):

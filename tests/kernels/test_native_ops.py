@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorapar_kernels import (
+    PreparedAdamW,
     index_mask,
     masked_adamw,
     pack_mask,
@@ -88,8 +89,16 @@ FORMS = {
 }
 
 
-def run_steps(device: str, dtype: torch.dtype, grad_dtype: torch.dtype, form: str, steps: int):
-    """Parameters and states after some steps, on the CPU."""
+def run_steps(
+    device: str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    form: str,
+    steps: int,
+    number=int,
+    rate: float | None = None,
+):
+    """Parameters and states after some steps, on the CPU; `number` makes what a step's number is given as."""
     generator = torch.Generator().manual_seed(3)
     params = [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in SHAPES]
     masks = [(torch.rand(shape, generator=generator) < 0.4).to(device) for shape in SHAPES]
@@ -104,9 +113,10 @@ def run_steps(device: str, dtype: torch.dtype, grad_dtype: torch.dtype, form: st
     scale = torch.tensor(0.37, device=device)
     for step in range(1, steps + 1):
         grads = [torch.randn(shape, generator=generator).to(grad_dtype).to(device) for shape in SHAPES]
-        done = masked_adamw(params, grads, masks, *moments, step, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, seed=11,
-                            grad_scale=scale, skip_nonfinite=True, **FORMS[form], **optional)  # fmt: skip
-        assert done
+        lr = torch.tensor(rate, device=device) if rate is not None else 1e-2
+        done = masked_adamw(params, grads, masks, *moments, number(step), lr=lr, betas=(0.9, 0.99), weight_decay=0.1,
+                            seed=11, grad_scale=scale, skip_nonfinite=True, **FORMS[form], **optional)  # fmt: skip
+        assert bool(done)
     return [tensor.cpu() for column in (params, *moments, *optional.values()) for tensor in column]
 
 
@@ -128,6 +138,61 @@ def test_masked_adamw_is_the_reference_to_the_bit(every_backend, monkeypatch, dt
             expected = run_steps("cpu", dtype, grad_dtype, form, 3)
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, "plain"), (torch.bfloat16, "codes, stochastic")])
+@pytest.mark.parametrize("step_dtype", [torch.int64, torch.float32])
+def test_a_step_and_a_rate_in_memory_give_the_same_bits(every_backend, dtype, form, step_dtype):
+    expected = run_steps(every_backend, dtype, dtype, form, 3)
+
+    def in_memory(step: int) -> torch.Tensor:
+        return torch.tensor([step], dtype=step_dtype, device=every_backend)
+
+    for one, other in zip(run_steps(every_backend, dtype, dtype, form, 3, in_memory), expected, strict=True):
+        assert torch.equal(one, other)
+    # 2⁻⁷ is one number in fp32 and in double.
+    rates = [run_steps(every_backend, dtype, dtype, form, 3, in_memory, rate) for rate in (2.0**-7, 2.0**-9)]
+    assert not torch.equal(rates[0][0], rates[1][0])
+    assert not torch.equal(rates[0][0], expected[0])
+
+
+def constants(device: str, step, beta1: float, beta2: float) -> tuple[float, float]:
+    """The step's rate and root factor at a rate of 1, from elements whose moments do not change."""
+    found = []
+    for betas in ((beta1, 0.0), (0.0, beta2)):
+        param, ones = torch.zeros(1, device=device), torch.ones(1, device=device)
+        mask, moments = torch.ones(1, dtype=torch.bool, device=device), [torch.ones(1, device=device) for _ in range(2)]
+        masked_adamw([param], [ones], [mask], [moments[0]], [moments[1]], step, lr=1.0, betas=betas, eps=0.0,
+                     weight_decay=0.0)  # fmt: skip
+        assert float(moments[0]) == 1.0
+        found.append(-float(param) * float(moments[1]) ** 0.5)
+    return found[0], 1.0 / found[1]
+
+
+@pytest.mark.parametrize("step_dtype", [torch.int64, torch.float32])
+def test_bias_corrections_from_memory_against_float64(every_backend, step_dtype):
+    for beta1, beta2 in ((0.9, 0.999), (0.0, 0.95), (0.99999, 0.999999)):
+        for step in (1, 2, 3, 7, 100, 1023, 12_345, 1_000_000, 1 << 24):
+            number = torch.tensor(step, dtype=step_dtype, device=every_backend)
+            rate, root = constants(every_backend, number, beta1, beta2)
+            expected = 1.0 / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step) ** 0.5
+            # The rate is rounded once; the root factor is seen through four more roundings.
+            assert abs(rate / expected[0] - 1.0) <= 2.0**-24
+            assert abs(root / expected[1] - 1.0) <= 5 * 2.0**-24
+
+
+def test_a_step_in_memory_that_is_skipped_says_so_in_memory(every_backend):
+    param, state = torch.ones(40, device=every_backend), [torch.zeros(40, device=every_backend) for _ in range(2)]
+    mask = torch.ones(40, dtype=torch.bool, device=every_backend)
+    prepared = PreparedAdamW([param], [mask], [state[0]], [state[1]])
+    taken = torch.zeros((), dtype=torch.int64, device=every_backend)
+    for value in (1.0, float("inf"), 2.0, float("nan")):
+        grads = [torch.full((40,), value, device=every_backend)]
+        done = prepared.step(grads, taken + 1, lr=0.1, skip_nonfinite=True)
+        assert isinstance(done, torch.Tensor)
+        taken += done
+    assert int(taken) == 2
+    assert bool(param.isfinite().all())
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_where_asked(every_backend):
@@ -216,7 +281,8 @@ OPCHECKS = {
     "masked_adamw": lambda: (
         torch.ops.lorapar.masked_adamw,
         ([torch.ones(3)], [torch.ones(3)], [torch.tensor([5], dtype=torch.int32)], [torch.tensor([0, 2])],
-         [torch.zeros(2)], [torch.zeros(2)], [], [], None, 1, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0, False),
+         [torch.zeros(2)], [torch.zeros(2)], [], [], None, None, None, 1, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0,
+         False),
     ),
 }  # fmt: skip
 

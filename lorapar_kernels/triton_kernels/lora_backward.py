@@ -411,17 +411,23 @@ def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
     return [place for each in zip(*entries) for place in (*each, *rest)]
 
 
+def _filled(tensors: Sequence[Sequence[Any]], here: slice, size: int) -> list[Any]:
+    """`_places` of the entries `here`, of their first arguments, their second ones, ..."""
+    rest = (None,) * (size - here.stop + here.start)
+    return [place for each in tensors for place in (*each[here], *rest)]
+
+
 class _Plan(NamedTuple):
     """One launch, but for its tensors.
 
     Attributes:
-        here: which of the layers or outputs it serves, as a launcher counts them.
+        here: which of the layers, their pieces, or the outputs it serves.
         numbers: the kernel's last arguments.
     """
 
     launch: Launch
     grid: tuple[int, ...]
-    here: Any
+    here: slice
     numbers: tuple[Any, ...]
 
 
@@ -524,9 +530,7 @@ def _add_up(
     plans: list[_Plan], parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None]
 ) -> None:
     for plan in plans:
-        here = plan.here
-        rest = (None,) * (REDUCED + here.start - here.stop)
-        plan.launch(plan.grid, *parts[here], *rest, *masks[here], *rest, *outs[here], *rest, *plan.numbers)
+        plan.launch(plan.grid, *_filled((parts, masks, outs), plan.here, REDUCED), *plan.numbers)
 
 
 class _OutputPlan(NamedTuple):
@@ -611,15 +615,18 @@ def output_gradients(
     plan = _plan_output(T, R, dtype, precision(dys[0]), p, tuple(of_layers))
     ds_parts = [torch.empty(shape, dtype=FP32, device=device) for shape in plan.ds]
     db_parts = [None if shape is None else torch.empty(shape, dtype=FP32, device=device) for shape in plan.db]
-    layers = list(zip(dys, factors, columns, stripes, ds_parts, db_parts))
+    tensors: Sequence[Sequence[Any]] = (dys, factors, columns, stripes, ds_parts, db_parts)
     if plan.width < R:
-        layers = [_cut(layer, r, plan.width) for layer in layers for r in range(0, R, plan.width)]
+        tensors = list(
+            zip(*(_cut(of_layer, r, plan.width) for of_layer in zip(*tensors) for r in range(0, R, plan.width)))
+        )
     for one in plan.passes:
-        one.launch(one.grid, *_places(layers[one.here], GROUP), *one.numbers)
+        one.launch(one.grid, *_filled(tensors, one.here, GROUP), *one.numbers)
     dss = [torch.empty((T, R), dtype=dtype, device=device) for _ in columns]
-    dbs = [b.new_empty(b.shape) if need else None for b, need in zip(lora_bs, needs_b)]
-    of_b = [(part, db, _bits(mask)) for part, db, mask in zip(db_parts, dbs, masks) if db is not None]
-    parts, outs, active = zip(*((part, ds, None) for part, ds in zip(ds_parts, dss)), *of_b)
+    dbs = [torch.empty(b.shape, dtype=b.dtype, device=device) if need else None for b, need in zip(lora_bs, needs_b)]
+    parts = [*ds_parts, *(part for part in db_parts if part is not None)]
+    outs = [*dss, *(db for db in dbs if db is not None)]
+    active = [*(None for _ in dss), *(_bits(mask) for mask, need in zip(masks, needs_b) if need)]
     _add_up(plan.sums, parts, outs, active)
     return dss, dbs
 
@@ -635,10 +642,12 @@ class _InputPlan(NamedTuple):
     """What `input_gradients` launches, but for its tensors.
 
     Attributes:
-        passes, sums: over x, each of pieces of layers (which, and its ranks or None for all); of each piece of a dA.
+        pieces: of layers, which and their ranks, where not every layer is one piece.
+        passes, sums: over x; of each piece of a dA.
         part: by pass, the shape of a piece's parts.
     """
 
+    pieces: list[tuple[int, slice]] | None
     passes: list[_Plan]
     part: list[tuple[int, int, int]]
     sums: list[_Plan]
@@ -653,14 +662,15 @@ def _plan_input(
     size = dtype.itemsize
     width, group = _width(size, R, 256), group_size(size, K, R, p)
     pieces = [
-        (g, None if width == R else slice(r, r + width), min(rank - r, width), *rest)
+        (g, slice(r, r + width), min(rank - r, width), *rest)
         for g, (rank, *rest) in enumerate(layers)
         if needs_x or rest[2]
         for r in range(0, rank, width)
     ]
     passes, shapes, outs = [], [], []
     for start in range(0, len(pieces), group):
-        members = pieces[start : start + group]
+        here = slice(start, min(start + group, len(pieces)))
+        members = pieces[here]
         tiles = _input_tiles(size, K, width, len(members), p)
         blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
         t_split = _steps_a_range(blocks, steps, PROGRAMS // 2) * tiles["BT"]
@@ -673,12 +683,14 @@ def _plan_input(
             dtype, needs_x, reads_bits, stride, R, *integers, *kinds,
         )  # fmt: skip
         numbers = (T, t_split, K, stride, R, *_places(integers, GROUP), round(p * 65536))
-        passes.append(_Plan(launch, (blocks, splits), [(g, ranks) for g, ranks, *_ in members], numbers))
+        passes.append(_Plan(launch, (blocks, splits), here, numbers))
         shapes.append((splits, width, K))
         for _, _, rank, _, a_dtype, need, _, masked in members:
             if need:
                 outs.append((splits, width, K, FP32, rank, K, a_dtype, masked, 1.0))
-    return _InputPlan(passes, shapes, _plan_reduce(tuple(outs)))
+    whole = len(pieces) == len(layers) and width == R
+    which = None if whole else [(g, ranks) for g, ranks, *_ in pieces]
+    return _InputPlan(which, passes, shapes, _plan_reduce(tuple(outs)))
 
 
 def input_gradients(
@@ -708,29 +720,34 @@ def input_gradients(
         (a.shape[0], a.stride(0), a.dtype, need, stripe is not None, mask is not None)
         for a, need, stripe, mask in zip(rows, needs_a, stripes, masks)
     ]
-    drawn = not bits
-    plan = _plan_input(T, K, x.stride(0), R, dtype, precision(x), p, not drawn, needs_x, tuple(of_layers))
-    parts: list[Tensor] = []
-    outs: list[Tensor] = []
-    active: list[Tensor | None] = []
+    reads_bits = len(bits) > 0
+    plan = _plan_input(T, K, x.stride(0), R, dtype, precision(x), p, reads_bits, needs_x, tuple(of_layers))
+    stripes = [stripe if need else None for stripe, need in zip(stripes, needs_a)]
+    no_tensors = (None,) * len(factors)
+    tensors = [rows, dss, no_tensors if reads_bits else seeds, bits if reads_bits else no_tensors, stripes, das]
+    active: Sequence[Tensor | None] = [None if mask is None else _bits(mask) for mask in masks]
+    if plan.pieces is not None:
+        if not plan.pieces:
+            return dx, das
+        *tensors, active = zip(*(_piece(g, ranks, [*tensors, active]) for g, ranks in plan.pieces))
+    outs, parts = tensors.pop(), []
     for one, shape in zip(plan.passes, plan.part):
-        members = []
-        for g, ranks in one.here:
-            a, ds, da, part, mask = rows[g], dss[g], das[g], None, masks[g]
-            # As large a rank goes in pieces: rows of A, dA and the mask, columns of dS.
-            if ranks is not None:
-                a, ds, da = a[ranks], ds[:, ranks], None if da is None else da[ranks]
-            if da is not None:
-                part = torch.empty(shape, dtype=FP32, device=device)
-                parts.append(part)
-                outs.append(da)
-                words = _bits(mask)
-                active.append(words if words is None or ranks is None else words[ranks])
-            seed, kept = (seeds[g], None) if drawn else (None, bits[g])
-            members.append((a, ds, seed, kept, None if da is None else stripes[g], part))
-        one.launch(one.grid, x, dx, *_places(members, GROUP), *one.numbers)
-    _add_up(plan.sums, parts, outs, active)
+        made = [None if da is None else torch.empty(shape, dtype=FP32, device=device) for da in outs[one.here]]
+        one.launch(
+            one.grid, x, dx, *_filled(tensors, one.here, GROUP), *made, *(None,) * (GROUP - len(made)), *one.numbers
+        )
+        parts += made
+    wanted = [(part, da, words) for part, da, words in zip(parts, outs, active) if part is not None]
+    if wanted:
+        _add_up(plan.sums, *zip(*wanted))
     return dx, das
+
+
+def _piece(g: int, ranks: slice, tensors: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Some ranks of a layer: rows of its A, dA and mask, columns of its dS."""
+    a, ds, seed, bits, stripes, da, words = (of_layers[g] for of_layers in tensors)
+    da, words = (None if entry is None else entry[ranks] for entry in (da, words))
+    return a[ranks], ds[:, ranks], seed, bits, stripes, da, words
 
 
 def _width(size: int, R: int, most: int) -> int:

@@ -11,8 +11,8 @@ parts, and S comes as fp32 parts [splits, T, R], which the expand adds up in the
 The mask is a function of (seed, element) as in dropout.py, so nothing of x's size is kept for it, unless the backward
 is to read it: then the shrink writes it down as bits, X / 16 in bf16. Deterministic: no atomics, one order of sums.
 
-Trade-off: y is written here and read again by the product's epilogue, where a product of our own (lora_product.py) would
-open its accumulator with the expand. But cuBLAS's product stays, its read of y hides behind its arithmetic, and no
+Trade-off: y is written here and read again by the product's epilogue, where a product of our own (lora_product.py)
+opens its accumulator with the expand. But cuBLAS's product stays, its read of y hides behind its arithmetic, and no
 clone of y is ever made. A and B are read as they are stored, fp32 or x's dtype, and rounded in registers.
 
 Triton compiles a kernel again where an integer argument becomes 1 or a multiple of 16. That is switched off for what
@@ -58,7 +58,7 @@ def shrink_kernel(
 ):  # fmt: skip
     """s_ptr [splits, T, R] <- scale · (keep ⊙ x) Aᵀ of each of G layers, over columns k_split · program_id(1) onwards.
 
-    bits_ptr: where a layer's keep is written as by `store_bits`; None: nowhere.
+    bits_ptr: where a layer's keep is written as by `keep_and_store_tile`; None: nowhere.
     """
     i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = i_t < T
@@ -136,13 +136,14 @@ def expand_kernel(
             parts0_ptr, s0_ptr, b0_ptr, bias0_ptr, base0_ptr, y0_ptr, i_t, first, n_group, T, splits0, N0, rank0,
             b0_stride, base0_stride, scaling0, R, BT, BN, BR, PRECISION,
         )  # fmt: skip
-    if G > 1:
+    # Nested, because G is known when the kernel is compiled: there is no code for layers that are absent.
+    if G > 1:  # noqa: SIM102
         if layer == 1:
             _write_columns(
                 parts1_ptr, s1_ptr, b1_ptr, bias1_ptr, base1_ptr, y1_ptr, i_t, first, n_group, T, splits1, N1, rank1,
                 b1_stride, base1_stride, scaling1, R, BT, BN, BR, PRECISION,
             )  # fmt: skip
-    if G > 2:
+    if G > 2:  # noqa: SIM102
         if layer == 2:
             _write_columns(
                 parts2_ptr, s2_ptr, b2_ptr, bias2_ptr, base2_ptr, y2_ptr, i_t, first, n_group, T, splits2, N2, rank2,
@@ -240,7 +241,7 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     if is_slow(size, columns, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     if G > 1 and R * G <= 64:
-        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, one program a multiprocessor of 64 K. Of
+        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, so one program a multiprocessor. Of
         # these fit three (two where bits are kept), with three tiles of x of 4 KB each on their way: 36 KB a
         # multiprocessor, where 4.3 TB/s · 0.7 µs over 132 of them is 23 KB.
         return {"BT": 64, "BK": 32, "num_warps": 4, "num_stages": 4}
@@ -278,9 +279,7 @@ def _shrink_launch(
     """kind: what else makes a kernel of its own (dtypes, ranks, strides, which arguments are there)."""
     del kind
     switches = dropout_switches(p, K)
-    return Launch(
-        shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p)
-    )
+    return Launch(shrink_kernel, G=G, R=R, PRECISION=precision, **switches, **_shrink_tiles(dtype.itemsize, K, R, G, p))
 
 
 def shrink(
@@ -320,9 +319,7 @@ def shrink(
 
 
 @functools.cache
-def _expand_launch(
-    dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]
-) -> Launch:
+def _expand_launch(dtype: torch.dtype, aligned: bool, R: int, G: int, precision: str, kind: tuple[Any, ...]) -> Launch:
     """kind: as in `_shrink_launch`."""
     del kind
     return Launch(expand_kernel, G=G, R=R, PRECISION=precision, **_expand_tiles(dtype.itemsize, aligned, R))

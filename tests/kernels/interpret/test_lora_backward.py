@@ -45,7 +45,7 @@ def padded(matrix, R):
 
 
 def packed(keep):
-    """The mask [T, K] as `store_bits` writes it."""
+    """The mask [T, K] as `keep_and_store_tile` writes it."""
     lanes = keep.view(*keep.shape[:-1], -1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)
     return lanes.sum(-1).to(torch.uint8)
 

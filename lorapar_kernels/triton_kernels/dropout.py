@@ -2,7 +2,14 @@
 
 A program makes BLOCK Philox blocks of 8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other
 kernels, which draw the mask where they need it.
+
+What a draw costs on sm_90, counted in the shrink's loop (bench/LOG.md): 9 instructions an element. Each of Philox's
+products, of 32 by 32 bits into 64, is one instruction; its keys come from a scalar seed, and stay in the uniform
+registers; the draws are compared in place, and no Philox block's elements leave their thread.
 """
+
+# Triton's annotations describe the language from outside and differ between its releases.
+# pyright: reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence

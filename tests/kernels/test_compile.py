@@ -47,6 +47,8 @@ def test_every_kernel_compiles_for_every_architecture():
     usual = [row for row in products if row[-5] == "sm_90" and "R=16" in row and ("BT=64" in row or "BT=128" in row)]
     assert usual
     assert {row[-1] for row in usual} == {"wgmma"}
+    of_expands = [row for row in rows if row[0] == "expand_kernel" and "bf16" in row[1]]
+    assert {row[-1] for row in of_expands if row[-5] == "sm_90"} == {"wgmma"}
     of_products = [row for row in rows if row[0] == "product_kernel" and not row[1].startswith("fp32")]
     assert {row[-1] for row in of_products if row[-5] == "sm_90"} == {"wgmma"}
     assert {row[-1] for row in of_products if row[-5] == "sm_100"} == {"tcgen05.mma"}
@@ -156,7 +158,7 @@ def test_what_is_recorded_is_what_is_launched():
     import torch
 
     from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import shrink
+    from lorapar_kernels.triton_kernels.lora_forward import shrink
 
     x, a = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(8, 4096, device="meta")
     with recording() as variants:
@@ -164,13 +166,15 @@ def test_what_is_recorded_is_what_is_launched():
     kernel = variants[0]
     assert kernel.kernel.__name__ == "shrink_kernel"
     assert kernel.signature["x_ptr"] == "*bf16"
-    assert kernel.signature["a_ptrs"] == ("*fp32",)
-    assert kernel.signature["ranks"] == ("i32",)
+    assert kernel.signature["a0_ptr"] == "*fp32"
+    assert kernel.signature["a1_ptr"] == "constexpr"
+    assert kernel.signature["rank0"] == "i32"
     assert kernel.constants["R"] == 16
     names = list(kernel.signature)
+    assert kernel.constants[(names.index("a1_ptr"),)] is None
     assert (names.index("K"),) in kernel.aligned
-    assert (names.index("ranks"), 0) not in kernel.aligned
-    assert [variant.kernel.__name__ for variant in variants] == ["shrink_kernel", "reduce_kernel"]
+    assert (names.index("rank0"),) not in kernel.aligned
+    assert len(variants) == 1
 
 
 def test_warming_hands_over_what_a_launch_would(monkeypatch):
@@ -244,18 +248,21 @@ def test_a_batch_s_number_of_examples_makes_no_kernel_of_its_own():
 RAGGED = (1, 2, 15, 16, 17, 100, 512, 513, 527, 1024, 8191, 8192, 8200, 20000)
 
 
-def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own():
+@pytest.mark.parametrize("module", ["lora_forward", "lora_passes"])
+def test_a_batch_s_number_of_tokens_makes_no_kernel_of_its_own(module):
     """What few and what many tokens launch, which is compiled ahead of time, is all that any number launches."""
-    from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import REPRESENTATIVE, _launch_all
+    import importlib
 
-    for case in REPRESENTATIVE:
+    from lorapar_kernels.triton_kernels.launch import recording
+
+    launchers = importlib.import_module(f"lorapar_kernels.triton_kernels.{module}")
+    for case in launchers.REPRESENTATIVE:
         with recording() as ahead:
-            _launch_all(*case)
+            launchers._launch_all(*case)
         of_tokens = {}
         for tokens in RAGGED:
             with recording() as of_tokens[tokens]:
-                _launch_all(*case, tokens=tokens)
+                launchers._launch_all(*case, tokens=tokens)
             assert all(variant in ahead for variant in of_tokens[tokens]), (case, tokens)
         # Of few tokens S and dS come in parts of fp32, which are added up; of many (8,191 here) at once, in x's dtype.
         assert all(of_tokens[tokens] == of_tokens[1] for tokens in RAGGED if tokens < 8191), case
@@ -294,7 +301,8 @@ def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
     import torch
 
     from lorapar_kernels.triton_kernels.launch import recording
-    from lorapar_kernels.triton_kernels.lora_passes import input_gradients, output_gradients, shrink
+    from lorapar_kernels.triton_kernels.lora_forward import expand, shrink
+    from lorapar_kernels.triton_kernels.lora_passes import input_gradients, output_gradients
 
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -303,7 +311,8 @@ def test_nor_do_the_share_dropped_and_a_scaling_that_is_an_integer():
     sets = []
     for p, scaling in ((0.05, 0.5), (0.25, 1), (1 / 65536, 16)):
         with recording() as variants:
-            (s,) = shrink(x, [a], p, [seed])
+            parts, _ = shrink(x, [a], p, [seed])
+            _, (s,) = expand(parts, [b], [scaling], [None], [None], torch.bfloat16)
             ds, _ = output_gradients(x, b, s, scaling, p, None, True)
             input_gradients(x, x, [a], [ds], p, [seed], [None], [True])
         sets.append(variants)

@@ -576,8 +576,8 @@ def input_gradients(
     """dX [T, K] = Σ keep ⊙ (dS A) in x's dtype, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's, of each layer of a group.
 
     x: [T, K], unit column stride, T ≥ 1. dss: dS [T, R] in x's dtype, contiguous, with the factor 1 / (1 − p).
-    bits: each layer's dropout mask as `keep_and_store_tile` wrote it, or [], where it is drawn from the seed. dA is 0 outside
-    its mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
+    bits: each layer's dropout mask as `shrink` wrote it, or [], where it is drawn from the seed. dA is 0 outside its
+    mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
     """
     (T, K), R, dtype, size = x.shape, dss[0].shape[1], x.dtype, x.element_size()
     dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None

@@ -5,7 +5,7 @@ PEFT's names, saving, loading, merging and adapter switching are untouched. It k
 when it is made, so that a layer that exists already can be made one by its `__class__`.
 
 The base's product and the adapter's are one op where nothing can tell them apart: where the base is an `nn.Linear`
-and nothing else (`is_plain`), or has a frozen weight that a subclass hands over (`frozen`). Any other base is called as
+and nothing else (`plain_weight`), or has a frozen weight that a subclass hands over (`frozen`). Any other base is called as
 PEFT calls it and the adapter's share is added to what it returns, so that a forward of its own, an inner adapter, hooks
 and offloading take part. An adapter whose share is not s · drop(x) Aᵀ Bᵀ of two weights (a variant, hooks, a bias of B)
 is computed by PEFT's own arithmetic.
@@ -54,16 +54,17 @@ class FastLayer(Linear if TYPE_CHECKING else object):
     def part(self, x: Tensor) -> Part | None:
         """What the call is computed of where it is one op: a frozen base and one adapter; else None."""
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
-        state, parts = self.__dict__, cast(Any, self._modules)
-        name = _only(state["_active_adapter"])
-        if name is None or state["_disable_adapters"] or state["merged_adapters"]:
+        state = self.__dict__
+        parts, name = state["_modules"], _only(state["_active_adapter"])
+        if name is None or state["_disable_adapters"] or state["merged_adapters"] or name in state["lora_variant"]:
             return None
-        if name not in parts["lora_A"]._modules or not self.is_vanilla(name):
+        there, dropouts = parts["lora_A"]._modules, parts["lora_dropout"]._modules
+        if name not in there or state["lora_bias"][name] or not _is_plain_dropout(dropouts[name]):
             return None
-        frozen = self.frozen(x)
-        if frozen is None:
+        a, b, frozen = plain_weight(there[name]), plain_weight(parts["lora_B"]._modules[name]), self.frozen(x)
+        if a is None or b is None or frozen is None:
             return None
-        terms = self.terms(name)
+        terms = self.terms(name, a, b)
         return Part(self, name, frozen, terms, self.dropout_p(name)) if terms.a.shape[0] > 0 else None
 
     def is_intercepted(self) -> bool:
@@ -101,7 +102,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             if not (alone and self.is_vanilla(name)):
                 y = self.as_peft(self.base_layer(x) if y is None else y, x, name, for_variants | kwargs)
                 continue
-            terms = self.terms(name)
+            terms = self.terms(name, *self.factors(name)[:2])
             if terms.a.shape[0] > 0:
                 y = self.with_share(x, frozen, y, terms, self.dropout_p(name))
         return self.base_layer(x) if y is None else y
@@ -109,11 +110,14 @@ class FastLayer(Linear if TYPE_CHECKING else object):
     def frozen(self, x: Tensor) -> Frozen | None:
         """The base's weight and bias, where its output is x Wᵀ + bias and neither has a gradient; else None."""
         base = cast(nn.Module, self._modules["base_layer"])
-        if not is_plain(base):
-            return None
+        weight = plain_weight(base)
         # The op gives the base no gradient.
-        weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
-        return None if weight.requires_grad or (bias is not None and bias.requires_grad) else (weight, bias)
+        if weight is None or weight.requires_grad:
+            return None
+        bias = base._parameters.get("bias")
+        if bias is None:
+            bias = base.__dict__.get("bias")
+        return None if bias is not None and bias.requires_grad else (weight, bias)
 
     def is_vanilla(self, name: str) -> bool:
         """Whether the adapter's share is s · drop(x) Aᵀ Bᵀ of the two weights, and its modules have no hooks."""
@@ -121,8 +125,8 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             return False
         parts: Any = self._modules
         return (
-            is_plain(parts["lora_A"]._modules[name])
-            and is_plain(parts["lora_B"]._modules[name])
+            plain_weight(parts["lora_A"]._modules[name]) is not None
+            and plain_weight(parts["lora_B"]._modules[name]) is not None
             and _is_plain_dropout(parts["lora_dropout"]._modules[name])
         )
 
@@ -154,9 +158,9 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         share = _masked_call(b, _masked_call(a, x, masks[0]), masks[1])
         return (y + share * self.scaling[name]).to(y.dtype)
 
-    def terms(self, name: str) -> Terms:
-        """What the adapter `name` is computed with."""
-        return Terms(*self.factors(name), *self.masks(name))
+    def terms(self, name: str, a: Tensor, b: Tensor) -> Terms:
+        """What the adapter `name` is computed with; a and b are its weights."""
+        return Terms(a, b, self.scaling[name], *self.masks(name))
 
     def masks(self, name: str) -> tuple[TiledMask | None, TiledMask | None]:
         """The masks of lora_A and lora_B; None: every element has its gradient."""
@@ -169,8 +173,10 @@ class FastLayer(Linear if TYPE_CHECKING else object):
 
     def dropout_p(self, name: str) -> float:
         """The share of x that the adapter's dropout drops in this call."""
+        if not self.training:
+            return 0.0
         dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
-        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _only(active: str | list[str]) -> str | None:
@@ -178,21 +184,20 @@ def _only(active: str | list[str]) -> str | None:
     return active if isinstance(active, str) else active[0] if len(active) == 1 else None
 
 
-def is_plain(module: Any) -> bool:
-    """Whether `module(x)` is x Wᵀ + bias and nothing else happens in the call.
+def plain_weight(module: Any) -> Tensor | None:
+    """The weight where `module(x)` is x Wᵀ + bias and nothing else happens in the call; else None.
 
-    False for a subclass (a forward of its own, a parametrization), a forward put on the instance (accelerate), hooks,
-    and a weight of a tensor class of its own (quantised, sharded). It is asked in every call: hooks come and go.
+    None for a subclass (a forward of its own, a parametrization), a forward put on the instance (accelerate), hooks,
+    and a weight of a tensor class of its own (quantised, sharded). It is asked in every call: hooks come and go. The
+    weight of a replica (DataParallel) is no parameter.
     """
     if type(module) is not nn.Linear or _is_watched(module):
-        return False
-    kind = type(_tensor(module, "weight"))
-    return kind is nn.Parameter or kind is Tensor
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
-    return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = module.__dict__.get("weight")
+    kind = type(weight)
+    return weight if kind is nn.Parameter or kind is Tensor else None
 
 
 def nothing_watches_all() -> bool:

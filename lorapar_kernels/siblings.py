@@ -75,12 +75,18 @@ class Part(NamedTuple):
 def computed(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """Each layer's output for x, by one op; dropout seeds are drawn in their order."""
     p, layers = parts[0].p, []
+    autocast, traced = torch._C._is_any_autocast_enabled(), _is_traced()
     for part in parts:
-        x, weight, bias = in_autocast(x, *part.frozen)
+        weight, bias = part.frozen
+        if autocast:
+            x, weight, bias = in_autocast(x, weight, bias)
         a, b, scaling, mask_a, mask_b = part.terms
         seed = draw_seed(x.device) if p > 0.0 else None
         layer = LoraLayer(weight, bias, None, *as_wide(x, a, b), scaling, mask_a, mask_b, seed)
-        check_once(part.layer, x, layer, p)
+        if traced:
+            check_layer(x, layer, p)
+        else:
+            check_once(part.layer, x, layer, p)
         layers.append(layer)
     return lora_layers(x, layers, p)
 
@@ -100,8 +106,6 @@ def in_autocast(
     x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | FrozenWeight, Tensor | None]:
     """x and the base's tensors in the dtype that they are computed in."""
-    if not torch._C._is_any_autocast_enabled():
-        return x, weight, bias
     dense = weight if isinstance(weight, Tensor) else None
     x_, weight_, bias_ = as_autocast(x, dense, bias)
     assert x_ is not None
@@ -110,24 +114,17 @@ def in_autocast(
 
 def check_once(owner: Any, x: Tensor, layer: LoraLayer, p: float) -> None:
     """`check_layer`, unless `owner`'s last arguments were accepted and all that it asks about is the same."""
-    if _is_traced():
-        check_layer(x, layer, p)
-        return
-    facts = _facts(x, layer, p)
-    if facts != owner._accepted:
-        check_layer(x, layer, p)
-        owner._accepted = facts
-
-
-def _facts(x: Tensor, layer: LoraLayer, p: float) -> tuple[Any, ...]:
-    """All that `check_layer` asks of its arguments; a base that is trained does not come here (`frozen`)."""
-    weight, bias, _, a, b, _, mask_a, mask_b, seed = layer
+    weight, bias, _, a, b, _, mask_a, mask_b, _ = layer
     assert weight is not None
-    of_masks = [None if mask is None else (mask.mask.shape, mask.mask.device) for mask in (mask_a, mask_b)]
+    # A base that is trained does not come here (`frozen`), and a mask stays as it is.
     of_bias = None if bias is None else (bias.shape, bias.device)
-    of_weight = weight.shape, weight.device, weight.dtype if isinstance(weight, Tensor) else None
-    of_factors = a.shape, a.device, a.dtype, b.shape, b.device, b.dtype
-    return x.dtype, x.device, x.shape[-1], p, seed is None, *of_weight, of_bias, *of_factors, *of_masks
+    of_base = weight.shape, weight.device, getattr(weight, "dtype", None), of_bias
+    facts = x.shape[-1], x.dtype, x.device, p, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device, *of_base
+    last = owner._accepted
+    if last is not None and last[0] is mask_a and last[1] is mask_b and last[2] == facts:
+        return
+    check_layer(x, layer, p)
+    owner._accepted = mask_a, mask_b, facts
 
 
 def _is_traced() -> bool:

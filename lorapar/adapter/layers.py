@@ -102,13 +102,12 @@ class MaskedLayer(FastLayer):
     def masks(self, name: str) -> tuple[lk.TiledMask | None, lk.TiledMask | None]:
         return self.prepared().masks if name == ADAPTER else (None, None)
 
-    def terms(self, name: str) -> Terms:
+    def terms(self, name: str, a: Tensor, b: Tensor) -> Terms:
         live = self._buffers["live_ranks"]
         if name != ADAPTER or live is None:
-            return super().terms(name)
-        a, b, scaling = self.factors(name)
+            return super().terms(name, a, b)
         # Gradients go back to their places.
-        return Terms(a.index_select(0, live), b.index_select(1, live), scaling, *self.prepared().of_live)
+        return Terms(a.index_select(0, live), b.index_select(1, live), self.scaling[name], *self.prepared().of_live)
 
     def prepared(self) -> "Prepared":
         """The masks as the op takes them; made again where a caller set others, or moved them to another device."""

@@ -218,7 +218,7 @@ def _input_loop(
 ):  # fmt: skip
     """Down the program's tokens; without NEEDS_A x is not read."""
     kind: tl.constexpr = x_ptr.dtype.element_ty
-    NEEDS_X: tl.constexpr = dx_ptr is not None
+    NEEDS_X: tl.constexpr = dx_ptr is not None  # pyright: ignore[reportAssignmentType]
     # Before the loop, which the compiler would stage A's tiles for.
     b_a0 = _factor(a0_ptr, i_k, rank0, K, a_stride0, R, NEEDS_X, kind)
     b_a1 = _factor(a1_ptr, i_k, rank1, K, a_stride1, R, NEEDS_X and G > 1, kind)
@@ -294,9 +294,10 @@ def _add_layer(
 ):  # fmt: skip
     """One layer's share of a tile: b_dx [BT, BK] + keep ⊙ (dS A), and acc [R, BK] + dSᵀ (keep ⊙ x)."""
     i_r = tl.arange(0, R)
-    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=(i_t < T)[:, None], other=0.0)
-    b_kept = b_x
     k = tl.program_id(0) * BK
+    m_t = (i_t < T)[:, None]
+    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t, other=0.0)
+    keep, b_kept = m_t, b_x
     if DROPOUT:
         if bits_ptr is not None:
             keep = _kept(bits_ptr, i_t, k, T, K, BK)
@@ -462,10 +463,19 @@ def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str,
         # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
         BK = 16 if size == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
-    # A tile of 16 KB or two under way for each program; wide, because each program reads dS anew.
-    if R * G <= 48:
-        return {"BT": 32, "BK": 128, "num_warps": 8, "num_stages": 4}
-    return {"BT": 32, "BK": 64 if R <= 64 else 32, "num_warps": 8, "num_stages": 2}
+    if columns % 16 != 0:
+        return {"BT": 32, "BK": 64 if R <= 32 else 32, "num_warps": 8, "num_stages": 3 if R <= 32 else 2}
+    if R * G == 16:
+        # At most 128 registers a thread, so four programs a multiprocessor, each with three tiles of x of 4 KB on their
+        # way. 128 columns at 8 warps spill 8 bytes on sm_80.
+        return {"BT": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
+    if R <= 32:
+        # Wide, because each program reads dS anew: 96 bytes a token of q, k, v at rank 16, beside 256 of x. Three
+        # layers of 32 ranks have no registers for it.
+        return {"BT": 32, "BK": 64 if R * G > 64 else 128, "num_warps": 8, "num_stages": 4 if R * G != 64 else 3}
+    # Two layers of 64 ranks spill up to 56 bytes at 64 columns on sm_80.
+    narrow = R > 128 or (R, G) == (64, 2)
+    return {"BT": 32, "BK": 32 if narrow else 64, "num_warps": 8, "num_stages": 3 if R * G == 64 else 2}
 
 
 @functools.cache
@@ -673,7 +683,8 @@ def _plan_input(
         members = pieces[here]
         tiles = _input_tiles(size, K, width, len(members), p)
         blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
-        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2) * tiles["BT"]
+        # One program of 8 warps fills a multiprocessor's registers; of 4 warps, which take fewer each, four do.
+        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2 * (4 if tiles["num_warps"] == 4 else 1)) * tiles["BT"]
         splits = cdiv(T, t_split)
         integers = [(rank, a_stride) for _, _, rank, a_stride, *_ in members]
         kinds = [(a_dtype, need and striped, need) for _, _, _, _, a_dtype, need, striped, _ in members]
@@ -707,8 +718,8 @@ def input_gradients(
     """dX [T, K] = Σ keep ⊙ (dS A) in x's dtype, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's, of each layer of a group.
 
     x: [T, K], unit column stride, T ≥ 1. dss: dS [T, R] in x's dtype, contiguous, with the factor 1 / (1 − p).
-    bits: each layer's dropout mask as `store_bits` wrote it, or [], where it is drawn from the seed. dA is 0 outside
-    its mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
+    bits: each layer's dropout mask as `shrink` wrote it, or [], where it is drawn from the seed. dA is 0 outside its
+    mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
     """
     (T, K), R, dtype, device = x.shape, dss[0].shape[1], x.dtype, x.device
     dx = torch.empty((T, K), dtype=dtype, device=device) if needs_x else None

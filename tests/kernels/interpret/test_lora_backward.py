@@ -177,8 +177,10 @@ def test_twice_the_same_bits():
 def test_what_has_no_active_element_is_neither_written_nor_read(monkeypatch):
     """Its parts are still NaN, and x may be NaN where nothing of A is active."""
     seen = []
-    inner = lora_backward.reduce
-    monkeypatch.setattr(lora_backward, "reduce", lambda parts, *rest: (seen.append(parts), inner(parts, *rest)))
+    inner = lora_backward._add_up
+    monkeypatch.setattr(
+        lora_backward, "_add_up", lambda plans, parts, *rest: (seen.append(parts), inner(plans, parts, *rest))
+    )
     mask = torch.zeros(16, 192, dtype=torch.bool)
     mask[:, 128:] = torch.rand(16, 64) < 0.5
     x, a, ds = torch.randn(64, 192), torch.randn(16, 192), torch.randn(64, 16)

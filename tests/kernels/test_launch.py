@@ -352,6 +352,6 @@ def test_the_launchers_keep_their_promises(module, monkeypatch):
     monkeypatch.setattr(Launch, "__call__", seen)
     kernels = importlib.import_module(f"lorapar_kernels.triton_kernels.{module}")
     for case in kernels.REPRESENTATIVE:
-        for tokens in (1, 16, 130, 4096):
+        for tokens in (1, 16, 130, 4096, 65536):
             kernels._launch_all(*case, tokens=tokens)
     assert len(kept) > 20

@@ -33,8 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold_of
-from .dropout import keep_and_store_tile, keep_tile
+from .dropout import keep_and_store_tile, keep_tile, threshold_of
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.

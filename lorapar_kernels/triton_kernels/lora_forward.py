@@ -248,8 +248,8 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
         return {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80, and 44 on sm_90 at 64 columns of
-    # 128 ranks; 64 columns of 256 ranks 224.
+    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80, and 44 at 64 columns of 128 ranks
+    # on sm_90; 64 columns of 256 ranks 224.
     warps = 8 if R * G > 32 or columns % 16 != 0 else 4
     width = 32 if R > 128 or (R == 128 and columns % 16 != 0) else 64
     return {"BT": 32 if wide else 64, "BK": width, "num_warps": warps, "num_stages": 2 if wide else 3}

@@ -248,8 +248,8 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
         return {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80, and 44 at 64 columns of 128 ranks
-    # on sm_90; 64 columns of 256 ranks 224.
+    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80, and in 64 columns of 128 ranks
+    # 44 on sm_90; 64 columns of 256 ranks spill 224.
     warps = 8 if R * G > 32 or columns % 16 != 0 else 4
     width = 32 if R > 128 or (R == 128 and columns % 16 != 0) else 64
     return {"BT": 32 if wide else 64, "BK": width, "num_warps": warps, "num_stages": 2 if wide else 3}
@@ -258,8 +258,8 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
 def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        # 256 ranks, 16 at a time, spill: 64 bytes at 4 warps on sm_90, 32 at 8, and 24 in 32 columns on sm_80.
-        return {"BT": 32, "BN": 64, "BR": 16 if R <= 64 else 32, "num_warps": 4, "num_stages": 2}
+        # 64 ranks and more, 16 at a time, spill: 64 bytes at 4 warps on sm_90, 32 at 8, 16 on sm_100 with Triton 3.9.
+        return {"BT": 32, "BN": 64, "BR": 16 if R <= 32 else 32, "num_warps": 4, "num_stages": 2}
     if not aligned:
         # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}

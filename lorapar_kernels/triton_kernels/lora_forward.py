@@ -258,8 +258,9 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
 def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        # 64 ranks and more spill in 32 rows: up to 64 bytes 16 at a time, up to 96 32 at a time.
-        return {"BT": 32 if R <= 32 else 16, "BN": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
+        # 64 ranks and more spill at 32 × 64: up to 64 bytes 16 at a time, 96 32 at a time; at 16 × 64 24.
+        small = R > 32
+        return {"BT": 16 if small else 32, "BN": 32 if small else 64, "BR": 16, "num_warps": 4, "num_stages": 2}
     if not aligned:
         # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}

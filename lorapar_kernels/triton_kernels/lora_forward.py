@@ -33,8 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold_of
-from .dropout import keep_and_store_tile, keep_tile
+from .dropout import keep_and_store_tile, keep_tile, threshold_of
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
@@ -258,8 +257,8 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
 def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        # 64 columns of 256 ranks spill 64 bytes on sm_90.
-        return {"BT": 32, "BN": 64 if R <= 64 else 32, "BR": 16, "num_warps": 4, "num_stages": 2}
+        # 256 ranks spill at 4 warps: 32 × 64 64 bytes on sm_90, 32 × 32 24 bytes on sm_80.
+        return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     if not aligned:
         # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}

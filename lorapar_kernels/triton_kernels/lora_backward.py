@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_tile, kept_bits
+from .dropout import keep_tile, kept_bits, threshold_of
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
 
@@ -617,7 +617,7 @@ def input_gradients(
         )  # fmt: skip
         launch(
             (blocks, splits), x, dx, *_places(members, GROUP), T, t_split, K, x.stride(0), R,
-            *_places(integers, GROUP), round(p * 65536),
+            *_places(integers, GROUP), threshold_of(p),
         )  # fmt: skip
     if sums:
         reduce(*zip(*sums))

@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_tile, kept_bits
+from .dropout import keep_tile, kept_bits, threshold_of
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 from .lora_forward import GROUP, PLANS, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
 
@@ -693,7 +693,7 @@ def _plan_input(
             size, K, width, len(members), p, how, len(wanted) > 0, len(wanted) > 0 and all(wanted), start > 0,
             dtype, needs_x, reads_bits, stride, R, *integers, *kinds,
         )  # fmt: skip
-        numbers = (T, t_split, K, stride, R, *_places(integers, GROUP), round(p * 65536))
+        numbers = (T, t_split, K, stride, R, *_places(integers, GROUP), threshold_of(p))
         passes.append(_Plan(launch, (blocks, splits), here, numbers))
         shapes.append((splits, width, K))
         for _, _, rank, _, a_dtype, need, _, masked in members:

@@ -72,6 +72,11 @@ def masks_of(kind, shapes, of):
     return masks
 
 
+def of_each(cases):
+    """Empty stripes in every case, no mask and one of every stripe in some."""
+    return [(case, "empty stripes") for case in range(cases)] + [(0, "none"), (1, "full"), (4, "none")]
+
+
 def masked(exact, mask):
     return exact if mask is None else exact * mask.mask
 
@@ -87,8 +92,7 @@ OUTPUTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["none", "full", "empty stripes"])
-@pytest.mark.parametrize("case", range(len(OUTPUTS)))
+@pytest.mark.parametrize(("case", "kind"), of_each(len(OUTPUTS)))
 def test_gradients_of_the_output(case, kind):
     dtype, factor, T, widths, ranks = OUTPUTS[case]
     dys = [torch.randn(T, n).to(dtype) for n in widths]
@@ -124,8 +128,7 @@ INPUTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["none", "full", "empty stripes"])
-@pytest.mark.parametrize("case", range(len(INPUTS)))
+@pytest.mark.parametrize(("case", "kind"), of_each(len(INPUTS)))
 def test_gradients_of_the_input(case, kind):
     dtype, factor, T, K, ranks, p, as_bits = INPUTS[case]
     x = torch.randn(T, K).to(dtype)
@@ -164,7 +167,7 @@ def test_bits_and_seeds_give_the_same_gradients():
 
 
 def test_twice_the_same_bits():
-    x, a, b, seed = torch.randn(99, 48), torch.randn(4, 48), torch.randn(48, 4), torch.tensor([3])
+    x, a, b, seed = torch.randn(70, 48).to(BF16), torch.randn(4, 48), torch.randn(48, 4), torch.tensor([3])
 
     def run():
         (ds,), (db,) = output_gradients([x], [b], [padded(x[:, :4], 16)], [2.0], 0.1, [None], [True])
@@ -250,8 +253,8 @@ def test_every_combination_of_wanted_gradients():
     x, dss = torch.randn(5, 72).to(BF16), [torch.randn(5, 16).to(BF16) for _ in range(2)]
     factors, masks = [torch.randn(16, 72) for _ in range(2)], masks_of("empty stripes", [(16, 72)] * 2, TiledMask.of_a)
     exact = [masked(ds.double().t() @ x.double(), mask) for ds, mask in zip(dss, masks)]
-    # One of the two with stripes, both, none.
-    for given in itertools.product(*[(None, mask) for mask in masks]):
+    # The second of the two with stripes, both.
+    for given in ((None, masks[1]), masks):
         for needs in itertools.product((False, True), repeat=2):
             for needs_x in (False, True):
                 dx, das = input_gradients(x, factors, dss, 0.0, [None] * 2, [], given, needs, needs_x)

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from .dropout import keep_tile, kept_bits
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
-from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
+from .lora_forward import GROUP, PLANS, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
 
 # Columns of A, or rows of B, that one entry of a mask's stripes stands for (../tiles.py).
 STRIPE = tl.constexpr(64)
@@ -218,7 +218,7 @@ def _input_loop(
 ):  # fmt: skip
     """Down the program's tokens; without NEEDS_A x is not read."""
     kind: tl.constexpr = x_ptr.dtype.element_ty
-    NEEDS_X: tl.constexpr = dx_ptr is not None
+    NEEDS_X: tl.constexpr = dx_ptr is not None  # pyright: ignore[reportAssignmentType]
     # Before the loop, which the compiler would stage A's tiles for.
     b_a0 = _factor(a0_ptr, i_k, rank0, K, a_stride0, R, NEEDS_X, kind)
     b_a1 = _factor(a1_ptr, i_k, rank1, K, a_stride1, R, NEEDS_X and G > 1, kind)
@@ -294,9 +294,10 @@ def _add_layer(
 ):  # fmt: skip
     """One layer's share of a tile: b_dx [BT, BK] + keep ⊙ (dS A), and acc [R, BK] + dSᵀ (keep ⊙ x)."""
     i_r = tl.arange(0, R)
-    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=(i_t < T)[:, None], other=0.0)
-    b_kept = b_x
     k = tl.program_id(0) * BK
+    m_t = (i_t < T)[:, None]
+    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t, other=0.0)
+    keep, b_kept = m_t, b_x
     if DROPOUT:
         if bits_ptr is not None:
             keep = _kept(bits_ptr, i_t, k, T, K, BK)
@@ -411,6 +412,26 @@ def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
     return [place for each in zip(*entries) for place in (*each, *rest)]
 
 
+def _filled(tensors: Sequence[Sequence[Any]], here: slice, size: int) -> list[Any]:
+    """`_places` of the entries `here`, of their first arguments, their second ones, ..."""
+    rest = (None,) * (size - here.stop + here.start)
+    return [place for each in tensors for place in (*each[here], *rest)]
+
+
+class _Plan(NamedTuple):
+    """One launch, but for its tensors.
+
+    Attributes:
+        here: which of the layers, their pieces, or the outputs it serves.
+        numbers: the kernel's last arguments.
+    """
+
+    launch: Launch
+    grid: tuple[int, ...]
+    here: slice
+    numbers: tuple[Any, ...]
+
+
 @functools.cache
 def _steps_a_range(blocks: int, steps: int, at_work: int) -> int:
     """How many of `steps` down the tokens one program goes, of `blocks` columns of programs, so that all end soonest.
@@ -442,10 +463,19 @@ def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str,
         # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
         BK = 16 if size == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
-    # A tile of 16 KB or two under way for each program; wide, because each program reads dS anew.
-    if R * G <= 48:
-        return {"BT": 32, "BK": 128, "num_warps": 8, "num_stages": 4}
-    return {"BT": 32, "BK": 64 if R <= 64 else 32, "num_warps": 8, "num_stages": 2}
+    if columns % 16 != 0:
+        return {"BT": 32, "BK": 64 if R <= 32 else 32, "num_warps": 8, "num_stages": 3 if R <= 32 else 2}
+    if R * G == 16:
+        # At most 128 registers a thread, so four programs a multiprocessor, each with three tiles of x of 4 KB on their
+        # way. 128 columns at 8 warps spill 8 bytes on sm_80.
+        return {"BT": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
+    if R <= 32:
+        # Wide, because each program reads dS anew: 96 bytes a token of q, k, v at rank 16, beside 256 of x. Three
+        # layers of 32 ranks have no registers for it.
+        return {"BT": 32, "BK": 64 if R * G > 64 else 128, "num_warps": 8, "num_stages": 4 if R * G != 64 else 3}
+    # Two layers of 64 ranks spill up to 56 bytes at 64 columns on sm_80.
+    narrow = R > 128 or (R, G) == (64, 2)
+    return {"BT": 32, "BK": 32 if narrow else 64, "num_warps": 8, "num_stages": 3 if R * G == 64 else 2}
 
 
 @functools.cache
@@ -473,6 +503,24 @@ def _reduce_launch(*key: Any) -> Launch:
     return Launch(reduce_kernel, BLOCK=BLOCK, AT_ONCE=AT_ONCE, num_warps=4)
 
 
+@functools.lru_cache(PLANS)
+def _plan_reduce(outs: tuple[tuple[Any, ...], ...]) -> list[_Plan]:
+    """outs: of each its parts' shape and dtype, its own shape and dtype, whether it has a mask, and its scale."""
+    plans = []
+    for start in range(0, len(outs), REDUCED):
+        here = slice(start, min(start + REDUCED, len(outs)))
+        members, kinds, n = [], [], 0
+        for parts, height, width, part_dtype, rows, columns, dtype, masked, scale in outs[here]:
+            same = width == columns
+            members.append((parts, height * width // 16, rows * width, *((None, None) if same else (width, columns)),
+                            scale))  # fmt: skip
+            kinds.append((part_dtype, masked, dtype, same))
+            n = max(n, rows * width)
+        numbers = tuple(_places(members, REDUCED))
+        plans.append(_Plan(_reduce_launch(*kinds), (max(1, cdiv(n, BLOCK)), len(members)), here, numbers))
+    return plans
+
+
 def reduce(
     parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None], scales: Sequence[float]
 ) -> None:
@@ -481,19 +529,66 @@ def reduce(
     parts: contiguous [n, rows or more, columns or more], one of the two a multiple of 16 (a padded rank); read only
     where the mask is active. outs: contiguous. masks: contiguous uint8 of out's shape, or None.
     """
-    for start in range(0, len(outs), REDUCED):
-        members, kinds, n = [], [], 0
-        for i in range(start, min(start + REDUCED, len(outs))):
-            part, out, mask = parts[i], outs[i], masks[i]
-            rows, columns = out.shape
-            width = part.shape[2]
-            same = width == columns
-            members.append((part, mask, out, part.shape[0], part.stride(0) // 16, rows * width,
-                            None if same else width, None if same else columns, float(scales[i])))  # fmt: skip
-            kinds.append((part.dtype, mask is None, out.dtype, same))
-            n = max(n, rows * width)
-        grid = (max(1, cdiv(n, BLOCK)), len(members))
-        _reduce_launch(*kinds)(grid, *_places(members, REDUCED))
+    kinds = [
+        (*part.shape, part.dtype, *out.shape, out.dtype, mask is not None, float(scale))
+        for part, out, mask, scale in zip(parts, outs, masks, scales)
+    ]
+    _add_up(_plan_reduce(tuple(kinds)), parts, outs, masks)
+
+
+def _add_up(
+    plans: list[_Plan], parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> None:
+    for plan in plans:
+        plan.launch(plan.grid, *_filled((parts, masks, outs), plan.here, REDUCED), *plan.numbers)
+
+
+class _OutputPlan(NamedTuple):
+    """What `output_gradients` launches, but for its tensors.
+
+    Attributes:
+        width: ranks that a launch of the pass over dY takes.
+        ds, db: shapes of each layer's parts; None where it needs no dB.
+        passes, sums: over dY; of each dS, and then of each dB that is needed.
+    """
+
+    width: int
+    ds: list[tuple[int, int, int]]
+    db: list[tuple[int, int, int] | None]
+    passes: list[_Plan]
+    sums: list[_Plan]
+
+
+@functools.lru_cache(PLANS)
+def _plan_output(
+    T: int, R: int, dtype: torch.dtype, how: str, p: float, layers: tuple[tuple[Any, ...], ...]
+) -> _OutputPlan:
+    """layers: of each dY's columns and stride; B's rank, stride and dtype; whether dB is needed, has empty stripes, has
+    a mask; and its scaling."""
+    # 256 ranks of one layer spill 17 kB on sm_80.
+    width = _width(dtype.itemsize, R, 128)
+    widths, strides, *_ = zip(*layers)
+    aligned = all(size % 16 == 0 for size in (*widths, *strides))
+    tiles = _output_tiles(dtype.itemsize, aligned, width)
+    blocks, steps = [cdiv(N, tiles["BN"]) for N in widths], cdiv(T, tiles["BT"])
+    t_split = _steps_a_range(sum(blocks), steps, PROGRAMS) * tiles["BT"]
+    splits = cdiv(T, t_split)
+    passes, pieces = [], [(r, *layer) for layer in layers for r in range(0, R, width)]
+    for start in range(0, len(pieces), GROUP):
+        here = slice(start, min(start + GROUP, len(pieces)))
+        members = pieces[here]
+        integers = [(N, max(0, min(rank - r, width)), stride, b_stride) for r, N, stride, rank, b_stride, *_ in members]
+        kinds = [(b_dtype, striped, need) for *_, b_dtype, need, striped, _, _ in members]
+        launch = _output_launch(dtype.itemsize, aligned, width, how, dtype, R, *integers, *kinds)
+        grid = (max(1, *blocks), splits, len(members))
+        passes.append(_Plan(launch, grid, here, (T, t_split, *_places(integers, GROUP), R)))
+    ds = [(n, T, R) for n in blocks]
+    db = [(splits, N, R) if need else None for N, _, _, _, _, need, *_ in layers]
+    outs = [(n, T, R, FP32, T, R, dtype, False, layer[-1] / (1.0 - p)) for n, layer in zip(blocks, layers)]
+    for N, _, rank, _, b_dtype, need, _, masked, scaling in layers:
+        if need:
+            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, scaling))
+    return _OutputPlan(width, ds, db, passes, _plan_reduce(tuple(outs)))
 
 
 def output_gradients(
@@ -511,37 +606,38 @@ def output_gradients(
     dB is 0 outside its mask, and None where `needs_b` is False. Two launches for up to three layers.
     """
     (T, R), dtype, device = columns[0].shape, dys[0].dtype, dys[0].device
-    # 256 ranks of one layer spill 17 kB on sm_80.
-    width, factors = _width(dtype.itemsize, R, 128), list(map(unit_rows, lora_bs))
-    aligned = all(dy.shape[1] % 16 == 0 and dy.stride(0) % 16 == 0 for dy in dys)
-    tiles = _output_tiles(dtype.itemsize, aligned, width)
-    blocks, steps = [cdiv(dy.shape[1], tiles["BN"]) for dy in dys], cdiv(T, tiles["BT"])
-    t_split = _steps_a_range(sum(blocks), steps, PROGRAMS) * tiles["BT"]
-    splits = cdiv(T, t_split)
-    ds_parts = [torch.empty((n, T, R), dtype=torch.float32, device=device) for n in blocks]
-    db_parts = [
-        torch.empty((splits, dy.shape[1], R), dtype=torch.float32, device=device) if need else None
-        for dy, need in zip(dys, needs_b)
-    ]
+    factors = list(map(unit_rows, lora_bs))
     stripes = [_stripes(mask) if need else None for mask, need in zip(masks, needs_b)]
-    layers = list(zip(dys, factors, columns, stripes, ds_parts, db_parts))
-    if width < R:
-        layers = [_cut(layer, r, width) for layer in layers for r in range(0, R, width)]
-    for start in range(0, len(layers), GROUP):
-        members = layers[start : start + GROUP]
-        integers = [(dy.shape[1], b.shape[1], dy.stride(0), b.stride(0)) for dy, b, *_ in members]
-        kinds = [(b.dtype, stripe is None, db is None) for _, b, _, stripe, _, db in members]
-        launch = _output_launch(dtype.itemsize, aligned, width, precision(dys[0]), dtype, R, *integers, *kinds)
-        launch(
-            (max(1, *blocks), splits, len(members)), *_places(members, GROUP), T, t_split, *_places(integers, GROUP), R
+    of_layers = [
+        (
+            dy.shape[1],
+            dy.stride(0),
+            b.shape[1],
+            b.stride(0),
+            b.dtype,
+            need,
+            stripe is not None,
+            mask is not None,
+            scaling,
         )
-    dss = [s.new_empty(s.shape) for s in columns]
-    dbs = [b.new_empty(b.shape) if need else None for b, need in zip(lora_bs, needs_b)]
-    sums = [(part, ds, None, scaling / (1.0 - p)) for part, ds, scaling in zip(ds_parts, dss, scalings)]
-    for part, db, mask, scaling in zip(db_parts, dbs, masks, scalings):
-        if part is not None and db is not None:
-            sums.append((part, db, _bits(mask), scaling))
-    reduce(*zip(*sums))
+        for dy, b, need, stripe, mask, scaling in zip(dys, factors, needs_b, stripes, masks, scalings)
+    ]
+    plan = _plan_output(T, R, dtype, precision(dys[0]), p, tuple(of_layers))
+    ds_parts = [torch.empty(shape, dtype=FP32, device=device) for shape in plan.ds]
+    db_parts = [None if shape is None else torch.empty(shape, dtype=FP32, device=device) for shape in plan.db]
+    tensors: Sequence[Sequence[Any]] = (dys, factors, columns, stripes, ds_parts, db_parts)
+    if plan.width < R:
+        tensors = list(
+            zip(*(_cut(of_layer, r, plan.width) for of_layer in zip(*tensors) for r in range(0, R, plan.width)))
+        )
+    for one in plan.passes:
+        one.launch(one.grid, *_filled(tensors, one.here, GROUP), *one.numbers)
+    dss = [torch.empty((T, R), dtype=dtype, device=device) for _ in columns]
+    dbs = [torch.empty(b.shape, dtype=b.dtype, device=device) if need else None for b, need in zip(lora_bs, needs_b)]
+    parts = [*ds_parts, *(part for part in db_parts if part is not None)]
+    outs = [*dss, *(db for db in dbs if db is not None)]
+    active = [*(None for _ in dss), *(_bits(mask) for mask, need in zip(masks, needs_b) if need)]
+    _add_up(plan.sums, parts, outs, active)
     return dss, dbs
 
 
@@ -550,6 +646,62 @@ def _cut(layer: tuple[Any, ...], r: int, width: int) -> tuple[Any, ...]:
     dy, b, s, stripes, ds, db = layer
     ranks = slice(r, r + width)
     return dy, b[:, ranks], s[:, ranks], stripes, ds[:, :, ranks], None if db is None else db[:, :, ranks]
+
+
+class _InputPlan(NamedTuple):
+    """What `input_gradients` launches, but for its tensors.
+
+    Attributes:
+        pieces: of layers, which and their ranks, where not every layer is one piece.
+        passes, sums: over x; of each piece of a dA.
+        part: by pass, the shape of a piece's parts.
+    """
+
+    pieces: list[tuple[int, slice]] | None
+    passes: list[_Plan]
+    part: list[tuple[int, int, int]]
+    sums: list[_Plan]
+
+
+@functools.lru_cache(PLANS)
+def _plan_input(
+    T: int, K: int, stride: int, R: int, dtype: torch.dtype, how: str, p: float, reads_bits: bool, needs_x: bool,
+    layers: tuple[tuple[Any, ...], ...],
+) -> _InputPlan:  # fmt: skip
+    """layers: of each A's rank, stride and dtype; whether dA is needed, has empty stripes, has a mask."""
+    size = dtype.itemsize
+    width, group = _width(size, R, 256), group_size(size, K, R, p)
+    pieces = [
+        (g, slice(r, r + width), min(rank - r, width), *rest)
+        for g, (rank, *rest) in enumerate(layers)
+        if needs_x or rest[2]
+        for r in range(0, rank, width)
+    ]
+    passes, shapes, outs = [], [], []
+    for start in range(0, len(pieces), group):
+        here = slice(start, min(start + group, len(pieces)))
+        members = pieces[here]
+        tiles = _input_tiles(size, K, width, len(members), p)
+        blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
+        # One program of 8 warps fills a multiprocessor's registers; of 4 warps, which take fewer each, four do.
+        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2 * (4 if tiles["num_warps"] == 4 else 1)) * tiles["BT"]
+        splits = cdiv(T, t_split)
+        integers = [(rank, a_stride) for _, _, rank, a_stride, *_ in members]
+        kinds = [(a_dtype, need and striped, need) for _, _, _, _, a_dtype, need, striped, _ in members]
+        wanted = [striped for *_, need, striped, _ in members if need]
+        launch = _input_launch(
+            size, K, width, len(members), p, how, len(wanted) > 0, len(wanted) > 0 and all(wanted), start > 0,
+            dtype, needs_x, reads_bits, stride, R, *integers, *kinds,
+        )  # fmt: skip
+        numbers = (T, t_split, K, stride, R, *_places(integers, GROUP), round(p * 65536))
+        passes.append(_Plan(launch, (blocks, splits), here, numbers))
+        shapes.append((splits, width, K))
+        for _, _, rank, _, a_dtype, need, _, masked in members:
+            if need:
+                outs.append((splits, width, K, FP32, rank, K, a_dtype, masked, 1.0))
+    whole = len(pieces) == len(layers) and width == R
+    which = None if whole else [(g, ranks) for g, ranks, *_ in pieces]
+    return _InputPlan(which, passes, shapes, _plan_reduce(tuple(outs)))
 
 
 def input_gradients(
@@ -566,51 +718,47 @@ def input_gradients(
     """dX [T, K] = Σ keep ⊙ (dS A) in x's dtype, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's, of each layer of a group.
 
     x: [T, K], unit column stride, T ≥ 1. dss: dS [T, R] in x's dtype, contiguous, with the factor 1 / (1 − p).
-    bits: each layer's dropout mask as `store_bits` wrote it, or [], where it is drawn from the seed. dA is 0 outside
-    its mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
+    bits: each layer's dropout mask as `shrink` wrote it, or [], where it is drawn from the seed. dA is 0 outside its
+    mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
     """
-    (T, K), R, dtype, size = x.shape, dss[0].shape[1], x.dtype, x.element_size()
-    dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None
+    (T, K), R, dtype, device = x.shape, dss[0].shape[1], x.dtype, x.device
+    dx = torch.empty((T, K), dtype=dtype, device=device) if needs_x else None
     das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
-    width, group = _width(size, R, 256), group_size(size, K, R, p)
     if K % 32 == 0:
         bits = [words.view(torch.int32) for words in bits]
-    pieces = [(g, r) for g, a in enumerate(factors) if needs_x or needs_a[g] for r in range(0, a.shape[0], width)]
-    sums: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
-    for start in range(0, len(pieces), group):
-        here = pieces[start : start + group]
-        tiles = _input_tiles(size, K, width, len(here), p)
-        blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
-        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2) * tiles["BT"]
-        splits = cdiv(T, t_split)
-        members = []
-        for g, r in here:
-            a, ds, da, part, mask = unit_rows(factors[g]), dss[g], das[g], None, _bits(masks[g])
-            if width < R:
-                # As large a rank goes in pieces: rows of A, dA and the mask, columns of dS.
-                ranks = slice(r, r + width)
-                a, ds = a[ranks], ds[:, ranks]
-                da, mask = (None if rows is None else rows[ranks] for rows in (da, mask))
-            if da is not None:
-                part = torch.empty((splits, width, K), dtype=torch.float32, device=x.device)
-                sums.append((part, da, mask, 1.0))
-            stripes = None if da is None else _stripes(masks[g])
-            members.append((a, ds, None if bits else seeds[g], bits[g] if bits else None, stripes, part))
-        wanted = [(stripes, part) for *_, stripes, part in members if part is not None]
-        masked = len(wanted) > 0 and all(stripes is not None for stripes, _ in wanted)
-        integers = [(a.shape[0], a.stride(0)) for a, *_ in members]
-        kinds = [(a.dtype, stripes is None, part is None) for a, *_, stripes, part in members]
-        launch = _input_launch(
-            size, K, width, len(members), p, precision(x), len(wanted) > 0, masked, start > 0,
-            dtype, needs_x, bool(bits), x.stride(0), R, *integers, *kinds,
-        )  # fmt: skip
-        launch(
-            (blocks, splits), x, dx, *_places(members, GROUP), T, t_split, K, x.stride(0), R,
-            *_places(integers, GROUP), round(p * 65536),
-        )  # fmt: skip
-    if sums:
-        reduce(*zip(*sums))
+    rows, stripes = list(map(unit_rows, factors)), list(map(_stripes, masks))
+    of_layers = [
+        (a.shape[0], a.stride(0), a.dtype, need, stripe is not None, mask is not None)
+        for a, need, stripe, mask in zip(rows, needs_a, stripes, masks)
+    ]
+    reads_bits = len(bits) > 0
+    plan = _plan_input(T, K, x.stride(0), R, dtype, precision(x), p, reads_bits, needs_x, tuple(of_layers))
+    stripes = [stripe if need else None for stripe, need in zip(stripes, needs_a)]
+    no_tensors = (None,) * len(factors)
+    tensors = [rows, dss, no_tensors if reads_bits else seeds, bits if reads_bits else no_tensors, stripes, das]
+    active: Sequence[Tensor | None] = [None if mask is None else _bits(mask) for mask in masks]
+    if plan.pieces is not None:
+        if not plan.pieces:
+            return dx, das
+        *tensors, active = zip(*(_piece(g, ranks, [*tensors, active]) for g, ranks in plan.pieces))
+    outs, parts = tensors.pop(), []
+    for one, shape in zip(plan.passes, plan.part):
+        made = [None if da is None else torch.empty(shape, dtype=FP32, device=device) for da in outs[one.here]]
+        one.launch(
+            one.grid, x, dx, *_filled(tensors, one.here, GROUP), *made, *(None,) * (GROUP - len(made)), *one.numbers
+        )
+        parts += made
+    wanted = [(part, da, words) for part, da, words in zip(parts, outs, active) if part is not None]
+    if wanted:
+        _add_up(plan.sums, *zip(*wanted))
     return dx, das
+
+
+def _piece(g: int, ranks: slice, tensors: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Some ranks of a layer: rows of its A, dA and mask, columns of its dS."""
+    a, ds, seed, bits, stripes, da, words = (of_layers[g] for of_layers in tensors)
+    da, words = (None if entry is None else entry[ranks] for entry in (da, words))
+    return a[ranks], ds[:, ranks], seed, bits, stripes, da, words
 
 
 def _width(size: int, R: int, most: int) -> int:

@@ -208,7 +208,7 @@ class Siblings:
         if len(self.traces) >= MANY_TRACES:
             self.in_flight()
         self.traces.append(weakref.ref(y.grad_fn))
-        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
             self.traces.append(weakref.ref(hooks[0]))
 
     def opened(self, x: Tensor, key: Any, part: Part) -> Tensor | None:
@@ -216,9 +216,12 @@ class Siblings:
         parts = [part]
         for member in self.members[1:]:
             sibling = member()
-            other = None if sibling is None or sibling.is_intercepted() else sibling.part(x)
+            if sibling is None or sibling.__dict__.get("_siblings") is not self:
+                # Gone, or PEFT's own again.
+                self.misfit = True
+                return None
+            other = None if sibling.is_intercepted() else sibling.part(x)
             if other is None or other.p != part.p:
-                self.misfit |= sibling is None
                 return None
             parts.append(other)
         try:

@@ -11,11 +11,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorapar
+import lorapar_kernels as lk
 from lorapar.adapter.layers import masked_layers
 from lorapar_kernels import siblings
 from tests.tiny import tiny_model
@@ -493,6 +494,25 @@ def test_copies_learn_their_own_siblings(sizes, monkeypatch, tmp_path):
     del sizes[:]
     steps(model, run)
     assert sizes == TOGETHER
+
+
+def test_a_sibling_that_is_peft_s_own_again_is_left_alone(sizes):
+    model = get_peft_model(Net(blocks=1), LoraConfig(r=3, target_modules=NAMES, init_lora_weights=False))
+    x = input_of(dtype=torch.float32)
+    expected = model.eval()(x)
+    lk.accelerate(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+    block = model.base_model.model.blocks[0]
+    lk.restore(block.k)
+    assert not hasattr(block.k, "_siblings")
+    del sizes[:]
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+    assert sizes == [1, 1, 1, 2, 1] * 2
+    lk.accelerate(model)
+    lk.restore(model)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_another_dtype_and_device_of_the_model(sizes):

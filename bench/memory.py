@@ -1,7 +1,7 @@
 """Memory and speed of training, ours beside TRL with PEFT's layers; and the plan against what was measured.
 
-    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way, and TRL's
-                                       without recomputing too
+    python -m bench.memory --cpu       SmolLM2-135M on the CPU: an SFT step of 8 × 512 tokens, each way, TRL's without
+                                       recomputing too, and ours with each layer computed alone
     python -m bench.memory --plan      `lorapar plan`'s figure and the measured peak of 14 CPU configurations
                                        (--drawn N: of N drawn at random)
     python -m bench.memory             one GPU: an SFT and a GRPO step at 2 k, 8 k and 32 k tokens, and the longest
@@ -36,10 +36,16 @@ GB = 10**9
 KEYS = "tokens_per_second", "tokens_per_cpu_second", "peak_bytes_above_model"
 
 
-def run(**settings: Any) -> dict[str, Any]:
-    """One case in its own process; what it printed, or {"failed": its last line}."""
+def run(siblings: bool = True, **settings: Any) -> dict[str, Any]:
+    """One case in its own process; what it printed, or {"failed": its last line}.
+
+    siblings: whether layers of one input share one op (lorapar_kernels/siblings.py).
+    """
     command = [sys.executable, "-m", "bench.memory_case", json.dumps(settings)]
-    environment = os.environ | {"LORAPAR_BENCH_WAY": settings.get("way", "ours")}
+    environment = os.environ | {
+        "LORAPAR_BENCH_WAY": settings.get("way", "ours"),
+        "LORAPAR_SIBLINGS": str(int(siblings)),
+    }
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     if done.returncode != 0:
         return {**settings, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -58,6 +64,7 @@ def on_cpu(rounds: int) -> None:
     ways = {
         "trl": {"way": "trl"},
         "trl, no recomputing": {"way": "trl", "trainer": {"gradient_checkpointing": False}},
+        "ours, layer by layer": {"way": "ours", "siblings": False, **OURS_ON_CPU},
         "ours": {"way": "ours", **OURS_ON_CPU},
     }
     results: list[dict[str, Any]] = []

@@ -169,6 +169,11 @@ def _dropout_mask_kernel(seed_ptr, kept_ptr, blocks, threshold, BLOCK: tl.conste
 INTERPRETED = not isinstance(_dropout_mask_kernel, triton.runtime.JITFunction)
 
 
+def threshold_of(p: float) -> int:
+    """The draws below this one are dropped, as in ../dropout.py. 0: no draw is, and none is made."""
+    return round(p * 65536)
+
+
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The bool mask of `shape` on the seed's device; a draw below `threshold` is dropped."""
     if threshold == 0:

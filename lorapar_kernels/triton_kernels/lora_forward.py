@@ -245,7 +245,7 @@ def dropout_switches(p: float, columns: int) -> dict[str, bool]:
 def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str, int]:
     if is_slow(size, columns, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
-    if G > 1 and R * G <= 64:
+    if p > 0.0 and G > 1 and R * G <= 64:
         # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, so one program a multiprocessor. Of
         # these fit three (two where bits are kept), with three tiles of x of 4 KB each on their way: 36 KB a
         # multiprocessor, where 4.3 TB/s · 0.7 µs over 132 of them is 23 KB.
@@ -254,17 +254,19 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     if wide and G == GROUP:
         # Three accumulators of 32 ranks: 32 × 64 spills up to 32 bytes on sm_80 and sm_90.
         return {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80; 64 columns of 256 ranks 224.
+    # Rows that are no multiple of 16 elements spill up to 252 bytes at 4 warps on sm_80, and in 64 columns of 128 ranks
+    # 44 on sm_90; 64 columns of 256 ranks spill 224.
     warps = 8 if R * G > 32 or columns % 16 != 0 else 4
-    width = 32 if R > 128 else 64
+    width = 32 if R > 128 or (R == 128 and columns % 16 != 0) else 64
     return {"BT": 32 if wide else 64, "BK": width, "num_warps": warps, "num_stages": 2 if wide else 3}
 
 
 def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        # 256 ranks spill at 4 warps: 32 × 64 64 bytes on sm_90, 32 × 32 24 bytes on sm_80.
-        return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
+        # 64 ranks and more spill at 32 × 64: up to 64 bytes 16 at a time, 96 32 at a time; at 16 × 64 24.
+        small = R > 32
+        return {"BT": 16 if small else 32, "BN": 32 if small else 64, "BR": 16, "num_warps": 4, "num_stages": 2}
     if not aligned:
         # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}

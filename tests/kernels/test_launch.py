@@ -1,5 +1,6 @@
 """What a launch asks of the host: which device it goes to, what the launcher is given, how fp32 is multiplied there."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -333,3 +334,24 @@ def test_a_broken_promise_is_found_where_it_is_checked(gpu, monkeypatch):
             kept((3,), *given)
     with pytest.raises(AssertionError, match="add_kernel: one call has more arguments"):
         kept((3,), *arguments[:-1])
+
+
+@pytest.mark.parametrize("module", ["lora_forward", "lora_backward"])
+def test_the_launchers_keep_their_promises(module, monkeypatch):
+    """Over every shape that is compiled ahead of time, with more tokens and fewer; and all constexprs are named."""
+    monkeypatch.setattr(launches, "CHECKED", True)
+    kept = {}
+
+    def seen(launch, grid, *arguments):
+        kept[id(launch)] = launch
+        launch._check(arguments)
+        assert launch.kernel.arg_names[len(arguments) :] == [
+            name for name in launch.kernel.arg_names if name in launch.constants
+        ]
+
+    monkeypatch.setattr(Launch, "__call__", seen)
+    kernels = importlib.import_module(f"lorapar_kernels.triton_kernels.{module}")
+    for case in kernels.REPRESENTATIVE:
+        for tokens in (1, 16, 130, 4096, 65536):
+            kernels._launch_all(*case, tokens=tokens)
+    assert len(kept) > 20

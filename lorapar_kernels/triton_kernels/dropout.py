@@ -30,11 +30,6 @@ MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 KEY_STEP_0, KEY_STEP_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 
-def threshold_of(p: float) -> int:
-    """The draws below this one are dropped, as in ../dropout.py."""
-    return round(p * 65536)
-
-
 @triton.jit
 def _multiply(multiplier: tl.constexpr, word):
     """The high and the low word of the product: one instruction, where tl.umulhi and `*` are two."""

@@ -450,7 +450,6 @@ def trained(stage, kind, folder, out, when):
     ("stage", "kind", "when"),
     [
         ("sft", "plain", "model"),
-        ("sft", "plain", "trainer"),
         ("grpo", "plain", "model"),
         pytest.param("sft", "nf4", "trainer", marks=needs_bnb),
         pytest.param("grpo", "nf4", "model", marks=needs_bnb),

@@ -158,7 +158,7 @@ def no_view(y: Tensor) -> Tensor:
 def differentiable(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output in torch's own operations, differentiable to any order."""
     outs = []
-    if p > 0.0 and torch.jit.is_tracing():
+    if p > 0.0 and torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace: a LoRA layer with dropout cannot be traced; call model.eval() first")
     for layer in layers:
         base = layer.y
@@ -425,13 +425,22 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
 torch.library.register_autograd("lorapar::lora_linear", _backward, setup_context=_setup_context, lib=_ops)
 
 
+def _is_looked_into() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or a trace takes the layer's own operations."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output [..., out], of arguments that `check_layer` has accepted; one node of autograd.
 
     x is in the dtype that the layers compute in, also under autocast.
     """
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        if _is_looked_into():
             return differentiable(x, layers, p)
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():

@@ -62,6 +62,8 @@ class Launches:
         launching.Launch.__call__ = self.kept
         # The meta device passes for a GPU on which the kernels run.
         importlib.import_module("lorapar_kernels.lora_linear").__dict__["triton_obstacle"] = lambda device: None
+        # A mask on the meta device has no values, and stands for one with an active element in each stripe.
+        importlib.import_module("lorapar_kernels.tiles").__dict__["_stripes"] = lambda active: None
         is_autocast_enabled = torch.is_autocast_enabled
         torch.is_autocast_enabled = lambda kind: is_autocast_enabled("cuda")
 
@@ -176,6 +178,7 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
             for _ in range(3):
                 step()
             launches.counts.clear()
+            forget(networks[way])
             with TorchLaunches() as counted:
                 step()
             found[case][way] |= {"launches": dict(launches.counts), "torch": sum(counted.counts.values()),
@@ -187,16 +190,20 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def seconds(step: Callable[[], None], layer: nn.Module) -> float:
-    """CPU seconds of this thread for one step, which a busy machine does not stretch."""
-    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    total = 0.0
+    """CPU seconds of this thread for one step, the least of CALLS: other work on the machine takes its caches away."""
+    taken = []
     for _ in range(CALLS):
-        for parameter in parameters:
-            parameter.grad = None
+        forget(layer)
         began = time.thread_time()
         step()
-        total += time.thread_time() - began
-    return total / CALLS
+        taken.append(time.thread_time() - began)
+    return min(taken)
+
+
+def forget(layer: nn.Module) -> None:
+    """Without gradients, as at a step's beginning: the first one is taken as it is."""
+    for parameter in layer.parameters():
+        parameter.grad = None
 
 
 def charged(seconds: float, launches: dict[str, int], of_torch: int = 0) -> float:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # PEFT imports bitsandbytes, which (0.50) warns on a CPU with AVX512-BF16 that a kernel of the package `kernels` is
-# missing. Our layers never call that kernel (layers_bnb.py), so nobody need install it. The filter is here because this
-# file runs before any other of the package, and so before PEFT is imported.
+# missing. Our layers never call that kernel (lorapar_kernels/bnb_weights.py), so nobody need install it. The filter is
+# here because this file runs before any other of the package, and so before PEFT is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 )

@@ -4,6 +4,7 @@ Needs torch; Triton is imported when a Triton kernel is first used, and csrc's l
 What runs is chosen per call by backend.py (`LORAPAR_BACKEND` forces it) and lora_product.py (`LORAPAR_PRODUCT`).
 """
 
+from .accelerating import accelerate, restore
 from .bitmask import MaskIndex, index_mask, pack_mask, unpack_mask
 from .dropout import dropout_mask
 from .importance import Examples, ScoreSums, importance, lora_add_scored, lora_linear_scored
@@ -19,6 +20,7 @@ __all__ = [
     "PreparedAdamW",
     "ScoreSums",
     "TiledMask",
+    "accelerate",
     "dropout_mask",
     "importance",
     "index_mask",
@@ -30,6 +32,7 @@ __all__ = [
     "masked_adamw",
     "pack_mask",
     "product_choices",
+    "restore",
     "set_product_choices",
     "spread_tiles",
     "tile_sums",

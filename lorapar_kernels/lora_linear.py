@@ -158,7 +158,7 @@ def no_view(y: Tensor) -> Tensor:
 def differentiable(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output in torch's own operations, differentiable to any order."""
     outs = []
-    if p > 0.0 and torch._C._get_tracing_state() is not None:
+    if p > 0.0 and torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace: a LoRA layer with dropout cannot be traced; call model.eval() first")
     for layer in layers:
         base = layer.y
@@ -318,7 +318,6 @@ class _LoraLayers(torch.autograd.Function):
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
         ctx.passes, ctx.p, ctx.n_bits = passes, p, len(bits)
-        ctx.widths = [out.shape[-1] for out in outs]
         return tuple(map(no_view, outs))
 
     @staticmethod
@@ -331,16 +330,21 @@ class _LoraLayers(torch.autograd.Function):
             LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
             for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
-        # An output that nothing used has no gradient.
-        dys = [x.new_zeros((*x.shape[:-1], width)) if grad is None else grad for grad, width in zip(grads, ctx.widths)]
-        wanted = needs[2 : 2 * n + 3]
+        through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
+        # An output that nothing used has no gradient, and neither have its factors.
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        wanted = [needs[2], *(needs[3 + i] for i in used), *(needs[3 + n + i] for i in used)]
+        of_used = [layers[i] for i in used]
         # In a backward: someone asked for create_graph.
         if torch.is_grad_enabled():
-            found = differentiable_gradients(dys, x, layers, ctx.p, wanted)
+            found = differentiable_gradients([grads[i] for i in used], x, of_used, ctx.p, wanted)
         else:
-            found = _gradients(ctx.passes, dys, x, columns, bits, layers, ctx.p, wanted)
-        through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
-        return None, None, *found, *through
+            columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
+            found = _gradients(ctx.passes, [grads[i] for i in used], x, columns, bits, of_used, ctx.p, wanted)
+        of_factors: list[Tensor | None] = [None] * (2 * n)
+        for place, i in enumerate(used):
+            of_factors[i], of_factors[n + i] = found[1 + place], found[1 + len(used) + place]
+        return None, None, found[0], *of_factors, *through
 
 
 def _one_layer(
@@ -425,24 +429,18 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
 torch.library.register_autograd("lorapar::lora_linear", _backward, setup_context=_setup_context, lib=_ops)
 
 
-def _is_looked_into() -> bool:
-    """Whether a transform of torch.func, forward-mode differentiation or a trace takes the layer's own operations."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def lora_layers(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output [..., out], of arguments that `check_layer` has accepted; one node of autograd.
 
     x is in the dtype that the layers compute in, also under autocast.
     """
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-        if _is_looked_into():
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or torch._C._get_tracing_state() is not None:
             return differentiable(x, layers, p)
         if torch.compiler.is_compiling():
+            # What is exported runs where this package is not.
             if torch.compiler.is_exporting():
                 return differentiable(x, layers, p)
             return [_op_of(x, layer, p) for layer in layers]

@@ -45,7 +45,7 @@ _given: Choices = {}
 
 @functools.cache
 def _kernels(name: str) -> Any:
-    """A module of Triton's kernels, imported at the first call; an import statement in a function takes 1.2 µs a call."""
+    """A module of Triton's kernels, imported at the first call; an import inside a function takes 1.2 µs a call."""
     return importlib.import_module(f".triton_kernels.{name}", __package__)
 
 

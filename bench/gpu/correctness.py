@@ -113,7 +113,7 @@ class Problem:
         self.offsets = torch.tensor([*range(0, case.tokens, step), case.tokens])
         self.base: Any = None
         if case.form == "4-bit":
-            from lorapar.adapter.layers_bnb import dequantised
+            from lorapar_kernels.bnb_weights import dequantised
 
             self.base = four_bit(self.weights[0])
             self.weights = [dequantised(self.base, case.dtype).clone()]
@@ -145,7 +145,7 @@ class Problem:
             elif case.form == "add":
                 ys = [lk.lora_add(F.linear(x, weight), x, a, b, SCALING, **options)]
             else:
-                from lorapar.adapter.layers_bnb import FrozenProduct
+                from lorapar_kernels.bnb_weights import FrozenProduct
 
                 y: Any = FrozenProduct.apply(x, self.base)
                 ys = [lk.lora_add(y, x, a, b, SCALING, **options)]

@@ -159,7 +159,7 @@ def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
     base = cast(nn.Linear, layer.mergeable())
     weight: Tensor = base.weight
     if not isinstance(layer, MaskedLinear):
-        from .layers_bnb import dequantised
+        from lorapar_kernels.bnb_weights import dequantised
 
         weight = dequantised(base, torch.float32).clone()
     return weight.detach().to(device or weight.device, torch.float32)

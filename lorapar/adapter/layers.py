@@ -1,12 +1,8 @@
-"""The LoRA layers: PEFT's own, computed by `lorapar_kernels`, with the masks of the running stage.
+"""The LoRA layers of the method: PEFT's own, computed by `lorapar_kernels`, with the masks of the running stage.
 
-`MaskedLayer` goes ahead of a PEFT layer class; PEFT's names, saving, loading and adapter switching are untouched.
-`layers_bnb.py` has the layers of 4-bit and 8-bit bases. The functions at the end find a model's layers and set their
-masks.
-
-The base's product and the adapter's are one op where nothing can tell them apart: where the base is an `nn.Linear`
-and nothing else (`is_plain`). Any other base is called as PEFT calls it and the adapter's share is added to what it
-returns, so that a forward of its own, an inner adapter, hooks and offloading take part.
+`MaskedLayer` goes ahead of a PEFT layer class and adds to `FastLayer`, which computes it, what the method asks for:
+masks, scoring, and merging that leaves the base as it was. `layers_bnb.py` has the layers of 4-bit and 8-bit bases. The
+functions at the end find a model's layers and set their masks.
 
 Under a twin start (attach.py) rows r..2r of A and columns r..2r of B are the start's negative. A slice i that no stage
 has moved still cancels its twin r + i to the last bit, so both are left out of every product (`live_ranks`): at rank
@@ -15,18 +11,17 @@ granularity a layer runs at its active rank.
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 import lorapar_kernels as lk
+from lorapar_kernels.peft_layers import FastLayer, nothing_watches_all
+from lorapar_kernels.siblings import Part, Terms, as_wide
 
 from ..errors import InputError
 
@@ -34,11 +29,35 @@ if TYPE_CHECKING:
     from ..partitioning.partition import Partition
 
 ADAPTER = "default"  # TRL looks for this name
-# Torch's own, which a library may replace for every layer.
-_FORWARD, _LINEAR = nn.Linear.forward, F.linear
 
 
-class MaskedLayer(Linear if TYPE_CHECKING else object):
+class Prepared(NamedTuple):
+    """A layer's masks and live ranks, and what the op takes of them: made once, where they are set.
+
+    Attributes:
+        mask_a, mask_b, live: the layer's buffers.
+        masks: of whole factors. of_live: of the slices that are computed with.
+    """
+
+    mask_a: Tensor | None = None
+    mask_b: Tensor | None = None
+    live: Tensor | None = None
+    masks: tuple[lk.TiledMask | None, lk.TiledMask | None] = (None, None)
+    of_live: tuple[lk.TiledMask | None, lk.TiledMask | None] = (None, None)
+
+    @classmethod
+    def of(cls, mask_a: Tensor | None, mask_b: Tensor | None, live: Tensor | None) -> "Prepared":
+        """Waits for the device."""
+        a, b = mask_a, mask_b
+        whole = lk.TiledMask.of_a(a) if a is not None else None, lk.TiledMask.of_b(b) if b is not None else None
+        if live is None:
+            return cls(mask_a, mask_b, None, whole)
+        a, b = None if a is None else a[live], None if b is None else b[:, live].contiguous()
+        selected = lk.TiledMask.of_a(a) if a is not None else None, lk.TiledMask.of_b(b) if b is not None else None
+        return cls(mask_a, mask_b, live, whole, selected)
+
+
+class MaskedLayer(FastLayer):
     """A mixin ahead of one of PEFT's LoRA layers; gradients are masked by `mask_a` and `mask_b`.
 
     Attributes:
@@ -60,101 +79,63 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         self.trainable_rank: int = self.r[adapter_name]
         self.scoring: lk.ScoreSums | None = None
         self.offsets: lk.Examples | Tensor | None = None
+        self._prepared = Prepared()
         self._unmerged: Any = None
         self._merged_sum: str | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
-        there, buffers = cast(nn.ModuleDict, self._modules["lora_A"])._modules, self._buffers
-        names = [name for name in self.active_adapters if name in there]
-        if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
-            return super().forward(x, *args, **kwargs)
-        for_variants = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS} if kwargs else {}
-        kwargs.pop("adapter_names", None)
+    def part(self, x: Tensor) -> Part | None:
+        return super().part(x) if self.scoring is None else None
+
+    def stands(self, name: str, training: bool) -> bool:
+        return self.scoring is None and super().stands(name, training)
+
+    def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.scoring is not None:
             return self.scored(x, *args, **kwargs)
-        y: Tensor | None = None
-        alone = _nothing_watches_all()
-        if args or kwargs or not (alone and self.can_fuse()):
-            y = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        for name in names:
-            if not (alone and self.is_vanilla(name)):
-                y = self.as_peft(self.base_layer(x) if y is None else y, x, name, for_variants | kwargs)
-                continue
-            a, b, scaling = self.factors(name)
-            masks, live = (buffers["mask_a"], buffers["mask_b"]), buffers["live_ranks"]
-            if name != ADAPTER:
-                masks = None, None
-            elif live is not None:
-                a, b, masks = select_ranks(a, b, *masks, live)
-            if a.shape[0] > 0:
-                y = self.added(y, x, a, b, scaling, *masks, *self.draw_dropout(name, x.device))
-        return self.base_layer(x) if y is None else y
-
-    def can_fuse(self) -> bool:
-        """Whether `added` makes the base's product itself where y is None."""
-        return False
-
-    def is_vanilla(self, name: str) -> bool:
-        """Whether the adapter's share is s · drop(x) Aᵀ Bᵀ of the two weights, and its modules have no hooks."""
-        if name in self.lora_variant or self.lora_bias[name]:
-            return False
-        parts: Any = self._modules
-        return (
-            is_plain(parts["lora_A"]._modules[name])
-            and is_plain(parts["lora_B"]._modules[name])
-            and _is_plain_dropout(parts["lora_dropout"]._modules[name])
-        )
-
-    def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
-        """One adapter's share added to y, what the base returned for x."""
-        assert y is not None
-        return lk.lora_add(y, x, *_as_wide(y, a, b), scaling, *masks_p_seed)
+        return super().adapted(x, names, for_variants, *args, **kwargs)
 
     def as_peft(self, y: Tensor, x: Tensor, name: str, kwargs: dict[str, Any]) -> Tensor:
-        """An adapter's share by PEFT's arithmetic, module by module: a variant (DoRA, ...), hooks, a bias of B."""
-        masks = (self.mask_a, self.mask_b) if name == ADAPTER else (None, None)
-        a, b = cast(nn.Module, self.lora_A[name]), cast(nn.Module, self.lora_B[name])
-        x = self._cast_input_dtype(x, cast(Tensor, a.weight).dtype)
-        if name in self.lora_variant:
-            if masks != (None, None):
-                raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
-            kwargs = dict.fromkeys(VARIANT_KWARG_KEYS) | kwargs
-            share = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y, **kwargs)
-            return share.to(y.dtype)
-        dropout = cast(nn.Module, self.lora_dropout[name])
-        if type(dropout) is nn.Dropout and _is_plain_dropout(dropout) and _nothing_watches_all():
-            p, seed = self.draw_dropout(name, x.device)
-            # The elements that the op would drop.
-            x = x if seed is None else torch.where(lk.dropout_mask(seed, list(x.shape), p), x / (1.0 - p), 0.0)
-        else:
-            x = dropout(x)
-        share = _masked_call(b, _masked_call(a, x, masks[0]), masks[1])
-        return (y + share * self.scaling[name]).to(y.dtype)
+        if name in self.lora_variant and self.masks(name) != (None, None):
+            raise InputError(f"lora: the adapter {name!r} is no plain LoRA, and a partition masks plain LoRA alone")
+        return super().as_peft(y, x, name, kwargs)
+
+    def masks(self, name: str) -> tuple[lk.TiledMask | None, lk.TiledMask | None]:
+        return self.prepared().masks if name == ADAPTER else (None, None)
+
+    def terms(self, name: str, a: Tensor, b: Tensor) -> Terms:
+        live = self._buffers["live_ranks"]
+        if name != ADAPTER or live is None:
+            return super().terms(name, a, b)
+        # Gradients go back to their places.
+        return Terms(a.index_select(0, live), b.index_select(1, live), self.scaling[name], *self.prepared().of_live)
+
+    def prepared(self) -> "Prepared":
+        """The masks as the op takes them; made again where a caller set others, or moved them to another device."""
+        # Out of the dictionary: a module's attribute costs half a microsecond to two.
+        buffers, made = self._buffers, self._prepared
+        mask_a, mask_b, live = buffers["mask_a"], buffers["mask_b"], buffers["live_ranks"]
+        if made.mask_a is not mask_a or made.mask_b is not mask_b or made.live is not live:
+            made = self._prepared = Prepared.of(mask_a, mask_b, live)
+        return made
 
     def scored(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer of a scoring pass."""
         assert self.scoring is not None
-        alone = _nothing_watches_all()
         if not self.is_vanilla(ADAPTER):
             raise InputError(
                 "lora: hooks, a parametrization, a bias or a variant sits on lora_A or lora_B, whose importance cannot "
                 "be measured; remove it before scoring"
             )
         a, b, scaling = self.factors(ADAPTER)
-        fused = alone and self.can_fuse() and not args and not kwargs
-        y = None if fused else cast(Tensor, self.base_layer(x, *args, **kwargs))
+        frozen = self.frozen(x) if nothing_watches_all() and not args and not kwargs else None
         if self.offsets is None:
             # One example, whose gradient autograd leaves in the factors.
-            return self.added(y, x, a, b, scaling, None, None, 0.0, None)
-        if y is None:
-            base = cast(nn.Linear, self.base_layer)
-            return lk.lora_linear_scored(x, base.weight, a, b, scaling, self.offsets, self.scoring, bias=base.bias)
-        return lk.lora_add_scored(y, x, *_as_wide(y, a, b), scaling, self.offsets, self.scoring)
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        parts: Any = self._modules
-        return parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight, self.scaling[name]
+            y = cast(Tensor, self.base_layer(x, *args, **kwargs)) if frozen is None else None
+            return self.with_share(x, frozen, y, Terms(a, b, scaling), 0.0)
+        if frozen is not None and isinstance(frozen[0], Tensor):
+            return lk.lora_linear_scored(x, frozen[0], a, b, scaling, self.offsets, self.scoring, bias=frozen[1])
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        return lk.lora_add_scored(y, x, *as_wide(y, a, b), scaling, self.offsets, self.scoring)
 
     def leave_meta(self) -> None:
         """Give the factors of an offloaded base memory, where PEFT leaves them on the meta device beside it.
@@ -169,13 +150,6 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
             self.lora_B.to_empty(device=device)
             self.reset_lora_parameters(ADAPTER, True)
 
-    def draw_dropout(self, name: str, device: torch.device) -> tuple[float, Tensor | None]:
-        """p and a seed out of torch's generator, so that recompute under checkpointing repeats it."""
-        dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
-        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
-            return 0.0, None
-        return dropout.p, torch.randint(2**62, (1,), device=device)
-
     def activate(self, mask_a: Tensor, mask_b: Tensor) -> None:
         """Take the masks of a stage, and find the slices that cancel their twin and stay so while it runs."""
         a, b, _ = self.factors(ADAPTER)
@@ -184,14 +158,14 @@ class MaskedLayer(Linear if TYPE_CHECKING else object):
         self.mask_a, self.mask_b = mask_a.to(a.device), mask_b.to(a.device)
         self.live_ranks = None
         r = self.trainable_rank
-        if a.shape[0] != 2 * r:
-            return
-        with torch.no_grad():
-            cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
-            active = self.mask_a.any(1) | self.mask_b.any(0)
-            live = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
-        if live.numel() < r:
-            self.live_ranks = torch.cat((live, live + r))
+        if a.shape[0] == 2 * r:
+            with torch.no_grad():
+                cancels = (a[:r] == a[r:]).all(1) & (b[:, :r] == -b[:, r:]).all(0)
+                active = self.mask_a.any(1) | self.mask_b.any(0)
+                live = (~cancels | active[:r] | active[r:]).nonzero().squeeze(1)
+            if live.numel() < r:
+                self.live_ranks = torch.cat((live, live + r))
+        self.prepared()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # What is loaded need not cancel; `activate` looks again.
@@ -281,80 +255,6 @@ class MaskedLinear(MaskedLayer, Linear):
     def merged_sum(self) -> str | None:
         # As text, in which one NaN equals another.
         return float(cast(nn.Linear, self.get_base_layer()).weight.sum(dtype=torch.float64)).hex()
-
-    def can_fuse(self) -> bool:
-        base = cast(nn.Module, self._modules["base_layer"])
-        if not is_plain(base):
-            return False
-        # The op gives the base no gradient.
-        weight, bias = cast(Tensor, _tensor(base, "weight")), _tensor(base, "bias")
-        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
-
-    def added(self, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scaling: float, *masks_p_seed: Any) -> Tensor:
-        if y is not None:
-            return super().added(y, x, a, b, scaling, *masks_p_seed)
-        base = cast(nn.Linear, self._modules["base_layer"])
-        return lk.lora_linear(x, base.weight, *_as_wide(x, a, b), scaling, base.bias, *masks_p_seed)
-
-
-def is_plain(module: Any) -> bool:
-    """Whether `module(x)` is x Wᵀ + bias and nothing else happens in the call.
-
-    False for a subclass (a forward of its own, a parametrization), a forward put on the instance (accelerate), hooks,
-    and a weight of a tensor class of its own (quantised, sharded). It is asked in every call: hooks come and go.
-    """
-    if type(module) is not nn.Linear or _is_watched(module):
-        return False
-    kind = type(_tensor(module, "weight"))
-    return kind is nn.Parameter or kind is Tensor
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """`module`'s tensor of that name, quickly; a replica's (DataParallel) and a sharded layer's are no parameters."""
-    return module._parameters.get(name) if name in module._parameters else module.__dict__.get(name)
-
-
-def _nothing_watches_all() -> bool:
-    """Whether no hook is on all modules, and nn.Linear computes what torch has it compute."""
-    return not _has_any_global_hook() and nn.Linear.forward is _FORWARD and F.linear is _LINEAR
-
-
-def _is_plain_dropout(module: Any) -> bool:
-    return (type(module) is nn.Identity or type(module) is nn.Dropout) and not _is_watched(module)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its class's forward; hooks on all modules are not asked for."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )
-
-
-def _as_wide(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B at least as wide as x, as the ops take them; PEFT narrows x instead."""
-    size = x.dtype.itemsize
-    return a if a.dtype.itemsize >= size else a.to(x.dtype), b if b.dtype.itemsize >= size else b.to(x.dtype)
-
-
-def _masked_call(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """module(x), hooks and all; where there is a mask, its weight's gradient is zero outside it."""
-    if mask is None or not torch.is_grad_enabled():
-        return module(x)
-    weight = cast(Tensor, module.weight)
-    return torch.func.functional_call(module, {"weight": torch.where(mask, weight, weight.detach())}, (x,))
-
-
-def select_ranks(
-    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, ranks: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Rows `ranks` of A and its mask, columns `ranks` of B and its mask; gradients go back to their places."""
-    masks = None if mask_a is None else mask_a[ranks], None if mask_b is None else mask_b[:, ranks].contiguous()
-    return a.index_select(0, ranks), b.index_select(1, ranks), masks
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -1,19 +1,13 @@
 """The LoRA layers of bitsandbytes' 4-bit and 8-bit bases; imported where bitsandbytes is installed.
 
-The base's product is y = x Wᵀ + bias with W dequantised for that product alone, once in the forward and once more in
-the backward; `FrozenProduct` keeps neither W nor x. The adapter's share is added by `lora_add`. Where no gradient is
-asked for, a 4-bit base's product is bitsandbytes' own, whose fused kernels serve the few tokens of a generation step.
-
-Trade-off: an 8-bit base computes with x as it is, where bitsandbytes rounds x to 8 bits as well (LLM.int8()) in
-evaluation and, on a GPU, in training: the same function in training, in rollouts and in evaluation, and no kept x, for
-products in x's dtype. Merging goes by PEFT's way, which quantises base + delta anew and so costs accuracy; `unmerge`
-puts the very base back.
+What they compute is in `lorapar_kernels.bnb_weights`. Here: whether bitsandbytes dequantises a base rightly, and
+merging, which goes by PEFT's way: it quantises base + delta anew and so costs accuracy; `unmerge` puts the very base
+back.
 """
 
 import contextlib
 import functools
 import importlib.metadata
-import types
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -23,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from lorapar_kernels import bnb_weights
+from lorapar_kernels.peft_layers_bnb import FastQuantised
 
 from ..errors import InputError
 from .layers import MaskedLayer
@@ -33,86 +29,6 @@ from .layers import MaskedLayer
 ROUNDING = {"nf4": 0.16, "fp4": 0.175, "int8": 0.006}
 # What 8 bits for the blocks' largest weights add, as a share of the largest of all: half the widest gap is 0.007.
 NESTED_ROUNDING = 0.01
-
-# One flat buffer a device, dtype and CUDA stream, as large as the largest weight so far. A stream runs in order, so a
-# product has read the buffer before the next weight is written there; products on two streams have one each.
-_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-
-
-def _stream(device: torch.device) -> int | None:
-    """The current stream's handle, 0 on a CPU; None while it is captured into a CUDA graph."""
-    if device.type != "cuda":
-        return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
-
-
-def _buffer(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    stream = _stream(device)
-    if stream is None:
-        # A graph writes where it wrote when it was captured. A buffer of ours may have been freed by then; the graph's
-        # own memory stays, and is the next product's again as soon as this one has read it.
-        return torch.empty(shape, dtype=dtype, device=device)
-    there = _buffers.get((device, dtype, stream))
-    if there is None or there.numel() < shape.numel():
-        there = _buffers[device, dtype, stream] = torch.empty(shape.numel(), dtype=dtype, device=device)
-    return there[: shape.numel()].view(shape)
-
-
-def free_buffers() -> None:
-    """Let go of every buffer: torch's allocator takes each back in the order of its stream, so none is still read."""
-    _buffers.clear()
-
-
-def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a bitsandbytes layer, [out, in] in `dtype`, in a buffer that the next call writes over.
-
-    Each element is what bitsandbytes' own forward multiplies by, rounded once to `dtype`.
-    """
-    weight, state = cast(Any, base.weight), cast(Any, base)
-    if not isinstance(base, bnb.Linear4bit):
-        # bitsandbytes moves the weight and its scales into `state` at its own first forward.
-        moved = weight.CB is None
-        codes, scales = (state.state.CB, state.state.SCB) if moved else (weight.CB, weight.SCB)
-        out = _buffer(codes.shape, codes.device, dtype)
-        return torch.mul(codes, scales.unsqueeze(1) * (1.0 / 127.0), out=out)
-    bnb.fix_4bit_weight_quant_state_from_module(base)
-    state = weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    arguments = weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
-    if weight.device.type == "cpu":
-        # bitsandbytes has no CPU kernel that writes where it is told.
-        return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
-    out = _buffer(state.shape, weight.device, dtype)
-    torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
-    return out
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + bias with W dequantised from `base`; x [..., in] and the result [..., out] share a dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module) -> Tensor:  # type: ignore[override]
-        ctx.base = base
-        bias = cast("Tensor | None", base.bias)
-        return F.linear(x, dequantised(base, x.dtype), None if bias is None else bias.to(x.dtype))
-
-    # Once more and the weight would have to be made a third time; torch refuses it in words.
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ dequantised(ctx.base, grad.dtype), None
-
-
-def _forward(base: Any, x: Tensor) -> Tensor:
-    """What `take_over` puts in the place of a bitsandbytes layer's forward; under autocast, in autocast's dtype."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    out_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if isinstance(base, bnb.Linear4bit) and not (torch.is_grad_enabled() and x.requires_grad):
-        return type(base).forward(base, x).to(out_dtype)
-    dtype = out_dtype if autocast else getattr(base, "compute_dtype", None) or x.dtype
-    return cast(Tensor, FrozenProduct.apply(x.to(dtype), base)).to(out_dtype)
 
 
 def unexplained(weight: Tensor, restored: Tensor, kind: str, block: int) -> str | None:
@@ -199,23 +115,13 @@ def check_four_bits(model: nn.Module) -> None:
 
 
 def take_over(model: nn.Module) -> None:
-    """Give every 4-bit and 8-bit layer of `model`, adapted or not, the product above; a subclass with a forward of its
-    own keeps that.
-
-    bitsandbytes would also repack 4-bit weights in place at the first forward in evaluation on a CPU with AVX512-BF16,
-    and compute without autograd from then on: training after an evaluation would lose the gradient of x in silence.
-    """
+    """Give every 4-bit and 8-bit layer of `model`, adapted or not, our product (`bnb_weights.take_over`)."""
     check_four_bits(model)
     for module in model.modules():
-        if type(module).forward in (bnb.Linear4bit.forward, bnb.Linear8bitLt.forward):
-            # accelerate's hooks (a model on several devices) stand in the place of the forward, and call this one.
-            name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-            setattr(module, name, types.MethodType(_forward, module))
-        if isinstance(module, bnb.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        bnb_weights.take_over(module)
 
 
-class MaskedLinear4bit(MaskedLayer, Linear4bit):
+class MaskedLinear4bit(MaskedLayer, FastQuantised, Linear4bit):
     """Of a `bnb.nn.Linear4bit` (NF4 or FP4)."""
 
     def set_aside(self) -> Any:
@@ -226,7 +132,7 @@ class MaskedLinear4bit(MaskedLayer, Linear4bit):
         cast(nn.Linear, self.get_base_layer()).weight = aside
 
 
-class MaskedLinear8bit(MaskedLayer, Linear8bitLt):
+class MaskedLinear8bit(MaskedLayer, FastQuantised, Linear8bitLt):
     """Of a `bnb.nn.Linear8bitLt` (LLM.int8())."""
 
     def set_aside(self) -> Any:

@@ -77,7 +77,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    from .layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     # A copy of its own: the buffer that it comes in is written over by the next product.
     return dequantised(module, dtype).clone()

@@ -96,7 +96,7 @@ def export(
             plain = plain.to(probe.device)
         else:
             # LLM.int8() rounds what a layer is given too, and a CPU with AVX512-BF16 computes 4-bit products in bf16
-            # whatever the dtype: no properties of the adapter (layers_bnb.py).
+            # whatever the dtype: no properties of the adapter (lorapar_kernels/bnb_weights.py).
             take_over_products(plain)
         with plain.disable_adapter():
             without = _logits(plain, probe)

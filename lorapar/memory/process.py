@@ -39,9 +39,9 @@ def peak_memory_bytes() -> int:
 def release_freed() -> None:
     """Give back to the system what is no longer used; a stage in the same process would seem to need it otherwise."""
     # Imported where bitsandbytes is: its layers' buffers outlive the model.
-    layers_bnb = sys.modules.get("lorapar.adapter.layers_bnb")
-    if layers_bnb is not None:
-        layers_bnb.free_buffers()
+    bnb_weights = sys.modules.get("lorapar_kernels.bnb_weights")
+    if bnb_weights is not None:
+        bnb_weights.free_buffers()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -49,7 +49,7 @@ def works_here(base: str, device: torch.device) -> str:
     try:
         import bitsandbytes.nn.modules as bnb
 
-        from ..adapter.layers_bnb import FrozenProduct
+        from lorapar_kernels.bnb_weights import FrozenProduct
 
         if base == "nf4":
             layer: Any = bnb.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True)

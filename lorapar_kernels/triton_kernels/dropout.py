@@ -2,7 +2,14 @@
 
 A program makes BLOCK Philox blocks of 8 elements and stores each as 8 neighbouring bytes. `keep_tile` is for other
 kernels, which draw the mask where they need it.
+
+What a draw costs on sm_90, counted in the shrink's loop (bench/LOG.md): 9 instructions an element. Each of Philox's
+products, of 32 by 32 bits into 64, is one instruction; its keys come from a scalar seed, and stay in the uniform
+registers; the draws are compared in place, and no Philox block's elements leave their thread.
 """
+
+# Triton's annotations describe the language from outside and differ between its releases.
+# pyright: reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence
@@ -21,6 +28,11 @@ WARPS = 4
 ROUNDS = tl.constexpr(10)
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 KEY_STEP_0, KEY_STEP_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+
+
+def threshold_of(p: float) -> int:
+    """The draws below this one are dropped, as in ../dropout.py."""
+    return round(p * 65536)
 
 
 @triton.jit
@@ -129,17 +141,6 @@ def keep_and_store_tile(bits_ptr, seed, i_row, first_column, rows, columns, thre
     p_bits = bits_ptr + i_row[:, None] * (columns >> 3) + i_byte[None, :]
     tl.store(p_bits, tl.reshape(low | high, (i_row.shape[0], WIDTH // 8)).to(tl.uint8), mask=inside)
     return tl.reshape(_lanes(k0, k1, k2, k3, k4, k5, k6, k7), (i_row.shape[0], WIDTH))
-
-
-@triton.jit
-def store_bits(bits_ptr, keep, i_row, first_column, rows, columns, WIDTH: tl.constexpr):
-    """Write a tile of the mask as bits, uint8 [rows, columns / 8], column c in bit c % 8; columns a multiple of 8."""
-    height: tl.constexpr = i_row.shape[0]
-    lanes = tl.reshape(keep.to(tl.int32), (height, WIDTH // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    i_byte = first_column // 8 + tl.arange(0, WIDTH // 8)
-    inside = (i_row < rows)[:, None] & (i_byte < columns // 8)[None, :]
-    p_bits = bits_ptr + i_row[:, None] * (columns // 8) + i_byte[None, :]
-    tl.store(p_bits, tl.sum(lanes, 2).to(tl.uint8), mask=inside)
 
 
 @triton.jit

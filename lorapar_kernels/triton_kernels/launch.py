@@ -107,9 +107,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, room: int = COMM
 class Launch:
     """One kernel with its constexprs and launch options, to be launched again and again.
 
-    The arguments' dtypes, which of them are None, and each integer that the kernel specialises on are the same in every
-    call of one Launch: a launcher keeps one for each set of them. At least one argument is a tensor, none is a tuple or
-    a descriptor, and the constexprs are the kernel's last parameters.
+    The arguments' dtypes, which of them are None, and of each integer that the kernel specialises on, whether it is 1
+    and whether a multiple of 16, are the same in every call of one Launch: a launcher keeps one for each set of them.
+    At least one argument is a tensor, none is a tuple or a descriptor, and the constexprs are the kernel's last
+    parameters.
 
     Triton's launcher finds all of that out again in each call, and looks the compiled kernel up by a string made of it.
     Here the first call goes through it, and later ones call the compiled kernel's own launcher with what a call cannot
@@ -294,10 +295,12 @@ def _not_specialised(kernel: Any) -> set[str]:
 
 
 def _promise(value: Any, free: bool) -> Any:
-    """What of an argument is the same in each call of a Launch."""
+    """What of an argument is the same in each call of a Launch; of an integer, what Triton compiles for."""
     if isinstance(value, torch.Tensor):
         return value.dtype
-    return value if value is None or (type(value) is int and not free) else type(value)
+    if value is None or type(value) is not int or free:
+        return None if value is None else type(value)
+    return "1" if value == 1 else f"{'64 bits' if value > INT32 else 'int'}{', a multiple of 16' * (value % 16 == 0)}"
 
 
 def _kind(value: Any, specialise: bool = True) -> str:

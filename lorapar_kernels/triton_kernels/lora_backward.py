@@ -17,13 +17,17 @@ nothing is active makes no product for them at all, and then input_kernel does n
 program, outside its loop: a product under a condition in a pipelined loop reads tiles before they arrive (Triton 3.6,
 found by racecheck on an H100), and a loop that is not pipelined would cost more than the products that it leaves out.
 
-How large the parts are. One program of output_kernel owns BN columns of dY and a range of tokens, holds its B and its
-sum of dB in registers, and goes down its tokens: dS comes in N / BN parts of T · R, dB in as many parts of N · R as
-there are ranges. In bytes of Y = 2 T N (bf16, R = 16): 32 / BN of it for dS and 32 / (tokens of a range) for dB.
+How large the parts are. A program of output_kernel owns BN columns of dY and a range of tokens, holds its rows of B and
+its sum of dB in registers, and goes down its tokens: dS comes in N / BN parts of T · R, dB in as many parts of N · R as
+there are ranges. Of Y = 2 T N bytes (bf16, R = 16) that is 32 / BN for dS and 32 / (tokens of a range) for dB:
 
-                                       programs    dS        dB         of Y    128 rows × all columns (before)
-    T 8192, N 4096, one layer            16 × 16   1/16·2    1/16        0.19    0.29
-    q, k, v                          3 · 16 × 5    1/8       1/52        0.14    0.29
+    T = 8192, BN = 256             programs                  dS      dB      of Y
+    4096 → 4096, alone             16 · 16 ranges of 512     0.125   0.063   0.19
+    q, k, v of 4096                48 · 5 ranges of 1,664    0.125   0.020   0.15
+    gate, up of 11008              86 · 3 ranges of 2,752    0.125   0.012   0.14
+
+each written and read once, through L2 for the most part. A program that owned 128 tokens and went along their columns
+made 0.29 Y: 0.25 of dB, a part for each 128 tokens, and 0.04 of dS.
 
 Triton compiles a kernel again where an integer argument becomes 1 or a multiple of 16. That is switched off for what
 differs between batches (numbers of tokens and parts, the dropout's threshold), so that no batch waits for the compiler
@@ -32,11 +36,13 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 
 # Triton's annotations describe the language from outside and differ between its releases.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# Whether an argument is None is decided when a kernel is compiled, the condition inside when it runs.
+# ruff: noqa: SIM102
 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -45,7 +51,7 @@ from torch import Tensor
 
 from .dropout import keep_tile, kept_bits
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
-from .lora_forward import GROUP, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank, splits_of
+from .lora_forward import GROUP, PLANS, PROGRAMS, dropout_switches, group_size, is_slow, padded_rank
 
 # Columns of A, or rows of B, that one entry of a mask's stripes stands for (../tiles.py).
 STRIPE = tl.constexpr(64)
@@ -74,7 +80,7 @@ def output_kernel(
     dy0_ptr, dy1_ptr, dy2_ptr, b0_ptr, b1_ptr, b2_ptr, s0_ptr, s1_ptr, s2_ptr,
     stripes0_ptr, stripes1_ptr, stripes2_ptr, ds0_ptr, ds1_ptr, ds2_ptr, db0_ptr, db1_ptr, db2_ptr,
     T, t_split, N0, N1, N2, rank0, rank1, rank2, dy_stride0, dy_stride1, dy_stride2, b_stride0, b_stride1, b_stride2,
-    s_stride, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    s_stride, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds_ptr [N / BN, T, R] <- dY B over BN columns each; db_ptr [splits, N, R] <- dYᵀ S over t_split tokens each.
 
@@ -83,21 +89,21 @@ def output_kernel(
     """
     if tl.program_id(2) == 0:
         _output_columns(dy0_ptr, b0_ptr, s0_ptr, stripes0_ptr, ds0_ptr, db0_ptr, T, t_split, N0, rank0,
-                        dy_stride0, b_stride0, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                        dy_stride0, b_stride0, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
     if dy1_ptr is not None:
         if tl.program_id(2) == 1:
             _output_columns(dy1_ptr, b1_ptr, s1_ptr, stripes1_ptr, ds1_ptr, db1_ptr, T, t_split, N1, rank1,
-                            dy_stride1, b_stride1, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                            dy_stride1, b_stride1, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
     if dy2_ptr is not None:
         if tl.program_id(2) == 2:
             _output_columns(dy2_ptr, b2_ptr, s2_ptr, stripes2_ptr, ds2_ptr, db2_ptr, T, t_split, N2, rank2,
-                            dy_stride2, b_stride2, s_stride, R, BT, BN, PRECISION)  # fmt: skip
+                            dy_stride2, b_stride2, s_stride, R, BT, BN, STAGES, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _output_columns(
     dy_ptr, b_ptr, s_ptr, stripes_ptr, ds_ptr, db_ptr, T, t_split, N, rank, dy_stride, b_stride, s_stride,
-    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer of output_kernel. db_ptr None: no dB is wanted."""
     i_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -108,30 +114,32 @@ def _output_columns(
         b_b = tl.load(b_ptr + i_b, mask=m_b, other=0.0).to(dy_ptr.dtype.element_ty)
         if db_ptr is None:
             _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                         R, BT, PRECISION)  # fmt: skip
+                         R, BT, STAGES, PRECISION)  # fmt: skip
         elif stripes_ptr is None:
             _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                         R, BT, PRECISION)  # fmt: skip
+                         R, BT, STAGES, PRECISION)  # fmt: skip
         else:
             b_active = tl.load(stripes_ptr + i_n // STRIPE, mask=i_n < N, other=0).to(tl.int32)
             if tl.max(b_active, 0) > 0:
                 _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, b_active > 0, T, t_split, N, dy_stride, s_stride,
-                             R, BT, PRECISION)  # fmt: skip
+                             R, BT, STAGES, PRECISION)  # fmt: skip
             else:
                 _output_loop(dy_ptr, b_b, s_ptr, ds_ptr, None, i_n, i_n < N, T, t_split, N, dy_stride, s_stride,
-                             R, BT, PRECISION)  # fmt: skip
+                             R, BT, STAGES, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _output_loop(
     dy_ptr, b_b, s_ptr, ds_ptr, db_ptr, i_n, m_db, T, t_split, N, dy_stride, s_stride,
-    R: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Down the program's tokens. b_b [BN, R]: B's rows i_n; m_db [BN]: the rows of dB that are stored."""
     i_r = tl.arange(0, R)
     first = tl.program_id(1) * t_split
-    acc = tl.zeros(b_b.shape, tl.float32)
-    for t in range(first, tl.minimum(first + t_split, T), BT):
+    acc = tl.zeros((R, b_b.shape[0]), tl.float32)
+    # A loop of warp-group products alone has a buffer a stage, another one less.
+    stages: tl.constexpr = STAGES if db_ptr is not None else 2
+    for t in tl.range(first, tl.minimum(first + t_split, T), BT, num_stages=stages):
         i_t = t + tl.arange(0, BT).to(tl.int64)
         m_t = (i_t < T)[:, None]
         m_dy = m_t & (i_n < N)[None, :]
@@ -140,10 +148,11 @@ def _output_loop(
         tl.store(ds_ptr + i_ds, tl.dot(b_dy, b_b, input_precision=PRECISION), mask=m_t)
         if db_ptr is not None:
             b_s = tl.load(s_ptr + i_t[:, None] * s_stride + i_r[None, :], mask=m_t, other=0.0)
-            acc += tl.dot(tl.trans(b_dy), b_s, input_precision=PRECISION)
+            # dBᵀ, since Triton does not pipeline dY for compute capability 8 where its transpose is an operand too.
+            acc += tl.dot(tl.trans(b_s), b_dy, input_precision=PRECISION)
     if db_ptr is not None:
         i_db = (tl.program_id(1).to(tl.int64) * N + i_n[:, None]) * s_stride + i_r[None, :]
-        tl.store(db_ptr + i_db, acc, mask=m_db[:, None])
+        tl.store(db_ptr + i_db, tl.trans(acc), mask=m_db[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "t_split", "threshold"])
@@ -209,11 +218,12 @@ def _input_loop(
 ):  # fmt: skip
     """Down the program's tokens; without NEEDS_A x is not read."""
     kind: tl.constexpr = x_ptr.dtype.element_ty
-    NEEDS_X: tl.constexpr = dx_ptr is not None
+    NEEDS_X: tl.constexpr = dx_ptr is not None  # pyright: ignore[reportAssignmentType]
     # Before the loop, which the compiler would stage A's tiles for.
     b_a0 = _factor(a0_ptr, i_k, rank0, K, a_stride0, R, NEEDS_X, kind)
     b_a1 = _factor(a1_ptr, i_k, rank1, K, a_stride1, R, NEEDS_X and G > 1, kind)
     b_a2 = _factor(a2_ptr, i_k, rank2, K, a_stride2, R, NEEDS_X and G > 2, kind)
+    seed0, seed1, seed2 = _seed(seed0_ptr), _seed(seed1_ptr), _seed(seed2_ptr)
     acc0 = tl.zeros((R, BK), tl.float32)
     acc1 = tl.zeros((R, BK), tl.float32)
     acc2 = tl.zeros((R, BK), tl.float32)
@@ -225,13 +235,13 @@ def _input_loop(
         if NEEDS_A:
             b_x = tl.load(x_ptr + i_t[:, None] * x_stride + i_k[None, :], mask=m_x, other=0.0)
         b_dx = tl.zeros((BT, BK), tl.float32)
-        b_dx, acc0 = _add_layer(b_dx, acc0, b_x, b_a0, ds0_ptr, seed0_ptr, bits0_ptr, da0_ptr, i_t, T, K, ds_stride,
+        b_dx, acc0 = _add_layer(b_dx, acc0, b_x, b_a0, ds0_ptr, seed0, bits0_ptr, da0_ptr, i_t, T, K, ds_stride,
                                 threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if G > 1:
-            b_dx, acc1 = _add_layer(b_dx, acc1, b_x, b_a1, ds1_ptr, seed1_ptr, bits1_ptr, da1_ptr, i_t, T, K, ds_stride,
+            b_dx, acc1 = _add_layer(b_dx, acc1, b_x, b_a1, ds1_ptr, seed1, bits1_ptr, da1_ptr, i_t, T, K, ds_stride,
                                     threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if G > 2:
-            b_dx, acc2 = _add_layer(b_dx, acc2, b_x, b_a2, ds2_ptr, seed2_ptr, bits2_ptr, da2_ptr, i_t, T, K, ds_stride,
+            b_dx, acc2 = _add_layer(b_dx, acc2, b_x, b_a2, ds2_ptr, seed2, bits2_ptr, da2_ptr, i_t, T, K, ds_stride,
                                     threshold, R, BK, DROPOUT, ALIGNED, NEEDS_X, PRECISION)  # fmt: skip
         if NEEDS_X:
             p_dx = dx_ptr + i_t[:, None] * K + i_k[None, :]
@@ -255,21 +265,44 @@ def _factor(a_ptr, i_k, rank, K, a_stride, R: tl.constexpr, WANTED: tl.constexpr
 
 
 @triton.jit
+def _seed(seed_ptr):
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed
+
+
+@triton.jit
+def _kept(bits_ptr, i_t, k, T, K, BK: tl.constexpr):
+    """Columns k to k + BK of a mask that lies as bits in bytes, or in words of 32, which alone Triton pipelines."""
+    if bits_ptr.dtype.element_ty == tl.int32:
+        i_word = k // 32 + tl.arange(0, BK // 32)
+        inside = (i_t < T)[:, None] & (i_word < K // 32)[None, :]
+        b_words = tl.load(bits_ptr + i_t[:, None] * (K // 32) + i_word[None, :], mask=inside, other=0)
+        lanes = (b_words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        keep = tl.reshape(lanes, (i_t.shape[0], BK)) != 0
+    else:
+        keep = kept_bits(bits_ptr, i_t, k, T, K, BK)
+    return keep
+
+
+@triton.jit
 def _add_layer(
-    b_dx, acc, b_x, b_a, ds_ptr, seed_ptr, bits_ptr, da_ptr, i_t, T, K, ds_stride, threshold,
+    b_dx, acc, b_x, b_a, ds_ptr, seed, bits_ptr, da_ptr, i_t, T, K, ds_stride, threshold,
     R: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NEEDS_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer's share of a tile: b_dx [BT, BK] + keep ⊙ (dS A), and acc [R, BK] + dSᵀ (keep ⊙ x)."""
     i_r = tl.arange(0, R)
-    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=(i_t < T)[:, None], other=0.0)
-    b_kept = b_x
     k = tl.program_id(0) * BK
+    m_t = (i_t < T)[:, None]
+    b_ds = tl.load(ds_ptr + i_t[:, None] * ds_stride + i_r[None, :], mask=m_t, other=0.0)
+    keep, b_kept = m_t, b_x
     if DROPOUT:
         if bits_ptr is not None:
-            keep = kept_bits(bits_ptr, i_t, k, T, K, BK)
+            keep = _kept(bits_ptr, i_t, k, T, K, BK)
         else:
-            keep = keep_tile(tl.load(seed_ptr), i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
+            keep = keep_tile(seed, i_t, k, K, threshold.to(tl.uint32), BK, ALIGNED)
         b_kept = tl.where(keep, b_x, 0.0)
     if NEEDS_X:
         part = tl.dot(b_ds, b_a, input_precision=PRECISION)
@@ -379,15 +412,49 @@ def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
     return [place for each in zip(*entries) for place in (*each, *rest)]
 
 
+def _filled(tensors: Sequence[Sequence[Any]], here: slice, size: int) -> list[Any]:
+    """`_places` of the entries `here`, of their first arguments, their second ones, ..."""
+    rest = (None,) * (size - here.stop + here.start)
+    return [place for each in tensors for place in (*each[here], *rest)]
+
+
+class _Plan(NamedTuple):
+    """One launch, but for its tensors.
+
+    Attributes:
+        here: which of the layers, their pieces, or the outputs it serves.
+        numbers: the kernel's last arguments.
+    """
+
+    launch: Launch
+    grid: tuple[int, ...]
+    here: slice
+    numbers: tuple[Any, ...]
+
+
+@functools.cache
+def _steps_a_range(blocks: int, steps: int, at_work: int) -> int:
+    """How many of `steps` down the tokens one program goes, of `blocks` columns of programs, so that all end soonest.
+
+    at_work: programs that run together, on all multiprocessors; more take another round. A program's first loads and
+    its part of the sum cost about as much as two steps. Of equals the longest, which leaves the fewest parts.
+    """
+    lengths = sorted({cdiv(steps, ranges) for ranges in range(1, min(steps, 64) + 1)}, reverse=True)
+    return min(lengths, key=lambda length: cdiv(blocks * cdiv(steps, length), at_work) * (length + 2))
+
+
 @functools.cache
 def _output_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     if size == 4:
-        return {"BT": 16, "BN": 16 if R > 32 else 32, "num_warps": 4, "num_stages": 2}
+        return {"BT": 16 if R > 32 else 32, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if R > 32:
+        # 64 rows of dY spill up to 120 bytes on sm_80 and sm_100.
+        return {"BT": 32, "BN": 128 if R == 64 else 64, "num_warps": 8, "num_stages": 3 if aligned and R == 64 else 2}
     if not aligned:
         # Rows that are no multiple of 16 elements are loaded in narrower pieces, whose addresses take registers.
-        return {"BT": 32, "BN": 64 if R < 256 else 32, "num_warps": 8, "num_stages": 2}
-    BN = {16: 256, 32: 256, 64: 128, 128: 128, 256: 64}[R]
-    return {"BT": 64, "BN": BN, "num_warps": 4 if R == 16 else 8, "num_stages": 2}
+        return {"BT": 32, "BN": 128, "num_warps": 8, "num_stages": 3}
+    # Two tiles of dY of 32 KB under way: three do not fit beside B and S.
+    return {"BT": 64, "BN": 256, "num_warps": 4 if R == 16 else 8, "num_stages": 3 if R == 16 else 2}
 
 
 @functools.cache
@@ -396,20 +463,27 @@ def _input_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str,
         # A bf16 tile as wide as R is 32 does not compile with Triton 3.6 ("PassManager::run failed").
         BK = 16 if size == 2 and R == 32 else 32
         return {"BT": 16, "BK": BK, "num_warps": 4, "num_stages": 2}
-    aligned = columns % 16 == 0
-    warps = 8 if R * G > 16 or not aligned else 4
-    # On sm_100 64 rows of one layer of 64 ranks spill 16 bytes with Triton 3.9, of two layers of 16 ranks 24 with 3.6;
-    # 64 columns of 128 ranks spill 60 on sm_80.
-    rows = 32 if R * G > 64 or R == 64 or (R, G) == (16, 2) else 64
-    wide = 32 if R > 64 or (R == 64 and not aligned) else 64
-    return {"BT": rows, "BK": wide, "num_warps": warps, "num_stages": 2}
+    if columns % 16 != 0:
+        return {"BT": 32, "BK": 64 if R <= 32 else 32, "num_warps": 8, "num_stages": 3 if R <= 32 else 2}
+    if R * G == 16:
+        # At most 128 registers a thread, so four programs a multiprocessor, each with three tiles of x of 4 KB on their
+        # way. 128 columns at 8 warps spill 8 bytes on sm_80.
+        return {"BT": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
+    if R <= 32:
+        # Wide, because each program reads dS anew: 96 bytes a token of q, k, v at rank 16, beside 256 of x. Three
+        # layers of 32 ranks have no registers for it.
+        return {"BT": 32, "BK": 64 if R * G > 64 else 128, "num_warps": 8, "num_stages": 4 if R * G != 64 else 3}
+    # Two layers of 64 ranks spill up to 56 bytes at 64 columns on sm_80.
+    narrow = R > 128 or (R, G) == (64, 2)
+    return {"BT": 32, "BK": 32 if narrow else 64, "num_warps": 8, "num_stages": 3 if R * G == 64 else 2}
 
 
 @functools.cache
 def _output_launch(size: int, aligned: bool, R: int, how: str, *key: Any) -> Launch:
     """One Launch for each set of these and of what else `key` tells apart."""
     del key
-    return Launch(output_kernel, R=R, PRECISION=how, **_output_tiles(size, aligned, R))
+    tiles = _output_tiles(size, aligned, R)
+    return Launch(output_kernel, R=R, PRECISION=how, STAGES=tiles["num_stages"], **tiles)
 
 
 @functools.cache
@@ -429,6 +503,24 @@ def _reduce_launch(*key: Any) -> Launch:
     return Launch(reduce_kernel, BLOCK=BLOCK, AT_ONCE=AT_ONCE, num_warps=4)
 
 
+@functools.lru_cache(PLANS)
+def _plan_reduce(outs: tuple[tuple[Any, ...], ...]) -> list[_Plan]:
+    """outs: of each its parts' shape and dtype, its own shape and dtype, whether it has a mask, and its scale."""
+    plans = []
+    for start in range(0, len(outs), REDUCED):
+        here = slice(start, min(start + REDUCED, len(outs)))
+        members, kinds, n = [], [], 0
+        for parts, height, width, part_dtype, rows, columns, dtype, masked, scale in outs[here]:
+            same = width == columns
+            members.append((parts, height * width // 16, rows * width, *((None, None) if same else (width, columns)),
+                            scale))  # fmt: skip
+            kinds.append((part_dtype, masked, dtype, same))
+            n = max(n, rows * width)
+        numbers = tuple(_places(members, REDUCED))
+        plans.append(_Plan(_reduce_launch(*kinds), (max(1, cdiv(n, BLOCK)), len(members)), here, numbers))
+    return plans
+
+
 def reduce(
     parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None], scales: Sequence[float]
 ) -> None:
@@ -437,19 +529,66 @@ def reduce(
     parts: contiguous [n, rows or more, columns or more], one of the two a multiple of 16 (a padded rank); read only
     where the mask is active. outs: contiguous. masks: contiguous uint8 of out's shape, or None.
     """
-    for start in range(0, len(outs), REDUCED):
-        members, kinds, n = [], [], 0
-        for i in range(start, min(start + REDUCED, len(outs))):
-            part, out, mask = parts[i], outs[i], masks[i]
-            rows, columns = out.shape
-            width = part.shape[2]
-            same = width == columns
-            members.append((part, mask, out, part.shape[0], part.stride(0) // 16, rows * width,
-                            None if same else width, None if same else columns, float(scales[i])))  # fmt: skip
-            kinds.append((part.dtype, mask is None, out.dtype, same))
-            n = max(n, rows * width)
-        grid = (max(1, cdiv(n, BLOCK)), len(members))
-        _reduce_launch(*kinds)(grid, *_places(members, REDUCED))
+    kinds = [
+        (*part.shape, part.dtype, *out.shape, out.dtype, mask is not None, float(scale))
+        for part, out, mask, scale in zip(parts, outs, masks, scales)
+    ]
+    _add_up(_plan_reduce(tuple(kinds)), parts, outs, masks)
+
+
+def _add_up(
+    plans: list[_Plan], parts: Sequence[Tensor], outs: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> None:
+    for plan in plans:
+        plan.launch(plan.grid, *_filled((parts, masks, outs), plan.here, REDUCED), *plan.numbers)
+
+
+class _OutputPlan(NamedTuple):
+    """What `output_gradients` launches, but for its tensors.
+
+    Attributes:
+        width: ranks that a launch of the pass over dY takes.
+        ds, db: shapes of each layer's parts; None where it needs no dB.
+        passes, sums: over dY; of each dS, and then of each dB that is needed.
+    """
+
+    width: int
+    ds: list[tuple[int, int, int]]
+    db: list[tuple[int, int, int] | None]
+    passes: list[_Plan]
+    sums: list[_Plan]
+
+
+@functools.lru_cache(PLANS)
+def _plan_output(
+    T: int, R: int, dtype: torch.dtype, how: str, p: float, layers: tuple[tuple[Any, ...], ...]
+) -> _OutputPlan:
+    """layers: of each dY's columns and stride; B's rank, stride and dtype; whether dB is needed, has empty stripes, has
+    a mask; and its scaling."""
+    # 256 ranks of one layer spill 17 kB on sm_80.
+    width = _width(dtype.itemsize, R, 128)
+    widths, strides, *_ = zip(*layers)
+    aligned = all(size % 16 == 0 for size in (*widths, *strides))
+    tiles = _output_tiles(dtype.itemsize, aligned, width)
+    blocks, steps = [cdiv(N, tiles["BN"]) for N in widths], cdiv(T, tiles["BT"])
+    t_split = _steps_a_range(sum(blocks), steps, PROGRAMS) * tiles["BT"]
+    splits = cdiv(T, t_split)
+    passes, pieces = [], [(r, *layer) for layer in layers for r in range(0, R, width)]
+    for start in range(0, len(pieces), GROUP):
+        here = slice(start, min(start + GROUP, len(pieces)))
+        members = pieces[here]
+        integers = [(N, max(0, min(rank - r, width)), stride, b_stride) for r, N, stride, rank, b_stride, *_ in members]
+        kinds = [(b_dtype, striped, need) for *_, b_dtype, need, striped, _, _ in members]
+        launch = _output_launch(dtype.itemsize, aligned, width, how, dtype, R, *integers, *kinds)
+        grid = (max(1, *blocks), splits, len(members))
+        passes.append(_Plan(launch, grid, here, (T, t_split, *_places(integers, GROUP), R)))
+    ds = [(n, T, R) for n in blocks]
+    db = [(splits, N, R) if need else None for N, _, _, _, _, need, *_ in layers]
+    outs = [(n, T, R, FP32, T, R, dtype, False, layer[-1] / (1.0 - p)) for n, layer in zip(blocks, layers)]
+    for N, _, rank, _, b_dtype, need, _, masked, scaling in layers:
+        if need:
+            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, scaling))
+    return _OutputPlan(width, ds, db, passes, _plan_reduce(tuple(outs)))
 
 
 def output_gradients(
@@ -467,37 +606,38 @@ def output_gradients(
     dB is 0 outside its mask, and None where `needs_b` is False. Two launches for up to three layers.
     """
     (T, R), dtype, device = columns[0].shape, dys[0].dtype, dys[0].device
-    width, factors = _width(dtype, R), list(map(unit_rows, lora_bs))
-    aligned = all(dy.shape[1] % 16 == 0 and dy.stride(0) % 16 == 0 for dy in dys)
-    tiles = _output_tiles(dtype.itemsize, aligned, width)
-    blocks, steps = [cdiv(dy.shape[1], tiles["BN"]) for dy in dys], cdiv(T, tiles["BT"])
-    # At most PROGRAMS, which are at work together; one more would be alone in a second round.
-    t_split = cdiv(steps, max(1, PROGRAMS // max(1, sum(blocks)))) * tiles["BT"]
-    splits = cdiv(T, t_split)
-    ds_parts = [torch.empty((n, T, R), dtype=torch.float32, device=device) for n in blocks]
-    db_parts = [
-        torch.empty((splits, dy.shape[1], R), dtype=torch.float32, device=device) if need else None
-        for dy, need in zip(dys, needs_b)
-    ]
+    factors = list(map(unit_rows, lora_bs))
     stripes = [_stripes(mask) if need else None for mask, need in zip(masks, needs_b)]
-    layers = list(zip(dys, factors, columns, stripes, ds_parts, db_parts))
-    if width < R:
-        layers = [_cut(layer, r, width) for layer in layers for r in range(0, R, width)]
-    for start in range(0, len(layers), GROUP):
-        members = layers[start : start + GROUP]
-        integers = [(dy.shape[1], b.shape[1], dy.stride(0), b.stride(0)) for dy, b, *_ in members]
-        kinds = [(b.dtype, stripe is None, db is None) for _, b, _, stripe, _, db in members]
-        launch = _output_launch(dtype.itemsize, aligned, width, precision(dys[0]), dtype, R, *integers, *kinds)
-        launch(
-            (max(1, *blocks), splits, len(members)), *_places(members, GROUP), T, t_split, *_places(integers, GROUP), R
+    of_layers = [
+        (
+            dy.shape[1],
+            dy.stride(0),
+            b.shape[1],
+            b.stride(0),
+            b.dtype,
+            need,
+            stripe is not None,
+            mask is not None,
+            scaling,
         )
-    dss = [s.new_empty(s.shape) for s in columns]
-    dbs = [b.new_empty(b.shape) if need else None for b, need in zip(lora_bs, needs_b)]
-    sums = [(part, ds, None, scaling / (1.0 - p)) for part, ds, scaling in zip(ds_parts, dss, scalings)]
-    for part, db, mask, scaling in zip(db_parts, dbs, masks, scalings):
-        if part is not None and db is not None:
-            sums.append((part, db, _bits(mask), scaling))
-    reduce(*zip(*sums))
+        for dy, b, need, stripe, mask, scaling in zip(dys, factors, needs_b, stripes, masks, scalings)
+    ]
+    plan = _plan_output(T, R, dtype, precision(dys[0]), p, tuple(of_layers))
+    ds_parts = [torch.empty(shape, dtype=FP32, device=device) for shape in plan.ds]
+    db_parts = [None if shape is None else torch.empty(shape, dtype=FP32, device=device) for shape in plan.db]
+    tensors: Sequence[Sequence[Any]] = (dys, factors, columns, stripes, ds_parts, db_parts)
+    if plan.width < R:
+        tensors = list(
+            zip(*(_cut(of_layer, r, plan.width) for of_layer in zip(*tensors) for r in range(0, R, plan.width)))
+        )
+    for one in plan.passes:
+        one.launch(one.grid, *_filled(tensors, one.here, GROUP), *one.numbers)
+    dss = [torch.empty((T, R), dtype=dtype, device=device) for _ in columns]
+    dbs = [torch.empty(b.shape, dtype=b.dtype, device=device) if need else None for b, need in zip(lora_bs, needs_b)]
+    parts = [*ds_parts, *(part for part in db_parts if part is not None)]
+    outs = [*dss, *(db for db in dbs if db is not None)]
+    active = [*(None for _ in dss), *(_bits(mask) for mask, need in zip(masks, needs_b) if need)]
+    _add_up(plan.sums, parts, outs, active)
     return dss, dbs
 
 
@@ -506,6 +646,62 @@ def _cut(layer: tuple[Any, ...], r: int, width: int) -> tuple[Any, ...]:
     dy, b, s, stripes, ds, db = layer
     ranks = slice(r, r + width)
     return dy, b[:, ranks], s[:, ranks], stripes, ds[:, :, ranks], None if db is None else db[:, :, ranks]
+
+
+class _InputPlan(NamedTuple):
+    """What `input_gradients` launches, but for its tensors.
+
+    Attributes:
+        pieces: of layers, which and their ranks, where not every layer is one piece.
+        passes, sums: over x; of each piece of a dA.
+        part: by pass, the shape of a piece's parts.
+    """
+
+    pieces: list[tuple[int, slice]] | None
+    passes: list[_Plan]
+    part: list[tuple[int, int, int]]
+    sums: list[_Plan]
+
+
+@functools.lru_cache(PLANS)
+def _plan_input(
+    T: int, K: int, stride: int, R: int, dtype: torch.dtype, how: str, p: float, reads_bits: bool, needs_x: bool,
+    layers: tuple[tuple[Any, ...], ...],
+) -> _InputPlan:  # fmt: skip
+    """layers: of each A's rank, stride and dtype; whether dA is needed, has empty stripes, has a mask."""
+    size = dtype.itemsize
+    width, group = _width(size, R, 256), group_size(size, K, R, p)
+    pieces = [
+        (g, slice(r, r + width), min(rank - r, width), *rest)
+        for g, (rank, *rest) in enumerate(layers)
+        if needs_x or rest[2]
+        for r in range(0, rank, width)
+    ]
+    passes, shapes, outs = [], [], []
+    for start in range(0, len(pieces), group):
+        here = slice(start, min(start + group, len(pieces)))
+        members = pieces[here]
+        tiles = _input_tiles(size, K, width, len(members), p)
+        blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
+        # One program of 8 warps fills a multiprocessor's registers; of 4 warps, which take fewer each, four do.
+        t_split = _steps_a_range(blocks, steps, PROGRAMS // 2 * (4 if tiles["num_warps"] == 4 else 1)) * tiles["BT"]
+        splits = cdiv(T, t_split)
+        integers = [(rank, a_stride) for _, _, rank, a_stride, *_ in members]
+        kinds = [(a_dtype, need and striped, need) for _, _, _, _, a_dtype, need, striped, _ in members]
+        wanted = [striped for *_, need, striped, _ in members if need]
+        launch = _input_launch(
+            size, K, width, len(members), p, how, len(wanted) > 0, len(wanted) > 0 and all(wanted), start > 0,
+            dtype, needs_x, reads_bits, stride, R, *integers, *kinds,
+        )  # fmt: skip
+        numbers = (T, t_split, K, stride, R, *_places(integers, GROUP), round(p * 65536))
+        passes.append(_Plan(launch, (blocks, splits), here, numbers))
+        shapes.append((splits, width, K))
+        for _, _, rank, _, a_dtype, need, _, masked in members:
+            if need:
+                outs.append((splits, width, K, FP32, rank, K, a_dtype, masked, 1.0))
+    whole = len(pieces) == len(layers) and width == R
+    which = None if whole else [(g, ranks) for g, ranks, *_ in pieces]
+    return _InputPlan(which, passes, shapes, _plan_reduce(tuple(outs)))
 
 
 def input_gradients(
@@ -522,54 +718,53 @@ def input_gradients(
     """dX [T, K] = Σ keep ⊙ (dS A) in x's dtype, and each dA [r, K] = dSᵀ (keep ⊙ x) in A's, of each layer of a group.
 
     x: [T, K], unit column stride, T ≥ 1. dss: dS [T, R] in x's dtype, contiguous, with the factor 1 / (1 − p).
-    bits: each layer's dropout mask as `store_bits` wrote it, or [], where it is drawn from the seed. dA is 0 outside
-    its mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
+    bits: each layer's dropout mask as `shrink` wrote it, or [], where it is drawn from the seed. dA is 0 outside its
+    mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
     """
-    (T, K), R, dtype, size = x.shape, dss[0].shape[1], x.dtype, x.element_size()
-    dx = torch.empty((T, K), dtype=dtype, device=x.device) if needs_x else None
+    (T, K), R, dtype, device = x.shape, dss[0].shape[1], x.dtype, x.device
+    dx = torch.empty((T, K), dtype=dtype, device=device) if needs_x else None
     das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
-    width, group = _width(dtype, R), group_size(size, K, R, p)
-    pieces = [(g, r) for g, a in enumerate(factors) if needs_x or needs_a[g] for r in range(0, a.shape[0], width)]
-    sums: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
-    for start in range(0, len(pieces), group):
-        here = pieces[start : start + group]
-        tiles = _input_tiles(size, K, width, len(here), p)
-        blocks, steps = cdiv(K, tiles["BK"]), cdiv(T, tiles["BT"])
-        t_split = cdiv(steps, splits_of(blocks, steps)) * tiles["BT"]
-        splits = cdiv(T, t_split)
-        members = []
-        for g, r in here:
-            a, ds, da, part, mask = unit_rows(factors[g]), dss[g], das[g], None, _bits(masks[g])
-            if width < R:
-                # As large a rank goes in pieces: rows of A, dA and the mask, columns of dS.
-                ranks = slice(r, r + width)
-                a, ds = a[ranks], ds[:, ranks]
-                da, mask = (None if rows is None else rows[ranks] for rows in (da, mask))
-            if da is not None:
-                part = torch.empty((splits, width, K), dtype=torch.float32, device=x.device)
-                sums.append((part, da, mask, 1.0))
-            stripes = None if da is None else _stripes(masks[g])
-            members.append((a, ds, None if bits else seeds[g], bits[g] if bits else None, stripes, part))
-        wanted = [(stripes, part) for *_, stripes, part in members if part is not None]
-        masked = len(wanted) > 0 and all(stripes is not None for stripes, _ in wanted)
-        integers = [(a.shape[0], a.stride(0)) for a, *_ in members]
-        kinds = [(a.dtype, stripes is None, part is None) for a, *_, stripes, part in members]
-        launch = _input_launch(
-            size, K, width, len(members), p, precision(x), len(wanted) > 0, masked, start > 0,
-            dtype, needs_x, bool(bits), x.stride(0), R, *integers, *kinds,
-        )  # fmt: skip
-        launch(
-            (blocks, splits), x, dx, *_places(members, GROUP), T, t_split, K, x.stride(0), R,
-            *_places(integers, GROUP), round(p * 65536),
-        )  # fmt: skip
-    if sums:
-        reduce(*zip(*sums))
+    if K % 32 == 0:
+        bits = [words.view(torch.int32) for words in bits]
+    rows, stripes = list(map(unit_rows, factors)), list(map(_stripes, masks))
+    of_layers = [
+        (a.shape[0], a.stride(0), a.dtype, need, stripe is not None, mask is not None)
+        for a, need, stripe, mask in zip(rows, needs_a, stripes, masks)
+    ]
+    reads_bits = len(bits) > 0
+    plan = _plan_input(T, K, x.stride(0), R, dtype, precision(x), p, reads_bits, needs_x, tuple(of_layers))
+    stripes = [stripe if need else None for stripe, need in zip(stripes, needs_a)]
+    no_tensors = (None,) * len(factors)
+    tensors = [rows, dss, no_tensors if reads_bits else seeds, bits if reads_bits else no_tensors, stripes, das]
+    active: Sequence[Tensor | None] = [None if mask is None else _bits(mask) for mask in masks]
+    if plan.pieces is not None:
+        if not plan.pieces:
+            return dx, das
+        *tensors, active = zip(*(_piece(g, ranks, [*tensors, active]) for g, ranks in plan.pieces))
+    outs, parts = tensors.pop(), []
+    for one, shape in zip(plan.passes, plan.part):
+        made = [None if da is None else torch.empty(shape, dtype=FP32, device=device) for da in outs[one.here]]
+        one.launch(
+            one.grid, x, dx, *_filled(tensors, one.here, GROUP), *made, *(None,) * (GROUP - len(made)), *one.numbers
+        )
+        parts += made
+    wanted = [(part, da, words) for part, da, words in zip(parts, outs, active) if part is not None]
+    if wanted:
+        _add_up(plan.sums, *zip(*wanted))
     return dx, das
 
 
-def _width(dtype: torch.dtype, R: int) -> int:
-    """How many ranks a launch takes: a plain-core product holds all of its inner dimension in registers."""
-    return min(R, 64) if dtype.itemsize == 4 else R
+def _piece(g: int, ranks: slice, tensors: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Some ranks of a layer: rows of its A, dA and mask, columns of its dS."""
+    a, ds, seed, bits, stripes, da, words = (of_layers[g] for of_layers in tensors)
+    da, words = (None if entry is None else entry[ranks] for entry in (da, words))
+    return a[ranks], ds[:, ranks], seed, bits, stripes, da, words
+
+
+def _width(size: int, R: int, most: int) -> int:
+    """How many ranks of R a launch takes: at most `most`, in fp32 64, since a plain-core product holds all of its inner
+    dimension in registers."""
+    return min(R, 64 if size == 4 else most)
 
 
 def ahead_of_time(every: bool = False) -> list[Variant]:
@@ -584,41 +779,63 @@ def ahead_of_time(every: bool = False) -> list[Variant]:
     return variants
 
 
-# x's dtype, the adapter's, rank, layers of one x, p, columns, stripes, gradients wanted of (x, A and B), bits
+# x's dtype, the adapter's, rank, layers of one x, p, columns, empty stripes, gradients wanted of (x, A and B), bits
 REPRESENTATIVE = [
-    (BF16, FP32, 16, 3, 0.05, 4096, False, (True, True), True),
+    (BF16, FP32, 8, 3, 0.05, 4096, False, (True, True), True),
     (BF16, FP32, 16, 3, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 16, 1, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 16, 1, 0.05, 4096, False, (True, True), True),
+    (BF16, FP32, 16, 2, 0.05, 4096, True, (True, True), False),
+    (BF16, BF16, 32, 2, 0.0, 4096, True, (True, True), False),
+    (BF16, FP32, 32, 3, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 64, 3, 0.05, 4096, False, (True, True), True),
+    (BF16, BF16, 128, 1, 0.05, 4096, True, (False, True), False),
+    (BF16, FP32, 128, 1, 0.05, 61, False, (True, True), False),
+    (BF16, FP32, 256, 2, 0.05, 4096, True, (True, True), False),
+    (BF16, FP32, 256, 1, 0.05, 4104, False, (True, True), True),
+    (BF16, FP32, 16, 1, 0.05, 4104, True, (True, True), False),
+    (FP16, FP32, 32, 2, 0.05, 61, True, (True, True), False),
+    (FP16, FP16, 16, 1, 0.0, 4096, False, (True, False), False),
+    (FP32, FP32, 16, 3, 0.05, 4096, True, (True, True), False),
+    (FP32, FP32, 64, 3, 0.05, 61, True, (True, True), False),
+    (FP32, FP32, 256, 1, 0.05, 4096, True, (True, True), True),
 ]
 
 
 def _every_case():
-    drops = [(0.0, 4096, False), (0.05, 4096, False), (0.05, 4096, True), (0.05, 4104, False), (0.05, 61, False)]
+    drops = [(0.0, 4096, False), *((0.05, columns, bits) for columns in (4096, 4104) for bits in (False, True))]
     for rank in (8, 16, 32, 64, 128, 256):
         for group in range(1, GROUP + 1):
-            for (x, a), (p, columns, bits), striped in itertools.product(DTYPES, drops, (False, True)):
+            for (x, a), (p, columns, bits), striped in itertools.product(
+                DTYPES, [*drops, (0.05, 61, False)], (False, True)
+            ):
                 for wanted in ((True, True), (True, False), (False, True)):
                     yield x, a, rank, group, p, columns, striped, wanted, bits
 
 
-class _Striped:
-    """A mask without memory, of which some stripes are empty."""
+class _Striped(NamedTuple):
+    """A mask without memory; stripes None where none is empty."""
 
-    def __init__(self, mask: Tensor, columns: int, striped: bool):
-        self.mask = mask
-        self.stripes = meta(cdiv(columns, 64), dtype=torch.uint8) if striped else None
+    mask: Tensor
+    stripes: Tensor | None
 
 
 def _launch_all(x_dtype, a_dtype, rank, group, p, columns, striped, wanted, bits, tokens=8192) -> None:
-    """One group's backward."""
+    """One group's backward, masked."""
     needs_x, needs_factors = wanted
-    x = meta(tokens, columns, dtype=x_dtype)
+    x, needs = meta(tokens, columns, dtype=x_dtype), [needs_factors] * group
     factors = [meta(rank, columns, dtype=a_dtype) for _ in range(group)]
-    lora_bs = [meta(columns, rank, dtype=a_dtype) for _ in range(group)]
     seeds = [meta(1, dtype=torch.int64) if p > 0 else None for _ in range(group)]
     drawn = [meta(tokens, columns // 8, dtype=torch.uint8) for _ in range(group)] if bits else []
-    masks_a = [_Striped(meta(rank, columns, dtype=torch.bool), columns, striped) for _ in range(group)]
-    masks_b = [_Striped(meta(columns, rank, dtype=torch.bool), columns, striped) for _ in range(group)]
-    ss = [meta(tokens, padded_rank(factors), dtype=x_dtype) for _ in range(group)]
-    needs = [needs_factors] * group
-    dss, _ = output_gradients([x] * group, lora_bs, ss, [2.0] * group, p, masks_b, needs)
+    # Keys and values are narrower than queries, as where several heads share them.
+    widths = [columns, *[columns // 4 if columns % 64 == 0 else columns] * (group - 1)]
+    dys = [meta(tokens, N, dtype=x_dtype) for N in widths]
+    lora_bs = [meta(N, rank, dtype=a_dtype) for N in widths]
+    ss = [meta(tokens, padded_rank(factors), dtype=x_dtype) for _ in widths]
+    masks_a, masks_b = (
+        [_Striped(meta(*shape, dtype=torch.bool), meta(cdiv(n, 64), dtype=torch.uint8) if striped else None)
+         for shape, n in shapes]
+        for shapes in ([((rank, columns), columns)] * group, [((N, rank), N) for N in widths])
+    )  # fmt: skip
+    dss, _ = output_gradients(dys, lora_bs, ss, [2.0] * group, p, masks_b, needs)
     input_gradients(x, factors, dss, p, seeds, drawn, masks_a, needs, needs_x)

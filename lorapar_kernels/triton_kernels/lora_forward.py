@@ -11,8 +11,8 @@ parts, and S comes as fp32 parts [splits, T, R], which the expand adds up in the
 The mask is a function of (seed, element) as in dropout.py, so nothing of x's size is kept for it, unless the backward
 is to read it: then the shrink writes it down as bits, X / 16 in bf16. Deterministic: no atomics, one order of sums.
 
-Trade-off: y is written here and read again by the product's epilogue, where a product of our own (lora_product.py) would
-open its accumulator with the expand. But cuBLAS's product stays, its read of y hides behind its arithmetic, and no
+Trade-off: y is written here and read again by the product's epilogue, where a product of our own (lora_product.py)
+opens its accumulator with the expand. But cuBLAS's product stays, its read of y hides behind its arithmetic, and no
 clone of y is ever made. A and B are read as they are stored, fp32 or x's dtype, and rounded in registers.
 
 Triton compiles a kernel again where an integer argument becomes 1 or a multiple of 16. That is switched off for what
@@ -33,8 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold_of
-from .dropout import keep_and_store_tile, keep_tile
+from .dropout import keep_and_store_tile, keep_tile, threshold_of
 from .launch import BF16, DTYPES, FP16, FP32, Launch, Variant, cdiv, meta, precision, recording, unit_rows
 
 # More layers of one x than this take several launches: three accumulators of 64 ranks still fit in registers.
@@ -60,7 +59,7 @@ def shrink_kernel(
 ):  # fmt: skip
     """s_ptr [splits, T, R] <- scale · (keep ⊙ x) Aᵀ of each of G layers, over columns k_split · program_id(1) onwards.
 
-    bits_ptr: where a layer's keep is written as by `store_bits`; None: nowhere.
+    bits_ptr: where a layer's keep is written as by `keep_and_store_tile`; None: nowhere.
     """
     i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = i_t < T
@@ -138,13 +137,14 @@ def expand_kernel(
             parts0_ptr, s0_ptr, b0_ptr, bias0_ptr, base0_ptr, y0_ptr, i_t, first, n_group, T, splits0, N0, rank0,
             b0_stride, base0_stride, scaling0, R, BT, BN, BR, PRECISION,
         )  # fmt: skip
-    if G > 1:
+    # Nested, because G is known when the kernel is compiled: there is no code for layers that are absent.
+    if G > 1:  # noqa: SIM102
         if layer == 1:
             _write_columns(
                 parts1_ptr, s1_ptr, b1_ptr, bias1_ptr, base1_ptr, y1_ptr, i_t, first, n_group, T, splits1, N1, rank1,
                 b1_stride, base1_stride, scaling1, R, BT, BN, BR, PRECISION,
             )  # fmt: skip
-    if G > 2:
+    if G > 2:  # noqa: SIM102
         if layer == 2:
             _write_columns(
                 parts2_ptr, s2_ptr, b2_ptr, bias2_ptr, base2_ptr, y2_ptr, i_t, first, n_group, T, splits2, N2, rank2,
@@ -235,7 +235,7 @@ def splits_of(tiles: int, steps: int) -> int:
 
 
 def dropout_switches(p: float, columns: int) -> dict[str, bool]:
-    """The two switches of the kernels that draw a mask. (`dropout.threshold_of(p)` is their threshold.)
+    """The two switches of the kernels that draw a mask. (`threshold_of(p)` is their threshold.)
 
     A p that rounds to a threshold of 0 keeps all, which the draw's comparison has no room for: nothing is drawn.
     """
@@ -246,7 +246,7 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
     if is_slow(size, columns, p):
         return {"BT": 16, "BK": 32, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     if G > 1 and R * G <= 64:
-        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, one program a multiprocessor of 64 K. Of
+        # Each layer's draws hold registers: at 64 × 64 of 8 warps 177 a thread, so one program a multiprocessor. Of
         # these fit three (two where bits are kept), with three tiles of x of 4 KB each on their way: 36 KB a
         # multiprocessor, where 4.3 TB/s · 0.7 µs over 132 of them is 23 KB.
         return {"BT": 64, "BK": 32, "num_warps": 4, "num_stages": 4}
@@ -263,15 +263,18 @@ def _shrink_tiles(size: int, columns: int, R: int, G: int, p: float) -> dict[str
 def _expand_tiles(size: int, aligned: bool, R: int) -> dict[str, int]:
     """aligned: each y's rows are multiples of 16 elements."""
     if size == 4:
-        # 64 columns of 256 ranks spill 64 bytes on sm_90.
-        return {"BT": 32, "BN": 64 if R <= 64 else 32, "BR": 16, "num_warps": 4, "num_stages": 2}
+        # 256 ranks spill at 4 warps: 32 × 64 64 bytes on sm_90, 32 × 32 24 bytes on sm_80.
+        return {"BT": 32, "BN": 64, "BR": 16, "num_warps": 8 if R > 64 else 4, "num_stages": 2}
     if not aligned:
         # Its rows are stored in narrower pieces, whose addresses take registers: 128 × 128 spill 1.1 kB on sm_90.
         return {"BT": 64, "BN": 64, "BR": min(R, 32), "num_warps": 8, "num_stages": 2}
     # A row of a tile is 256 bytes, two whole lines. 128 rows share one B, which is read from L2 again for each tile: of
     # 16 ranks in fp32 a quarter of the bytes of y that it makes, half of them for 64 rows, and L2 would then be the
-    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks spill 8 bytes on sm_100.
-    return {"BT": 128 if R <= 64 else 64, "BN": 128, "BR": min(R, 64), "num_warps": 8, "num_stages": 2}
+    # limit. Twice 8 warps fit on a multiprocessor. 128 rows of 128 ranks, 64 at a time, spill 8 bytes on sm_100, and 64
+    # rows so 208 on sm_80.
+    if R > 64:
+        return {"BT": 64, "BN": 128, "BR": 32, "num_warps": 8, "num_stages": 2}
+    return {"BT": 128, "BN": 128, "BR": R, "num_warps": 8, "num_stages": 2}
 
 
 class _Plan(NamedTuple):

@@ -25,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dropout import threshold_of
-from .dropout import keep_tile, kept_bits
+from .dropout import keep_tile, kept_bits, threshold_of
 from .launch import (
     BF16,
     COMMON_ROOM,

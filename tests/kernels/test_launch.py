@@ -315,14 +315,16 @@ def test_a_broken_promise_is_found_where_it_is_checked(gpu, monkeypatch):
     kept = Launch(gpu.kernel, **CONSTANTS)
     arguments = arguments_at()
     kept((3,), *arguments)
-    kept((4,), *arguments_at(1, 0, 2, number=31, n=7)[:7], 2.0)
+    kept((4,), *arguments_at(1, 0, 2, number=31, n=7)[:5], 32, 1, 2.0)
     names = ["x_ptr", "absent_ptr", "seed_ptr", "out_ptr", "n", "stride", "one", "scale"]
     for name, value in (
         ("x_ptr", at(dtype=torch.float64)),
         ("x_ptr", None),
         ("absent_ptr", at()),
         ("n", 40.0),
-        ("stride", 32),
+        ("stride", 24),
+        ("one", 16),
+        ("stride", 1 << 40),
         ("scale", 1),
     ):
         given = list(arguments)

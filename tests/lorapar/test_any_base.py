@@ -15,6 +15,7 @@ from lorapar.adapter.attach import _register
 from lorapar.adapter.layers import MaskedLinear, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.errors import InputError
+from lorapar_kernels import siblings
 from tests.tiny import tiny_model
 
 TOKENS = torch.arange(2, 22)[None]
@@ -113,8 +114,8 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("kind", BASES)
 def test_a_base_of_any_kind_gives_what_peft_s_layer_gives(kind, monkeypatch):
     fused = []
-    inner = lk.lora_linear
-    monkeypatch.setattr(lk, "lora_linear", lambda *rest: (fused.append(1), inner(*rest))[1])
+    inner = siblings.lora_layers
+    monkeypatch.setattr(siblings, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
     theirs, ours = both(BASES[kind])
     assert_same(results(theirs, X), results(ours, X))
     assert bool(fused) == (kind == "plain")
@@ -411,8 +412,8 @@ def test_a_replica_s_tensors_are_no_parameters_and_fused_all_the_same(monkeypatc
             tensor = module._parameters.pop(name)
             setattr(module, name, None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad))
     fused = []
-    inner = lk.lora_linear
-    monkeypatch.setattr(lk, "lora_linear", lambda *rest: (fused.append(1), inner(*rest))[1])
+    inner = siblings.lora_layers
+    monkeypatch.setattr(siblings, "lora_layers", lambda *rest: (fused.append(1), inner(*rest))[1])
     assert torch.equal(model(X), expected)
     assert len(fused) == 2
 
@@ -440,8 +441,13 @@ def test_an_adapter_of_another_kind_is_named_as_such():
         masked_layers(get_peft_model(Mlp(nn.Linear), LoHaConfig(target_modules=["up"])))
 
 
-def test_a_whole_layer_compiles_as_one_graph():
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_whole_layer_compiles_as_one_graph(masked):
     model = both(nn.Linear)[1]
+    if masked:
+        for layer in masked_layers(model).values():
+            a, b, _ = layer.factors("default")
+            layer.activate(torch.rand_like(a) < 0.5, torch.rand_like(b) < 0.5)
     compiled = torch.compile(model.base_model.model.up, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model.base_model.model.up(X))
 

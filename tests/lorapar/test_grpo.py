@@ -174,7 +174,7 @@ def test_training_on_what_the_engine_samples_is_on_policy(vllm, tmp_path, start)
 @needs_bnb
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_of_a_quantised_base_vllm_gets_the_dequantised_sum_in_the_model_s_dtype(vllm, tiny_folder, tmp_path, kind):
-    from lorapar.adapter.layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     model = moved(lorapar.attach(load(tiny_folder, kind, dtype="bfloat16"), config(), start="twin"))
     handed = {name: tensor.clone() for name, tensor in merged_parameters(model)}

@@ -7,10 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import lorapar
+import lorapar_kernels as lk
 from lorapar import InputError
 from lorapar.adapter.attach import load_adapter
 from lorapar.adapter.layers import lora_parameters
@@ -53,7 +57,7 @@ def random_layer(kind, out, inner, bias=False):
 @KINDS
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, bias):
-    from lorapar.adapter.layers_bnb import FrozenProduct, dequantised
+    from lorapar_kernels.bnb_weights import FrozenProduct, dequantised
 
     layer = random_layer(kind, 96, 192, bias)
     weight = dequantised(layer, torch.float32).double().clone()
@@ -70,7 +74,7 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantised_weight(kind, 
 @needs_bnb
 @KINDS
 def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
-    from lorapar.adapter.layers_bnb import FrozenProduct
+    from lorapar_kernels.bnb_weights import FrozenProduct
 
     layer, saved = random_layer(kind, 64, 64), []
     x = torch.randn(16, 64, requires_grad=True)
@@ -82,8 +86,128 @@ def test_nothing_of_x_s_or_w_s_size_is_kept_for_the_backward(kind):
 
 
 @needs_bnb
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantised_weight_stands_in_for_a_layer_s_own(kind, bias):
+    from lorapar_kernels.bnb_weights import dequantised, frozen_weight
+
+    layer, x = random_layer(kind, 96, 192, bias), torch.randn(2, 192, requires_grad=True)
+    weight = frozen_weight(layer, x)
+    assert (weight.shape, weight.device) == (torch.Size((96, 192)), torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(weight.dense(dtype), dequantised(layer, dtype))
+        assert weight.dense(dtype).dtype == dtype
+
+
+@needs_bnb
+@KINDS
+def test_a_layer_that_does_more_than_its_product_is_called(kind):
+    from lorapar_kernels.bnb_weights import frozen_weight, take_over
+
+    layer, x = random_layer(kind, 64, 64, bias=True), torch.randn(2, 64, requires_grad=True)
+    assert frozen_weight(layer, x) is not None
+    take_over(layer)
+    assert frozen_weight(layer, x) is not None
+    # Where no gradient goes through, a 4-bit layer's own kernel is quicker; 8 bits have none that computes the same.
+    with torch.no_grad():
+        assert (frozen_weight(layer, x) is None) == (kind == "nf4")
+    assert (frozen_weight(layer, x.detach()) is None) == (kind == "nf4")
+    layer.bias.requires_grad_()
+    assert frozen_weight(layer, x) is None
+    layer.bias.requires_grad_(False)
+    if kind == "nf4":
+        layer.compute_dtype = torch.bfloat16
+        assert frozen_weight(layer, x) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert frozen_weight(layer, x) is not None
+        layer.compute_dtype = None
+    layer.forward = lambda given: given
+    assert frozen_weight(layer, x) is None
+
+
+def fast_layer(kind, out, inner, bias=False, **keys):
+    """PEFT's LoRA layer of such a base, accelerated; B is random too."""
+    model = nn.ModuleDict({"layer": random_layer(kind, out, inner, bias)})
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    config = LoraConfig(target_modules=["layer"], init_lora_weights=False, **keys)
+    return lk.accelerate(inject_adapter_in_model(config, model))["layer"].train()
+
+
+@needs_bnb
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_layer_is_one_op_with_the_dequantised_weight(kind, bias, p, monkeypatch):
+    """Bit for bit `lora_linear` of that weight, made twice a step and kept by nobody; the forward is as `lora_add` on
+    the base's own product, the gradient to rounding."""
+    from lorapar_kernels import bnb_weights
+
+    layer = fast_layer(kind, 96, 192, bias, r=5, lora_dropout=p)
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x, dy = torch.randn(2, 7, 192, requires_grad=True), torch.randn(2, 7, 96)
+    weight = bnb_weights.dequantised(base, torch.float32).clone()
+
+    def gradients(y):
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
+
+    made, saved, seed = [], [], torch.manual_seed(4).initial_seed()
+    inner = bnb_weights.dequantised
+    monkeypatch.setattr(bnb_weights, "dequantised", lambda *given: (made.append(given[1]), inner(*given))[1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    assert max(tensor.numel() for tensor in saved) < weight.numel()
+    ours = gradients(y)
+    assert made == [torch.float32, torch.float32]
+    torch.manual_seed(seed)
+    drawn = (p, torch.randint(2**62, (1,))) if p else (0.0, None)
+    whole = gradients(lk.lora_linear(x, weight, a, b, layer.scaling["default"], base.bias, None, None, *drawn))
+    assert all(torch.equal(one, other) for one, other in zip(ours, whole))
+    y = bnb_weights.FrozenProduct.apply(x, base)
+    apart = gradients(lk.lora_add(y, x, a, b, layer.scaling["default"], None, None, *drawn))
+    assert torch.equal(ours[0], apart[0])
+    for one, other in zip(ours, apart):
+        assert float((one - other).norm() / other.norm()) < 2e-6
+
+
+@needs_bnb
+@KINDS
+def test_no_output_is_copied_and_no_gradient_is_summed_by_autograd(kind):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape in ((29, 96), (29, 192)):
+                seen.append(func.overloadpacket.__name__)
+            return out
+
+    layer, seen = fast_layer(kind, 96, 192, r=5), []
+    x, dy = torch.randn(29, 192, requires_grad=True), torch.randn(29, 96)
+    with Seen():
+        layer(x).backward(dy)
+    # x Wᵀ and S Bᵀ into one y, dY W and dS A into one dX; x's gradient is detached as it is kept.
+    assert [name for name in seen if name not in ("detach", "view", "_unsafe_view")] == ["mm", "addmm_"] * 2
+
+
+@needs_bnb
+@KINDS
+def test_a_second_derivative_through_the_layer(kind):
+    from lorapar_kernels.bnb_weights import dequantised
+
+    layer = fast_layer(kind, 64, 64, r=4)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, 64, requires_grad=True)
+
+    def second(y):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (x, b))
+
+    dense = dequantised(layer.base_layer, torch.float32).clone() + layer.scaling["default"] * b @ a
+    for one, other in zip(second(layer(x)), second(x @ dense.t())):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+@needs_bnb
 def test_weights_of_several_shapes_share_one_buffer():
-    from lorapar.adapter.layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     large, small = random_layer("int8", 128, 128), random_layer("int8", 64, 64)
     first = dequantised(large, torch.float32)
@@ -94,34 +218,34 @@ def test_weights_of_several_shapes_share_one_buffer():
 
 @needs_bnb
 def test_each_stream_has_a_buffer_of_its_own_and_a_graph_its_own_memory(monkeypatch):
-    from lorapar.adapter import layers_bnb
+    from lorapar_kernels import bnb_weights
 
     current = 7
-    monkeypatch.setattr(layers_bnb, "_buffers", {})
-    monkeypatch.setattr(layers_bnb, "_stream", lambda device: current)
+    monkeypatch.setattr(bnb_weights, "_buffers", {})
+    monkeypatch.setattr(bnb_weights, "_stream", lambda device: current)
     layer, other = random_layer("int8", 64, 48), random_layer("int8", 64, 48)
-    one = layers_bnb.dequantised(layer, torch.float32)
+    one = bnb_weights.dequantised(layer, torch.float32)
     kept = one.clone()
     current = 8
-    two = layers_bnb.dequantised(other, torch.float32)
+    two = bnb_weights.dequantised(other, torch.float32)
     assert two.data_ptr() != one.data_ptr()
     assert torch.equal(one, kept)
     current = 7
-    assert layers_bnb.dequantised(layer, torch.float32).data_ptr() == one.data_ptr()
-    assert len(layers_bnb._buffers) == 2
+    assert bnb_weights.dequantised(layer, torch.float32).data_ptr() == one.data_ptr()
+    assert len(bnb_weights._buffers) == 2
     # Captured: none of the buffers, and none for a later call.
     current = None
-    three = layers_bnb.dequantised(other, torch.float32)
+    three = bnb_weights.dequantised(other, torch.float32)
     assert three.data_ptr() not in (one.data_ptr(), two.data_ptr())
     assert torch.equal(one, kept)
-    assert len(layers_bnb._buffers) == 2
+    assert len(bnb_weights._buffers) == 2
     release_freed()
-    assert not layers_bnb._buffers
+    assert not bnb_weights._buffers
 
 
 @needs_bnb
 def test_the_stream_is_the_current_one_of_the_device(monkeypatch):
-    from lorapar.adapter.layers_bnb import _stream
+    from lorapar_kernels.bnb_weights import _stream
 
     capturing, device = False, torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -145,6 +269,7 @@ def test_an_evaluation_between_changes_neither_the_weights_nor_the_gradient(tiny
         model.train()(input_ids=tokens, labels=tokens).loss.backward()
         return {n: p.grad.clone() for n, p in lora_parameters(model).items()}
 
+    gradient()  # in which siblings are learned; from the next on they are one op
     first = gradient()
     with torch.no_grad():
         model.eval()(input_ids=tokens)
@@ -166,7 +291,7 @@ def test_the_loaded_base_is_in_the_form_asked_for(tiny_folder, kind, dtype):
         assert layer.compute_dtype == getattr(torch, dtype)
     assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
     assert model.training
-    from lorapar.adapter.layers_bnb import dequantised
+    from lorapar_kernels.bnb_weights import dequantised
 
     weight = plain.model.layers[0].self_attn.q_proj.weight.float()
     error = relative_error(dequantised(layer, torch.float32), weight)

@@ -1,9 +1,10 @@
-"""A pytest plugin for PEFT's tests: has every LoRA layer made as ours where LORAPAR_PEERS says so, and writes down what
-came of each test.
+"""A pytest plugin for PEFT's tests: has every LoRA layer made as ours ("ours"), or accelerated as it is made
+("accelerated"), where LORAPAR_PEERS says so, and writes down what came of each test.
 
 Loaded by name (`-p peers_plugin`) and not out of the package `tests`, since PEFT's tests are a package of that name.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import pytest
 from peft.tuners.lora.model import LoraModel
 
 RESULTS = Path(os.environ["LORAPAR_PEERS_RESULTS"])
-OURS = os.environ["LORAPAR_PEERS"] == "ours"
+LAYERS = os.environ["LORAPAR_PEERS"]
 OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
 # Other tuners, whose layers are none of LoRA's.
 OTHERS = ("adalora", "gralora", "glora", "randlora", "tinylora", "unilora", "vblora")
@@ -24,8 +25,10 @@ _results: dict[str, dict[str, Any]] = {}
 
 
 def pytest_configure() -> None:
-    if OURS:
+    if LAYERS == "ours":
         _register_for_every_config()
+    elif LAYERS == "accelerated":
+        _accelerate_every_layer()
 
 
 def _register_for_every_config() -> None:
@@ -51,6 +54,25 @@ def _register_for_every_config() -> None:
         return made
 
     LoraModel._create_new_module = staticmethod(make_ours)
+
+
+def _accelerate_every_layer() -> None:
+    from torch import nn
+
+    import lorapar_kernels as lk
+    from lorapar_kernels.peft_layers import FastLayer
+
+    make = LoraModel._create_new_module
+
+    def make_accelerated(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        global _made
+        made = make(lora_config, adapter_name, target, **kwargs)
+        with contextlib.suppress(ValueError):  # what it refuses stays PEFT's
+            lk.accelerate(made)
+        _made += isinstance(made, FastLayer)
+        return made
+
+    LoraModel._create_new_module = staticmethod(make_accelerated)
 
 
 class _EveryModel(dict):

@@ -1,6 +1,8 @@
 """PEFT's own tests of LoRA, once with PEFT's layers and once with ours: what passes there and not here (`make peers`).
 
-    python -m tests.peers.run [-k EXPRESSION]
+    python -m tests.peers.run [-k EXPRESSION] [--layers accelerated]
+
+With `--layers accelerated` ours are what `lorapar_kernels.accelerate` makes of PEFT's, and not `lorapar.attach`'s.
 
 The tests are those of the installed PEFT's version: the folder that PEFT_SOURCE names (a checkout), else its source
 package from the index, unpacked under build/peers. They need what PEFT's tests need: pip install -e '.[peers]'.
@@ -51,7 +53,7 @@ def source() -> Path:
 
 
 def outcomes(layers: str, where: Path, chosen: list[str], again: str = "") -> Results:
-    """What came of each test with `layers` ("theirs" or "ours"); `chosen`: pytest's arguments."""
+    """What came of each test with `layers` ("theirs", "ours" or "accelerated"); `chosen`: pytest's arguments."""
     WORK.mkdir(parents=True, exist_ok=True)
     results, settings = WORK / f"{layers}{again}.json", WORK / "pytest.ini"
     results.unlink(missing_ok=True)
@@ -96,6 +98,7 @@ def counts(results: Results) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.peers.run", description="PEFT's tests with our layers")
     parser.add_argument("-k", dest="expression", help="pytest's own: of those tests, the ones that this names")
+    parser.add_argument("--layers", choices=["ours", "accelerated"], default="ours", help="which of our layers")
     given = parser.parse_args(arguments)
     where = source()
     if os.environ.get("PEERS_HUB") != "1":
@@ -109,13 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     chosen = [*files, "-k", f"({' or '.join(ABOUT_LORA)})" + (f" and ({given.expression})" if given.expression else "")]
     began = time.perf_counter()
-    theirs, ours = outcomes("theirs", where, chosen), outcomes("ours", where, chosen)
+    theirs, ours = outcomes("theirs", where, chosen), outcomes(given.layers, where, chosen)
     reasons = expected()
     differing = differ(theirs, ours)
     # What a machine under load or a draw of random numbers decides differs once and not again.
     surprising = [test for test in differing if test not in reasons]
     if surprising:
-        again = [outcomes(layers, where, surprising, again="_again") for layers in ("theirs", "ours")]
+        again = [outcomes(layers, where, surprising, again="_again") for layers in ("theirs", given.layers)]
         surprising = differ(*again)
         differing = [test for test in differing if test in reasons or test in surprising]
         ours |= {test: again[1][test] for test in surprising}

@@ -40,12 +40,16 @@ def close(ours, exact):
     return float((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)) < BOUNDS[ours.dtype]
 
 
+def same(ours, others):
+    return all(torch.equal(one, other) for one, other in zip(ours, others, strict=True))
+
+
 def padded(matrix, R):
     return torch.nn.functional.pad(matrix, (0, R - matrix.shape[1])).contiguous()
 
 
 def packed(keep):
-    """The mask [T, K] as `store_bits` writes it."""
+    """The mask [T, K] as `keep_and_store_tile` writes it."""
     lanes = keep.view(*keep.shape[:-1], -1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)
     return lanes.sum(-1).to(torch.uint8)
 
@@ -129,7 +133,9 @@ def test_gradients_of_the_input(case, kind):
     R = padded_rank(factors)
     dss = [torch.randn(T, r).to(dtype) for r in ranks]
     seeds = [torch.randint(2**62, (1,)) if p else None for _ in ranks]
-    keeps = [lk.dropout_mask(seed, x.shape, p) if p else torch.ones(x.shape, dtype=torch.bool) for seed in seeds]
+    keeps = [
+        torch.ones(x.shape, dtype=torch.bool) if seed is None else lk.dropout_mask(seed, x.shape, p) for seed in seeds
+    ]
     bits = [packed(keep) for keep in keeps] if as_bits else []
     masks = masks_of(kind, [a.shape for a in factors], TiledMask.of_a)
     exact_dx = sum(keep * (ds.double() @ a.double()) for keep, ds, a in zip(keeps, dss, factors))
@@ -154,7 +160,7 @@ def test_bits_and_seeds_give_the_same_gradients():
     none, both = [None, None], [True, True]
     dx, das = input_gradients(x, factors, dss, 0.3, seeds, [], none, both, True)
     dx_of_bits, das_of_bits = input_gradients(x, factors, dss, 0.3, seeds, bits, none, both, True)
-    assert all(torch.equal(one, other) for one, other in zip([dx, *das], [dx_of_bits, *das_of_bits]))
+    assert same([dx, *das], [dx_of_bits, *das_of_bits])
 
 
 def test_twice_the_same_bits():
@@ -165,19 +171,22 @@ def test_twice_the_same_bits():
         dx, (da,) = input_gradients(x, [a], [ds], 0.1, [seed], [], [None], [True], True)
         return ds, db, dx, da
 
-    assert all(torch.equal(one, other) for one, other in zip(run(), run()))
+    assert same(run(), run())
 
 
 def test_what_has_no_active_element_is_neither_written_nor_read(monkeypatch):
     """Its parts are still NaN, and x may be NaN where nothing of A is active."""
     seen = []
-    inner = lora_backward.reduce
-    monkeypatch.setattr(lora_backward, "reduce", lambda parts, *rest: (seen.append(parts), inner(parts, *rest)))
+    inner = lora_backward._add_up
+    monkeypatch.setattr(
+        lora_backward, "_add_up", lambda plans, parts, *rest: (seen.append(parts), inner(plans, parts, *rest))
+    )
     mask = torch.zeros(16, 192, dtype=torch.bool)
     mask[:, 128:] = torch.rand(16, 64) < 0.5
     x, a, ds = torch.randn(64, 192), torch.randn(16, 192), torch.randn(64, 16)
     x[:, :128] = float("nan")
     dx, (da,) = input_gradients(x, [a], [ds], 0.0, [None], [], [TiledMask.of_a(mask)], [True], True)
+    assert da is not None
     assert close(dx, ds.double() @ a.double())
     assert not da[~mask].any()
     assert close(da[:, 128:], (ds.double().t() @ x[:, 128:].double()) * mask[:, 128:])

@@ -72,7 +72,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "name"), [*((i, n) for i in range(9) for n in ("fp32", "bf16")), (3, "fp16"), (5, "fp16")])
+@pytest.mark.parametrize(
+    ("case", "name"), [*((i, n) for i in range(9) for n in ("fp32", "bf16")), (3, "fp16"), (5, "fp16")]
+)
 def test_shrink_and_expand(case, name, launches):
     T, K, widths, ranks, p, cut = CASES[case]
     (dtype, bound), wide = KINDS[name], case % 2 == 0
@@ -134,7 +136,7 @@ def _in_order(part):
 
 
 def test_parts_are_added_in_fp32_and_rounded_then():
-    """1 + 4 · 2⁻⁹ = 1 + 2⁻⁷ is a number of bf16's, 1 + 2⁻⁹ is none; the fifth part is one more than are loaded ahead."""
+    """bf16 has 1 + 4 · 2⁻⁹ = 1 + 2⁻⁷, but not 1 + 2⁻⁹; the fifth part is one more than are loaded ahead."""
     parts = torch.zeros(5, 3, 16)
     parts[:, :, 0] = torch.tensor([1.0, *[2**-9] * 4])[:, None]
     (y,), (s,) = expand([parts], [torch.ones(9, 1)], [1.0], [None], [None], torch.bfloat16)

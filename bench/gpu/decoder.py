@@ -69,7 +69,8 @@ def launches(device: str) -> None:
             # A 4-bit base is opaque.
             problem = Problem(Case("add", tokens, n_in, (n_out,)), device)
             problem.ours(masks_of(problem))
-        for n_outs in groups().values():
+        # In the whole layer q, k and v are a group, whatever is timed of groups alone.
+        for n_outs in {*groups().values(), (hidden,) * 3}:
             for product, kept in ((product, kept) for product in lora_product.WAYS for kept in (None, True, False)):
                 problem = Problem(Case("grouped", tokens, hidden, n_outs, product=product), device)
                 with bits_kept(kept):

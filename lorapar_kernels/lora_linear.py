@@ -158,7 +158,7 @@ def no_view(y: Tensor) -> Tensor:
 def differentiable(x: Tensor, layers: Sequence[LoraLayer], p: float) -> list[Tensor]:
     """Each layer's output in torch's own operations, differentiable to any order."""
     outs = []
-    if p > 0.0 and torch.jit.is_tracing():
+    if p > 0.0 and torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace: a LoRA layer with dropout cannot be traced; call model.eval() first")
     for layer in layers:
         base = layer.y

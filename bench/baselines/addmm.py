@@ -6,15 +6,20 @@ that is held in 4 bits is a function, which makes it in both directions.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def _dense(weight: Any) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight()
+
+
 class AddmmLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scaling):  # type: ignore[override]
-        y = x @ (weight() if callable(weight) else weight).t()
+        y = x @ _dense(weight).t()
         y.addmm_(x @ lora_a.t(), lora_b.t(), alpha=scaling)
         ctx.save_for_backward(x, lora_a, lora_b)
         ctx.weight, ctx.scaling = weight, scaling
@@ -24,7 +29,7 @@ class AddmmLora(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, lora_a, lora_b = ctx.saved_tensors
         ds = dy @ lora_b
-        dx = dy @ (ctx.weight() if callable(ctx.weight) else ctx.weight)
+        dx = dy @ _dense(ctx.weight)
         dx.addmm_(ds, lora_a, alpha=ctx.scaling)
         da = (ds.t() @ x).mul_(ctx.scaling)
         db = (dy.t() @ (x @ lora_a.t())).mul_(ctx.scaling)

@@ -169,7 +169,7 @@ def differing(one: Tensor, other: Tensor) -> int:
 
 
 def say_over(case: str, medians: dict[str, dict[str, float]], base: str, told: Sequence[str] = ()) -> None:
-    """Per cent over `base`: of the GPU's time, by replay where both have it and else by events; of the host's; of both.
+    """Per cent over `base`: of the GPU's time, by replay where both have it and else by events, and of the host's.
 
     told: the ways that are headlines, of the GPU's time."""
     if base not in medians:
@@ -179,9 +179,8 @@ def say_over(case: str, medians: dict[str, dict[str, float]], base: str, told: S
         kind, percent = ("graph", by_replay[name]) if name in by_replay else ("events", by_events[name])
         headline = f"{case}: {name} over {base}" if name in told else None
         record.result(f"{case} | {name} over {base}", "%", percent, headline=headline, timed_by=kind, way=name)
-    for kind in ("host", "clock"):
-        for name, percent in timing.over(medians, base, kind).items():
-            record.result(f"{case} | {name} over {base} [{kind}]", "%", percent, timed_by=kind, way=name)
+    for name, percent in timing.over(medians, base, "host").items():
+        record.result(f"{case} | {name} over {base} [host]", "%", percent, timed_by="host", way=name)
 
 
 def enough_time(case: str, seconds: float) -> bool:

@@ -187,13 +187,12 @@ class Problem:
 
 
 def four_bit(weight: Tensor) -> Any:
-    """A bitsandbytes NF4 layer of this weight."""
+    """A bitsandbytes NF4 layer of this weight, dequantised to its dtype, as a checkpoint of that dtype is."""
     import bitsandbytes as bnb
 
-    made: Any = bnb.nn.Linear4bit(  # pyright: ignore[reportPrivateImportUsage]
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
-    )
-    made.load_state_dict({"weight": weight.cpu()})
+    nn: Any = bnb.nn
+    made = nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    made.weight = nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
     return made.to(weight.device).requires_grad_(False)
 
 

@@ -12,9 +12,10 @@ lora_linear each; and with the dropout masks of the forward kept as bits for the
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +55,9 @@ def groups() -> dict[str, tuple[int, ...]]:
     return every | ({} if record.rehearsal() else {"q, k, v": (hidden,) * 3})
 
 
-@contextmanager
-def bits_kept(kept: bool | None) -> Iterator[None]:
+def bits_kept(kept: bool | None) -> AbstractContextManager[Any]:
     """Within the block, whether forwards keep their dropout masks as bits for the backward; None: as ours decides."""
-    before = cases.linear.keeps_bits
-    if kept is not None:
-        cases.linear.keeps_bits = lambda *_: kept
-    try:
-        yield
-    finally:
-        cases.linear.keeps_bits = before
+    return nullcontext() if kept is None else mock.patch.object(cases.linear, "keeps_bits", return_value=kept)
 
 
 def launches(device: str) -> None:
@@ -75,7 +69,8 @@ def launches(device: str) -> None:
             # A 4-bit base is opaque.
             problem = Problem(Case("add", tokens, n_in, (n_out,)), device)
             problem.ours(masks_of(problem))
-        for n_outs in groups().values():
+        # In the whole layer q, k and v are a group, whatever is timed of groups alone.
+        for n_outs in {*groups().values(), (hidden,) * 3}:
             for product, kept in ((product, kept) for product in lora_product.WAYS for kept in (None, True, False)):
                 problem = Problem(Case("grouped", tokens, hidden, n_outs, product=product), device)
                 with bits_kept(kept):
@@ -157,10 +152,10 @@ class AddmmLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """A 4-bit weight in bf16."""
-        import bitsandbytes as bnb
+        from bitsandbytes import functional
 
         weight = self.base.weight
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
 def of_addmm(quantised: bool) -> nn.Module:
@@ -223,17 +218,16 @@ def time_networks(case: str, networks: dict[str, Any], batch: int, length: int) 
     # A network that cannot be captured costs its replays alone, so these come last. Two calls are 600 launches, and a
     # queue holds about a thousand before a launch waits.
     medians = timing.say(case, timing.times(ways, ("events", "host", "clock"), calls=2), **facts)
-    cases.say_over(case, medians, FROZEN, TOLD)
+    cases.say_over(case, medians, FROZEN)
     # A user's time, and what of it is Python's and the launches'.
     for name, percent in timing.over(medians, FROZEN, "clock").items():
         headline = f"{case}: {name} over {FROZEN}, by the clock" if name in TOLD else None
-        record.result(f"{case} | {name} over {FROZEN}, by the clock", "%", percent, headline=headline, way=name)
-    if FROZEN in medians:
-        for name, of in medians.items():
-            if name != FROZEN:
-                each, words = (of["host"] - medians[FROZEN]["host"]) / len(TARGETS), "the host's time a LoRA layer"
-                headline = f"{case}: {name}, {words}" if name in TOLD else None
-                record.result(f"{case} | {name}, {words}", "s", each, headline=headline, way=name)
+        record.result(f"{case} | {name} over {FROZEN} [clock]", "%", percent, headline=headline, way=name)
+    of_host, words = {name: of["host"] for name, of in medians.items() if "host" in of}, "the host's time a LoRA layer"
+    for name in (name for name in of_host if name != FROZEN and FROZEN in of_host):
+        each = (of_host[name] - of_host[FROZEN]) / len(TARGETS)
+        headline = f"{case}: {name}, {words}" if name in (OURS["plain"], PEFT) else None
+        record.result(f"{case} | {name}, {words}", "s", each, headline=headline, way=name)
     for name, way in ways.items():
         record.result(f"{case} | {name} [peak memory]", "B", timing.peak_bytes(way), way=name)
     if record.rehearsal():

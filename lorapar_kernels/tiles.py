@@ -25,20 +25,30 @@ class TiledMask(NamedTuple):
         mask: bool, of the factor's shape.
         stripes: uint8, 1 where a stripe has an active element, one entry for STRIPE columns of A or rows of B; None
             where every stripe has one, so that there is nothing to skip and a kernel need not ask.
+        words: the mask as a kernel reads it, contiguous uint8; None: made in each call.
     """
 
     mask: Tensor
     stripes: Tensor | None
+    words: Tensor | None = None
 
     @classmethod
     def of_a(cls, mask: Tensor) -> "TiledMask":
         """Of lora_a's mask [r, in]; waits for the device."""
-        return cls(mask, _stripes(mask.any(0)))
+        return cls(mask, _stripes(mask.any(0)), _words(mask))
 
     @classmethod
     def of_b(cls, mask: Tensor) -> "TiledMask":
         """Of lora_b's mask [out, r]; waits for the device."""
-        return cls(mask, _stripes(mask.any(1)))
+        return cls(mask, _stripes(mask.any(1)), _words(mask))
+
+    def as_words(self) -> Tensor:
+        """The mask as contiguous uint8."""
+        return _words(self.mask) if self.words is None else self.words
+
+
+def _words(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
 
 
 def _stripes(active: Tensor) -> Tensor | None:

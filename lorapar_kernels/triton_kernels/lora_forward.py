@@ -285,14 +285,16 @@ class _Plan(NamedTuple):
     Attributes:
         launch, grid: the kernel and its programs.
         here: which of the group's layers it serves.
-        splits: how many parts of S there are.
+        rest: None for each layer that is not there.
+        shapes: of what is allocated for a layer (see where the plan is made).
         integers: the kernel's last arguments.
     """
 
     launch: Launch
     grid: tuple[int, ...]
     here: slice
-    splits: int
+    rest: tuple[None, ...]
+    shapes: tuple[Any, ...]
     integers: tuple[Any, ...]
 
 
@@ -311,7 +313,7 @@ def _plan_shrink(
     T: int, K: int, dtype: torch.dtype, x_stride: int, p: float, keep_bits: bool, precision: str,
     factors: tuple[tuple[int, int, torch.dtype], ...],
 ) -> list[_Plan]:  # fmt: skip
-    """factors: rank, stride and dtype of each A."""
+    """factors: rank, stride and dtype of each A. Shapes: of parts, their dtype, of bits."""
     R = _padded(max(rank for rank, *_ in factors))
     plans, group = [], group_size(dtype.itemsize, K, R, p)
     for start in range(0, len(factors), group):
@@ -324,8 +326,37 @@ def _plan_shrink(
         kind = (x_stride, *ranks, *strides, *dtypes, splits == 1, keep_bits)
         launch = _shrink_launch(dtype, K, R, len(ranks), p, precision, kind)
         rest = T, K, x_stride, *_three(ranks), *_three(strides), k_split, threshold_of(p), 1.0 / (1.0 - p)
-        plans.append(_Plan(launch, (rows, splits), here, splits, rest))
+        shapes = (splits, T, R), dtype if splits == 1 else FP32, (T, K // 8) if keep_bits else None
+        plans.append(_Plan(launch, (rows, splits), here, (None,) * (GROUP - len(ranks)), shapes, rest))
     return plans
+
+
+def plan_shrink(x: Tensor, factors: Sequence[Tensor], p: float, keep_bits: bool) -> list[_Plan]:
+    """How `run_shrink` launches what `shrink` computes of tensors like these; factors with unit column stride."""
+    T, K = x.shape
+    keep_bits = keep_bits and K % 8 == 0 and threshold_of(p) > 0
+    kinds = tuple([(a.shape[0], a.stride(0), a.dtype) for a in factors])
+    return _plan_shrink(T, K, x.dtype, x.stride(0), p, keep_bits, precision(x), kinds)
+
+
+def run_shrink(
+    plans: list[_Plan], x: Tensor, factors: Sequence[Tensor], seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`shrink`, by plans that were made for tensors of these shapes, strides and dtypes."""
+    parts: list[Tensor] = []
+    bits: list[Tensor] = []
+    for plan in plans:
+        members, rest = factors[plan.here], plan.rest
+        shape, dtype, of_bits = plan.shapes
+        sums = [x.new_empty(shape, dtype=dtype) for _ in members]
+        masks = [] if of_bits is None else [x.new_empty(of_bits, dtype=torch.uint8) for _ in members]
+        plan.launch(
+            plan.grid, x, *members, *rest, *seeds[plan.here], *rest, *sums, *rest, *(masks or (None,) * len(members)), *rest,
+            *plan.integers,
+        )  # fmt: skip
+        parts += sums
+        bits += masks
+    return parts, bits
 
 
 def shrink(
@@ -337,26 +368,8 @@ def shrink(
     each layer's dropout mask, uint8 [T, K / 8] (`kept_bits` reads it). There are no bits where K is no multiple of 8,
     nor where p rounds to a threshold of 0.
     """
-    T, K = x.shape
-    keep_bits = keep_bits and K % 8 == 0 and threshold_of(p) > 0
     factors = [unit_rows(a) for a in factors]
-    kinds = tuple([(a.shape[0], a.stride(0), a.dtype) for a in factors])
-    R = padded_rank(factors)
-    parts: list[Tensor] = []
-    bits: list[Tensor] = []
-    for plan in _plan_shrink(T, K, x.dtype, x.stride(0), p, keep_bits, precision(x), kinds):
-        members = factors[plan.here]
-        # One allocation for all layers, where what is made lives equally long.
-        shape = len(members), plan.splits, T, R
-        sums = x.new_empty(shape, dtype=x.dtype if plan.splits == 1 else FP32).unbind(0)
-        masks = x.new_empty((len(members), T, K // 8), dtype=torch.uint8).unbind(0) if keep_bits else ()
-        plan.launch(
-            plan.grid,
-            x, *_three(members), *_three(seeds[plan.here]), *_three(sums), *_three(masks), *plan.integers,
-        )  # fmt: skip
-        parts += sums
-        bits += masks
-    return parts, bits
+    return run_shrink(plan_shrink(x, factors, p, keep_bits), x, factors, seeds)
 
 
 @functools.cache
@@ -368,10 +381,10 @@ def _expand_launch(dtype: torch.dtype, aligned: bool, R: int, G: int, precision:
 
 @functools.lru_cache(PLANS)
 def _plan_expand(
-    T: int, R: int, dtype: torch.dtype, precision: str, layers: tuple[tuple[Any, ...], ...]
+    T: int, R: int, dtype: torch.dtype, precision: str, layers: tuple[tuple[Any, ...], ...], leading: tuple[int, ...]
 ) -> list[_Plan]:
     """layers: of each, its parts, B's shape, stride and dtype, the bias's dtype, the base's stride and dtype, and its
-    scaling."""
+    scaling. Shapes: of each y; of each S, None where it has one part."""
     plans = []
     for start in range(0, len(layers), GROUP):
         here = slice(start, min(start + GROUP, len(layers)))
@@ -390,8 +403,63 @@ def _plan_expand(
             T, *_three(splits), *_three(widths), *_three(ranks), *_three(strides), *_three(base_strides),
             *_three([float(scaling) for scaling in scalings]), n_group, groups,
         )  # fmt: skip
-        plans.append(_Plan(launch, (rows * groups, G), here, max(splits), rest))
+        shapes = [(*leading, N) for N in widths], [None if n == 1 else (T, R) for n in splits]
+        plans.append(_Plan(launch, (rows * groups, G), here, (None,) * (GROUP - G), shapes, rest))
     return plans
+
+
+def plan_expand(
+    parts: list[tuple[int, int, int]],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    how: str,
+    leading: Sequence[int],
+) -> list[_Plan]:
+    """How `run_expand` launches what `expand` computes of tensors like these.
+
+    parts: their shapes. lora_bs and bases have unit column stride, biases are contiguous. how: `precision`.
+    """
+    _, T, R = parts[0]
+    kinds = tuple(
+        [
+            (shape[0], b.shape, b.stride(0), b.dtype, None if bias is None else bias.dtype,
+             None if base is None else base.stride(0), None if base is None else base.dtype, scaling)
+            for shape, b, bias, base, scaling in zip(parts, lora_bs, biases, bases, scalings)
+        ]
+    )  # fmt: skip
+    return _plan_expand(T, R, dtype, how, kinds, tuple(leading))
+
+
+def run_expand(
+    plans: list[_Plan],
+    parts: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`expand`, by plans that were made for tensors of these shapes, strides and dtypes."""
+    ys: list[Tensor] = []
+    columns: list[Tensor] = []
+    for plan in plans:
+        here, rest = plan.here, plan.rest
+        sums, members = parts[here], lora_bs[here]
+        of_ys, of_columns = plan.shapes
+        made = [part.new_empty(shape, dtype=dtype) for part, shape in zip(sums, of_ys)]
+        # One part is S itself.
+        stored = [
+            None if shape is None else part.new_empty(shape, dtype=dtype) for part, shape in zip(sums, of_columns)
+        ]
+        plan.launch(
+            plan.grid, *sums, *rest, *stored, *rest, *members, *rest, *biases[here], *rest, *bases[here], *rest,
+            *made, *rest, *plan.integers,
+        )  # fmt: skip
+        ys += made
+        columns += [part[0] if s is None else s for part, s in zip(sums, stored)]
+    return ys, columns
 
 
 def expand(
@@ -407,36 +475,14 @@ def expand(
 
     parts: as `shrink` returned them; B [N, r]. A base is read, never changed. leading: what y has in place of [T].
     """
-    T, R = parts[0].shape[1:]
-    leading = (T,) if leading is None else leading
     lora_bs = [unit_rows(b) for b in lora_bs]
     bases = [None if base is None else unit_rows(base) for base in bases]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    kinds = tuple(
-        [
-            (part.shape[0], b.shape, b.stride(0), b.dtype, None if bias is None else bias.dtype,
-             None if base is None else base.stride(0), None if base is None else base.dtype, scaling)
-            for part, b, bias, base, scaling in zip(parts, lora_bs, biases, bases, scalings)
-        ]
-    )  # fmt: skip
-    ys: list[Tensor] = []
-    columns: list[Tensor] = []
+    leading = parts[0].shape[1:2] if leading is None else leading
     how = precision(parts[0]) if dtype == FP32 else "ieee"
-    for plan in _plan_expand(T, R, dtype, how, kinds):
-        sums, members = parts[plan.here], lora_bs[plan.here]
-        made = [part.new_empty((*leading, b.shape[0]), dtype=dtype) for part, b in zip(sums, members)]
-        # One part is S itself.
-        stored: Sequence[Tensor | None] = [None] * len(sums)
-        if plan.splits > 1:
-            stored = [None if part.shape[0] == 1 else part.new_empty((T, R), dtype=dtype) for part in sums]
-        plan.launch(
-            plan.grid,
-            *_three(sums), *_three(stored), *_three(members), *_three(biases[plan.here]), *_three(bases[plan.here]),
-            *_three(made), *plan.integers,
-        )  # fmt: skip
-        ys += made
-        columns += [part[0] if s is None else s for part, s in zip(sums, stored)]
-    return ys, columns
+    shapes = [tuple(part.shape) for part in parts]
+    plans = plan_expand(shapes, lora_bs, scalings, biases, bases, dtype, how, leading)  # type: ignore[arg-type]
+    return run_expand(plans, parts, lora_bs, biases, bases, dtype)
 
 
 def _three(entries: Sequence[Any]) -> tuple[Any, Any, Any]:

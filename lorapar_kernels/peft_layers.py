@@ -5,10 +5,10 @@ PEFT's names, saving, loading, merging and adapter switching are untouched. It k
 when it is made, so that a layer that exists already can be made one by its `__class__`.
 
 The base's product and the adapter's are one op where nothing can tell them apart: where the base is an `nn.Linear`
-and nothing else (`plain_weight`), or has a frozen weight that a subclass hands over (`frozen`). Any other base is called
-as PEFT calls it and the adapter's share is added to what it returns, so that a forward of its own, an inner adapter,
-hooks and offloading take part. An adapter whose share is not s · drop(x) Aᵀ Bᵀ of two weights (a variant, hooks, a bias
-of B) is computed by PEFT's own arithmetic. Which calls share one op, siblings.py says.
+and nothing else (`plain_weight`), or has a frozen weight that a subclass hands over (`frozen`). Any other base is
+called as PEFT calls it and the adapter's share is added to what it returns, so that a forward of its own, an inner
+adapter, hooks and offloading take part. An adapter whose share is not s · drop(x) Aᵀ Bᵀ of two weights (a variant,
+hooks, a bias of B) is computed by PEFT's own arithmetic. Which calls share one op, siblings.py says.
 """
 
 from typing import TYPE_CHECKING, Any, cast

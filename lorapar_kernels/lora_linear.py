@@ -102,8 +102,8 @@ def input_gradient_reference(dx: Tensor | None, ds: Tensor, a: Tensor, p: float,
 
 def forward_reference(
     x: Tensor, layers: Sequence[LoraLayer], p: float, keep_bits: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each layer's output [..., out], each S [T, r], and no dropout bits (they are drawn again)."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], None]:
+    """Each layer's output [..., out], each S [T, r], no dropout bits (they are drawn again), and no plan."""
     columns = shrink_reference(as_rows(x), [layer.lora_a for layer in layers], p, [layer.seed for layer in layers])
     outs = []
     for layer, s in zip(layers, columns):
@@ -114,7 +114,7 @@ def forward_reference(
             out = F.linear(x, dense_weight(layer.weight, x.dtype), layer.bias)
             out.view(-1, out.shape[-1]).addmm_(s, layer.lora_b.to(x.dtype).t(), alpha=layer.scaling)
         outs.append(out)
-    return outs, columns, []
+    return outs, columns, [], None
 
 
 def backward_reference(
@@ -125,6 +125,7 @@ def backward_reference(
     layers: Sequence[LoraLayer],
     p: float,
     needs: Sequence[bool],
+    plan: None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dX [T, in] of what is not opaque, each dA and each dB, None where not needed.
 
@@ -211,7 +212,7 @@ class Passes(NamedTuple):
         fused: whether lora_product.py's fused product can run with them.
     """
 
-    forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]]
+    forward: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor], Any]]
     backward: Callable[..., tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]]
     shrink_fake: Callable[[Tensor, Tensor], Tensor]
     fused: bool
@@ -267,8 +268,8 @@ def keeps_bits(x: Tensor, layers: Sequence[LoraLayer], p: float) -> bool:
 
 def _forward(
     passes: Passes, x: Tensor, layers: Sequence[LoraLayer], p: float, for_backward: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each layer's output; each S and the dropout bits, which the backward needs."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
+    """Each layer's output; each S, the dropout bits and the plan, which the backward takes."""
     if not passes.fused and x.numel() > 0:
         lora_product.refuse_fused(layers)
     if not for_backward and passes.fused and len(layers) == 1 and layers[0].lora_b.dtype == x.dtype:
@@ -287,9 +288,10 @@ def _gradients(
     layers: Sequence[LoraLayer],
     p: float,
     needs: Sequence[bool],
+    plan: Any = None,
 ) -> list[Tensor | None]:
     """needs: of x, of each A, of each B. Returns dX, each dA, each dB; None for what is not needed."""
-    dx, das, dbs = passes.backward([as_rows(dy) for dy in dys], as_rows(x), columns, bits, layers, p, needs)
+    dx, das, dbs = passes.backward([as_rows(dy) for dy in dys], as_rows(x), columns, bits, layers, p, needs, plan)
     return [None if dx is None else dx.view(x.shape), *das, *dbs]
 
 
@@ -307,7 +309,7 @@ class _LoraLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers, p, x, *differentiable_of_layers):  # type: ignore[override]
         n, passes = len(layers), _passes_of(x, layers)
-        outs, columns, bits = _forward(passes, x, layers, p, True)
+        outs, columns, bits, plan = _forward(passes, x, layers, p, True)
         ctx.set_materialize_grads(False)
         # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
@@ -317,7 +319,7 @@ class _LoraLayers(torch.autograd.Function):
             (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
-        ctx.passes, ctx.p, ctx.n_bits = passes, p, len(bits)
+        ctx.passes, ctx.plan, ctx.p, ctx.n_bits = passes, plan, p, len(bits)
         return tuple(map(no_view, outs))
 
     @staticmethod
@@ -331,20 +333,24 @@ class _LoraLayers(torch.autograd.Function):
             for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
-        # An output that nothing used has no gradient, and neither have its factors.
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        wanted = [needs[2], *(needs[3 + i] for i in used), *(needs[3 + n + i] for i in used)]
-        of_used = [layers[i] for i in used]
+        used, plan = range(n), ctx.plan
+        if any(grad is None for grad in grads):
+            # An output that nothing used has no gradient, and neither have its factors.
+            used, plan = [i for i, grad in enumerate(grads) if grad is not None], None
+            columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
+            layers, grads = [layers[i] for i in used], [grads[i] for i in used]
+        wanted = [needs[2], *[needs[3 + i] for i in used], *[needs[3 + n + i] for i in used]]
         # In a backward: someone asked for create_graph.
         if torch.is_grad_enabled():
-            found = differentiable_gradients([grads[i] for i in used], x, of_used, ctx.p, wanted)
+            found = differentiable_gradients(grads, x, layers, ctx.p, wanted)
         else:
-            columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
-            found = _gradients(ctx.passes, [grads[i] for i in used], x, columns, bits, of_used, ctx.p, wanted)
-        of_factors: list[Tensor | None] = [None] * (2 * n)
-        for place, i in enumerate(used):
-            of_factors[i], of_factors[n + i] = found[1 + place], found[1 + len(used) + place]
-        return None, None, found[0], *of_factors, *through
+            found = _gradients(ctx.passes, grads, x, columns, bits, layers, ctx.p, wanted, plan)
+        if len(used) < n:
+            of_factors: list[Tensor | None] = [None] * (2 * n)
+            for place, i in enumerate(used):
+                of_factors[i], of_factors[n + i] = found[1 + place], found[1 + len(used) + place]
+            found = [found[0], *of_factors]
+        return None, None, *found, *through
 
 
 def _one_layer(
@@ -378,7 +384,7 @@ _ops.define(
 def _lora_linear_op(x: Tensor, *layer_and_p: Any) -> tuple[Tensor, Tensor]:
     *of_layer, p = layer_and_p
     layers = _one_layer(*of_layer)
-    (out,), (s,), _ = _forward(_passes_of(x, layers), x, layers, p, True)
+    (out,), (s,), *_ = _forward(_passes_of(x, layers), x, layers, p, True)
     return out, s
 
 

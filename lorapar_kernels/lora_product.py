@@ -24,7 +24,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,45 +49,130 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f".triton_kernels.{name}", __package__)
 
 
+class GroupPlan:
+    """All that the layers of one x launch, but for the tensors: made once for each set of shapes, strides and dtypes.
+
+    Python takes longer to work a launch out than to make it, and a training step makes the same ones in every layer.
+
+    Attributes:
+        shrink, expand: of the forward.
+        forward_kind: what a choice of the product holds for; None: there is none to choose.
+        backwards: by what is needed and how the gradients lie, the plans of both passes and the kind of the backward.
+    """
+
+    def __init__(self, rows: Tensor, leading: Sequence[int], given: "_Given", p: float, keep_bits: bool):
+        kernels = _kernels("lora_forward")
+        layers = given.layers
+        self.shrink = kernels.plan_shrink(rows, given.lora_as, p, keep_bits)
+        parts = [plan.shapes[0] for plan in self.shrink for _ in given.lora_as[plan.here]]
+        scalings = [layer.scaling for layer in layers]
+        how = kernels.precision(rows)
+        self.expand = kernels.plan_expand(
+            parts, given.lora_bs, scalings, given.biases, given.bases, rows.dtype, how, leading
+        )
+        self.has_products = all(layer.weight is not None for layer in layers)
+        self.forward_kind = _kind("forward", rows, layers, 0.0) if self.has_products else None
+        self.backwards: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...] | None]] = {}
+
+    def backward(
+        self, dys: Sequence[Tensor], x: Tensor, R: int, reads_bits: bool, given: "_Given", p: float,
+        needs: Sequence[bool],
+    ) -> tuple[Any, Any, tuple[Any, ...] | None]:  # fmt: skip
+        """The plans of the passes over dY and over x, and the kind of the product."""
+        key = reads_bits, *needs, *[dy.stride(0) for dy in dys]
+        found = self.backwards.get(key)
+        if found is None:
+            kernels, layers, n = _kernels("lora_backward"), given.layers, len(dys)
+            needs_a, needs_b = needs[1 : n + 1], needs[n + 1 :]
+            scalings = [layer.scaling for layer in layers]
+            mask_as, mask_bs = [layer.mask_a for layer in layers], [layer.mask_b for layer in layers]
+            output = kernels.plan_output(dys, given.lora_bs, R, scalings, p, mask_bs, needs_b)
+            of_x = x, given.lora_as, R, p, reads_bits, mask_as, needs_a
+            kind, passes = None, {"plain": kernels.plan_input(*of_x, needs[0])}
+            if needs[0] and self.has_products:
+                kind = (*_kind("backward", x, layers, p), any(needs_a))
+                passes["fused"] = kernels.plan_input(*of_x, False)
+            found = self.backwards[key] = output, passes, kind
+        return found
+
+
+class _Given(NamedTuple):
+    """The tensors of a call, as the kernels take them: unit column strides, biases contiguous."""
+
+    layers: Sequence[LoraLayer]
+    lora_as: list[Tensor]
+    lora_bs: list[Tensor]
+    biases: list[Tensor | None]
+    bases: list[Tensor | None]
+
+    @classmethod
+    def of(cls, layers: Sequence[LoraLayer]) -> "_Given":
+        lora_as, lora_bs, biases, bases = [], [], [], []
+        for _, bias, y, a, b, *_ in layers:
+            lora_as.append(a if a.stride(1) == 1 else a.contiguous())
+            lora_bs.append(b if b.stride(1) == 1 else b.contiguous())
+            biases.append(bias if bias is None else bias.contiguous())
+            bases.append(y if y is None else as_rows(y))
+        return cls(layers, lora_as, lora_bs, biases, bases)
+
+
+_plans: dict[tuple[Any, ...], GroupPlan] = {}
+PLANS = 4096  # kept; then all are made anew
+
+
+def _plan_of(rows: Tensor, leading: torch.Size, given: _Given, p: float, keep_bits: bool) -> GroupPlan:
+    tf32 = rows.element_size() == 4 and torch.backends.cuda.matmul.fp32_precision
+    key: list[Any] = [leading, rows.shape, rows.stride(0), rows.dtype, rows.device, p, keep_bits, tf32]
+    for layer, a, b, bias, base in zip(*given):
+        weight, _, _, _, _, scaling, mask_a, mask_b, _ = layer
+        key += (
+            a.shape, a.stride(0), a.dtype, b.shape, b.stride(0), b.dtype, scaling, weight is None,
+            mask_a and mask_a.stripes is None, mask_b and mask_b.stripes is None,
+        )  # fmt: skip
+        if bias is not None:
+            key.append(bias.dtype)
+        if base is not None:
+            key += base.dtype, base.stride(0)
+    found = _plans.get(tuple(key))
+    if found is None:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        found = _plans[tuple(key)] = GroupPlan(rows, leading, given, p, keep_bits)
+    return found
+
+
 def forward(
     x: Tensor, layers: Sequence[LoraLayer], p: float, keep_bits: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each layer's output [..., out] of x [..., in]; each S [T, R] and, if asked for, the dropout masks as bits."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
+    """Each layer's output [..., out] of x [..., in]; each S [T, R]; if asked for, the dropout masks as bits; and the
+    plan, which `backward` takes."""
     kernels = _kernels("lora_forward")
-    rows, lora_bs = as_rows(x), [layer.lora_b for layer in layers]
-    parts, bits = kernels.shrink(
-        rows, [layer.lora_a for layer in layers], p, [layer.seed for layer in layers], keep_bits
-    )
+    rows, given = as_rows(x), _Given.of(layers)
+    plan = _plan_of(rows, x.shape[:-1], given, p, keep_bits)
+    parts, bits = kernels.run_shrink(plan.shrink, rows, given.lora_as, [layer.seed for layer in layers])
 
     def expand_first() -> tuple[list[Tensor], list[Tensor]]:
-        outs, columns = kernels.expand(
-            parts,
-            lora_bs,
-            [layer.scaling for layer in layers],
-            [layer.bias for layer in layers],
-            [None if layer.y is None else as_rows(layer.y) for layer in layers],
-            x.dtype,
-            x.shape[:-1],
-        )
+        outs, columns = kernels.run_expand(plan.expand, parts, given.lora_bs, given.biases, given.bases, x.dtype)
         for out, layer in zip(outs, layers):
-            if layer.weight is not None:
-                as_rows(out).addmm_(rows, dense_weight(layer.weight, x.dtype).t())
+            weight = layer.weight
+            if weight is not None:
+                out = out if out.ndim == 2 else out.view(-1, out.shape[-1])
+                out.addmm_(rows, dense_weight(weight, x.dtype).t())
         return outs, columns
 
     def fused() -> tuple[list[Tensor], list[Tensor]]:
         product = _kernels("lora_product")
         columns = _summed(parts, x.dtype)
-        outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
+        outs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in given.lora_bs]
         for out, layer, s in zip(outs, layers, columns):
             assert layer.weight is not None
             weight = dense_weight(layer.weight, x.dtype)
             product.output(rows, weight, layer.bias, s, layer.lora_b, layer.scaling, as_rows(out))
         return outs, columns
 
-    if not _has_products(layers):
-        return *expand_first(), bits
-    ways = {"plain": expand_first, "fused": fused}
-    return *_run_chosen(ways, x, _kind("forward", x, layers, 0.0)), bits
+    if plan.forward_kind is None:
+        return *expand_first(), bits, plan
+    return *_run_chosen({"plain": expand_first, "fused": fused}, x, plan.forward_kind), bits, plan
 
 
 def _summed(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -107,27 +192,22 @@ def backward(
     layers: Sequence[LoraLayer],
     p: float,
     needs: Sequence[bool],
+    plan: GroupPlan | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dX [T, in] of what is not opaque, each dA and each dB, None where not needed.
 
-    dys [T, out], x [T, in], columns and bits of `forward`; needs: of x, of each A, of each B.
+    dys [T, out], x [T, in]; columns, bits, and plan where it is at hand: of `forward`, for these layers; needs: of x, of
+    each A, of each B.
     """
-    kernels, n = _kernels("lora_backward"), len(layers)
-    needs_x, needs_a, needs_b = needs[0], list(needs[1 : n + 1]), list(needs[n + 1 :])
-    lora_as, seeds = [layer.lora_a for layer in layers], [layer.seed for layer in layers]
-    dss, dbs = kernels.output_gradients(
-        dys,
-        [layer.lora_b for layer in layers],
-        columns,
-        [layer.scaling for layer in layers],
-        p,
-        [layer.mask_b for layer in layers],
-        needs_b,
-    )
-    of_x = x, lora_as, dss, p, seeds, bits, [layer.mask_a for layer in layers], needs_a
+    kernels, n, given = _kernels("lora_backward"), len(layers), _Given.of(layers)
+    plan = _plan_of(x, x.shape[:1], given, p, len(bits) > 0) if plan is None else plan
+    output, passes, kind = plan.backward(dys, x, columns[0].shape[1], len(bits) > 0, given, p, needs)
+    dss, dbs = kernels.run_output(output, dys, given.lora_bs, columns, [layer.mask_b for layer in layers])
+    seeds, mask_as = [layer.seed for layer in layers], [layer.mask_a for layer in layers]
+    of_x = x, given.lora_as, dss, seeds, bits, mask_as, needs[1 : n + 1]
 
     def expand_first() -> tuple[Tensor | None, list[Tensor | None]]:
-        dx, das = kernels.input_gradients(*of_x, needs_x)
+        dx, das = kernels.run_input(passes["plain"], *of_x, needs[0])
         if dx is not None:
             for dy, layer in zip(dys, layers):
                 if layer.weight is not None:
@@ -136,7 +216,7 @@ def backward(
 
     def fused() -> tuple[Tensor | None, list[Tensor | None]]:
         product = _kernels("lora_product")
-        _, das = kernels.input_gradients(*of_x, False)
+        _, das = kernels.run_input(passes["fused"], *of_x, False)
         dx = None
         for i, (dy, layer) in enumerate(zip(dys, layers)):
             assert layer.weight is not None
@@ -145,9 +225,8 @@ def backward(
             dx = product.input_gradient(dx, dy, weight, dss[i], layer.lora_a, layer.seed, p, kept)
         return dx, das
 
-    if not (needs_x and _has_products(layers)):
+    if kind is None:
         return *expand_first(), dbs
-    kind = (*_kind("backward", x, layers, p), any(needs_a))
     dx, das = _run_chosen({"plain": expand_first, "fused": fused}, x, kind)
     return dx, das, dbs
 

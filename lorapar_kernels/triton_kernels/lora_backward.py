@@ -65,14 +65,12 @@ class Mask(Protocol):
     """A factor's mask, as ../tiles.py's TiledMask has it.
 
     Attributes:
-        mask: bool, of the factor's shape.
         stripes: uint8, 1 where a stripe of the factor has an active element; None where each has.
     """
 
     @property
-    def mask(self) -> Tensor: ...
-    @property
     def stripes(self) -> Tensor | None: ...
+    def as_words(self) -> Tensor: ...  # the mask as contiguous uint8
 
 
 @triton.jit(do_not_specialize=["T", "t_split"])
@@ -396,15 +394,6 @@ def _add_parts(
         tl.store(out_ptr + i_out, total.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-def _bits(mask: Mask | None) -> Tensor | None:
-    """The mask as contiguous bytes."""
-    return None if mask is None else mask.mask.contiguous().view(torch.uint8)
-
-
-def _stripes(mask: Mask | None) -> Tensor | None:
-    return None if mask is None else mask.stripes
-
-
 def _places(entries: Sequence[tuple[Any, ...]], size: int) -> list[Any]:
     """A kernel's places for `size` layers or outputs: their first arguments, their second ones, ...; None where none is
     left."""
@@ -547,12 +536,12 @@ class _OutputPlan(NamedTuple):
     """What `output_gradients` launches, but for its tensors.
 
     Attributes:
-        width: ranks that a launch of the pass over dY takes.
+        width: ranks that a launch of the pass over dY takes; None: all.
         ds, db: shapes of each layer's parts; None where it needs no dB.
         passes, sums: over dY; of each dS, and then of each dB that is needed.
     """
 
-    width: int
+    width: int | None
     ds: list[tuple[int, int, int]]
     db: list[tuple[int, int, int] | None]
     passes: list[_Plan]
@@ -588,7 +577,55 @@ def _plan_output(
     for N, _, rank, _, b_dtype, need, _, masked, scaling in layers:
         if need:
             outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, scaling))
-    return _OutputPlan(width, ds, db, passes, _plan_reduce(tuple(outs)))
+    return _OutputPlan(width if width < R else None, ds, db, passes, _plan_reduce(tuple(outs)))
+
+
+def plan_output(
+    dys: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    R: int,
+    scalings: Sequence[float],
+    p: float,
+    masks: Sequence[Mask | None],
+    needs_b: Sequence[bool],
+) -> _OutputPlan:
+    """How `run_output` launches what `output_gradients` computes of tensors like these; B with unit column stride."""
+    of_layers = [
+        (dy.shape[1], dy.stride(0), b.shape[1], b.stride(0), b.dtype, need,
+         need and mask is not None and mask.stripes is not None, mask is not None, scaling)
+        for dy, b, need, mask, scaling in zip(dys, lora_bs, needs_b, masks, scalings)
+    ]  # fmt: skip
+    return _plan_output(dys[0].shape[0], R, dys[0].dtype, precision(dys[0]), p, tuple(of_layers))
+
+
+def run_output(
+    plan: _OutputPlan,
+    dys: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    masks: Sequence[Mask | None],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`output_gradients`, by a plan that was made for tensors of these shapes, strides and dtypes."""
+    one_dy = dys[0]
+    ds_parts = [one_dy.new_empty(shape, dtype=FP32) for shape in plan.ds]
+    db_parts = [None if shape is None else one_dy.new_empty(shape, dtype=FP32) for shape in plan.db]
+    stripes = [None if mask is None or part is None else mask.stripes for mask, part in zip(masks, db_parts)]
+    tensors: Sequence[Sequence[Any]] = (dys, lora_bs, columns, stripes, ds_parts, db_parts)
+    if plan.width is not None:
+        R, width = columns[0].shape[1], plan.width
+        tensors = list(zip(*(_cut(of_layer, r, width) for of_layer in zip(*tensors) for r in range(0, R, width))))
+    for one in plan.passes:
+        one.launch(one.grid, *_filled(tensors, one.here, GROUP), *one.numbers)
+    dss = [s.new_empty(s.shape) for s in columns]
+    dbs = [None if part is None else b.new_empty(b.shape) for b, part in zip(lora_bs, db_parts)]
+    parts, outs, active = ds_parts, [*dss], [None] * len(dss)
+    for part, db, mask in zip(db_parts, dbs, masks):
+        if part is not None:
+            parts.append(part)
+            outs.append(db)
+            active.append(None if mask is None else mask.as_words())
+    _add_up(plan.sums, parts, outs, active)
+    return dss, dbs
 
 
 def output_gradients(
@@ -605,40 +642,9 @@ def output_gradients(
     dys: [T, N], unit column stride, T ≥ 1. columns: S [T, R] in dY's dtype, contiguous, with the factor 1 / (1 − p).
     dB is 0 outside its mask, and None where `needs_b` is False. Two launches for up to three layers.
     """
-    (T, R), dtype, device = columns[0].shape, dys[0].dtype, dys[0].device
-    factors = list(map(unit_rows, lora_bs))
-    stripes = [_stripes(mask) if need else None for mask, need in zip(masks, needs_b)]
-    of_layers = [
-        (
-            dy.shape[1],
-            dy.stride(0),
-            b.shape[1],
-            b.stride(0),
-            b.dtype,
-            need,
-            stripe is not None,
-            mask is not None,
-            scaling,
-        )
-        for dy, b, need, stripe, mask, scaling in zip(dys, factors, needs_b, stripes, masks, scalings)
-    ]
-    plan = _plan_output(T, R, dtype, precision(dys[0]), p, tuple(of_layers))
-    ds_parts = [torch.empty(shape, dtype=FP32, device=device) for shape in plan.ds]
-    db_parts = [None if shape is None else torch.empty(shape, dtype=FP32, device=device) for shape in plan.db]
-    tensors: Sequence[Sequence[Any]] = (dys, factors, columns, stripes, ds_parts, db_parts)
-    if plan.width < R:
-        tensors = list(
-            zip(*(_cut(of_layer, r, plan.width) for of_layer in zip(*tensors) for r in range(0, R, plan.width)))
-        )
-    for one in plan.passes:
-        one.launch(one.grid, *_filled(tensors, one.here, GROUP), *one.numbers)
-    dss = [torch.empty((T, R), dtype=dtype, device=device) for _ in columns]
-    dbs = [torch.empty(b.shape, dtype=b.dtype, device=device) if need else None for b, need in zip(lora_bs, needs_b)]
-    parts = [*ds_parts, *(part for part in db_parts if part is not None)]
-    outs = [*dss, *(db for db in dbs if db is not None)]
-    active = [*(None for _ in dss), *(_bits(mask) for mask, need in zip(masks, needs_b) if need)]
-    _add_up(plan.sums, parts, outs, active)
-    return dss, dbs
+    lora_bs = [unit_rows(b) for b in lora_bs]
+    plan = plan_output(dys, lora_bs, columns[0].shape[1], scalings, p, masks, needs_b)
+    return run_output(plan, dys, lora_bs, columns, masks)
 
 
 def _cut(layer: tuple[Any, ...], r: int, width: int) -> tuple[Any, ...]:
@@ -704,6 +710,64 @@ def _plan_input(
     return _InputPlan(which, passes, shapes, _plan_reduce(tuple(outs)))
 
 
+def plan_input(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    R: int,
+    p: float,
+    reads_bits: bool,
+    masks: Sequence[Mask | None],
+    needs_a: Sequence[bool],
+    needs_x: bool,
+) -> _InputPlan:
+    """How `run_input` launches what `input_gradients` computes of tensors like these; A with unit column stride."""
+    of_layers = [
+        (a.shape[0], a.stride(0), a.dtype, need, mask is not None and mask.stripes is not None, mask is not None)
+        for a, need, mask in zip(factors, needs_a, masks)
+    ]
+    T, K = x.shape
+    return _plan_input(T, K, x.stride(0), R, x.dtype, precision(x), p, reads_bits, needs_x, tuple(of_layers))
+
+
+def run_input(
+    plan: _InputPlan,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    seeds: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    masks: Sequence[Mask | None],
+    needs_a: Sequence[bool],
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`input_gradients`, by a plan that was made for tensors of these shapes, strides and dtypes."""
+    dx = x.new_empty(x.shape) if needs_x else None
+    das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
+    no_tensors = (None,) * len(factors)
+    if bits:
+        seeds = no_tensors
+        if x.shape[1] % 32 == 0:
+            bits = [words.view(torch.int32) for words in bits]
+    stripes = [None if mask is None or not need else mask.stripes for mask, need in zip(masks, needs_a)]
+    active: Sequence[Tensor | None] = [None if mask is None else mask.as_words() for mask in masks]
+    tensors = [factors, dss, seeds, bits or no_tensors, stripes, das]
+    if plan.pieces is not None:
+        if not plan.pieces:
+            return dx, das
+        *tensors, active = zip(*(_piece(g, ranks, [*tensors, active]) for g, ranks in plan.pieces))
+    outs, parts = tensors.pop(), []
+    for one, shape in zip(plan.passes, plan.part):
+        made = [None if da is None else x.new_empty(shape, dtype=FP32) for da in outs[one.here]]
+        one.launch(
+            one.grid, x, dx, *_filled(tensors, one.here, GROUP), *made, *(None,) * (GROUP - len(made)), *one.numbers
+        )
+        parts += made
+    if plan.sums:
+        wanted = [(part, da, words) for part, da, words in zip(parts, outs, active) if part is not None]
+        _add_up(plan.sums, *zip(*wanted))
+    return dx, das
+
+
 def input_gradients(
     x: Tensor,
     factors: Sequence[Tensor],
@@ -721,37 +785,9 @@ def input_gradients(
     bits: each layer's dropout mask as `shrink` wrote it, or [], where it is drawn from the seed. dA is 0 outside its
     mask, and None where `needs_a` is False. Two launches for q, k and v up to rank 32; one where no dA is wanted.
     """
-    (T, K), R, dtype, device = x.shape, dss[0].shape[1], x.dtype, x.device
-    dx = torch.empty((T, K), dtype=dtype, device=device) if needs_x else None
-    das = [a.new_empty(a.shape) if need else None for a, need in zip(factors, needs_a)]
-    if K % 32 == 0:
-        bits = [words.view(torch.int32) for words in bits]
-    rows, stripes = list(map(unit_rows, factors)), list(map(_stripes, masks))
-    of_layers = [
-        (a.shape[0], a.stride(0), a.dtype, need, stripe is not None, mask is not None)
-        for a, need, stripe, mask in zip(rows, needs_a, stripes, masks)
-    ]
-    reads_bits = len(bits) > 0
-    plan = _plan_input(T, K, x.stride(0), R, dtype, precision(x), p, reads_bits, needs_x, tuple(of_layers))
-    stripes = [stripe if need else None for stripe, need in zip(stripes, needs_a)]
-    no_tensors = (None,) * len(factors)
-    tensors = [rows, dss, no_tensors if reads_bits else seeds, bits if reads_bits else no_tensors, stripes, das]
-    active: Sequence[Tensor | None] = [None if mask is None else _bits(mask) for mask in masks]
-    if plan.pieces is not None:
-        if not plan.pieces:
-            return dx, das
-        *tensors, active = zip(*(_piece(g, ranks, [*tensors, active]) for g, ranks in plan.pieces))
-    outs, parts = tensors.pop(), []
-    for one, shape in zip(plan.passes, plan.part):
-        made = [None if da is None else torch.empty(shape, dtype=FP32, device=device) for da in outs[one.here]]
-        one.launch(
-            one.grid, x, dx, *_filled(tensors, one.here, GROUP), *made, *(None,) * (GROUP - len(made)), *one.numbers
-        )
-        parts += made
-    wanted = [(part, da, words) for part, da, words in zip(parts, outs, active) if part is not None]
-    if wanted:
-        _add_up(plan.sums, *zip(*wanted))
-    return dx, das
+    factors = [unit_rows(a) for a in factors]
+    plan = plan_input(x, factors, dss[0].shape[1], p, len(bits) > 0, masks, needs_a, needs_x)
+    return run_input(plan, x, factors, dss, seeds, bits, masks, needs_a, needs_x)
 
 
 def _piece(g: int, ranks: slice, tensors: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
@@ -818,6 +854,9 @@ class _Striped(NamedTuple):
 
     mask: Tensor
     stripes: Tensor | None
+
+    def as_words(self) -> Tensor:
+        return self.mask.view(torch.uint8)
 
 
 def _launch_all(x_dtype, a_dtype, rank, group, p, columns, striped, wanted, bits, tokens=8192) -> None:

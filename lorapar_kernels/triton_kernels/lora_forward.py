@@ -351,8 +351,8 @@ def run_shrink(
         sums = [x.new_empty(shape, dtype=dtype) for _ in members]
         masks = [] if of_bits is None else [x.new_empty(of_bits, dtype=torch.uint8) for _ in members]
         plan.launch(
-            plan.grid, x, *members, *rest, *seeds[plan.here], *rest, *sums, *rest, *(masks or (None,) * len(members)), *rest,
-            *plan.integers,
+            plan.grid, x, *members, *rest, *seeds[plan.here], *rest, *sums, *rest,
+            *(masks or (None,) * len(members)), *rest, *plan.integers,
         )  # fmt: skip
         parts += sums
         bits += masks

@@ -196,8 +196,8 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dX [T, in] of what is not opaque, each dA and each dB, None where not needed.
 
-    dys [T, out], x [T, in]; columns, bits, and plan where it is at hand: of `forward`, for these layers; needs: of x, of
-    each A, of each B.
+    dys [T, out], x [T, in]; columns, bits, and the plan where it is at hand: of `forward`, for these layers; needs: of
+    x, of each A, of each B.
     """
     kernels, n, given = _kernels("lora_backward"), len(layers), _Given.of(layers)
     plan = _plan_of(x, x.shape[:1], given, p, len(bits) > 0) if plan is None else plan

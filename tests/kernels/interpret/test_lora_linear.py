@@ -179,7 +179,7 @@ def test_twice_the_same_bits():
 def test_what_ran_was_the_kernels(monkeypatch):
     called = []
     of_forward, of_backward, of_product = (
-        ("shrink", "expand"), ("output_gradients", "input_gradients"), ("output", "input_gradient")
+        ("run_shrink", "run_expand"), ("run_output", "run_input"), ("output", "input_gradient")
     )  # fmt: skip
     for module, names in (
         (forward_triton, of_forward), (backward_triton, of_backward), (product_triton, of_product)
@@ -191,8 +191,8 @@ def test_what_ran_was_the_kernels(monkeypatch):
     a, b = torch.randn(2, 16, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     lk.lora_linear(x, w, a, b, 1.0).sum().backward()
     expected = {
-        "plain": ["shrink", "expand", "output_gradients", "input_gradients"],
-        "fused": ["shrink", "output", "output_gradients", "input_gradients", "input_gradient"],
+        "plain": ["run_shrink", "run_expand", "run_output", "run_input"],
+        "fused": ["run_shrink", "output", "run_output", "run_input", "input_gradient"],
     }[os.environ["LORAPAR_PRODUCT"]]
     assert called == expected
     monkeypatch.setenv("LORAPAR_BACKEND", "reference")
@@ -229,8 +229,8 @@ def test_bits_kept_and_drawn_again_give_the_same(monkeypatch):
 def test_few_tokens_without_a_gradient_are_torchs_own_products(monkeypatch):
     """Where the factors have x's dtype; a layer alone, of at most 16 tokens."""
     called = []
-    shrink = forward_triton.shrink
-    monkeypatch.setattr(forward_triton, "shrink", lambda *a: (called.append(1), shrink(*a))[1])
+    shrink = forward_triton.run_shrink
+    monkeypatch.setattr(forward_triton, "run_shrink", lambda *a: (called.append(1), shrink(*a))[1])
     for tokens, dtype, expected in ((16, torch.float32, 0), (17, torch.float32, 1), (1, torch.bfloat16, 1)):
         called.clear()
         x, w = torch.randn(tokens, 32).to(dtype), torch.randn(24, 32).to(dtype)

@@ -592,7 +592,7 @@ def plan_output(
     """How `run_output` launches what `output_gradients` computes of tensors like these; B with unit column stride."""
     of_layers = [
         (dy.shape[1], dy.stride(0), b.shape[1], b.stride(0), b.dtype, need,
-         need and mask is not None and mask.stripes is not None, mask is not None, scaling)
+         need and mask is not None and mask.stripes is not None, mask is not None, float(scaling))
         for dy, b, need, mask, scaling in zip(dys, lora_bs, needs_b, masks, scalings)
     ]  # fmt: skip
     return _plan_output(dys[0].shape[0], R, dys[0].dtype, precision(dys[0]), p, tuple(of_layers))

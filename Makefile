@@ -27,7 +27,7 @@ interpret:
 	TRITON_INTERPRET=1 $(TEST) tests/kernels/interpret
 
 ## what CI runs at the versions of .ci/constraints.txt too: what reaches into Triton, and into PEFT, TRL and bitsandbytes
-REACHING = accelerate adapter answer_head grpo layers micro_batches model quantised scoring training
+REACHING = accelerate adapter answer_head grpo layers micro_batches model quantised scoring siblings training
 pinned: interpret
 	$(PYTHON) -m lorapar_kernels.compile --arch 90
 	OMP_NUM_THREADS=1 $(TEST) -m "not slow" $(REACHING:%=tests/lorapar/test_%.py)

@@ -166,7 +166,7 @@ def on_cuda(models: list[str], contexts: list[int], caps: list[int]) -> None:
         for length in contexts:
             for stage, batch in (("sft", 1), ("grpo", 4)):
                 for way in ("ours", "trl", *(["unsloth"] if installed and stage == "sft" else [])):
-                    settings = on_gpu(way) | {"prompt": 1 if stage == "sft" else length // 2}
+                    settings: dict[str, Any] = on_gpu(way) | {"prompt": 1 if stage == "sft" else length // 2}
                     results.append(
                         run(way=way, stage=stage, model=model, batch=batch, length=length, steps=3, **settings)
                     )

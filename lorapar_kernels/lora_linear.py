@@ -27,6 +27,7 @@ layer. The reference makes a product of r rows for each layer of one x, where th
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -320,12 +321,20 @@ class _LoraLayers(torch.autograd.Function):
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
         ctx.passes, ctx.plan, ctx.p, ctx.n_bits = passes, plan, p, len(bits)
-        return tuple(map(no_view, outs))
+        ctx.left, ctx.kept = set(range(n)), None
+        outs, needs = [*map(no_view, outs)], ctx.needs_input_grad
+        if n > 1 and not needs[2]:
+            # A layer whose factors are frozen has no gradient beside ones that have.
+            frozen = [i for i in range(n) if layers[i].y is None and not (needs[3 + i] or needs[3 + n + i])]
+            ctx.mark_non_differentiable(*(outs[i] for i in frozen))
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
         n, needs = len(ctx.rest), ctx.needs_input_grad
-        x, *rest = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * len(needs)
+        x, *rest = _saved(ctx, grads)
         columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
         weights = iter(rest[3 * n + ctx.n_bits :])
         layers = [
@@ -351,6 +360,30 @@ class _LoraLayers(torch.autograd.Function):
                 of_factors[i], of_factors[n + i] = found[1 + place], found[1 + len(used) + place]
             found = [found[0], *of_factors]
         return None, None, *found, *through
+
+
+def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """What the forward saved, for the outputs that have a gradient.
+
+    It is kept until every output had its backward, since layers of nodes of their own can have one each.
+    """
+    n, reached = len(grads), {i for i, grad in enumerate(grads) if grad is not None}
+    if ctx.kept is not None and reached <= ctx.left:
+        saved, versions = ctx.kept
+        weights = accumulate((rest[0] is SAVED for rest in ctx.rest), initial=1 + 3 * n + ctx.n_bits)
+        used = [0, *(1 + k * n + i for i in reached for k in (0, 1))]
+        used += [at for i, at in enumerate(weights) if i in reached and ctx.rest[i][0] is SAVED]
+        if any(saved[i]._version != versions[i] for i in used):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "x or a factor of a LoRA layer, after the backward of another layer of the same x"
+            )
+    else:
+        saved = ctx.saved_tensors
+    ctx.left -= reached
+    # A backward that was asked to keep the graph finds it as before.
+    ctx.kept = (saved, [tensor._version for tensor in saved]) if ctx.left else None
+    return saved
 
 
 def _one_layer(

@@ -11,6 +11,7 @@ adapter, hooks and offloading take part. An adapter whose share is not s · drop
 hooks, a bias of B) is computed by PEFT's own arithmetic. Which calls share one op, siblings.py says.
 """
 
+import operator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 import lorapar_kernels as lk
 
 from . import siblings
-from .siblings import Frozen, Part, Siblings, Terms, as_wide, draw_seed
+from .siblings import Frozen, Part, Siblings, Terms, as_wide, draw_seed, version_of
 from .tiles import TiledMask
 
 # Torch's own, which a library may replace for every layer.
@@ -53,6 +54,15 @@ class FastLayer(Linear if TYPE_CHECKING else object):
 
     def part(self, x: Tensor) -> Part | None:
         """What the call is computed of where it is one op: a frozen base and one adapter; else None."""
+        made = self.inputs(x)
+        if made is None:
+            return None
+        name, a, b, frozen, p = made
+        terms = self.terms(name, a, b)
+        return Part(self, name, frozen, terms, p, (a, b)) if terms.a.shape[0] > 0 else None
+
+    def inputs(self, x: Tensor) -> tuple[str, Tensor, Tensor, Frozen, float] | None:
+        """The one adapter, its weights, the base and the dropout's p where the call is one op; else None."""
         # Out of the dictionaries, here and below: a module's attribute costs half a microsecond to two.
         state = self.__dict__
         parts, name = state["_modules"], _only(state["_active_adapter"])
@@ -64,8 +74,7 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         a, b, frozen = plain_weight(there[name]), plain_weight(parts["lora_B"]._modules[name]), self.frozen(x)
         if a is None or b is None or frozen is None:
             return None
-        terms = self.terms(name, a, b)
-        return Part(self, name, frozen, terms, self.dropout_p(name)) if terms.a.shape[0] > 0 else None
+        return name, a, b, frozen, self.dropout_p(name)
 
     def is_intercepted(self) -> bool:
         """Whether something may happen between a call of this layer and its forward."""
@@ -77,11 +86,21 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             or self._compiled_call_impl is not None
         )
 
-    def stands(self, name: str, training: bool) -> bool:
-        """Whether the layer still computes as `part` said of it, in that mode."""
-        state = self.__dict__
-        of_adapters = state["_disable_adapters"] or state["merged_adapters"] or _only(state["_active_adapter"]) != name
-        return not of_adapters and state["training"] == training
+    def state(self, name: str, a: Tensor, b: Tensor, p: float) -> tuple[Any, list[Any]]:
+        """What a call's output depends on beside x: what is compared by value, and what by identity."""
+        of_base = cast(nn.Module, self._modules["base_layer"])._parameters
+        tensors = a, b, of_base.get("weight"), of_base.get("bias")
+        changes = [None if one is None else (version_of(one), one.requires_grad) for one in tensors]
+        return (name, p, self.__dict__["scaling"][name], changes), [*tensors, *self.masks(name)]
+
+    def stands(self, x: Tensor, state: tuple[Any, list[Any]]) -> bool:
+        """Whether the layer still computes what it did in that state."""
+        made = self.inputs(x)
+        if made is None:
+            return False
+        name, a, b, _, p = made
+        values, objects = self.state(name, a, b, p)
+        return values == state[0] and all(map(operator.is_, objects, state[1]))
 
     def in_pieces(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A call that is more than one op, or PEFT's own."""
@@ -173,10 +192,9 @@ class FastLayer(Linear if TYPE_CHECKING else object):
 
     def dropout_p(self, name: str) -> float:
         """The share of x that the adapter's dropout drops in this call."""
-        if not self.training:
-            return 0.0
         dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        # Its own mode: it may be in training where the layer is not (Monte Carlo dropout).
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _only(active: str | list[str]) -> str | None:
@@ -206,7 +224,9 @@ def nothing_watches_all() -> bool:
 
 
 def _is_plain_dropout(module: Any) -> bool:
-    return (type(module) is nn.Identity or type(module) is nn.Dropout) and not _is_watched(module)
+    # The op does not drop everything.
+    plain = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p < 1.0 and not module.inplace)
+    return plain and not _is_watched(module)
 
 
 def _is_watched(module: nn.Module) -> bool:

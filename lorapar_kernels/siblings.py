@@ -6,18 +6,20 @@ computes all of the group, and the others take what is theirs: x is read once, a
 call that does not match is computed alone, which is right whatever is called in whatever order; such a group is then
 given up, with one line in the log. LORAPAR_SIBLINGS=0 in the environment computes every layer alone.
 
-What an output may not be taken for: another x, an x that was changed in place since, another grad mode, autocast, state
-of the layer (adapter, merged, disabled, training), another region of gradient checkpointing. Under torch.compile,
-torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no version) nothing is shared.
+What an output may not be taken for: another x, an x that was changed in place since (not through `.data`, which torch
+does not count either), another grad mode, autocast, state of the layer (adapter, merged, disabled, dropout, scaling,
+masks, its tensors and their versions, hooks within it), another region of gradient checkpointing. Under torch.compile,
+torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no version) nothing is shared,
+and neither are layers whose factors have hooks, which would be called for an output that nothing used.
 
 Gradient checkpointing calls the layers again in the backward, and has to meet the same saved tensors and draw the same
 seeds as in the forward. So a group changes its way only outside a backward, while no graph that was made in the other
 way can still go through one. With dropout and without a gradient (the first pass of the reentrant kind) layers are
 computed alone, so that each draws its seed where its recompute does.
 
-Trade-offs: where the siblings' outputs go into separate backward passes, the second finds the graph freed (pass
-`retain_graph`), as it would find that of anything they share. If the forward is interrupted between siblings, the
-outputs not taken stay until any adapted layer's next call in that thread, or until the model is gone.
+Trade-offs: where a backward does not reach a sibling's output, x stays until another one does or the graph is gone;
+such a group is given up. If the forward is interrupted between siblings, the outputs not taken stay until any adapted
+layer's next call in that thread, or until the model is gone.
 """
 
 import functools
@@ -63,6 +65,7 @@ class Part(NamedTuple):
 
     Attributes:
         layer: a FastLayer; name: its one active adapter. p: of the dropout, 0 in evaluation.
+        factors: the adapter's two weights, of which `terms` may hold a part.
     """
 
     layer: Any
@@ -70,6 +73,7 @@ class Part(NamedTuple):
     frozen: Frozen
     terms: Terms
     p: float
+    factors: tuple[Tensor, ...] = ()
 
 
 def computed(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
@@ -151,15 +155,15 @@ _thread = _Thread()
 class _Pending:
     """Outputs that siblings of the layer just called will take; kept alive by their group alone."""
 
-    __slots__ = ("__weakref__", "at", "group", "key", "outs", "parts", "x")
+    __slots__ = ("__weakref__", "at", "group", "key", "outs", "states", "x")
 
     def __init__(self, group: "Siblings", x: Tensor, key: Any, parts: Sequence[Part], outs: list[Tensor | None]):
         self.group, self.x, self.key, self.outs, self.at = group, weakref.ref(x), key, outs, 1
-        self.parts = [(part.name, part.layer.training) for part in parts]
+        self.states = [part.layer.state(part.name, *part.factors, part.p) for part in parts]
 
     def fits(self, layer: Any, x: Tensor) -> bool:
         is_next = self.x() is x and self.group.members[self.at]() is layer
-        return is_next and self.key == _key(x) and layer.stands(*self.parts[self.at])
+        return is_next and self.key == _key(x) and layer.stands(x, self.states[self.at])
 
 
 class Siblings:
@@ -192,7 +196,7 @@ class Siblings:
                 self.mode = ALONE
             elif not self.in_flight():
                 self.mode = SHARED
-        elif self.misfit and not self.in_flight():
+        elif (self.misfit or self.in_parts()) and not self.in_flight():
             self.mode = ALONE
             _say(", ".join(_described(member()) for member in self.members))
 
@@ -200,6 +204,10 @@ class Siblings:
         """Whether a graph made in this mode can still go through a backward."""
         self.traces = [trace for trace in self.traces if _can_run(trace())]
         return bool(self.traces)
+
+    def in_parts(self) -> bool:
+        """Whether a backward did not reach every output, and keeps x for those that it did not."""
+        return any(getattr(trace(), "kept", None) is not None for trace in self.traces)
 
     def watch(self, y: Tensor, hooks: Any) -> None:
         """Remember the graph of y, and the region of non-reentrant checkpointing that it is made in."""
@@ -224,6 +232,8 @@ class Siblings:
             if other is None or other.p != part.p:
                 return None
             parts.append(other)
+        if any(factor._backward_hooks or _hooks_after(factor) for part in parts for factor in part.factors):
+            return None
         try:
             outs: list[Tensor | None] = [*computed(x, parts)]
         except (TypeError, ValueError):
@@ -305,9 +315,7 @@ def _joined(layer: Any, x: Tensor, key: Any) -> Siblings:
 
 def _key(x: Tensor) -> Any:
     """What has to be the same for x's product to be the same; None for a tensor without a version."""
-    try:
-        version = x._version
-    except RuntimeError:
+    if torch.is_inference_mode_enabled() or (version := version_of(x)) is None:
         return None
     autocast = None
     if torch._C._is_any_autocast_enabled():
@@ -315,7 +323,17 @@ def _key(x: Tensor) -> Any:
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     grad = torch.is_grad_enabled()
     # The hooks stand for the region of checkpointing.
-    return grad, version, x.requires_grad, autocast, _top_hooks(True) if grad else None
+    of_x = version, x.data_ptr(), x.requires_grad, x.is_leaf
+    return grad, of_x, autocast, _top_hooks(True) if grad else None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _hooks_after(factor: Tensor) -> Any:
+    return getattr(factor, "_post_accumulate_grad_hooks", None)
 
 
 def _can_run(trace: Any) -> bool:
@@ -336,6 +354,7 @@ def _described(layer: Any) -> str:
 @functools.cache
 def _say(layers: str) -> None:
     log.info(
-        "LoRA layers %s compute one by one from now on: a call did not follow the one before with the same input",
+        "LoRA layers %s compute one by one from now on: a call did not follow the one before with the same input, "
+        "or a backward did not go through all of them",
         layers,
     )

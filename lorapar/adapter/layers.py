@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lorapar_kernels as lk
 from lorapar_kernels.peft_layers import FastLayer, nothing_watches_all
-from lorapar_kernels.siblings import Part, Terms, as_wide
+from lorapar_kernels.siblings import Frozen, Terms, as_wide
 
 from ..errors import InputError
 
@@ -83,11 +83,8 @@ class MaskedLayer(FastLayer):
         self._unmerged: Any = None
         self._merged_sum: str | None = None
 
-    def part(self, x: Tensor) -> Part | None:
-        return super().part(x) if self.scoring is None else None
-
-    def stands(self, name: str, training: bool) -> bool:
-        return self.scoring is None and super().stands(name, training)
+    def inputs(self, x: Tensor) -> tuple[str, Tensor, Tensor, Frozen, float] | None:
+        return super().inputs(x) if self.scoring is None else None
 
     def adapted(self, x: Tensor, names: list[str], for_variants: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.scoring is not None:

@@ -50,3 +50,11 @@ def as_rows(x: Tensor) -> Tensor:
 def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """The base's weight as a tensor [out, in]."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
+def is_recorded() -> bool:
+    """Whether a mode sees torch's operations, and may keep what one returns (selective checkpointing does).
+
+    What was kept may not be changed in place, and a recompute puts it in the place of the operation.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -38,7 +38,7 @@ from torch.autograd import forward_ad
 from . import lora_product, native
 from .backend import choose, no_obstacle
 from .dropout import dropout_mask, triton_obstacle, zero_dropped
-from .lora_layer import FrozenWeight, LoraLayer, as_rows, dense_weight
+from .lora_layer import FrozenWeight, LoraLayer, as_rows, dense_weight, is_recorded
 from .tiles import TiledMask
 
 MAX_RANK = 256  # of the Triton kernels
@@ -72,7 +72,10 @@ def shrink_reference(x: Tensor, factors: Sequence[Tensor], p: float, seeds: Sequ
     """S = drop(x) Aᵀ [T, r] of x [T, in] for each A of `factors`, in x's dtype."""
     # r rows as in `transposed_product`, but whatever T is, so that S has the same strides for any T.
     columns = [(a.to(x.dtype) @ apply_dropout(x, p, seed).t()).t() for a, seed in zip(factors, seeds)]
-    return columns if p == 0.0 else [s.mul_(1.0 / (1.0 - p)) for s in columns]
+    if p == 0.0:
+        return columns
+    scale = 1.0 / (1.0 - p)
+    return [s * scale if is_recorded() else s.mul_(scale) for s in columns]
 
 
 def _shrink_fake(x: Tensor, lora_a: Tensor) -> Tensor:
@@ -113,7 +116,10 @@ def forward_reference(
             out = expand_reference(as_rows(layer.y), s, layer.lora_b, layer.scaling).view(layer.y.shape)
         else:
             out = F.linear(x, dense_weight(layer.weight, x.dtype), layer.bias)
-            out.view(-1, out.shape[-1]).addmm_(s, layer.lora_b.to(x.dtype).t(), alpha=layer.scaling)
+            if is_recorded():
+                out = expand_reference(as_rows(out), s, layer.lora_b, layer.scaling).view(out.shape)
+            else:
+                out.view(-1, out.shape[-1]).addmm_(s, layer.lora_b.to(x.dtype).t(), alpha=layer.scaling)
         outs.append(out)
     return outs, columns, [], None
 
@@ -296,6 +302,8 @@ def _gradients(
     return [None if dx is None else dx.view(x.shape), *das, *dbs]
 
 
+# Whether the backward that runs was asked to keep the graph.
+_keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 SAVED: Any = object()  # in the place of a weight that autograd keeps
 
 
@@ -380,9 +388,9 @@ def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
             )
     else:
         saved = ctx.saved_tensors
-    ctx.left -= reached
-    # A backward that was asked to keep the graph finds it as before.
-    ctx.kept = (saved, [tensor._version for tensor in saved]) if ctx.left else None
+    if not _keeps_graph():
+        ctx.left -= reached
+        ctx.kept = (saved, [tensor._version for tensor in saved]) if ctx.left else None
     return saved
 
 

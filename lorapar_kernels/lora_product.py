@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .backend import named
-from .lora_layer import LoraLayer, as_rows, dense_weight
+from .lora_layer import LoraLayer, as_rows, dense_weight, is_recorded
 
 VARIABLE, WAYS = "LORAPAR_PRODUCT", ("plain", "fused")
 # Rounds of timing, and calls a round; the share of plain's time below which fused is taken: less than that is noise.
@@ -153,11 +153,15 @@ def forward(
 
     def expand_first() -> tuple[list[Tensor], list[Tensor]]:
         outs, columns = kernels.run_expand(plan.expand, parts, given.lora_bs, given.biases, given.bases, x.dtype)
-        for out, layer in zip(outs, layers):
+        for i, (out, layer) in enumerate(zip(outs, layers)):
             weight = layer.weight
-            if weight is not None:
-                out = out if out.ndim == 2 else out.view(-1, out.shape[-1])
-                out.addmm_(rows, dense_weight(weight, x.dtype).t())
+            if weight is None:
+                continue
+            flat = out if out.ndim == 2 else out.view(-1, out.shape[-1])
+            if is_recorded():
+                outs[i] = torch.addmm(flat, rows, dense_weight(weight, x.dtype).t()).view(out.shape)
+            else:
+                flat.addmm_(rows, dense_weight(weight, x.dtype).t())
         return outs, columns
 
     def fused() -> tuple[list[Tensor], list[Tensor]]:

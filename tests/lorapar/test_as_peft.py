@@ -1,9 +1,12 @@
 """Siblings of an accelerated model give what PEFT's layers give, whatever is done to them between their calls."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lorapar_kernels as lk
 from lorapar_kernels import siblings
@@ -88,6 +91,14 @@ def kept_and_once_more(block, x):
     v.sum().backward()
 
 
+def kept_for_two_and_not_for_the_third(block, x):
+    q, k, v = block(x)
+    one = q.square().sum() + k.sum()
+    one.backward(retain_graph=True)
+    v.square().sum().backward()
+    (one * 2.0).backward()
+
+
 def a_step_of_one_between(block, x):
     q, k, _ = block(x)
     q.square().sum().backward()
@@ -118,6 +129,7 @@ def a_base_that_changes_between(block, x):
         by_grad,
         one_twice,
         kept_and_once_more,
+        kept_for_two_and_not_for_the_third,
         a_step_of_one_between,
         a_step_of_the_next_between,
         a_base_that_changes_between,
@@ -136,6 +148,27 @@ def test_a_group_whose_backward_leaves_outputs_out_is_given_up():
         loss.backward()
     assert model.base_model.model.q._siblings.mode == siblings.ALONE
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("kept", ["mm", "addmm_", "mul", "lora", "nothing"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_selective_checkpointing(kept, p):
+    """What it keeps is not changed in place, and a recompute finds it."""
+
+    def policy(context, op, *args, **keys):
+        save = kept in str(op)
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    *_, model = models(lora_dropout=p)
+    found = []
+    for context in ({}, {"context_fn": partial(create_selective_checkpoint_contexts, policy)}):
+        torch.manual_seed(2)
+        x = input_of(requires_grad=True)
+        ys = checkpoint(lambda x: model(x.tanh()), x, use_reentrant=False, **context)
+        sum(y.square().sum() for y in ys).backward()
+        found.append((ys, x.grad, gradients(model)))
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -239,6 +272,18 @@ def test_what_changes_between_two_siblings_is_what_the_second_computes_with(chan
         if k.requires_grad:
             k.square().sum().backward()
         return q.detach(), k.detach(), k.requires_grad
+
+    assert_as_peft(call)
+
+
+def test_a_hook_on_every_module_that_comes_between_siblings():
+    def call(block, x):
+        block.q(x)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: y * 1.5)
+        try:
+            return block.k(x)
+        finally:
+            handle.remove()
 
     assert_as_peft(call)
 

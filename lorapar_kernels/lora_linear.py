@@ -329,20 +329,22 @@ class _LoraLayers(torch.autograd.Function):
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
         ctx.passes, ctx.plan, ctx.p, ctx.n_bits = passes, plan, p, len(bits)
-        ctx.left, ctx.kept = set(range(n)), None
-        outs, needs = [*map(no_view, outs)], ctx.needs_input_grad
-        if n > 1 and not needs[2]:
+        ctx.kept = None
+        outs = tuple(map(no_view, outs))
+        if n > 1 and not ctx.needs_input_grad[2]:
+            needs = ctx.needs_input_grad
             # A layer whose factors are frozen has no gradient beside ones that have.
             frozen = [i for i in range(n) if layers[i].y is None and not (needs[3 + i] or needs[3 + n + i])]
             ctx.mark_non_differentiable(*(outs[i] for i in frozen))
-        return tuple(outs)
+        return outs
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
         n, needs = len(ctx.rest), ctx.needs_input_grad
-        if all(grad is None for grad in grads):
+        used, plan = [i for i, grad in enumerate(grads) if grad is not None], ctx.plan
+        if not used:
             return (None,) * len(needs)
-        x, *rest = _saved(ctx, grads)
+        x, *rest = ctx.saved_tensors if len(used) == n and ctx.kept is None else _saved(ctx, used)
         columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
         weights = iter(rest[3 * n + ctx.n_bits :])
         layers = [
@@ -350,10 +352,9 @@ class _LoraLayers(torch.autograd.Function):
             for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
         ]
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
-        used, plan = range(n), ctx.plan
-        if any(grad is None for grad in grads):
+        if len(used) < n:
             # An output that nothing used has no gradient, and neither have its factors.
-            used, plan = [i for i, grad in enumerate(grads) if grad is not None], None
+            plan = None
             columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
             layers, grads = [layers[i] for i in used], [grads[i] for i in used]
         wanted = [needs[2], *[needs[3 + i] for i in used], *[needs[3 + n + i] for i in used]]
@@ -370,18 +371,18 @@ class _LoraLayers(torch.autograd.Function):
         return None, None, *found, *through
 
 
-def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """What the forward saved, for the outputs that have a gradient.
+def _saved(ctx: Any, used: Sequence[int]) -> Sequence[Tensor]:
+    """What the forward saved, for a backward through the outputs `used`.
 
     It is kept until every output had its backward, since layers of nodes of their own can have one each.
     """
-    n, reached = len(grads), {i for i, grad in enumerate(grads) if grad is not None}
-    if ctx.kept is not None and reached <= ctx.left:
-        saved, versions = ctx.kept
+    n, reached = len(ctx.rest), set(used)
+    left, saved, versions = ctx.kept or (set(range(n)), None, [])
+    if saved is not None and reached <= left:
         weights = accumulate((rest[0] is SAVED for rest in ctx.rest), initial=1 + 3 * n + ctx.n_bits)
-        used = [0, *(1 + k * n + i for i in reached for k in (0, 1))]
-        used += [at for i, at in enumerate(weights) if i in reached and ctx.rest[i][0] is SAVED]
-        if any(saved[i]._version != versions[i] for i in used):
+        read = [0, *(1 + k * n + i for i in reached for k in (0, 1))]
+        read += [at for i, at in enumerate(weights) if i in reached and ctx.rest[i][0] is SAVED]
+        if any(saved[i]._version != versions[i] for i in read):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 "x or a factor of a LoRA layer, after the backward of another layer of the same x"
@@ -389,8 +390,9 @@ def _saved(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
     else:
         saved = ctx.saved_tensors
     if not _keeps_graph():
-        ctx.left -= reached
-        ctx.kept = (saved, [tensor._version for tensor in saved]) if ctx.left else None
+        left -= reached
+        versions = versions or [tensor._version for tensor in saved]
+        ctx.kept = (left, saved, versions) if left else None
     return saved
 
 

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 import lorapar_kernels as lk
 
 from . import siblings
-from .siblings import Frozen, Part, Siblings, Terms, as_wide, draw_seed, version_of
+from .siblings import Frozen, Part, Siblings, Terms, as_wide, draw_seed
 from .tiles import TiledMask
 
 # Torch's own, which a library may replace for every layer.
@@ -86,14 +86,18 @@ class FastLayer(Linear if TYPE_CHECKING else object):
             or self._compiled_call_impl is not None
         )
 
-    def state(self, name: str, a: Tensor, b: Tensor, p: float) -> tuple[Any, list[Any]]:
+    def state(self, name: str, a: Tensor, b: Tensor, p: float) -> tuple[Any, tuple[Any, ...]]:
         """What a call's output depends on beside x: what is compared by value, and what by identity."""
         of_base = cast(nn.Module, self._modules["base_layer"])._parameters
-        tensors = a, b, of_base.get("weight"), of_base.get("bias")
-        changes = [None if one is None else (version_of(one), one.requires_grad) for one in tensors]
-        return (name, p, self.__dict__["scaling"][name], changes), [*tensors, *self.masks(name)]
+        weight, bias = of_base.get("weight"), of_base.get("bias")
+        try:
+            versions = a._version, b._version, _version(weight), _version(bias)
+        except RuntimeError:  # of an inference tensor, whose changes torch does not count
+            versions = None
+        values = name, p, self.__dict__["scaling"][name], a.requires_grad, b.requires_grad, versions
+        return values, (a, b, weight, bias, *self.masks(name))
 
-    def stands(self, x: Tensor, state: tuple[Any, list[Any]]) -> bool:
+    def stands(self, x: Tensor, state: tuple[Any, tuple[Any, ...]]) -> bool:
         """Whether the layer still computes what it did in that state."""
         made = self.inputs(x) if nothing_watches_all() else None
         if made is None:
@@ -195,6 +199,10 @@ class FastLayer(Linear if TYPE_CHECKING else object):
         dropout = cast(nn.ModuleDict, self._modules["lora_dropout"])._modules[name]
         # Its own mode: it may be in training where the layer is not (Monte Carlo dropout).
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor._version
 
 
 def _only(active: str | list[str]) -> str | None:

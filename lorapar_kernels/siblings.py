@@ -28,6 +28,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -40,6 +41,7 @@ from .tiles import TiledMask
 
 log = logging.getLogger("lorapar_kernels")
 SHARING = os.environ.get("LORAPAR_SIBLINGS", "1") != "0"
+_hooks_after = attrgetter("_post_accumulate_grad_hooks")
 LEARNING, SHARED, ALONE = "learning", "shared", "alone"
 MANY_TRACES = 64  # of a group, before those that are gone are sorted out
 
@@ -159,7 +161,8 @@ class _Pending:
 
     def __init__(self, group: "Siblings", x: Tensor, key: Any, parts: Sequence[Part], outs: list[Tensor | None]):
         self.group, self.x, self.key, self.outs, self.at = group, weakref.ref(x), key, outs, 1
-        self.states = [part.layer.state(part.name, *part.factors, part.p) for part in parts]
+        # The first has its own already.
+        self.states = [None, *(part.layer.state(part.name, *part.factors, part.p) for part in parts[1:])]
 
     def fits(self, layer: Any, x: Tensor) -> bool:
         is_next = self.x() is x and self.group.members[self.at]() is layer
@@ -232,8 +235,9 @@ class Siblings:
             if other is None or other.p != part.p:
                 return None
             parts.append(other)
-        if any(factor._backward_hooks or _hooks_after(factor) for part in parts for factor in part.factors):
-            return None
+        for a, b in (part.factors for part in parts):
+            if a._backward_hooks or b._backward_hooks or _hooks_after(a) or _hooks_after(b):
+                return None
         try:
             outs: list[Tensor | None] = [*computed(x, parts)]
         except (TypeError, ValueError):
@@ -315,7 +319,11 @@ def _joined(layer: Any, x: Tensor, key: Any) -> Siblings:
 
 def _key(x: Tensor) -> Any:
     """What has to be the same for x's product to be the same; None for a tensor without a version."""
-    if torch.is_inference_mode_enabled() or (version := version_of(x)) is None:
+    if torch.is_inference_mode_enabled():
+        return None
+    try:
+        of_x = x._version, x.data_ptr(), x.requires_grad, x.is_leaf
+    except RuntimeError:
         return None
     autocast = None
     if torch._C._is_any_autocast_enabled():
@@ -323,17 +331,7 @@ def _key(x: Tensor) -> Any:
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     grad = torch.is_grad_enabled()
     # The hooks stand for the region of checkpointing.
-    of_x = version, x.data_ptr(), x.requires_grad, x.is_leaf
     return grad, of_x, autocast, _top_hooks(True) if grad else None
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _hooks_after(factor: Tensor) -> Any:
-    return getattr(factor, "_post_accumulate_grad_hooks", None)
 
 
 def _can_run(trace: Any) -> bool:

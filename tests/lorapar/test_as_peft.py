@@ -114,6 +114,15 @@ def a_step_of_the_next_between(block, x):
     k.square().sum().backward()
 
 
+def a_step_of_the_last_between(block, x):
+    q, k, v = block(x)
+    q.square().sum().backward()
+    with torch.no_grad():
+        block.v.lora_A["default"].weight.mul_(2.0)
+    k.square().sum().backward()
+    v.square().sum().backward()
+
+
 def a_base_that_changes_between(block, x):
     q, k, _ = block(x)
     q.square().sum().backward()
@@ -132,6 +141,7 @@ def a_base_that_changes_between(block, x):
         kept_for_two_and_not_for_the_third,
         a_step_of_one_between,
         a_step_of_the_next_between,
+        a_step_of_the_last_between,
         a_base_that_changes_between,
     ],
 )

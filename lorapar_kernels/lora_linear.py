@@ -304,6 +304,11 @@ def _gradients(
 
 # Whether the backward that runs was asked to keep the graph.
 _keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
+# As torch says it of what it saved.
+CHANGED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: x, the weight or "
+    "a factor of a LoRA layer"
+)
 SAVED: Any = object()  # in the place of a weight that autograd keeps
 
 
@@ -322,7 +327,10 @@ class _LoraLayers(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-        ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *weights)
+        ctx.save_for_backward(x, *columns, *bits, *weights)
+        # Not among them: a change of one layer's factors is no matter of another's backward.
+        ctx.factors = differentiable_of_layers[: 2 * n]
+        ctx.versions = [factor._version for factor in ctx.factors]
         # Without the tensors that autograd saves, and without y: an opaque base's output would stay alive here.
         ctx.rest = [
             (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
@@ -345,11 +353,13 @@ class _LoraLayers(torch.autograd.Function):
         if not used:
             return (None,) * len(needs)
         x, *rest = ctx.saved_tensors if len(used) == n and ctx.kept is None else _saved(ctx, used)
-        columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
-        weights = iter(rest[3 * n + ctx.n_bits :])
+        columns, bits, weights = rest[:n], rest[n : n + ctx.n_bits], iter(rest[n + ctx.n_bits :])
+        factors = ctx.factors
+        if any(factors[i]._version != ctx.versions[i] for k in used for i in (k, n + k)):
+            raise RuntimeError(CHANGED)
         layers = [
             LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
-            for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
+            for (weight, *of_layer), a, b in zip(ctx.rest, factors[:n], factors[n:])
         ]
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
         if len(used) < n:
@@ -379,14 +389,10 @@ def _saved(ctx: Any, used: Sequence[int]) -> Sequence[Tensor]:
     n, reached = len(ctx.rest), set(used)
     left, saved, versions = ctx.kept or (set(range(n)), None, [])
     if saved is not None and reached <= left:
-        weights = accumulate((rest[0] is SAVED for rest in ctx.rest), initial=1 + 3 * n + ctx.n_bits)
-        read = [0, *(1 + k * n + i for i in reached for k in (0, 1))]
-        read += [at for i, at in enumerate(weights) if i in reached and ctx.rest[i][0] is SAVED]
+        weights = accumulate((rest[0] is SAVED for rest in ctx.rest), initial=1 + n + ctx.n_bits)
+        read = [0] + [at for i, at in enumerate(weights) if i in reached and ctx.rest[i][0] is SAVED]
         if any(saved[i]._version != versions[i] for i in read):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                "x or a factor of a LoRA layer, after the backward of another layer of the same x"
-            )
+            raise RuntimeError(CHANGED)
     else:
         saved = ctx.saved_tensors
     if not _keeps_graph():

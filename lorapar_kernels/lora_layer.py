@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from .tiles import TiledMask
 
@@ -53,8 +55,11 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 
 def is_recorded() -> bool:
-    """Whether a mode sees torch's operations, and may keep what one returns (selective checkpointing does).
+    """Whether selective checkpointing sees torch's operations, and may keep what one returns.
 
-    What was kept may not be changed in place, and a recompute puts it in the place of the operation.
+    What it kept may not be changed in place, and a recompute puts it in the place of the operation.
     """
-    return torch._C._len_torch_dispatch_stack() > 0
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = _CachedTorchDispatchMode, _CachingTorchDispatchMode
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())

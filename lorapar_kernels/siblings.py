@@ -8,9 +8,10 @@ given up, with one line in the log. LORAPAR_SIBLINGS=0 in the environment comput
 
 What an output may not be taken for: another x, an x that was changed in place since (not through `.data`, which torch
 does not count either), another grad mode, autocast, state of the layer (adapter, merged, disabled, dropout, scaling,
-masks, its tensors and their versions, hooks within it), another region of gradient checkpointing. Under torch.compile,
-torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no version) nothing is shared,
-and neither are layers whose factors have hooks, which would be called for an output that nothing used.
+masks, its tensors and their versions, hooks within it), another region of gradient checkpointing or CUDA stream. Under
+torch.compile, torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no version)
+nothing is shared, and neither are layers whose factors have hooks, which would be called for an output that nothing
+used.
 
 Gradient checkpointing calls the layers again in the backward, and has to meet the same saved tensors and draw the same
 seeds as in the forward. So a group changes its way only outside a backward, while no graph that was made in the other
@@ -41,6 +42,7 @@ from .tiles import TiledMask
 
 log = logging.getLogger("lorapar_kernels")
 SHARING = os.environ.get("LORAPAR_SIBLINGS", "1") != "0"
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # there in a build for CUDA or ROCm
 _hooks_after = attrgetter("_post_accumulate_grad_hooks")
 LEARNING, SHARED, ALONE = "learning", "shared", "alone"
 MANY_TRACES = 64  # of a group, before those that are gone are sorted out
@@ -331,7 +333,9 @@ def _key(x: Tensor) -> Any:
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     grad = torch.is_grad_enabled()
     # The hooks stand for the region of checkpointing.
-    return grad, of_x, autocast, _top_hooks(True) if grad else None
+    # Another stream would read what is not there yet.
+    stream = _raw_stream(x.get_device()) if x.is_cuda else None
+    return grad, of_x, stream, autocast, _top_hooks(True) if grad else None
 
 
 def _can_run(trace: Any) -> bool:

@@ -349,3 +349,21 @@ def test_a_dropout_of_everything():
             model.zero_grad()
             found.append((call(model.base_model.model, x := input_of(requires_grad=True)), x.grad, gradients(model)))
     torch.testing.assert_close(found[2:], found[:2])
+
+
+def test_another_cuda_stream_takes_no_output(monkeypatch):
+    """Without a GPU: x says that it is on one, and the stream is what is asked of torch."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self):
+            return 0
+
+    stream = [0]
+    monkeypatch.setattr(siblings, "_raw_stream", lambda device: stream[device])
+    x = input_of().as_subclass(OnGpu)
+    key = siblings._key(x)
+    assert siblings._key(x) == key
+    stream[0] = 1
+    assert siblings._key(x) != key

@@ -311,12 +311,14 @@ class _LoraLayers(torch.autograd.Function):
         n, passes = len(layers), _passes_of(x, layers)
         outs, columns, bits, plan = _forward(passes, x, layers, p, True)
         ctx.set_materialize_grads(False)
-        # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
+        # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors. The seeds as well:
+        # one that is written before the backward would draw another mask there, and autograd says so.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-        ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *weights)
+        seeds = [layer.seed for layer in layers if layer.seed is not None]
+        ctx.save_for_backward(x, *differentiable_of_layers[: 2 * n], *columns, *bits, *seeds, *weights)
         # Without the tensors that autograd saves, and without y: an opaque base's output would stay alive here.
         ctx.rest = [
-            (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
+            (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed is not None)
             for weight, _, _, _, _, scaling, mask_a, mask_b, seed in layers
         ]
         ctx.passes, ctx.plan, ctx.p, ctx.n_bits = passes, plan, p, len(bits)
@@ -327,10 +329,11 @@ class _LoraLayers(torch.autograd.Function):
         n, needs = len(ctx.rest), ctx.needs_input_grad
         x, *rest = ctx.saved_tensors
         columns, bits = rest[2 * n : 3 * n], rest[3 * n : 3 * n + ctx.n_bits]
-        weights = iter(rest[3 * n + ctx.n_bits :])
+        others = iter(rest[3 * n + ctx.n_bits :])
+        seeds = [next(others) if drawn else None for *_, drawn in ctx.rest]
         layers = [
-            LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
-            for (weight, *of_layer), a, b in zip(ctx.rest, rest[:n], rest[n : 2 * n])
+            LoraLayer(next(others) if weight is SAVED else weight, None, None, a, b, *of_layer, seed)
+            for (weight, *of_layer, _), a, b, seed in zip(ctx.rest, rest[:n], rest[n : 2 * n], seeds)
         ]
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
         used, plan = range(n), ctx.plan
@@ -531,6 +534,8 @@ def check_weight(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) 
             raise ValueError("weight must not require a gradient: the base is frozen, and gets none")
     if bias is None:
         return
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
     if bias.shape != (weight.shape[0],):
         raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     if bias.requires_grad:
@@ -542,7 +547,11 @@ def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+    return tuple(
+        # Integers stay, to be refused.
+        tensor if tensor is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for tensor in (x, *others)
+    )
 
 
 def check_layer(x: Tensor, layer: LoraLayer, p: float) -> None:
@@ -550,7 +559,11 @@ def check_layer(x: Tensor, layer: LoraLayer, p: float) -> None:
     mask_a, mask_b = (None if mask is None else mask.mask for mask in (layer.mask_a, layer.mask_b))
     if layer.weight is not None:
         check_weight(x, layer.weight, layer.bias)
-    check_arguments(x, layer.lora_a, layer.lora_b, _out_features(layer), mask_a, mask_b, p, layer.seed)
+    out_features = _out_features(layer)
+    check_arguments(x, layer.lora_a, layer.lora_b, out_features, mask_a, mask_b, p, layer.seed)
+    for name, mask, columns in (("mask_a", layer.mask_a, x.shape[-1]), ("mask_b", layer.mask_b, out_features)):
+        if mask is not None:
+            mask.check(name, columns)
 
 
 def _out_features(layer: LoraLayer) -> int:
@@ -560,6 +573,16 @@ def _out_features(layer: LoraLayer) -> int:
     return layer.y.shape[-1]
 
 
+def _check_types(numbers: dict[str, object], tensors: dict[str, object], optional: dict[str, object]) -> None:
+    """TypeError that names the first argument of another type; what is optional may be None."""
+    for name, value in (*tensors.items(), *optional.items()):
+        if not isinstance(value, Tensor) and (value is not None or name in tensors):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
 def _checked(x: Tensor, layers: list[LoraLayer], p: float) -> list[Tensor]:
     for layer in layers:
         check_layer(x, layer, p)
@@ -567,11 +590,12 @@ def _checked(x: Tensor, layers: list[LoraLayer], p: float) -> list[Tensor]:
 
 
 def _tiled(name: str, mask: Tensor | TiledMask | None) -> TiledMask | None:
-    if mask is None or isinstance(mask, TiledMask):
+    if mask is None:
         return mask
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a bool tensor or a TiledMask, got {type(mask).__name__}")
-    return TiledMask(mask, None)
+    tiled = mask if isinstance(mask, TiledMask) else TiledMask(mask, None)
+    if not isinstance(tiled.mask, Tensor):
+        raise TypeError(f"{name} must be a bool tensor or a TiledMask of one, got {type(tiled.mask).__name__}")
+    return tiled
 
 
 def lora_linear(
@@ -600,6 +624,11 @@ def lora_linear(
 
     Returns [..., out] in x's dtype. Raises ValueError or TypeError that names the argument that does not fit.
     """
+    _check_types(
+        {"dropout_p": dropout_p, "scaling": scaling},
+        {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b},
+        {"bias": bias, "seed": seed},
+    )
     x_, weight_, bias_ = as_autocast(x, weight, bias)
     assert x_ is not None
     masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
@@ -624,7 +653,13 @@ def lora_add(
     Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype and its values, and its gradient is passed
     through.
     """
-    if y.shape[:-1] != x.shape[:-1]:
+    numbers = {"dropout_p": dropout_p, "scaling": scaling}
+    _check_types(numbers, {"y": y, "x": x, "lora_a": lora_a, "lora_b": lora_b}, {"seed": seed})
+    check_input(x)
+    if not y.is_floating_point():
+        raise TypeError(f"y must be floating point, got {y.dtype}")
+    on_device(x, y=y)
+    if y.ndim < 1 or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must be [{', '.join(map(str, x.shape[:-1]))}, out] as x is, got {list(y.shape)}")
     masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
     drawn = seed if dropout_p > 0.0 else None
@@ -657,10 +692,18 @@ def lora_linear_grouped(
     if count == 0:
         raise ValueError("weights must hold at least one layer, got none")
     none: list[None] = [None] * count
-    x_, *rest = as_autocast(x, *weights, *(biases or none))
+    # A tensor of as many entries is a sequence too, but no truth value.
+    biases, mask_as, mask_bs, seeds = (none if given is None else given for given in (biases, mask_as, mask_bs, seeds))
+    for i, (weight, a, b, scaling, bias, seed) in enumerate(zip(weights, lora_as, lora_bs, scalings, biases, seeds)):
+        _check_types(
+            {"dropout_p": dropout_p, f"scalings[{i}]": scaling},
+            {"x": x, f"weights[{i}]": weight, f"lora_as[{i}]": a, f"lora_bs[{i}]": b},
+            {f"biases[{i}]": bias, f"seeds[{i}]": seed},
+        )
+    x_, *rest = as_autocast(x, *weights, *biases)
     assert x_ is not None
-    drawn = seeds if seeds and dropout_p > 0.0 else none
-    given = zip(rest[:count], rest[count:], lora_as, lora_bs, scalings, mask_as or none, mask_bs or none, drawn)
+    drawn = seeds if dropout_p > 0.0 else none
+    given = zip(rest[:count], rest[count:], lora_as, lora_bs, scalings, mask_as, mask_bs, drawn)
     layers = [
         LoraLayer(weight, bias, None, a, b, scaling, _tiled("mask_a", mask_a), _tiled("mask_b", mask_b), seed)
         for weight, bias, a, b, scaling, mask_a, mask_b, seed in given

@@ -576,7 +576,8 @@ def _plan_output(
     outs = [(n, T, R, FP32, T, R, dtype, False, layer[-1] / (1.0 - p)) for n, layer in zip(blocks, layers)]
     for N, _, rank, _, b_dtype, need, _, masked, scaling in layers:
         if need:
-            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, scaling))
+            # An integer would be compiled for: 1 as a constant of the kernel.
+            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, float(scaling)))
     return _OutputPlan(width if width < R else None, ds, db, passes, _plan_reduce(tuple(outs)))
 
 

@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 
 from . import lora_product, native
 from .backend import choose, no_obstacle
-from .dropout import dropout_mask, triton_obstacle, zero_dropped
+from .dropout import dropout_mask, is_batched, triton_obstacle, zero_dropped
 from .lora_layer import FrozenWeight, LoraLayer, as_rows, dense_weight
 from .tiles import TiledMask
 
@@ -187,11 +187,12 @@ def differentiable_gradients(
     given = x, *(layer.lora_a for layer in layers), *(layer.lora_b for layer in layers)
     places = [tensor.view_as(tensor) for tensor in given]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        # What an opaque base returned adds no gradient here, and neither does a bias; any constant will do.
+        # What an opaque base returned adds no gradient here, and neither does a bias; any constant will do. (Of several
+        # gradients at once torch can detach none.)
         put = [
             layer._replace(
                 bias=None,
-                y=dy.detach() if layer.weight is None else None,
+                y=x.new_zeros(()).expand(dy.shape) if layer.weight is None else None,
                 lora_a=places[i + 1],
                 lora_b=places[n + i + 1],
             )
@@ -342,12 +343,17 @@ class _LoraLayers(torch.autograd.Function):
             used, plan = [i for i, grad in enumerate(grads) if grad is not None], None
             columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
             layers, grads = [layers[i] for i in used], [grads[i] for i in used]
+        passes = ctx.passes
+        if passes.fused and any(map(is_batched, grads)):
+            # Several gradients at once have no memory that a kernel could read.
+            passes, bits, plan = reference_passes(), [], None
+            columns = [s[:, : layer.lora_a.shape[0]] for s, layer in zip(columns, layers)]
         wanted = [needs[2], *[needs[3 + i] for i in used], *[needs[3 + n + i] for i in used]]
         # In a backward: someone asked for create_graph.
         if torch.is_grad_enabled():
             found = differentiable_gradients(grads, x, layers, ctx.p, wanted)
         else:
-            found = _gradients(ctx.passes, grads, x, columns, bits, layers, ctx.p, wanted, plan)
+            found = _gradients(passes, grads, x, columns, bits, layers, ctx.p, wanted, plan)
         if len(used) < n:
             of_factors: list[Tensor | None] = [None] * (2 * n)
             for place, i in enumerate(used):

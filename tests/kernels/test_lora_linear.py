@@ -397,6 +397,23 @@ def test_a_seed_that_is_written_before_the_backward_is_told():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("way", ["is_grads_batched", "create_graph", "vmap"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_several_gradients_at_once(way, p):
+    x, w, a, b, *_ = tensors((5,), 12, 4, 2)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    options = dict(dropout_p=p, seed=torch.tensor([3]))
+    for y in (lk.lora_linear(x, w, a, b, 2.0, **options), lk.lora_add(x @ w.t(), x, a, b, 2.0, **options)):
+        dys = torch.randn(3, 5, 4, dtype=torch.float64)
+        each = zip(*(torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys))
+        if way == "vmap":
+            found = torch.func.vmap(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(dys)  # noqa: B023
+        else:
+            found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, create_graph=way == "create_graph")
+        for one, other in zip(found, each):
+            torch.testing.assert_close(one.detach(), torch.stack(other), rtol=1e-12, atol=1e-12)
+
+
 def test_integers_are_refused_under_autocast_too():
     x, w, a, b, *_ = tensors((3,), 12, 4, 2, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -312,6 +312,25 @@ def test_the_precision_is_that_of_the_call(monkeypatch):
     assert told == ["tf32", "ieee"]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_several_gradients_at_once(p):
+    """They are no kernel's, having no memory of their own, beside a padded S and kept bits."""
+    x = torch.randn(9, 40).bfloat16().requires_grad_()
+    layers = [[t.bfloat16() for t in (torch.randn(12, 40), torch.randn(4, 40), torch.randn(12, 4))] for _ in range(2)]
+    leaves = [x, *(factor.requires_grad_() for _, *factors in layers for factor in factors)]
+    seeds = [torch.tensor([3]), torch.tensor([4])]
+    ys = lk.lora_linear_grouped(x, *zip(*layers), [1.0, 2.0], dropout_p=p, seeds=seeds)
+    y = lk.lora_add(ys[0], x, *layers[1][1:], 1.0, dropout_p=p, seed=seeds[0])
+    dys = torch.randn(3, 9, 12).bfloat16()
+    expected = [
+        torch.stack(each)
+        for each in zip(*(torch.autograd.grad(y + ys[1], leaves, dy, retain_graph=True) for dy in dys))
+    ]
+    at_once = torch.autograd.grad(y + ys[1], leaves, dys, is_grads_batched=True, retain_graph=True)
+    for one, other in zip(at_once, expected):
+        assert error(one, other.double()) < 2e-2
+
+
 def test_what_the_kernels_do_not_take_is_refused():
     x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
     with pytest.raises(ValueError, match="cannot serve lora_linear: the kernels add in fp32, and x is float64"):

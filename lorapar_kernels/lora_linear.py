@@ -27,6 +27,7 @@ layer. The reference makes a product of r rows for each layer of one x, where th
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -585,7 +586,7 @@ def _check_types(numbers: dict[str, object], tensors: dict[str, object], optiona
         if not isinstance(value, Tensor) and (value is not None or name in tensors):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float, Real)):
             raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 

@@ -1,5 +1,6 @@
 """The layer against autograd's own derivative in float64, on fresh shapes; masks, dropout, dtypes, bad arguments."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,8 @@ def test_a_groups_arguments_as_tensors_and_which_one_does_not_fit():
     for i, y in enumerate(ys):
         alone = lk.lora_linear(x, *(t[i] for t in pairs), i + 1.0, biases[i], dropout_p=0.5, seed=seeds[i])
         assert torch.equal(y, alone)
+    narrow = lk.lora_linear(x, w, a, b, np.float32(0.5))
+    assert torch.equal(narrow, lk.lora_linear(x, w, a, b, 0.5))
     with pytest.raises(TypeError, match=r"weights\[1\] must be a tensor, got NoneType"):
         lk.lora_linear_grouped(x, [w, None], [a, a], [b, b], [1.0, 1.0])
     with pytest.raises(TypeError, match=r"scalings\[0\] must be a float, got NoneType"):

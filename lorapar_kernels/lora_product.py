@@ -15,7 +15,7 @@ differently: plain then serves.
     choices = product_choices()     what was chosen so far, for a file beside a run's results
     set_product_choices(choices)    in another process: used as they are, and not timed again
 
-The scoring forms and opaque bases have no such product to choose.
+The scoring forms, opaque bases and a decoding step (lora_linear.py's FEW_TOKENS) have no such product to choose.
 """
 
 import functools

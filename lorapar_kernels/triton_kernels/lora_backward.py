@@ -576,8 +576,7 @@ def _plan_output(
     outs = [(n, T, R, FP32, T, R, dtype, False, layer[-1] / (1.0 - p)) for n, layer in zip(blocks, layers)]
     for N, _, rank, _, b_dtype, need, _, masked, scaling in layers:
         if need:
-            # An integer would be compiled for: 1 as a constant of the kernel.
-            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, float(scaling)))
+            outs.append((splits, N, R, FP32, N, rank, b_dtype, masked, scaling))
     return _OutputPlan(width if width < R else None, ds, db, passes, _plan_reduce(tuple(outs)))
 
 
@@ -591,9 +590,10 @@ def plan_output(
     needs_b: Sequence[bool],
 ) -> _OutputPlan:
     """How `run_output` launches what `output_gradients` computes of tensors like these; B with unit column stride."""
+    # A scaling as a float: an integer would be compiled for, 1 as a constant of the kernel.
     of_layers = [
         (dy.shape[1], dy.stride(0), b.shape[1], b.stride(0), b.dtype, need,
-         need and mask is not None and mask.stripes is not None, mask is not None, scaling)
+         need and mask is not None and mask.stripes is not None, mask is not None, float(scaling))
         for dy, b, need, mask, scaling in zip(dys, lora_bs, needs_b, masks, scalings)
     ]  # fmt: skip
     return _plan_output(dys[0].shape[0], R, dys[0].dtype, precision(dys[0]), p, tuple(of_layers))

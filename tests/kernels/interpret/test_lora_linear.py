@@ -6,6 +6,7 @@ Every output of `torch.empty` is filled with NaN first, so that what a kernel le
 import importlib
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -269,8 +270,8 @@ def test_a_layer_whose_siblings_go_unused_has_its_groups_width(order):
 
 
 def test_a_scaling_that_is_an_integer():
-    """As a number that each launch takes anew, like any other."""
-    for scalings in ([0.5, 2.0], [1, 3], [1.0, 1]):
+    """As a number that each launch takes anew, like any other; NumPy's too."""
+    for scalings in ([0.5, 2.0], [1, 3], [np.float32(1.0), 1]):
         for mine, exact in grouped((4, 8), (0, 1), scalings=scalings):
             assert error(mine, exact) < 2e-6
 

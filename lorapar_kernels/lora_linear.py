@@ -24,7 +24,7 @@ bf16 x, and their gradients are rounded once on the way out. Casting x up instea
 layer. The reference makes a product of r rows for each layer of one x, where the kernels read x once for all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from numbers import Real
@@ -334,8 +334,8 @@ class _LoraLayers(torch.autograd.Function):
         others = iter(rest[3 * n + ctx.n_bits :])
         seeds = [next(others) if drawn else None for *_, drawn in ctx.rest]
         layers = [
-            LoraLayer(next(others) if weight is SAVED else weight, None, None, a, b, *of_layer, seed)
-            for (weight, *of_layer, _), a, b, seed in zip(ctx.rest, rest[:n], rest[n : 2 * n], seeds)
+            LoraLayer(next(others) if weight is SAVED else weight, None, None, a, b, scaling, mask_a, mask_b, seed)
+            for (weight, scaling, mask_a, mask_b, _), a, b, seed in zip(ctx.rest, rest[:n], rest[n : 2 * n], seeds)
         ]
         through = [grad for grad, layer in zip(grads, layers) if layer.weight is None]
         used, plan = range(n), ctx.plan
@@ -580,7 +580,7 @@ def _out_features(layer: LoraLayer) -> int:
     return layer.y.shape[-1]
 
 
-def _check_types(numbers: dict[str, object], tensors: dict[str, object], optional: dict[str, object]) -> None:
+def _check_types(numbers: Mapping[str, object], tensors: Mapping[str, object], optional: Mapping[str, object]) -> None:
     """TypeError that names the first argument of another type; what is optional may be None."""
     for name, value in (*tensors.items(), *optional.items()):
         if not isinstance(value, Tensor) and (value is not None or name in tensors):
@@ -700,7 +700,8 @@ def lora_linear_grouped(
         raise ValueError("weights must hold at least one layer, got none")
     none: list[None] = [None] * count
     # A tensor of as many entries is a sequence too, but no truth value.
-    biases, mask_as, mask_bs, seeds = (none if given is None else given for given in (biases, mask_as, mask_bs, seeds))
+    biases, seeds = none if biases is None else biases, none if seeds is None else seeds
+    mask_as, mask_bs = none if mask_as is None else mask_as, none if mask_bs is None else mask_bs
     for i, (weight, a, b, scaling, bias, seed) in enumerate(zip(weights, lora_as, lora_bs, scalings, biases, seeds)):
         _check_types(
             {"dropout_p": dropout_p, f"scalings[{i}]": scaling},

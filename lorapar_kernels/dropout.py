@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from . import native
 from .backend import choose, no_obstacle, old_gpu
@@ -141,15 +141,18 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     return _dropout_mask(seed, list(shape), p)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for several tensors (is_grads_batched, vmap), and so has no memory of its own."""
+    return is_legacy_batchedtensor(x) or is_batchedtensor(x)
+
+
 def zero_dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x where `dropout_mask(seed, x.shape, p)` keeps, else 0; unscaled, a new contiguous tensor.
 
     On the CPU the native library draws and applies the mask in one pass. x: a floating dtype of 2, 4 or 8 bytes, on the
     seed's device.
     """
-    # Several gradients at once (is_grads_batched) have no memory of their own.
-    batched = is_legacy_batchedtensor(x)
-    if x.device.type == "cpu" and not batched and _backend("zero_dropped", x.device) == "native":
+    if x.device.type == "cpu" and not is_batched(x) and _backend("zero_dropped", x.device) == "native":
         x = x.contiguous()
         zeroed = torch.empty_like(x)
         native.call("zero_dropped", x.device, x.data_ptr(), x.element_size(), x.numel(), seed.data_ptr(),

@@ -24,10 +24,11 @@ bf16 x, and their gradients are rounded once on the way out. Casting x up instea
 layer. The reference makes a product of r rows for each layer of one x, where the kernels read x once for all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from torch.autograd import forward_ad
 
 from . import lora_product, native
 from .backend import choose, no_obstacle
-from .dropout import dropout_mask, triton_obstacle, zero_dropped
+from .dropout import dropout_mask, is_batched, triton_obstacle, zero_dropped
 from .lora_layer import FrozenWeight, LoraLayer, as_rows, dense_weight, is_recorded
 from .tiles import TiledMask
 
@@ -194,11 +195,12 @@ def differentiable_gradients(
     given = x, *(layer.lora_a for layer in layers), *(layer.lora_b for layer in layers)
     places = [tensor.view_as(tensor) for tensor in given]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        # What an opaque base returned adds no gradient here, and neither does a bias; any constant will do.
+        # What an opaque base returned adds no gradient here, and neither does a bias; any constant will do. (Of several
+        # gradients at once torch can detach none.)
         put = [
             layer._replace(
                 bias=None,
-                y=dy.detach() if layer.weight is None else None,
+                y=x.new_zeros(()).expand(dy.shape) if layer.weight is None else None,
                 lora_a=places[i + 1],
                 lora_b=places[n + i + 1],
             )
@@ -306,8 +308,8 @@ def _gradients(
 _keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 # As torch says it of what it saved.
 CHANGED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation: x, the weight or "
-    "a factor of a LoRA layer"
+    "one of the variables needed for gradient computation has been modified by an inplace operation: x, the weight, a "
+    "factor or the seed of a LoRA layer"
 )
 SAVED: Any = object()  # in the place of a weight that autograd keeps
 
@@ -325,12 +327,14 @@ class _LoraLayers(torch.autograd.Function):
         n, passes = len(layers), _passes_of(x, layers)
         outs, columns, bits, plan = _forward(passes, x, layers, p, True)
         ctx.set_materialize_grads(False)
-        # Saved, and nothing else of x's or y's size: x, S and its bits, the weights and the factors.
+        # Saved, and nothing else of x's or y's size: x, S and its bits, and the weights.
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, *columns, *bits, *weights)
-        # Not among them: a change of one layer's factors is no matter of another's backward.
+        # Not among them: a change of one layer's factors is no matter of another's backward. A seed that is written
+        # before the backward would draw another mask there.
         ctx.factors = differentiable_of_layers[: 2 * n]
         ctx.versions = [factor._version for factor in ctx.factors]
+        ctx.versions += [0 if layer.seed is None else layer.seed._version for layer in layers]
         # Without the tensors that autograd saves, and without y: an opaque base's output would stay alive here.
         ctx.rest = [
             (SAVED if isinstance(weight, Tensor) else weight, scaling, mask_a, mask_b, seed)
@@ -357,6 +361,9 @@ class _LoraLayers(torch.autograd.Function):
         factors = ctx.factors
         if any(factors[i]._version != ctx.versions[i] for k in used for i in (k, n + k)):
             raise RuntimeError(CHANGED)
+        seeds = [rest[-1] for rest in ctx.rest]
+        if any(seeds[i] is not None and seeds[i]._version != ctx.versions[2 * n + i] for i in used):
+            raise RuntimeError(CHANGED)
         layers = [
             LoraLayer(next(weights) if weight is SAVED else weight, None, None, a, b, *of_layer)
             for (weight, *of_layer), a, b in zip(ctx.rest, factors[:n], factors[n:])
@@ -367,12 +374,17 @@ class _LoraLayers(torch.autograd.Function):
             plan = None
             columns, bits = [columns[i] for i in used], [bits[i] for i in used] if bits else []
             layers, grads = [layers[i] for i in used], [grads[i] for i in used]
+        passes = ctx.passes
+        if passes.fused and any(map(is_batched, grads)):
+            # Several gradients at once have no memory that a kernel could read.
+            passes, bits, plan = reference_passes(), [], None
+            columns = [s[:, : layer.lora_a.shape[0]] for s, layer in zip(columns, layers)]
         wanted = [needs[2], *[needs[3 + i] for i in used], *[needs[3 + n + i] for i in used]]
         # In a backward: someone asked for create_graph.
         if torch.is_grad_enabled():
             found = differentiable_gradients(grads, x, layers, ctx.p, wanted)
         else:
-            found = _gradients(ctx.passes, grads, x, columns, bits, layers, ctx.p, wanted, plan)
+            found = _gradients(passes, grads, x, columns, bits, layers, ctx.p, wanted, plan)
         if len(used) < n:
             of_factors: list[Tensor | None] = [None] * (2 * n)
             for place, i in enumerate(used):
@@ -580,6 +592,8 @@ def check_weight(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) 
             raise ValueError("weight must not require a gradient: the base is frozen, and gets none")
     if bias is None:
         return
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
     if bias.shape != (weight.shape[0],):
         raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     if bias.requires_grad:
@@ -591,7 +605,11 @@ def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+    return tuple(
+        # Integers stay, to be refused.
+        tensor if tensor is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for tensor in (x, *others)
+    )
 
 
 def check_layer(x: Tensor, layer: LoraLayer, p: float) -> None:
@@ -599,7 +617,11 @@ def check_layer(x: Tensor, layer: LoraLayer, p: float) -> None:
     mask_a, mask_b = (None if mask is None else mask.mask for mask in (layer.mask_a, layer.mask_b))
     if layer.weight is not None:
         check_weight(x, layer.weight, layer.bias)
-    check_arguments(x, layer.lora_a, layer.lora_b, _out_features(layer), mask_a, mask_b, p, layer.seed)
+    out_features = _out_features(layer)
+    check_arguments(x, layer.lora_a, layer.lora_b, out_features, mask_a, mask_b, p, layer.seed)
+    for name, mask, columns in (("mask_a", layer.mask_a, x.shape[-1]), ("mask_b", layer.mask_b, out_features)):
+        if mask is not None:
+            mask.check(name, columns)
 
 
 def _out_features(layer: LoraLayer) -> int:
@@ -609,6 +631,16 @@ def _out_features(layer: LoraLayer) -> int:
     return layer.y.shape[-1]
 
 
+def _check_types(numbers: Mapping[str, object], tensors: Mapping[str, object], optional: Mapping[str, object]) -> None:
+    """TypeError that names the first argument of another type; what is optional may be None."""
+    for name, value in (*tensors.items(), *optional.items()):
+        if not isinstance(value, Tensor) and (value is not None or name in tensors):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float, Real)):
+            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
 def _checked(x: Tensor, layers: list[LoraLayer], p: float) -> list[Tensor]:
     for layer in layers:
         check_layer(x, layer, p)
@@ -616,11 +648,12 @@ def _checked(x: Tensor, layers: list[LoraLayer], p: float) -> list[Tensor]:
 
 
 def _tiled(name: str, mask: Tensor | TiledMask | None) -> TiledMask | None:
-    if mask is None or isinstance(mask, TiledMask):
+    if mask is None:
         return mask
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a bool tensor or a TiledMask, got {type(mask).__name__}")
-    return TiledMask(mask, None)
+    tiled = mask if isinstance(mask, TiledMask) else TiledMask(mask, None)
+    if not isinstance(tiled.mask, Tensor):
+        raise TypeError(f"{name} must be a bool tensor or a TiledMask of one, got {type(tiled.mask).__name__}")
+    return tiled
 
 
 def lora_linear(
@@ -649,6 +682,11 @@ def lora_linear(
 
     Returns [..., out] in x's dtype. Raises ValueError or TypeError that names the argument that does not fit.
     """
+    _check_types(
+        {"dropout_p": dropout_p, "scaling": scaling},
+        {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b},
+        {"bias": bias, "seed": seed},
+    )
     x_, weight_, bias_ = as_autocast(x, weight, bias)
     assert x_ is not None
     masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
@@ -673,7 +711,13 @@ def lora_add(
     Arguments, dtypes and errors as in `lora_linear`; y keeps its dtype and its values, and its gradient is passed
     through.
     """
-    if y.shape[:-1] != x.shape[:-1]:
+    numbers = {"dropout_p": dropout_p, "scaling": scaling}
+    _check_types(numbers, {"y": y, "x": x, "lora_a": lora_a, "lora_b": lora_b}, {"seed": seed})
+    check_input(x)
+    if not y.is_floating_point():
+        raise TypeError(f"y must be floating point, got {y.dtype}")
+    on_device(x, y=y)
+    if y.ndim < 1 or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must be [{', '.join(map(str, x.shape[:-1]))}, out] as x is, got {list(y.shape)}")
     masks = _tiled("mask_a", mask_a), _tiled("mask_b", mask_b)
     drawn = seed if dropout_p > 0.0 else None
@@ -706,10 +750,19 @@ def lora_linear_grouped(
     if count == 0:
         raise ValueError("weights must hold at least one layer, got none")
     none: list[None] = [None] * count
-    x_, *rest = as_autocast(x, *weights, *(biases or none))
+    # A tensor of as many entries is a sequence too, but no truth value.
+    biases, seeds = none if biases is None else biases, none if seeds is None else seeds
+    mask_as, mask_bs = none if mask_as is None else mask_as, none if mask_bs is None else mask_bs
+    for i, (weight, a, b, scaling, bias, seed) in enumerate(zip(weights, lora_as, lora_bs, scalings, biases, seeds)):
+        _check_types(
+            {"dropout_p": dropout_p, f"scalings[{i}]": scaling},
+            {"x": x, f"weights[{i}]": weight, f"lora_as[{i}]": a, f"lora_bs[{i}]": b},
+            {f"biases[{i}]": bias, f"seeds[{i}]": seed},
+        )
+    x_, *rest = as_autocast(x, *weights, *biases)
     assert x_ is not None
-    drawn = seeds if seeds and dropout_p > 0.0 else none
-    given = zip(rest[:count], rest[count:], lora_as, lora_bs, scalings, mask_as or none, mask_bs or none, drawn)
+    drawn = seeds if dropout_p > 0.0 else none
+    given = zip(rest[:count], rest[count:], lora_as, lora_bs, scalings, mask_as, mask_bs, drawn)
     layers = [
         LoraLayer(weight, bias, None, a, b, scaling, _tiled("mask_a", mask_a), _tiled("mask_b", mask_b), seed)
         for weight, bias, a, b, scaling, mask_a, mask_b, seed in given

@@ -15,7 +15,7 @@ differently: plain then serves.
     choices = product_choices()     what was chosen so far, for a file beside a run's results
     set_product_choices(choices)    in another process: used as they are, and not timed again
 
-The scoring forms and opaque bases have no such product to choose.
+The scoring forms, opaque bases and a decoding step (lora_linear.py's FEW_TOKENS) have no such product to choose.
 """
 
 import functools
@@ -79,7 +79,8 @@ class GroupPlan:
         needs: Sequence[bool],
     ) -> tuple[Any, Any, tuple[Any, ...] | None]:  # fmt: skip
         """The plans of the passes over dY and over x, and the kind of the product."""
-        key = reads_bits, *needs, *[dy.stride(0) for dy in dys]
+        # R: of the group that S was made in, of which not every layer need be here. The precision: of this call.
+        key = R, _tf32(x), reads_bits, *needs, *[dy.stride(0) for dy in dys]
         found = self.backwards.get(key)
         if found is None:
             kernels, layers, n = _kernels("lora_backward"), given.layers, len(dys)
@@ -120,9 +121,13 @@ _plans: dict[tuple[Any, ...], GroupPlan] = {}
 PLANS = 4096  # kept; then all are made anew
 
 
+def _tf32(x: Tensor) -> Any:
+    """What decides how products of tensors like x are made."""
+    return x.element_size() == 4 and torch.backends.cuda.matmul.fp32_precision
+
+
 def _plan_of(rows: Tensor, leading: torch.Size, given: _Given, p: float, keep_bits: bool) -> GroupPlan:
-    tf32 = rows.element_size() == 4 and torch.backends.cuda.matmul.fp32_precision
-    key: list[Any] = [leading, rows.shape, rows.stride(0), rows.dtype, rows.device, p, keep_bits, tf32]
+    key: list[Any] = [leading, rows.shape, rows.stride(0), rows.dtype, rows.device, p, keep_bits, _tf32(rows)]
     for layer, a, b, bias, base in zip(*given):
         weight, _, _, _, _, scaling, mask_a, mask_b, _ = layer
         key += (
@@ -180,12 +185,14 @@ def forward(
 
 
 def _summed(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each S [T, R] in `dtype` of its parts [n, T, R]."""
-    if parts[0].shape[0] == 1:
-        return [part[0] for part in parts]
-    columns = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
-    _kernels("lora_backward").reduce(parts, columns, [None] * len(parts), [1.0] * len(parts))
-    return columns
+    """Each S [T, R] in `dtype` of its parts [n, T, R]; one part is S itself."""
+    # Layers that one launch has no room for come in other numbers of parts.
+    several = [part for part in parts if part.shape[0] > 1]
+    summed = [part.new_empty(part.shape[1:], dtype=dtype) for part in several]
+    if several:
+        _kernels("lora_backward").reduce(several, summed, [None] * len(several), [1.0] * len(several))
+    sums = iter(summed)
+    return [part[0] if part.shape[0] == 1 else next(sums) for part in parts]
 
 
 def backward(

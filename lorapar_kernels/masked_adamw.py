@@ -35,6 +35,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -403,6 +404,8 @@ class PreparedAdamW:
         compiling = torch.compiler.is_compiling()
         if not compiling and self._where() != self._places:
             self._prepare()
+        if any(grad is None for grad in grads):
+            raise ValueError(f"grads[{list(map(type, grads)).index(type(None))}] must be a tensor, got None")
         # No list of shapes is made: hundreds of new objects a step would have Python look for garbage each time.
         if not all(grad.shape == shape for grad, shape in zip(grads, self._shapes)):
             _check_shapes("grads", "as its parameter", grads, self._shapes)
@@ -417,7 +420,7 @@ class PreparedAdamW:
         ours = [[grads[i] for i in chosen] for chosen, _ in self._groups]
         for (chosen, group), theirs in zip(self._groups, ours):
             _check_grads(chosen, theirs, group.params[0].device)
-            for name, value in (("step", step), ("lr", lr)):
+            for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale)):
                 if isinstance(value, Tensor) and value.device != group.params[0].device:
                     raise ValueError(f"{name} must be on the parameters' device, got {value.device} beside "
                                      f"{group.params[0].device} at {chosen[0]}")  # fmt: skip
@@ -466,22 +469,36 @@ def _readable(tensor: Tensor) -> bool:
 def _check_settings(step, lr, betas, eps, weight_decay, seed, grad_scale: Tensor | None) -> None:
     if isinstance(step, Tensor):
         _check_tensor("step", step, STEP_TYPES)
-        if _readable(step) and not (step.item() >= 1 and step.item() % 1 == 0):
-            raise ValueError(f"step must hold a whole number of at least 1, got {step.item()}")
+        value = step.item() if _readable(step) else 1
+        if not (value >= 1 and value % 1 == 0):
+            raise ValueError(f"step must hold a whole number of at least 1, got {value}")
     elif not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be an int of at least 1, got {step!r}")
+    else:
+        value = step
+    if value >= 1 << 63:
+        raise ValueError(f"step must be below 2⁶³, got {value}")
     if isinstance(lr, Tensor):
         _check_tensor("lr", lr, (torch.float32,))
         lr = lr.item() if _readable(lr) else 0.0
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise ValueError(f"betas must be two floats, got {betas!r}")
+    rates = ("lr", lr), ("eps", eps), ("weight_decay", weight_decay)
+    for name, value in (("betas", betas[0]), ("betas", betas[1]), *rates):
+        if not isinstance(value, (int, float, Real)):
+            raise ValueError(f"{name} must be a float, got {type(value).__name__}")
     if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
         raise ValueError(f"betas must be in [0, 1), got {betas}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    for name, value in rates:
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
-    if grad_scale is not None and (grad_scale.dtype != torch.float32 or grad_scale.numel() != 1):
-        raise ValueError(f"grad_scale must be one float32 element, got {grad_scale.numel()} of {grad_scale.dtype}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be an int in [0, 2⁶³), got {seed}")
+    if grad_scale is None:
+        return
+    if not isinstance(grad_scale, Tensor):
+        raise ValueError(f"grad_scale must be a tensor, got {type(grad_scale).__name__}")
+    _check_tensor("grad_scale", grad_scale, (torch.float32,))
 
 
 def masked_adamw(

@@ -125,7 +125,7 @@ def check_once(owner: Any, x: Tensor, layer: LoraLayer, p: float) -> None:
     weight, bias, _, a, b, _, mask_a, mask_b, _ = layer
     assert weight is not None
     # A base that is trained does not come here (`frozen`), and a mask stays as it is.
-    of_bias = None if bias is None else (bias.shape, bias.device)
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
     of_base = weight.shape, weight.device, getattr(weight, "dtype", None), of_bias
     facts = x.shape[-1], x.dtype, x.device, p, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device, *of_base
     last = owner._accepted

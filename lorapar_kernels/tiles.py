@@ -42,6 +42,21 @@ class TiledMask(NamedTuple):
         """Of lora_b's mask [out, r]; waits for the device."""
         return cls(mask, _stripes(mask.any(1)), _words(mask))
 
+    def check(self, name: str, columns: int) -> None:
+        """An error that names what of mask `name`, over so many columns of A or rows of B, is not as said above."""
+        entries = (-(-columns // STRIPE),)
+        for field, tensor, shape in (("stripes", self.stripes, entries), ("words", self.words, self.mask.shape)):
+            if tensor is None:
+                continue
+            expected = f"must be torch.uint8 {list(shape)}, contiguous, on {self.mask.device}"
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}.{field} {expected}, got {type(tensor).__name__}")
+            if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.device != self.mask.device:
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"{name}.{field} {expected}, got {got}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}.{field} {expected}, got strides {list(tensor.stride())}")
+
     def as_words(self) -> Tensor:
         """The mask as contiguous uint8."""
         return _words(self.mask) if self.words is None else self.words

@@ -590,6 +590,7 @@ def plan_output(
     needs_b: Sequence[bool],
 ) -> _OutputPlan:
     """How `run_output` launches what `output_gradients` computes of tensors like these; B with unit column stride."""
+    # A scaling as a float: an integer would be compiled for, 1 as a constant of the kernel.
     of_layers = [
         (dy.shape[1], dy.stride(0), b.shape[1], b.stride(0), b.dtype, need,
          need and mask is not None and mask.stripes is not None, mask is not None, float(scaling))

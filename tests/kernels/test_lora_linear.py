@@ -1,5 +1,6 @@
 """The layer against autograd's own derivative in float64, on fresh shapes; masks, dropout, dtypes, bad arguments."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -311,7 +312,16 @@ def test_grouped_equals_one_by_one():
         (dict(weight=torch.zeros(3, 4, requires_grad=True)), ValueError, "weight must not require"),
         (dict(mask_a=torch.ones(2, 3, dtype=torch.bool)), ValueError, "mask_a must have 2×4 elements, got 2×3"),
         (dict(mask_b=torch.ones(3, 2)), TypeError, "mask_b must be bool"),
-        (dict(mask_b=[True]), TypeError, "mask_b must be a bool tensor or a TiledMask, got list"),
+        (dict(mask_b=[True]), TypeError, "mask_b must be a bool tensor or a TiledMask of one, got list"),
+        (dict(mask_b=lk.TiledMask(None, None)), TypeError, "mask_b must be a bool tensor .* got NoneType"),
+        (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+        (dict(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+        (dict(lora_b=None), TypeError, "lora_b must be a tensor, got NoneType"),
+        (dict(scaling="1"), TypeError, "scaling must be a float, got str"),
+        (dict(scaling=torch.ones(2)), TypeError, "scaling must be a float, got Tensor"),
+        (dict(dropout_p="0.1"), TypeError, "dropout_p must be a float, got str"),
+        (dict(dropout_p=0.5, seed=3), TypeError, "seed must be a tensor, got int"),
+        (dict(bias=torch.zeros(3, dtype=torch.bfloat16)), TypeError, "bias must have x's dtype torch.float32, got"),
         (dict(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
         (dict(dropout_p=0.5), ValueError, "seed must be"),
         (dict(lora_a=torch.zeros(2, 4, dtype=torch.bfloat16)), TypeError, "at least as wide"),
@@ -327,6 +337,93 @@ def test_bad_arguments_are_named(change, error, message):
                 scaling=1.0)  # fmt: skip
     with pytest.raises(error, match=message):
         lk.lora_linear(**(good | change))
+
+
+def striped(stripes=None, words=None, shape=(2, 4)):
+    return lk.TiledMask(torch.ones(shape, dtype=torch.bool), stripes, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(mask_a=striped(torch.ones(2, dtype=torch.uint8))), ValueError,
+         r"mask_a.stripes must be torch.uint8 \[1\], contiguous, on cpu, got torch.uint8 \[2\] on cpu"),
+        (dict(mask_b=striped(torch.ones(1, dtype=torch.bool), shape=(3, 2))), ValueError, "stripes .* torch.bool"),
+        (dict(mask_b=striped(torch.ones(1, dtype=torch.uint8, device="meta"), shape=(3, 2))), ValueError, "on meta"),
+        (dict(mask_a=striped([1])), TypeError, "mask_a.stripes must be .*, got list"),
+        (dict(mask_a=striped(None, torch.ones(3, dtype=torch.uint8))), ValueError, r"words must be .*\[3\]"),
+        (dict(mask_a=striped(None, torch.ones(4, 2, dtype=torch.uint8).t())), ValueError, "mask_a.words .* strides"),
+    ],
+)  # fmt: skip
+def test_a_mask_with_parts_of_another_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        lk.lora_linear(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(3, 2), 1.0, **change)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (None, TypeError, "y must be a tensor, got NoneType"),
+        (torch.zeros(3, dtype=torch.long), TypeError, "y must be floating point, got torch.int64"),
+        (torch.zeros(()), ValueError, r"y must be \[, out\] as x is, got \[\]"),
+        (torch.zeros(3, device="meta"), ValueError, "y must be on x's device cpu, got meta"),
+    ],
+)
+def test_what_no_base_can_have_returned_is_refused(y, error, message):
+    with pytest.raises(error, match=message):
+        lk.lora_add(y, torch.zeros(4), torch.zeros(2, 4), torch.zeros(3, 2), 1.0)
+
+
+def test_a_groups_arguments_as_tensors_and_which_one_does_not_fit():
+    x, w, a, b, *_ = tensors((3,), 12, 4, 2)
+    pairs = [torch.stack([t, t + 1.0]) for t in (w, a, b)]
+    seeds, biases = torch.tensor([[1], [2]]), torch.randn(2, 4, dtype=torch.float64)
+    ys = lk.lora_linear_grouped(x, *pairs, [1.0, 2.0], biases, dropout_p=0.5, seeds=seeds)
+    for i, y in enumerate(ys):
+        alone = lk.lora_linear(x, *(t[i] for t in pairs), i + 1.0, biases[i], dropout_p=0.5, seed=seeds[i])
+        assert torch.equal(y, alone)
+    narrow = lk.lora_linear(x, w, a, b, np.float32(0.5))
+    assert torch.equal(narrow, lk.lora_linear(x, w, a, b, 0.5))
+    with pytest.raises(TypeError, match=r"weights\[1\] must be a tensor, got NoneType"):
+        lk.lora_linear_grouped(x, [w, None], [a, a], [b, b], [1.0, 1.0])
+    with pytest.raises(TypeError, match=r"scalings\[0\] must be a float, got NoneType"):
+        lk.lora_linear_grouped(x, [w], [a], [b], [None])
+
+
+def test_a_seed_that_is_written_before_the_backward_is_told():
+    """It would draw another mask there."""
+    x, w, a, b, *_ = tensors((3,), 12, 4, 2)
+    seed = torch.tensor([3])
+    y = lk.lora_linear(x, w, a.requires_grad_(), b, 1.0, dropout_p=0.5, seed=seed)
+    seed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "create_graph", "vmap"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_several_gradients_at_once(way, p):
+    x, w, a, b, *_ = tensors((5,), 12, 4, 2)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    options = dict(dropout_p=p, seed=torch.tensor([3]))
+    for y in (lk.lora_linear(x, w, a, b, 2.0, **options), lk.lora_add(x @ w.t(), x, a, b, 2.0, **options)):
+        dys = torch.randn(3, 5, 4, dtype=torch.float64)
+        each = zip(*(torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys))
+        if way == "vmap":
+            found = torch.func.vmap(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(dys)  # noqa: B023
+        else:
+            found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, create_graph=way == "create_graph")
+        for one, other in zip(found, each):
+            torch.testing.assert_close(one.detach(), torch.stack(other), rtol=1e-12, atol=1e-12)
+
+
+def test_integers_are_refused_under_autocast_too():
+    x, w, a, b, *_ = tensors((3,), 12, 4, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="x must be floating point, got torch.int64"):
+            lk.lora_linear(x.long(), w, a, b, 1.0)
+        with pytest.raises(TypeError, match="weight must have x's dtype torch.bfloat16, got torch.int64"):
+            lk.lora_linear(x, w.long(), a, b, 1.0)
 
 
 def layer(leading=(6,), n_in=16, n_out=8, r=3, dtype=torch.float32):

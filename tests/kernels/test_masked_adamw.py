@@ -154,6 +154,15 @@ def test_takes_a_leaf_that_requires_a_gradient():
         ({"eps": float("nan")}, "eps must be finite"),
         ({"weight_decay": -0.1}, "weight_decay must be finite"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+        ({"betas": (0.9,)}, r"betas must be two floats, got \(0.9,\)"),
+        ({"betas": (0.9, None)}, "betas must be a float, got NoneType"),
+        ({"lr": "0.1"}, "lr must be a float, got str"),
+        ({"step": 1 << 63}, "step must be below 2⁶³"),
+        ({"step": torch.tensor(1e30)}, "step must be below 2⁶³"),
+        ({"seed": 1.5}, r"seed must be an int in \[0, 2⁶³\), got 1.5"),
+        ({"grads": [None]}, r"grads\[0\] must be a tensor, got None"),
+        ({"grad_scale": 0.5}, "grad_scale must be a tensor, got float"),
+        ({"grad_scale": torch.ones((), device="meta")}, "grad_scale must be on the parameters' device, got meta"),
     ],
 )
 def test_refusals_leave_everything_as_it_was(change, message):

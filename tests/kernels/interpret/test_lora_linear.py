@@ -6,6 +6,7 @@ Every output of `torch.empty` is filled with NaN first, so that what a kernel le
 import importlib
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,96 @@ def test_few_tokens_without_a_gradient_are_torchs_own_products(monkeypatch):
         assert len(called) == expected
         exact = x.double() @ w.double().t() + 2.0 * x.double() @ a.double().t() @ b.double().t()
         assert error(y, exact) < (2e-6 if dtype == torch.float32 else 2e-2)
+
+
+def grouped(ranks, used, tokens=40, n_in=48, scalings=None):
+    """Some outputs' gradients of a group, beside those in float64: pairs of x's and of each used layer's factors."""
+    x = torch.randn(tokens, n_in).requires_grad_()
+    layers = [(torch.randn(24, n_in), *(t.requires_grad_() for t in (torch.randn(r, n_in), torch.randn(24, r))))
+              for r in ranks]  # fmt: skip
+    scalings = scalings or [1.5] * len(ranks)
+    ys = lk.lora_linear_grouped(x, *zip(*layers), scalings)
+    leaves = [x, *(factor for i in used for factor in layers[i][1:])]
+    dys = [torch.randn(tokens, 24) for _ in used]
+    found = torch.autograd.grad([ys[i] for i in used], leaves, dys)
+    copies = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outs = []
+    for place, i in enumerate(used):
+        a, b = copies[1 + 2 * place : 3 + 2 * place]
+        outs.append(copies[0] @ layers[i][0].double().t() + scalings[i] * copies[0] @ a.t() @ b.t())
+    return zip(found, torch.autograd.grad(outs, copies, [dy.double() for dy in dys]))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layer_whose_siblings_go_unused_has_its_groups_width(order):
+    """The same layer alone and in a wider group, one after the other: each S is as wide as its own group's widest."""
+    cases = [((4, 4), (0,)), ((4, 64), (0,)), ((4, 200), (0,))]
+    for ranks, used in cases[::order]:
+        for mine, exact in grouped(ranks, used):
+            assert error(mine, exact) < 2e-6
+
+
+def test_a_scaling_that_is_an_integer():
+    """As a number that each launch takes anew, like any other; NumPy's too."""
+    for scalings in ([0.5, 2.0], [1, 3], [np.float32(1.0), 1]):
+        for mine, exact in grouped((4, 8), (0, 1), scalings=scalings):
+            assert error(mine, exact) < 2e-6
+
+
+def test_layers_whose_launches_take_x_in_other_numbers_of_parts(monkeypatch):
+    """Two layers of one launch find rows enough, and the third, in a launch with larger tiles, does not."""
+    monkeypatch.setattr(forward_triton, "PROGRAMS", 3)
+    forward_triton._plan_shrink.cache_clear()
+    monkeypatch.setattr(product, "_plans", {})
+    x = torch.randn(96, 1024).bfloat16()
+    layers = layers_of(1024, (8, 8, 8), (64, 64, 64), torch.bfloat16, False)
+    assert len({part.shape[0] for part in forward_triton.shrink(x, [a for *_, a, _ in layers], 0.0, [None] * 3)[0]}) > 1
+    ys = lk.lora_linear_grouped(
+        x, [w for w, *_ in layers], [a for *_, a, _ in layers], [b for *_, b in layers], [1.0] * 3
+    )
+    forward_triton._plan_shrink.cache_clear()
+    for y, (w, _, a, b) in zip(ys, layers):
+        assert error(y, x.double() @ w.double().t() + x.double() @ a.double().t() @ b.double().t()) < 2e-2
+
+
+def test_the_precision_is_that_of_the_call(monkeypatch):
+    """A backward under a switch that its forward was not under; and another one afterwards."""
+    told = []
+    launch = backward_triton._output_launch
+    monkeypatch.setattr(backward_triton, "_output_launch", lambda *a: (told.append(a[3]), launch(*a))[1])
+    backward_triton._plan_output.cache_clear()
+    monkeypatch.setattr(product, "_plans", {})
+    x, w = torch.randn(20, 24, requires_grad=True), torch.randn(16, 24)
+    a, b = torch.randn(4, 24, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for way in ("tf32", "ieee"):
+            y = lk.lora_linear(x, w, a, b, 1.0)
+            torch.backends.cuda.matmul.fp32_precision = way
+            y.sum().backward()
+            torch.backends.cuda.matmul.fp32_precision = before
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert told == ["tf32", "ieee"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_several_gradients_at_once(p):
+    """They are no kernel's, having no memory of their own, beside a padded S and kept bits."""
+    x = torch.randn(9, 40).bfloat16().requires_grad_()
+    layers = [[t.bfloat16() for t in (torch.randn(12, 40), torch.randn(4, 40), torch.randn(12, 4))] for _ in range(2)]
+    leaves = [x, *(factor.requires_grad_() for _, *factors in layers for factor in factors)]
+    seeds = [torch.tensor([3]), torch.tensor([4])]
+    ys = lk.lora_linear_grouped(x, *zip(*layers), [1.0, 2.0], dropout_p=p, seeds=seeds)
+    y = lk.lora_add(ys[0], x, *layers[1][1:], 1.0, dropout_p=p, seed=seeds[0])
+    dys = torch.randn(3, 9, 12).bfloat16()
+    expected = [
+        torch.stack(each)
+        for each in zip(*(torch.autograd.grad(y + ys[1], leaves, dy, retain_graph=True) for dy in dys))
+    ]
+    at_once = torch.autograd.grad(y + ys[1], leaves, dys, is_grads_batched=True, retain_graph=True)
+    for one, other in zip(at_once, expected):
+        assert error(one, other.double()) < 2e-2
 
 
 def test_what_the_kernels_do_not_take_is_refused():

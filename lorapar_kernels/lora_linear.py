@@ -146,12 +146,12 @@ def backward_reference(
     ]
     dx: Tensor | None = None
     if needs[0]:
-        for dy, layer in zip(dys, layers):
-            if layer.weight is not None:
-                weight = dense_weight(layer.weight, dy.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        for layer, (ds, _) in zip(layers, of_outputs):
-            dx = input_gradient_reference(dx, ds, layer.lora_a, p, layer.seed)
+        # Each layer's share as it would be alone, the last layer's first, as autograd adds up the gradients of x:
+        # whether layers share a node then changes no bit, so that a run that is resumed repeats its own.
+        for dy, layer, (ds, _) in reversed(list(zip(dys, layers, of_outputs))):
+            share = None if layer.weight is None else dy @ dense_weight(layer.weight, dy.dtype)
+            share = input_gradient_reference(share, ds, layer.lora_a, p, layer.seed)
+            dx = share if dx is None else dx.add_(share)
     das = [
         masked(ds.t() @ apply_dropout(x, p, layer.seed), layer.mask_a, layer.lora_a.dtype) if need else None
         for layer, (ds, _), need in zip(layers, of_outputs, needs[1 : n + 1])

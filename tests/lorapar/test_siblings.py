@@ -104,6 +104,24 @@ def steps(model, *calls, seed=3):
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_and_alone_give_the_same_bits_on_a_cpu(dtype, sizes, monkeypatch):
+    """Gradients too, so that a resumed run, whose first step is alone, repeats the bits of one that went through."""
+    model = tiny_model().to(dtype)
+    model = lorapar.attach(model, LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear"), start="paper")
+    ids = torch.arange(12).view(2, 6) % 16
+    found = []
+    for sharing in (True, True, False):
+        monkeypatch.setattr(siblings, "SHARING", sharing)
+        sizes.clear()
+        torch.manual_seed(5)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert (max(sizes) > 1) is (len(found) == 2)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
 def assert_as_alone(model, *calls, monkeypatch, expected=None):
     """`steps` as with every layer computed alone: outputs to the bit."""
     plain = copy.deepcopy(expected or model)

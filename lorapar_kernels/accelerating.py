@@ -162,8 +162,6 @@ def _let_go(layer: Any, own: type[nn.Module]) -> None:
         siblings.mode = ALONE
     layer.__dict__.pop("_accepted", None)
     _change_class(layer, own)
-    for name in ("_siblings", "_accepted"):
-        layer.__dict__.pop(name, None)
     if "_repacked_by_bnb" in layer.__dict__:
         layer.get_base_layer().support_avx512bf16_for_cpu = layer.__dict__.pop("_repacked_by_bnb")
 

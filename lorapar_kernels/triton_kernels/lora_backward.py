@@ -36,6 +36,7 @@ in the middle of training. Columns, ranks and strides stay specialised, since lo
 
 # Triton's annotations describe the language from outside and differ between its releases.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 # Whether an argument is None is decided when a kernel is compiled, the condition inside when it runs.
 # ruff: noqa: SIM102
 

@@ -6,12 +6,11 @@ computes all of the group, and the others take what is theirs: x is read once, a
 call that does not match is computed alone, which is right whatever is called in whatever order; such a group is then
 given up, with one line in the log. LORAPAR_SIBLINGS=0 in the environment computes every layer alone.
 
-What an output may not be taken for: another x, an x that was changed in place since (not through `.data`, which torch
-does not count either), another grad mode, autocast, state of the layer (adapter, merged, disabled, dropout, scaling,
-masks, its tensors and their versions, hooks within it), another region of gradient checkpointing or CUDA stream. Under
-torch.compile, torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no version)
-nothing is shared, and neither are layers whose factors have hooks, which would be called for an output that nothing
-used.
+A sibling takes its output only if nothing has changed since it was computed: x and its version (a write through
+`.data` goes unnoticed, as in torch), grad mode, autocast, CUDA stream, region of gradient checkpointing, and the state
+of its layer (adapter, merged, disabled, dropout, scaling, masks, hooks, its tensors and their versions). Nothing is
+shared under torch.compile, torch.func, tracing, forward-mode differentiation and inference mode (whose tensors have no
+version), nor by layers whose factors have hooks: those would be called for an output that nothing used.
 
 Gradient checkpointing calls the layers again in the backward, and has to meet the same saved tensors and draw the same
 seeds as in the forward. So a group changes its way only outside a backward, while no graph that was made in the other

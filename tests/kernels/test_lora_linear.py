@@ -454,7 +454,7 @@ def test_opcheck_of_dropout_mask():
 
 @pytest.mark.slow
 def test_compiles_as_one_graph_and_gives_the_same():
-    x, w, a, b, bias = layer((3, 5), 24, 16, 4)
+    x, w, a, b, bias = layer((3, 5), 24, 16, 4, torch.float64)
     seed, mask_a = torch.tensor([7]), torch.rand(4, 24) < 0.5
     seeds = [seed, torch.tensor([8])]
 
@@ -470,7 +470,7 @@ def test_compiles_as_one_graph_and_gives_the_same():
     loss = compiled(*leaves)
     torch.testing.assert_close(loss, model(*leaves))
     for ours, wanted in zip(torch.autograd.grad(loss, leaves), expected):
-        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-8)
 
 
 def test_saves_x_and_nothing_else_of_its_size_or_y_s():

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ..data.answers import is_correct
@@ -79,9 +80,28 @@ class Column:
         return votes
 
 
+class Random:
+    """A control: each row is System 1 with probability `system1`, whatever it holds; the same row, seed and share, the
+    same vote."""
+
+    name = "random"
+
+    def __init__(self, system1: float = 0.5, seed: int = 0):
+        if not isinstance(system1, float | int) or isinstance(system1, bool) or not 0 <= system1 <= 1:
+            raise InputError(f"label.voters: system1 of random must be a share in [0, 1], got {system1!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise InputError(f"label.voters: seed of random must be a whole number, got {seed!r}")
+        self.system1, self.seed = system1, seed
+
+    def vote(self, rows: "Dataset") -> list[int | None]:
+        # By its id, so that a row's vote does not depend on the other rows.
+        draws = (sha256(f"{self.seed} {row_id}".encode()).digest()[:8] for row_id in rows["id"])
+        return [1 if int.from_bytes(draw, "big") < self.system1 * 2**64 else 2 for draw in draws]
+
+
 # Every voter that a recipe can list, by name; the arguments of its class are its options. A class with `asks_model` is
 # given the target model and its tokenizer first, and does no more than keep them until it votes.
-VOTERS: dict[str, Any] = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column}
+VOTERS: dict[str, Any] = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column, "random": Random}
 
 
 def asks_model(spec: str | dict[str, Any]) -> bool:

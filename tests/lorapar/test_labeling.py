@@ -165,6 +165,17 @@ def test_probe_votes_by_what_the_model_says(monkeypatch):
     assert asked == {"ids": [[len("How many?")]] * 2, "max_new_tokens": 16, "batch_size": 4}
 
 
+def test_random_labels_have_their_share_and_do_not_depend_on_other_rows():
+    rows = rows_of(*[str(i) for i in range(2000)])
+    (voter,) = make_voters([{"name": "random", "system1": 0.3}])
+    votes = voter.vote(rows)
+    assert set(votes) == {1, 2}
+    assert abs(votes.count(1) / 2000 - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
+    assert voter.vote(rows.select(range(1999, -1, -1))) == votes[::-1]
+    assert make_voters([{"name": "random", "system1": 0.3, "seed": 1}])[0].vote(rows) != votes
+    assert make_voters([{"name": "random", "system1": 1}])[0].vote(rows) == [1] * 2000
+
+
 def test_make_voters_by_name():
     steps, operations, column = make_voters(
         ["steps", {"name": "operations", "threshold": 3}, {"name": "column", "column": "kind"}]
@@ -176,11 +187,13 @@ def test_make_voters_by_name():
     assert isinstance(make_voters(["probe"], "model", "tokenizer")[0], Probe)
     for spec, message in [
         ("operation", "unknown voter 'operation'; nearest: operations"),
-        ({"threshold": 2}, "unknown voter None; allowed: operations, steps, probe, column"),
+        ({"threshold": 2}, "unknown voter None; allowed: operations, steps, probe, column, random"),
         ({"name": "steps", "treshold": 2}, "steps has no option 'treshold'; allowed: threshold"),
         ({"name": "steps", "threshold": -1}, "at least 0, got -1"),
         ({"name": "probe", "batch_size": 0}, "at least 1, got 0"),
         ({"name": "column"}, "needs the option 'column'"),
+        ({"name": "random", "system1": 1.5}, r"a share in \[0, 1\], got 1.5"),
+        ({"name": "random", "seed": "x"}, "a whole number, got 'x'"),
     ]:
         with pytest.raises(InputError, match=message):
             make_voters([spec], "model", "tokenizer")

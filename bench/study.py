@@ -1,0 +1,298 @@
+"""The quickstart's recipe under many arms and seeds, one JSON line a run.
+
+    python -m bench.study                             every run that has no line yet, the most telling first
+    python -m bench.study --budget 60 --processes 2   begin no run that would not end within 60 minutes; two at once
+    python -m bench.study --arms scores,all --seeds 8 --precision float32
+    python -m bench.study --list                      what has a line, and what has not
+    python -m bench.study --summary                   docs/evidence.md, its picture and README's table, from the lines
+
+A run is `lorapar run examples/quickstart.yaml` with its arm's overrides, in a process of its own. What an arm has in
+common with another (labels, scores, stage 1) is copied from that run's folder, and the pipeline finds what still holds.
+A line goes to bench/results/study/<device>.jsonl once its run has ended: accuracy, every held-out answer as one bit,
+commit, versions, device. The same command goes on with a study that was killed: a run with a line is not run again,
+and one that was stopped resumes from its last checkpoint.
+"""
+
+import argparse
+import datetime
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+
+from bench.conftest import commit, device_name, installed
+from bench.workers import die_with_the_parent
+from lorapar.data.labels import load_labels
+from lorapar.files import read_json, read_jsonl, sha256_json
+from lorapar.model.load import best_dtype
+from lorapar.pipeline.records import records
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "examples/quickstart.yaml"
+RESULTS = Path(__file__).with_name("results") / "study"
+VERSIONS = "torch", "transformers", "peft", "trl", "reasoning-gym"
+MODELS = "base", "sft", "grpo"
+SYSTEMS = "system1", "system2"
+
+# What each arm changes in the recipe; steps, rows, batches and learning rates are the recipe's unless it says so.
+ARMS: dict[str, dict[str, Any]] = {
+    "scores": {},
+    "all": {"partition.selection": "all"},
+    "random": {"partition.selection": "random"},
+    # What people do today: every element, every row, in both stages.
+    "all, all rows": {"partition.selection": "all", "sft.systems": [1, 2], "grpo.systems": [1, 2]},
+    "renewed": {"score.renew": True},
+    "cost 0.5": {"partition.system1_cost": 0.5},
+    "cost 1": {"partition.system1_cost": 1.0},
+    "watched": {"grpo.watch_rows": 24},
+    "grpo first": {"stages": ["grpo", "sft"]},
+    "rank": {"partition.granularity": "rank"},
+    "tile": {"partition.granularity": "tile"},
+    "theta 0.5": {"partition.theta": 0.5},
+    "theta 0.7": {"partition.theta": 0.7},
+    "theta 0.95": {"partition.theta": 0.95},
+    "alpha 0": {"partition.alpha": 0.0},
+    "beta 0": {"partition.beta": 0.0},
+    "alpha 0, beta 0": {"partition.alpha": 0.0, "partition.beta": 0.0},
+    "first order": {"score.method": "first_order"},
+    "start paper": {"start": "paper"},
+    "start pissa": {"start": "pissa"},
+    "start olora": {"start": "olora"},
+    # B = 0 cannot be scored.
+    "start peft, all": {"start": "peft", "partition.selection": "all"},
+    "labels at random": {"label.voters": [{"name": "random", "system1": 0.5}]},
+}
+MAIN = ("scores", "all", "random", "all, all rows")
+# Copied from one run's folder to another's: what the stages before GRPO have written, and their records.
+SHARED = ("recipe.yaml", "stages.json", "labels.jsonl", "start", "scores.safetensors", "partition.safetensors", "sft")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: an arm, a seed, and the precision of the base's weights."""
+
+    arm: str
+    seed: int
+    precision: str
+
+    @property
+    def name(self) -> str:
+        words = re.sub(r"[^a-z0-9.]+", "-", self.arm.lower()).strip("-")
+        return f"{words}-{self.seed}-{self.precision}"
+
+    def command(self, folder: Path) -> list[str]:
+        overrides = {"seed": self.seed, "model.dtype": self.precision, **ARMS[self.arm]}
+        words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
+        return ["run", RECIPE, "--output_dir", str(folder), "--update", *words]
+
+
+def planned(line: dict[str, Any]) -> Planned | None:
+    """The run that a line is of; None where its arm means another thing today."""
+    same = ARMS.get(line["arm"]) == line["overrides"]
+    return Planned(line["arm"], line["seed"], line["precision"]) if same else None
+
+
+def plan(arms: Sequence[str], seeds: int | None, precisions: Sequence[str]) -> list[Planned]:
+    """The runs in the order in which they tell most: the main arms at five seeds, then each other arm at three.
+
+    seeds: as many of every arm, instead. precisions: the device's own first; the other is for the main arms alone.
+    """
+    own, *others = precisions
+    main, rest = [arm for arm in arms if arm in MAIN], [arm for arm in arms if arm not in MAIN]
+    runs = [Planned(arm, seed, own) for seed in range(seeds or 5) for arm in main]
+    runs += [Planned(arm, seed, own) for arm in rest for seed in range(seeds or 3)]
+    return runs + [Planned(arm, seed, other) for other in others for seed in range(seeds or 5) for arm in main]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = parsed(words)
+    if options.summary:
+        from bench.evidence import summarise
+
+        return summarise(sorted(RESULTS.glob("*.jsonl")))
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
+    output = options.output or RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
+    runs = plan(options.arms, options.seeds, options.precision)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{output}: another study is writing to it; give another --output", file=sys.stderr)
+            return 2
+        lines = whole_lines(file)
+        recipe = recipe_digest()
+        done = {planned(line) for line in lines if line["recipe"] == recipe}
+        if options.list:
+            for run in runs:
+                print("done    " if run in done else "not yet ", run.name)
+            return 0
+        todo = [run for run in runs if run not in done]
+        print(f"{output}: {len(runs) - len(todo)} of {len(runs)} runs have a line", flush=True)
+        seconds = [line["seconds"] for line in lines]
+        return work(todo, options, device, file, seconds)
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    own = str(best_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+    parser = argparse.ArgumentParser("python -m bench.study", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run that would not end within them")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once; on a CPU each with its share of cores")
+    parser.add_argument("--arms", type=listed_arms, default=list(ARMS), metavar="ARM;ARM", help="by default every one")
+    parser.add_argument("--seeds", type=int, help="of every arm; by default 5 of the main ones and 3 of the others")
+    parser.add_argument("--precision", type=lambda text: text.split(","), default=list(dict.fromkeys((own, "float32"))),
+                        help="of the base's weights; by default the device's own, then float32")  # fmt: skip
+    parser.add_argument("--output", type=Path, help="the file of lines; by default bench/results/study/<device>.jsonl")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where the runs lie")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is not")
+    parser.add_argument("--summary", action="store_true", help="write docs/evidence.md from the lines")
+    return parser.parse_args(words)
+
+
+def listed_arms(text: str) -> list[str]:
+    """Arms by name, with semicolons between them, since a name may hold a comma."""
+    arms = [arm.strip() for arm in text.split(";")]
+    for arm in arms:
+        if arm not in ARMS:
+            raise argparse.ArgumentTypeError(f"no arm {arm!r}; allowed: {'; '.join(ARMS)}")
+    return arms
+
+
+def whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
+    """Every line of the file; half a line, which a kill has left at its end, is cut off."""
+    file.seek(0)
+    text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def work(todo: list[Planned], options: argparse.Namespace, device: str, file: BinaryIO, seconds: list[float]) -> int:
+    """Run them, `processes` at once, and append each one's line; 1 if any failed, else 0."""
+    began, failed = time.monotonic(), 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    threads = max(torch.get_num_threads() // options.processes, 1)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    facts = {"commit": commit(), "device": device, "threads": threads,
+             "versions": {name: installed(name) for name in VERSIONS}}  # fmt: skip
+    labels(options.folder, environment)
+    going: dict[Planned, tuple[subprocess.Popen, float]] = {}
+    waiting = iter(todo)
+    while True:
+        while len(going) < options.processes:
+            left = float("inf") if options.budget is None else 60 * options.budget - (time.monotonic() - began)
+            run = next(waiting, None) if left > max(seconds, default=0) else None
+            if run is None:
+                break
+            going[run] = started(run, options.folder, environment), time.monotonic()
+            print(f"{run.name}: started", flush=True)
+        if not going:
+            return int(failed > 0)
+        time.sleep(0.5)
+        for run, (process, since) in list(going.items()):
+            if process.poll() is None:
+                continue
+            del going[run]
+            folder = options.folder / run.name
+            if process.returncode:
+                last = [line for line in log_of(folder).read_text().splitlines() if line.strip()][-1:]
+                print(f"{run.name}: exit status {process.returncode}: {' '.join(last)}", flush=True)
+                failed += 1
+                continue
+            seconds.append(time.monotonic() - since)
+            line = told(run, folder, options.folder / "labels", facts)
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+            accuracy = {name: {s: round(100 * a[s], 1) for s in SYSTEMS} for name, a in line["accuracy"].items()}
+            print(f"{run.name}: {seconds[-1]:.0f} s, {accuracy}", flush=True)
+            if run.arm != "scores":
+                shutil.rmtree(folder)
+
+
+def labels(folder: Path, environment: dict[str, str]) -> None:
+    """The rows and their true labels, which every run shares: they depend on neither arm nor seed."""
+    command = [sys.executable, "-m", "lorapar", "label", RECIPE, "--output_dir", str(folder / "labels"), "--update"]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+
+
+def started(run: Planned, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    place = (folder / run.name).absolute()
+    if not place.exists():
+        shared = folder / Planned("scores", run.seed, run.precision).name
+        copy_shared(shared if "seconds" in records(shared).get("sft", {}) else folder / "labels", place)
+    with log_of(place).open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lorapar", *run.command(place)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
+            preexec_fn=die_with_the_parent,
+        )  # fmt: skip
+
+
+def log_of(folder: Path) -> Path:
+    """What the run said, beside its folder."""
+    return folder.parent / f"{folder.name}.log"
+
+
+def copy_shared(origin: Path, place: Path) -> None:
+    """What the stages before GRPO have written; a folder is there whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+        copy = Path(temporary) / "copy"
+        copy.mkdir()
+        for name in SHARED:
+            if (origin / name).is_dir():
+                shutil.copytree(origin / name, copy / name, ignore=shutil.ignore_patterns("checkpoint-*"))
+            elif (origin / name).exists():
+                shutil.copy2(origin / name, copy / name)
+        os.replace(copy, place)
+
+
+def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The run's line: what it was, what it came to, and every held-out answer as one bit, in the rows' order.
+
+    Systems are those of the rule's labels, whatever the arm was trained with.
+    """
+    metrics, answers = read_json(folder / "metrics.json"), read_jsonl(folder / "answers.jsonl")
+    truth = {str(row["id"]): f"system{row['system']}" for row in held_out(labelled)}
+    right = {(answer["model"], str(answer["id"])): answer["correct"] for answer in answers}
+    models = [model for model in MODELS if any(answer["model"] == model for answer in answers)]
+    bits = {
+        model: {s: "".join(str(int(right[model, row])) for row, of in truth.items() if of == s) for s in SYSTEMS}
+        for model in models
+    }
+    return {
+        "arm": run.arm, "seed": run.seed, "precision": run.precision, "overrides": ARMS[run.arm],
+        "accuracy": {model: {s: b.count("1") / len(b) for s, b in by.items()} for model, by in bits.items()},
+        "answers": bits, "rows": sha256_json(list(truth)), "recipe": recipe_digest(),
+        "partition": metrics["partition"],
+        "kept": {name: records(folder)[name].get("kept") for name in models if name != "base"},
+        "seconds": round(sum(metrics["seconds"].values()), 1), "stage_seconds": metrics["seconds"],
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts,
+    }  # fmt: skip
+
+
+def held_out(folder: Path) -> list[dict[str, Any]]:
+    return [dict(row) for row in load_labels(folder / "labels.jsonl") if row["split"] == "held_out"]
+
+
+def recipe_digest() -> str:
+    """Of what the recipe's file says, so that lines of another recipe are not taken for this one's."""
+    values = yaml.safe_load((ROOT / RECIPE).read_text(encoding="utf-8"))
+    return sha256_json({key: value for key, value in values.items() if key != "output_dir"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -92,10 +92,16 @@ class Planned:
         words = re.sub(r"[^a-z0-9.]+", "-", self.arm.lower()).strip("-")
         return f"{words}-{self.seed}-{self.precision}"
 
-    def command(self, folder: Path) -> list[str]:
+    def command(self, recipe: Path | str, folder: Path) -> list[str]:
         overrides = {"seed": self.seed, "model.dtype": self.precision, **ARMS[self.arm]}
         words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
-        return ["run", RECIPE, "--output_dir", str(folder), "--update", *words]
+        return ["run", str(recipe), "--output_dir", str(folder), "--update", *words]
+
+
+def runs_of(lines: Sequence[dict[str, Any]], recipe: Path | str) -> set[Planned | None]:
+    """The runs that lines of this recipe are of."""
+    digest = recipe_digest(recipe)
+    return {planned(line) for line in lines if line["recipe"] == digest}
 
 
 def planned(line: dict[str, Any]) -> Planned | None:
@@ -125,6 +131,11 @@ def main(words: Sequence[str] | None = None) -> int:
     device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     output = options.output or RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
     runs = plan(options.arms, options.seeds, options.precision)
+    if options.list:
+        done = runs_of(read_jsonl(output) if output.is_file() else [], options.recipe)
+        for run in runs:
+            print("done    " if run in done else "not yet ", run.name)
+        return 0
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a+b") as file:
         try:
@@ -133,16 +144,17 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{output}: another study is writing to it; give another --output", file=sys.stderr)
             return 2
         lines = whole_lines(file)
-        recipe = recipe_digest()
-        done = {planned(line) for line in lines if line["recipe"] == recipe}
-        if options.list:
-            for run in runs:
-                print("done    " if run in done else "not yet ", run.name)
-            return 0
+        done = runs_of(lines, options.recipe)
         todo = [run for run in runs if run not in done]
         print(f"{output}: {len(runs) - len(todo)} of {len(runs)} runs have a line", flush=True)
-        seconds = [line["seconds"] for line in lines]
-        return work(todo, options, device, file, seconds)
+        try:
+            return work(todo, options, device, file, [line["seconds"] for line in lines])
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+        finally:
+            if not file.tell():
+                output.unlink()
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
@@ -154,6 +166,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="of every arm; by default 5 of the main ones and 3 of the others")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=list(dict.fromkeys((own, "float32"))),
                         help="of the base's weights; by default the device's own, then float32")  # fmt: skip
+    parser.add_argument("--recipe", type=Path, default=Path(RECIPE), help=f"by default {RECIPE}")
     parser.add_argument("--output", type=Path, help="the file of lines; by default bench/results/study/<device>.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where the runs lie")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
@@ -187,8 +200,9 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
     threads = max(torch.get_num_threads() // options.processes, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     facts = {"commit": commit(), "device": device, "threads": threads,
-             "versions": {name: installed(name) for name in VERSIONS}}  # fmt: skip
-    labels(options.folder, environment)
+             "versions": {name: installed(name) for name in VERSIONS},
+             "recipe": recipe_digest(options.recipe)}  # fmt: skip
+    labels(options.recipe, options.folder, environment)
     going: dict[Planned, tuple[subprocess.Popen, float]] = {}
     waiting = iter(todo)
     while True:
@@ -197,7 +211,7 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
             run = next(waiting, None) if left > max(seconds, default=0) else None
             if run is None:
                 break
-            going[run] = started(run, options.folder, environment), time.monotonic()
+            going[run] = started(run, options.recipe, options.folder, environment), time.monotonic()
             print(f"{run.name}: started", flush=True)
         if not going:
             return int(failed > 0)
@@ -223,20 +237,29 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
                 shutil.rmtree(folder)
 
 
-def labels(folder: Path, environment: dict[str, str]) -> None:
+def labels(recipe: Path | str, folder: Path, environment: dict[str, str]) -> None:
     """The rows and their true labels, which every run shares: they depend on neither arm nor seed."""
-    command = [sys.executable, "-m", "lorapar", "label", RECIPE, "--output_dir", str(folder / "labels"), "--update"]
+    command = [
+        sys.executable,
+        "-m",
+        "lorapar",
+        "label",
+        str(recipe),
+        "--output_dir",
+        str(folder / "labels"),
+        "--update",
+    ]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
 
 
-def started(run: Planned, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+def started(run: Planned, recipe: Path | str, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
     place = (folder / run.name).absolute()
     if not place.exists():
         shared = folder / Planned("scores", run.seed, run.precision).name
         copy_shared(shared if "seconds" in records(shared).get("sft", {}) else folder / "labels", place)
     with log_of(place).open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "lorapar", *run.command(place)],
+            [sys.executable, "-m", "lorapar", *run.command(recipe, place)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
             preexec_fn=die_with_the_parent,
         )  # fmt: skip
@@ -276,7 +299,7 @@ def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> d
     return {
         "arm": run.arm, "seed": run.seed, "precision": run.precision, "overrides": ARMS[run.arm],
         "accuracy": {model: {s: b.count("1") / len(b) for s, b in by.items()} for model, by in bits.items()},
-        "answers": bits, "rows": sha256_json(list(truth)), "recipe": recipe_digest(),
+        "answers": bits, "rows": sha256_json(list(truth)),
         "partition": metrics["partition"],
         "kept": {name: records(folder)[name].get("kept") for name in models if name != "base"},
         "seconds": round(sum(metrics["seconds"].values()), 1), "stage_seconds": metrics["seconds"],
@@ -288,9 +311,9 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
     return [dict(row) for row in load_labels(folder / "labels.jsonl") if row["split"] == "held_out"]
 
 
-def recipe_digest() -> str:
+def recipe_digest(recipe: Path | str = RECIPE) -> str:
     """Of what the recipe's file says, so that lines of another recipe are not taken for this one's."""
-    values = yaml.safe_load((ROOT / RECIPE).read_text(encoding="utf-8"))
+    values = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
     return sha256_json({key: value for key, value in values.items() if key != "output_dir"})
 
 

@@ -101,7 +101,13 @@ class Random:
 
 # Every voter that a recipe can list, by name; the arguments of its class are its options. A class with `asks_model` is
 # given the target model and its tokenizer first, and does no more than keep them until it votes.
-VOTERS: dict[str, Any] = {"operations": Operations, "steps": ReasoningSteps, "probe": Probe, "column": Column, "random": Random}
+VOTERS: dict[str, Any] = {
+    "operations": Operations,
+    "steps": ReasoningSteps,
+    "probe": Probe,
+    "column": Column,
+    "random": Random,
+}
 
 
 def asks_model(spec: str | dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from .artefacts import Artefacts, active_counts, evaluated, vote_weights
 from .charts import Figures
 from .elements import GRANULARITIES, REGIONS
 from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
+from .yardstick import yardstick
 
 # How the page names and colours a group of rows.
 SYSTEMS = {
@@ -97,7 +98,7 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
         "Accuracy on held-out rows. The colour gets stronger from the base to the last stage; the line on a bar "
         "is its 95 % Wilson interval, and the number above it the share of right answers."
     )
-    return figures.draw("accuracy", panels, caption) + summary + table
+    return figures.draw("accuracy", panels, caption) + summary + table + yardstick(run)
 
 
 def second_stage_cost(run: Artefacts) -> tuple[str, float] | None:

@@ -1,0 +1,383 @@
+"""docs/evidence.md, its picture, README's table and the report's yardstick, from the lines of bench/study.py.
+
+Every arm has one bit for each seed and held-out row. A figure is a mean over both; its interval comes from 10,000
+resamples of the seeds and, crossed with them, of the rows (the percentile bootstrap of Efron 1979; crossed as in Owen
+2007, which overstates the variance a little). Two arms are compared at the same resampled seeds and rows, since runs of
+one seed share labels, rows and the adapter as it starts.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.study import ARMS, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
+from lorapar.files import read_jsonl, write_json, write_text
+from lorapar.recipe.reading import load_recipe
+from lorapar.recipe.sections import changes_result
+
+DRAWS = 10_000
+PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
+README = ROOT / "README.md"
+YARDSTICK = ROOT / "lorapar" / "reporting" / "quickstart.json"
+BEGIN, END = "<!-- figures of bench.study, made by its --summary -->", "<!-- end of the figures -->"
+Line = dict[str, Any]
+# 0.05 two-sided, and a power of 0.8.
+Z_NEEDED = 1.96 + 0.84
+
+WORDS = {
+    "scores": "LoRA-PAR",
+    "all": "plain LoRA: every element in both stages",
+    "random": "as many elements, chosen at random",
+    "all, all rows": "plain LoRA on both systems' rows in both stages",
+    "renewed": "System 2 scored again after stage 1 (`score.renew`)",
+    "cost 0.5": "what an element is worth to System 1 counted at 0.5 (`partition.system1_cost`)",
+    "cost 1": "the same at 1",
+    "watched": "System 1's loss watched in stage 2 (`grpo.watch_rows`)",
+    "grpo first": "GRPO, then SFT",
+    "rank": "whole rank slices",
+    "tile": "whole tiles",
+    "theta 0.5": "θ = 0.5",
+    "theta 0.7": "θ = 0.7",
+    "theta 0.95": "θ = 0.95",
+    "alpha 0": "α = 0: shared elements train in stage 2 alone",
+    "beta 0": "β = 0: shared elements train in stage 1 alone",
+    "alpha 0, beta 0": "α = β = 0: shared elements train in neither",
+    "first order": "scored by |gφ| instead of I(φ)",
+    "start paper": "start: paper (N(0, 0.01²))",
+    "start pissa": "start: pissa",
+    "start olora": "start: olora",
+    "start peft, all": "start: peft (B = 0 cannot be scored), every element",
+    "labels at random": "labels by a coin",
+}  # fmt: skip
+
+
+OPENING = """# Evidence
+
+What the quickstart's recipe does, and what is left of it when one thing is changed: SmolLM2-135M, System 1 one addition
+or subtraction of two numbers up to ten, System 2 two additions in a row, SFT on the first and then GRPO on the second.
+{count} runs, {system1} held-out rows of System 1 and {system2} of System 2 that no stage saw. Every arm has the same
+steps, rows, batches and learning rates.
+
+Made by `python -m bench.study --summary` from the lines in `bench/results/study/`, one a run with every held-out
+answer; `python -m bench.study` adds what is missing. Figures are means over seeds and rows; in brackets their 95 %
+interval by a bootstrap over both. With three to five seeds such an interval is somewhat too narrow. *Change* is what
+stage 2 did, in points: what System 1 lost of what stage 1 had taught it, and what System 2 gained.
+
+![System 1 and System 2 after stage 2, by arm](evidence.png)
+"""
+
+
+class Arm:
+    """The runs of one arm on one device in one precision: a bit for each seed and row.
+
+    bits[when][system]: bool [seeds, rows]; when: "first" after stage 1, "last" after stage 2.
+    """
+
+    def __init__(self, lines: Sequence[Line]):
+        lines = sorted(lines, key=lambda line: line["seed"])
+        self.seeds = [line["seed"] for line in lines]
+        self.lines = lines
+        stages = lines[0]["overrides"].get("stages", ["sft", "grpo"])
+        self.bits = {
+            when: {s: np.array([[bit == "1" for bit in line["answers"][stage][s]] for line in lines]) for s in SYSTEMS}
+            for when, stage in (("base", "base"), ("first", stages[0]), ("last", stages[-1]))
+        }
+
+    def values(self, what: str, system: str) -> np.ndarray:
+        """[seeds, rows]: a row's right answers as 1, or, for "change", what stage 2 did to them: −1, 0 or 1."""
+        if what == "change":
+            return self.bits["last"][system].astype(float) - self.bits["first"][system]
+        return self.bits[what][system].astype(float)
+
+    def at(self, seeds: Sequence[int]) -> "Arm":
+        return Arm([line for line in self.lines if line["seed"] in seeds])
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % interval of [seeds, rows], both resampled."""
+    draw = np.random.default_rng(0)
+    seeds, rows = values.shape
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
+    of_rows = draw.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
+    means = ((of_seeds @ values) * of_rows).sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def difference(one: Arm, other: Arm, what: str, system: str) -> tuple[np.ndarray, int]:
+    """One arm's values less the other's at the seeds that both have, and how many seeds the claim needs.
+
+    So many that a paired t test over the seeds' means, were its spread known, would find a difference of this size
+    in four cases of five; 0 where there are fewer than two seeds.
+    """
+    both = [seed for seed in one.seeds if seed in other.seeds]
+    values = one.at(both).values(what, system) - other.at(both).values(what, system)
+    means = values.mean(1)
+    if len(both) < 2 or means.mean() == 0:
+        return values, 0
+    return values, max(2, math.ceil((Z_NEEDED * means.std(ddof=1) / means.mean()) ** 2))
+
+
+def figure(values: np.ndarray, signed: bool = False) -> str:
+    """ "82.5 % [79.1, 86.0]", in points with a sign where `signed`."""
+    mean, low, high = (100 * value for value in interval(values))
+    if signed:
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def read_lines(files: Sequence[Path]) -> list[Line]:
+    """The lines of today's recipe whose arms mean what they did."""
+    digest = recipe_digest()
+    lines = [line for file in files for line in read_jsonl(file)]
+    return [line for line in lines if line["recipe"] == digest and planned(line) is not None]
+
+
+def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], dict[str, Arm]]:
+    """{(device, precision): {arm: its runs}}, the group with the most runs first."""
+    groups: dict[tuple[str, str], dict[str, list[Line]]] = {}
+    for line in lines:
+        groups.setdefault((line["device"], line["precision"]), {}).setdefault(line["arm"], []).append(line)
+    order = sorted(groups, key=lambda key: -sum(map(len, groups[key].values())))
+    return {key: {arm: Arm(groups[key][arm]) for arm in ARMS if arm in groups[key]} for key in order}
+
+
+def summarise(files: Sequence[Path]) -> int:
+    """Write the page, the picture, README's figures and the yardstick; 1 where there is no line yet."""
+    groups = grouped(read_lines(files))
+    if not any("scores" in arms for arms in groups.values()):
+        print(f"no line of today's {RECIPE} in {', '.join(map(str, files)) or 'bench/results/study'}")
+        return 1
+    draw(groups, PICTURE)
+    write_text(PAGE, page(groups))
+    write_text(README, with_figures(README.read_text(encoding="utf-8"), readme_table(groups)))
+    write_json(YARDSTICK, yardstick(groups))
+    print(*(path.relative_to(ROOT) for path in (PAGE, PICTURE, README, YARDSTICK)), sep="\n")
+    return 0
+
+
+def page(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
+    """docs/evidence.md."""
+    (device, precision), arms = next(iter(groups.items()))
+    scores = arms["scores"]
+    rows = {s: scores.bits["base"][s].shape[1] for s in SYSTEMS}
+    count = sum(len(arm.seeds) for by in groups.values() for arm in by.values())
+    parts = [
+        OPENING.format(count=count, **rows),
+        f"## The arms\n\n{device}, {precision}.\n\n{arms_table(arms)}",
+        f"## Differences, seed by seed\n\n{differences(arms)}",
+        f"## Other processors and precisions\n\n{devices_table(groups)}",
+        f"## What was expected of the three ways beyond the paper\n\n{expectations(arms)}",
+        f"## Not run\n\n{not_run(arms, precision)}",
+    ]
+    return "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def arms_table(arms: dict[str, Arm]) -> str:
+    lines = [
+        "| arm | seeds | System 1 after stage 1 | after stage 2 | change "
+        "| System 2 after stage 1 | after stage 2 | change |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        cells = [
+            figure(arm.values(what, s), signed=what == "change")
+            for s in SYSTEMS
+            for what in ("first", "last", "change")
+        ]
+        lines.append(f"| {WORDS[name]} | {len(arm.seeds)} | " + " | ".join(cells) + " |")
+    base = arms["scores"]
+    lines.append(
+        "| the base | | " + " | ".join(f"{100 * base.bits['base'][s].mean():.1f} % | | " for s in SYSTEMS) + " |"
+    )
+    return "\n".join(lines)
+
+
+def differences(arms: dict[str, Arm]) -> str:
+    lines = [
+        "LoRA-PAR less the other arm, in points: above 0 it is better. *Seeds* were paired; a difference of this size "
+        "*needs* so many to show, at 5 %, in four studies of five.\n",
+        "| against | seeds | System 1 kept (change) | needs | System 1 at the end | needs "
+        "| System 2 gained (change) | needs | System 2 at the end | needs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        if name == "scores" or not set(arm.seeds) & set(arms["scores"].seeds):
+            continue
+        cells, count = [], 0
+        for s in SYSTEMS:
+            for what in ("change", "last"):
+                values, needed = difference(arms["scores"], arm, what, s)
+                count = len(values)
+                cells += [figure(values, signed=True), str(needed or "?")]
+        lines.append(f"| {WORDS[name]} | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def devices_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
+    lines = [
+        "| device | precision | arm | seeds | System 1 after stage 1 | after stage 2, seed by seed "
+        "| System 2 after stage 1 | after stage 2, seed by seed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (device, precision), arms in groups.items():
+        for name in ("scores", "all"):
+            if name in arms:
+                cells = []
+                for s in SYSTEMS:
+                    each = ", ".join(f"{100 * value:.0f}" for value in arms[name].bits["last"][s].mean(1))
+                    cells += [f"{100 * arms[name].bits['first'][s].mean():.1f} %", f"{each} %"]
+                lines.append(
+                    f"| {device} | {precision} | {WORDS[name]} | {len(arms[name].seeds)} | " + " | ".join(cells) + " |"
+                )
+    return "\n".join(lines)
+
+
+# What each option's description predicted before it was run.
+EXPECTED = {
+    "renewed": "System 2 gains more, because what matters to it has moved while stage 1 trained.",
+    "cost 0.5": "System 1 loses less in stage 2, for a little less gain in System 2.",
+    "cost 1": "As above, more of both.",
+    "watched": "System 1 loses less where its loss rises late, at the price of System 2's later gain.",
+}
+
+
+def expectations(arms: dict[str, Arm]) -> str:
+    lines = [
+        "| way | expected | System 1, against LoRA-PAR | System 2, against LoRA-PAR | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words in EXPECTED.items():
+        if name not in arms:
+            lines.append(f"| {WORDS[name]} | {words} | not run | not run | 0 |")
+            continue
+        both = [difference(arms[name], arms["scores"], "last", s)[0] for s in SYSTEMS]
+        lines.append(
+            f"| {WORDS[name]} | {words} | {figure(both[0], True)} | {figure(both[1], True)} | {len(both[0])} |"
+        )
+    return "\n".join(lines)
+
+
+def not_run(arms: dict[str, Arm], precision: str) -> str:
+    wanted: dict[str, int] = {}
+    for run in plan(list(ARMS), None, [precision]):
+        if run.arm not in arms or run.seed not in arms[run.arm].seeds:
+            wanted[run.arm] = wanted.get(run.arm, 0) + 1
+    if not wanted:
+        return "Nothing of the plan."
+    return "\n".join(f"- {WORDS[name]}: {count} of the planned seeds" for name, count in wanted.items())
+
+
+def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
+    """README's headline: means over seeds with intervals, plain LoRA beside it, and what one run may differ by."""
+    (device, precision), arms = next(iter(groups.items()))
+    scores = arms["scores"]
+    lines = [
+        f"Means over {len(scores.seeds)} seeds ({device}, {precision}), with 95 % intervals over seeds and rows:\n",
+        "| held-out accuracy | base | after SFT | after GRPO | plain LoRA after GRPO |",
+        "|---|---|---|---|---|",
+    ]
+    for s, title in zip(SYSTEMS, ("System 1: two terms", "System 2: three terms")):
+        rows = scores.bits["base"][s].shape[1]
+        plain = figure(arms["all"].values("last", s)) if "all" in arms else "not run"
+        lines.append(
+            f"| {title}, {rows} rows | {100 * scores.bits['base'][s].mean():.1f} % "
+            f"| {figure(scores.values('first', s))} "
+            f"| **{figure(scores.values('last', s)).replace(' [', '** [', 1)} | {plain} |"
+        )
+    ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
+    spread = {s: f"{values.min():.0f} to {values.max():.0f} %" for s, values in ends.items()}
+    lines.append(
+        f"\nA single run ended between {spread['system1']} in System 1 and {spread['system2']} in System 2. "
+        + claims(arms)
+    )
+    return "\n".join(lines)
+
+
+def claims(arms: dict[str, Arm]) -> str:
+    """What the differences say, in words that follow from the intervals."""
+    said = []
+    for other, words in (("all", "plain LoRA"), ("random", "a random choice of as many elements")):
+        if other not in arms:
+            said.append(f"Against {words}: not run.")
+            continue
+        parts = []
+        for s, title in zip(SYSTEMS, ("System 1", "System 2")):
+            values, _ = difference(arms["scores"], arms[other], "last", s)
+            _, low, high = interval(values)
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+            parts.append(f"{title} {figure(values, signed=True)} points ({verdict})")
+        said.append(f"At the end, against {words}: {', '.join(parts)}.")
+    return " ".join(said)
+
+
+def with_figures(text: str, table: str) -> str:
+    """The text with what stands between the two marks replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md: the marks {BEGIN} and {END} are not both there")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def yardstick(groups: dict[tuple[str, str], dict[str, Arm]]) -> dict[str, Any]:
+    """What the report shows beside a run of this recipe: the resolved recipe, and the arms' figures."""
+    (device, precision), arms = next(iter(groups.items()))
+    recipe = result_keys(load_recipe(ROOT / RECIPE).as_dict())
+    figures = {}
+    for name in ("scores", "all", "random"):
+        if name in arms:
+            arm = arms[name]
+            figures[name] = {
+                "seeds": len(arm.seeds),
+                **{s: {when: [round(v, 4) for v in (*interval(arm.values(when, s)), *extremes(arm.values(when, s)))]
+                       for when in ("first", "last")} for s in SYSTEMS},
+            }  # fmt: skip
+    return {"device": device, "precision": precision, "recipe": recipe, "arms": figures}
+
+
+def result_keys(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """The keys of a recipe that change what a run comes to, without those that the arms and seeds differ in."""
+    kept = {}
+    for key, value in values.items():
+        dotted = f"{at}.{key}" if at else key
+        if not changes_result(dotted) or dotted in ("seed", "model.dtype", "model.device"):
+            continue
+        kept[key] = result_keys(value, dotted) if isinstance(value, dict) and value else value
+    return kept
+
+
+def extremes(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest seed."""
+    means = values.mean(1)
+    return float(means.min()), float(means.max())
+
+
+def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
+    """Both systems' accuracy after stage 2: each arm's mean with its intervals, and its seeds as points."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    _, arms = next(iter(groups.items()))
+    shown, axes = pyplot.subplots(figsize=(9, 6.5), dpi=110)
+    colours = pyplot.get_cmap("tab20").colors
+    for number, (name, arm) in enumerate(arms.items()):
+        x, y = (arm.values("last", s) for s in SYSTEMS)
+        (mx, lx, hx), (my, ly, hy) = ([100 * value for value in interval(values)] for values in (x, y))
+        colour, main = colours[number % 20], name in ("scores", "all", "random", "all, all rows")
+        axes.scatter(100 * x.mean(1), 100 * y.mean(1), s=9, color=colour, alpha=0.45, linewidths=0)
+        axes.errorbar(
+            mx, my, xerr=[[mx - lx], [hx - mx]], yerr=[[my - ly], [hy - my]], fmt="o" if main else "s", color=colour,
+            markersize=9 if main else 5, linewidth=1.2 if main else 0.6, label=WORDS[name],
+        )  # fmt: skip
+    axes.set_xlabel("System 1 after stage 2, % of held-out rows")
+    axes.set_ylabel("System 2 after stage 2, % of held-out rows")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    shown.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(shown)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.study import ARMS, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
+from bench.study import ARMS, MAIN, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
 from lorapar.files import read_jsonl, write_json, write_text
 from lorapar.recipe.reading import load_recipe
 from lorapar.recipe.sections import changes_result
@@ -31,6 +31,8 @@ WORDS = {
     "scores": "LoRA-PAR",
     "all": "plain LoRA: every element in both stages",
     "random": "as many elements, chosen at random",
+    "scores, twice the rate": "LoRA-PAR, stage 2 at twice the learning rate",
+    "all, twice the rate": "plain LoRA, stage 2 at twice the learning rate",
     "all, all rows": "plain LoRA on both systems' rows in both stages",
     "renewed": "System 2 scored again after stage 1 (`score.renew`)",
     "cost 0.5": "what an element is worth to System 1 counted at 0.5 (`partition.system1_cost`)",
@@ -369,7 +371,7 @@ def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
     for number, (name, arm) in enumerate(arms.items()):
         x, y = (arm.values("last", s) for s in SYSTEMS)
         (mx, lx, hx), (my, ly, hy) = ([100 * value for value in interval(values)] for values in (x, y))
-        colour, main = colours[number % 20], name in ("scores", "all", "random", "all, all rows")
+        colour, main = colours[number % 20], name in MAIN
         axes.scatter(100 * x.mean(1), 100 * y.mean(1), s=9, color=colour, alpha=0.45, linewidths=0)
         axes.errorbar(
             mx, my, xerr=[[mx - lx], [hx - mx]], yerr=[[my - ly], [hy - my]], fmt="o" if main else "s", color=colour,

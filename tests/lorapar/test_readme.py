@@ -66,7 +66,7 @@ def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
     assert title == "# LoRA-PAR"
     assert what.startswith("**Fine-tune a language model")
     assert "For people who" in what
-    assert re.search(r"^\| System 2.*\d+ % \[\d+, \d+\]", before, re.M)
+    assert re.search(r"^\| System 2.*\d % \[[\d.]+, [\d.]+\]", before, re.M)
     assert rest.startswith("Set up\n")
     set_up = rest.partition("\n## ")[0]
     assert re.findall(r"```\n(.*?)\n```", set_up, re.DOTALL) == [QUICKSTART, TEST]

@@ -294,7 +294,7 @@ def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> d
 
     Systems are those of the rule's labels, whatever the arm was trained with.
     """
-    metrics, answers = read_json(folder / "metrics.json"), read_jsonl(folder / "answers.jsonl")
+    metrics, answers, made = read_json(folder / "metrics.json"), read_jsonl(folder / "answers.jsonl"), records(folder)
     truth = {str(row["id"]): f"system{row['system']}" for row in held_out(labelled)}
     right = {(answer["model"], str(answer["id"])): answer["correct"] for answer in answers}
     models = [model for model in MODELS if any(answer["model"] == model for answer in answers)]
@@ -307,7 +307,7 @@ def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> d
         "accuracy": {model: {s: b.count("1") / len(b) for s, b in by.items()} for model, by in bits.items()},
         "answers": bits, "rows": sha256_json(list(truth)),
         "partition": metrics["partition"],
-        "kept": {name: records(folder)[name].get("kept") for name in models if name != "base"},
+        "jaccard_renewed": made.get("renew", {}).get("jaccard_renewed"), "watched": made.get("grpo", {}).get("watched"),
         "seconds": round(sum(metrics["seconds"].values()), 1), "stage_seconds": metrics["seconds"],
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts,
     }  # fmt: skip

@@ -213,7 +213,15 @@ class SFTStageConfig(StageConfig):
 
 @dataclass
 class GRPOStageConfig(StageConfig):
-    """Stage 2, by reinforcement."""
+    """Stage 2, by reinforcement.
+
+    With `watch_rows`, so many System 1 rows are put aside: stage 1 does not train on them and scoring does not use
+    them. Their mean loss is computed before the stage's first step and at each checkpoint (`save_steps`, and the last
+    step), and one checkpoint becomes the stage's result: the last of those whose loss is at most `watch_rise` above
+    its value at the start; if there is none, the one of the lowest loss, with a warning. What to expect: where the
+    loss rises late in the stage, System 1 loses less accuracy, and System 2 gains less, because the stage's last steps
+    are given up. Rows put aside are also rows that stage 1 does not learn from. The paper has no such rule.
+    """
 
     config_class: ClassVar[str] = "GRPOConfig"
 
@@ -230,6 +238,12 @@ class GRPOStageConfig(StageConfig):
         False, "keep activations in host memory until the backward, as TRL's sft.activation_offloading does",
         changes_result=False,
     )  # fmt: skip
+    watch_rows: int = key(
+        0, "System 1 train rows put aside; their loss decides which checkpoint is kept. 0: the last one is", at_least=0
+    )
+    watch_rise: float = key(
+        0.1, "nats per answer token that the watched loss may rise above its value at the start", at_least=0
+    )
 
 
 @dataclass
@@ -269,6 +283,14 @@ class Recipe:
     grpo: GRPOStageConfig = key(GRPOStageConfig, "stage 2, and keys of trl.GRPOConfig")
     evaluate: EvaluateConfig = key(EvaluateConfig, "answers to the held-out rows")
     export: ExportConfig = key(ExportConfig, "what is written at the end")
+
+    def watched_system(self) -> int | None:
+        """The system that sft has trained and grpo does not, where `grpo.watch_rows` watches it; else None.
+
+        None also where there is no such system, which `check_values` refuses.
+        """
+        left = [system for system in self.sft.systems if system not in self.grpo.systems]
+        return left[0] if self.grpo.watch_rows and self.stages == ["sft", "grpo"] and left else None
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values; `parse` of it gives the same recipe."""

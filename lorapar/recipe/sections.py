@@ -215,12 +215,12 @@ class SFTStageConfig(StageConfig):
 class GRPOStageConfig(StageConfig):
     """Stage 2, by reinforcement.
 
-    With `watch_rows`, so many System 1 rows are put aside: stage 1 does not train on them and scoring does not use
-    them. Their mean loss is computed before the stage's first step and at each checkpoint (`save_steps`, and the last
-    step), and one checkpoint becomes the stage's result: the last of those whose loss is at most `watch_rise` above
-    its value at the start; if there is none, the one of the lowest loss, with a warning. What to expect: where the
-    loss rises late in the stage, System 1 loses less accuracy, and System 2 gains less, because the stage's last steps
-    are given up. Rows put aside are also rows that stage 1 does not learn from. The paper has no such rule.
+    `watch_rows` puts that many System 1 train rows aside: neither scoring nor stage 1 uses them. Their mean loss is
+    computed before the first step of stage 2 and at each of its checkpoints (every `save_steps`, and the last step).
+    One checkpoint becomes the result: the last of those whose loss is at most `watch_rise` above its value at the
+    start; if there is none, the one with the lowest loss, and a warning says so. Prediction: where the loss rises late,
+    System 1 falls less in stage 2, at the price of what System 2 would have gained in the steps that are given up. Rows
+    put aside also teach stage 1 nothing. The paper has no such rule.
     """
 
     config_class: ClassVar[str] = "GRPOConfig"
@@ -239,10 +239,10 @@ class GRPOStageConfig(StageConfig):
         changes_result=False,
     )  # fmt: skip
     watch_rows: int = key(
-        0, "System 1 train rows put aside; their loss decides which checkpoint is kept. 0: the last one is", at_least=0
+        0, "System 1 train rows put aside, whose loss decides which checkpoint is kept; 0: the last one is", at_least=0
     )
     watch_rise: float = key(
-        0.1, "nats per answer token that the watched loss may rise above its value at the start", at_least=0
+        0.1, "nats per answer token that the watched loss may rise above its value at the start", at_least=0, at_most=100
     )
 
 

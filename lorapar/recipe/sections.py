@@ -242,7 +242,10 @@ class GRPOStageConfig(StageConfig):
         0, "System 1 train rows put aside, whose loss decides which checkpoint is kept; 0: the last one is", at_least=0
     )
     watch_rise: float = key(
-        0.1, "nats per answer token that the watched loss may rise above its value at the start", at_least=0, at_most=100
+        0.1,
+        "nats per answer token that the watched loss may rise above its value at the start",
+        at_least=0,
+        at_most=100,
     )
 
 

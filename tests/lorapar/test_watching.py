@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
 
 import lorapar
@@ -96,6 +96,9 @@ def test_rows_of_one_id_stay_together():
     twice = Dataset.from_list([{**row, "id": f"{i // 2:02}", "split": "train"} for i, row in enumerate(ROWS)])  # type: ignore[dict-item]
     rest, aside = put_aside(twice, 1, 4)
     assert not set(rest["id"]) & set(aside["id"])
+    held_out = twice.select(range(2)).remove_columns("split").add_column("split", ["held_out"] * 2)  # type: ignore[call-arg]
+    _, aside = put_aside(concatenate_datasets([twice, held_out]), 1, 20)
+    assert set(aside["split"]) == {"train"}
 
 
 def test_too_few_rows_are_refused():
@@ -279,6 +282,9 @@ def test_losses_on_file_count_only_whole_with_their_start_and_of_the_same_rows(t
     watch._write(SimpleNamespace(is_world_process_zero=lambda: True))
     whole = path.read_text()
     assert watch.recorded() == {0: 1.0, 2: 0.5}
+    for step, taken in ((2, {0: 1.0, 2: 0.5}), (1, {0: 1.0}), (None, {})):
+        watch.go_on_from(step)
+        assert watch.losses == taken
     assert watching.LossWatch(tmp_path, examples[:9], 1, 0.1).recorded() == {}
     for text in (whole[:50], "[]", "{}", whole.replace('"0"', '"1"'), whole.replace("0.5", '"x"')):
         path.write_text(text)

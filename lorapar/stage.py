@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.labels import load_labels
+from .data.labels import load_labels, put_aside
 from .model.generate import set_stop_tokens
 from .model.load import load_model, load_tokenizer
 
@@ -49,6 +49,13 @@ class Run:
         if self._labels is None or self._labels[0] != changed:
             self._labels = changed, load_labels(path)
         return self._labels[1]
+
+    def put_aside(self) -> "tuple[Dataset, Dataset | None]":
+        """(the labelled rows without those that `grpo.watch_rows` puts aside, those); None where it puts none aside."""
+        system = self.recipe.watched_system()
+        return (
+            (self.labels(), None) if system is None else put_aside(self.labels(), system, self.recipe.grpo.watch_rows)
+        )
 
     def lengths(self) -> "Lengths":
         """Tokens of the longest labelled row and of the longest prompt, counted once."""
@@ -91,6 +98,12 @@ def do_nothing(run: Run) -> None:
 def no_inputs(run: Run) -> Facts:
     """A stage whose inputs are its sections and files alone."""
     return {}
+
+
+def rows_put_aside(run: Run) -> Facts:
+    """What decides which rows are put aside, for the stages that do not use them."""
+    system = run.recipe.watched_system()
+    return {} if system is None else {"put_aside": {"system": system, "rows": run.recipe.grpo.watch_rows}}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ ARROWS = {
     "labeling": "data errors files model progress recipe stage",
     "scoring": "adapter data errors files model progress recipe stage",
     "partitioning": "adapter errors files recipe scoring stage",
-    "training": "adapter data errors files memory model partitioning progress recipe rewards stage",
+    "training": "adapter data errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data errors files model partitioning progress recipe stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json, why_not_whole, write_json
 from ..recipe.checks import check_lora
 from ..recipe.sections import Start
 from . import targets
@@ -193,6 +193,23 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     for layer in masked_layers(peft_model).values():
         layer.trainable_rank = facts["rank"]
     return peft_model
+
+
+def restore_factors(model: nn.Module, folder: Path) -> None:
+    """Write a saved adapter's factors into those of a model that has it, bit for bit; the parameters stay the same.
+
+    Raises InputError where the folder's file is missing, not whole, or of other parameters.
+    """
+    path = folder / "adapter_model.safetensors"
+    fault = why_not_whole(path)
+    if fault:
+        raise InputError(f"{folder}: {fault}")
+    saved, parameters = load_file(path), lora_parameters(model)
+    given = {f"{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor for name, tensor in saved.items()}
+    check_fits(parameters, given, str(folder))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(given[name])
 
 
 def saved_shapes(folder: Path) -> dict[str, torch.Tensor]:

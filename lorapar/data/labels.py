@@ -1,5 +1,6 @@
 """The labelled rows: `labels.jsonl` read and checked, and the rows of a split and of some systems."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,3 +56,24 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
             "change the labelling rule or its threshold, or give other rows"
         )
     return dataset.select(keep)
+
+
+def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Dataset]:
+    """(the labelled rows without those put aside, those): the train rows of `system` with the `count` smallest digests
+    of their ids, whatever the rows' order. Rows of the same id stay together.
+
+    Raises InputError unless a train row of the system is left.
+    """
+    own = rows_of(dataset, [system])
+    ids = sorted(set(own["id"]), key=lambda name: hashlib.sha256(str(name).encode()).digest())
+    if count >= len(ids):
+        raise InputError(
+            f"grpo.watch_rows: got {count}, allowed: at most {len(ids) - 1}, since {len(ids)} train rows are labelled "
+            f"System {system} and stage 1 needs one"
+        )
+    chosen = set(ids[:count])
+    aside = [
+        i for i, (name, part) in enumerate(zip(dataset["id"], dataset["split"])) if name in chosen and part == "train"
+    ]
+    taken = set(aside)
+    return dataset.select([i for i in range(len(dataset)) if i not in taken]), dataset.select(aside)

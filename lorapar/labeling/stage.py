@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..data.labels import rows_of
+from ..data.labels import put_aside, rows_of
 from ..data.rows import load_rows
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
@@ -50,6 +50,9 @@ def label_stage(run: Run) -> Facts:
         needed |= {1, 2}
     for system in sorted(needed):
         rows_of(labelled, [system], "train")
+    watched = recipe.watched_system()
+    if watched is not None:
+        put_aside(labelled, watched, recipe.grpo.watch_rows)
     write_dropped(folder, dropped)
     write_jsonl(folder / LABELS, labelled)
     split_system = list(zip(labelled["split"], labelled["system"]))

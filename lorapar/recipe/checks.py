@@ -60,12 +60,17 @@ STOPPING = (
     "stop",
 )
 
+# Of grpo.watch_rows.
+NOTHING_TO_WATCH = "0 unless stages is [sft, grpo] and sft trains on a system that grpo does not train on"
+
 
 def check_values(recipe: Recipe) -> None:
     """InputError for the first value that its declaration, or another key, does not allow."""
     check_ranges(recipe)
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     check_label(recipe.label)
+    require(not recipe.grpo.watch_rows or recipe.watched_system() is not None, "grpo.watch_rows",
+            recipe.grpo.watch_rows, NOTHING_TO_WATCH)  # fmt: skip
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})

@@ -29,6 +29,7 @@ class Artefacts:
     votes: list[dict] | None = None  # of teachers
     metrics: dict[str, Any] | None = None
     histories: dict[str, list[dict]] = field(default_factory=dict)
+    watched: dict[str, Any] | None = None  # the losses that grpo watched, once a step was kept
     partition: Partition | None = None
     codes: dict[str, np.ndarray] | None = None  # region of every trainable element
     scores: dict[int, dict[str, np.ndarray]] | None = None
@@ -46,7 +47,7 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
             "recipe": "recipe.yaml", "labels": "labels.jsonl", "dropped": "dropped.jsonl", "votes": "votes.jsonl",
             "scores": "scores.safetensors",
             "partition": "partition.safetensors", "sft": "sft/log_history.json",
-            "grpo": "grpo/log_history.json",
+            "grpo": "grpo/log_history.json", "watched": "grpo/watched.json",
             "metrics": "metrics.json",
         }.items()
         if (folder / path).is_file()
@@ -63,6 +64,8 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
     run.votes = read_jsonl(files["votes"]) if "votes" in files else None
     run.metrics = read_json(files["metrics"]) if "metrics" in files else None
     run.histories = {stage: read_json(files[stage]) for stage in ("sft", "grpo") if stage in files}
+    watched = read_json(files["watched"]) if "watched" in files else {}
+    run.watched = watched if "kept" in watched else None
     if "partition" in files:
         run.partition = Partition.load(files["partition"])
         run.codes = elements.region_codes(run.partition)

@@ -7,7 +7,7 @@ drawing serves the light and the dark scheme. matplotlib is imported only where 
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,6 +323,27 @@ def curve_panel(title: str, colour: str, steps: np.ndarray, values: np.ndarray, 
 
     alt = f"{title} over {len(steps)} logged steps: first {first:.3g}, last {last:.3g}."
     return Panel(title, alt, draw, height=2.15)
+
+
+def watched_panel(title: str, colour: str, losses: Mapping[int, float], limit: float, kept: int) -> Panel:
+    """The loss at each checkpoint by step, the limit as a dashed line, and the step that was kept as a dot."""
+    steps, values = list(losses), list(losses.values())
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.axhline(limit, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.plot(steps, values, color=colour, linewidth=1.6)
+        axes.plot([kept], [losses[kept]], "o", color=colour, markersize=5)
+        axes.grid(axis="y")
+        axes.margins(x=0.04, y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("step")
+        axes.spines["left"].set_visible(False)
+
+    points = ", ".join(f"{value:.4g} at step {step}" for step, value in losses.items())
+    return Panel(title, f"{title}: {points}; step {kept} is kept.", draw, height=2.15)
 
 
 def running_window(count: int) -> int:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -281,7 +282,25 @@ def training(run: Artefacts, figures: Figures) -> str:
         if stage == "grpo":
             caption += " The band is one standard deviation of the reward within a logged batch."
         parts.append(figures.draw(f"training_{stage}", panels, escaped(caption + "".join(notes))))
-    return "".join(parts)
+    return "".join(parts) + (_watched(run.watched, figures) if run.watched else "")
+
+
+def _watched(watched: dict[str, Any], figures: Figures) -> str:
+    """The loss that grpo watched at its checkpoints, the limit, and the checkpoint that was kept."""
+    losses = {int(step): float(loss) for step, loss in watched["losses"].items()}
+    name, colour = SYSTEMS[f"system{watched['system']}"]
+    kept, last, limit = watched["kept"], max(losses), losses[0] + watched["rise"]
+    panel = charts.watched_panel(f"{name}: loss on rows put aside", colour, losses, limit, kept)
+    rule = (
+        f"the last checkpoint whose loss is at most {limit:.4g}, {watched['rise']:g} above the start"
+        if losses[kept] <= limit
+        else f"the lowest loss, as no checkpoint's was at most {limit:.4g}, {watched['rise']:g} above the start"
+    )
+    caption = (
+        f"{name}'s mean loss, in nats an answer token, on {number(watched['rows'])} rows that no stage trains on, "
+        f"before GRPO and at its checkpoints. The run keeps step {kept:,} of {last:,} (the dot): {rule} (dashed)."
+    )
+    return figures.draw("watched", [panel], escaped(caption))
 
 
 def labels(run: Artefacts, figures: Figures) -> str:

@@ -22,5 +22,5 @@ def stage(recipe: Recipe) -> Stage:
         reads=(LABELS,),
         writes=("report.html",),
         optional_reads=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION,
-               *(f"{name}/log_history.json" for name in recipe.stages)),
+               "grpo/watched.json", *(f"{name}/log_history.json" for name in recipe.stages)),
     )  # fmt: skip

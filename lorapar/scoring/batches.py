@@ -294,6 +294,29 @@ def _backward(logits: Tensor, targets: Tensor, batch: list[Example]) -> float:
     return scale
 
 
+def mean_answer_loss(model: nn.Module, examples: list[Example], batch_size: int) -> float:
+    """The mean cross-entropy over all answer tokens of `examples`, in nats a token; the model is as it was afterwards.
+
+    In eval mode, without gradients, in batches of like length; the softmax in fp32 at least, the sum in float64.
+    """
+    device, total = next(iter(lora_parameters(model).values())).device, 0.0
+    with torch.no_grad(), evaluating(model):
+        for places in plan_batches([len(example.ids) for example in examples], batch_size, [], padded=True):
+            batch = [examples[i] for i in places]
+            inputs = _inputs(batch, packed=False, device=device)
+            targets = torch.full(inputs["input_ids"].shape, IGNORED)
+            for i, example in enumerate(batch):
+                targets[i, : len(example.targets)] = torch.tensor(example.targets)
+            logits = _answer_logits(model, inputs, targets.view(-1))
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            expected = targets[targets != IGNORED].to(logits.device)
+            for some, words in zip(logits.split(SOFTMAX_ROWS), expected.split(SOFTMAX_ROWS)):
+                total += float(
+                    torch.nn.functional.cross_entropy(some.to(wide), words, reduction="none").sum(dtype=torch.float64)
+                )
+    return total / sum(example.answers for example in examples)
+
+
 def add_gradients(layers: Mapping[str, MaskedLayer]) -> None:
     """Add one example's gφ and (gφ)² to the sums, of the gradients in the factors' `grad`, which are taken away."""
     for layer in layers.values():

@@ -11,7 +11,7 @@ from ..data.labels import rows_of
 from ..files import atomic_folder
 from ..model.quantised import QUANTISED, quantisation
 from ..recipe.sections import Recipe
-from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files
+from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files, no_inputs, rows_put_aside
 from .score import score
 from .scores import save_scores
 
@@ -26,7 +26,7 @@ def score_stage(run: Run) -> Facts:
     """
     recipe, folder, config = run.recipe, run.folder, run.recipe.score
     set_seed(recipe.seed)
-    labels = run.labels()
+    labels, _ = run.put_aside()
     model = attach(run.load_model(), lora_config(recipe.lora), recipe.start, recipe.seed)
     both, facts = [], {}
     for system in (1, 2) if recipe.partition.selection != "all" else ():
@@ -76,6 +76,7 @@ def stage(recipe: Recipe) -> Stage:
         sections=(*ADAPTED, "score", "seed", *stop),
         reads=(LABELS,),
         writes=(*adapter_files("start"), *([SCORES] if scored else [])),
+        inputs=rows_put_aside if scored else no_inputs,
         check=check,
         discard=discard,
     )

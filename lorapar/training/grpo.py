@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,14 +22,17 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
-from ..errors import InputError, not_installed
+from ..errors import InputError, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
-from ..recipe.checks import check_trainer_keys
+from ..recipe.checks import check_trainer_keys, check_value
+from ..recipe.sections import GRPOStageConfig
+from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
 from .trainer import PAPER, PartitionedTrainer, Trained, train
+from .watching import LossWatch, check_watching
 
 log = logging.getLogger("lorapar")
 # Ours, or the completion that GRPO makes itself; the rest reaches the rewards by name.
@@ -201,6 +205,19 @@ def check_engine(config: GRPOConfig, base: str | None) -> None:
         )
 
 
+def _watch(
+    model: PeftModel, tokenizer: Any, rows: Dataset, config: GRPOConfig, systems: Sequence[int], rise: float
+) -> LossWatch:
+    check_watching(config)
+    require(len(rows) > 0, "watched", "no rows", "at least one row, or None")
+    others = [system for system in (1, 2) if system not in systems]
+    require(bool(others), "systems", list(systems), "one system beside watched rows, which are of the other")
+    examples = read_examples(cast(Any, rows), tokenizer, None)
+    for example in examples:
+        check_known(example.ids, model, tokenizer, example.name)
+    return LossWatch(Path(cast(str, config.output_dir)), examples, others[0], rise)
+
+
 def grpo(
     model: PeftModel,
     tokenizer: Any,
@@ -214,6 +231,8 @@ def grpo(
     rollout_batch_size: int | None = None,
     logprob_tokens: int | None = None,
     activation_offloading: bool = False,
+    watched: Dataset | None = None,
+    watch_rise: float = 0.1,
 ) -> tuple[PartitionedGRPOTrainer, Trained]:
     """Train the partition's "grpo" elements of `model` in place on the prompts of `systems`.
 
@@ -227,11 +246,17 @@ def grpo(
         rollout_batch_size: completions generated at once; None: all that one generation batch holds.
         logprob_tokens: tokens whose log-probabilities are taken at once; None: 256 on a CPU, TRL's 4,096 on a GPU.
         activation_offloading: what the backward needs waits in pinned host memory (a GPU).
+        watched: rows of the other system, with prompt and completion, that no stage trains on. Their mean loss is
+            computed before the first step and at each checkpoint, and the model ends as one of the checkpoints
+            (watching.py has the rule; `Trained.watched` says which). Training itself is not changed.
+        watch_rise: by how much that loss may rise above its value at the start, in nats an answer token.
 
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
+    check_value(GRPOStageConfig, "watch_rise", watch_rise)
+    watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise)
     rows = rows_of(dataset, systems)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
@@ -244,7 +269,7 @@ def grpo(
         logprob_tokens=logprob_tokens,
         activation_offloading=activation_offloading,
     )
-    trainer.longest_first = longest_first
+    trainer.longest_first, trainer.watch = longest_first, watch
     reference = "the adapter as this stage received it" if config.beta else "none (beta is 0)"
     log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
     trained = train(trainer, partition, "grpo", len(examples), resume)

@@ -18,8 +18,21 @@ from ..model.load import choose_device
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
 from ..rewards import resolve_rewards
-from ..stage import ADAPTED, LABELS, PARTITION, Facts, Run, Stage, adapter_files, is_main_process, weights_of
+from ..stage import (
+    ADAPTED,
+    LABELS,
+    PARTITION,
+    Facts,
+    Run,
+    Stage,
+    adapter_files,
+    is_main_process,
+    no_inputs,
+    rows_put_aside,
+    weights_of,
+)
 from .trainer import StageName, save_stage
+from .watching import WATCHED, check_watching
 
 log = logging.getLogger("lorapar")
 
@@ -31,7 +44,7 @@ def sft_stage(run: Run) -> Facts:
     section, config = run.recipe.sft, trainer_config(run, "sft")
     model, tokenizer, partition = _to_train(run, "sft")
     trainer, trained = sft(
-        model, tokenizer, run.labels(), partition, config, section.systems, resume=True,
+        model, tokenizer, run.put_aside()[0], partition, config, section.systems, resume=True,
         longest_first=section.longest_first, micro_batch_tokens=section.micro_batch_tokens,
     )  # fmt: skip
     return _finish(run, "sft", trainer, trained)
@@ -43,10 +56,12 @@ def grpo_stage(run: Run) -> Facts:
     set_seed(run.recipe.seed)
     section, rewards, config = run.recipe.grpo, resolve_rewards(run.recipe.grpo.rewards), trainer_config(run, "grpo")
     model, tokenizer, partition = _to_train(run, "grpo")
+    rows, watched = run.put_aside()
     trainer, trained = grpo(
-        model, tokenizer, run.labels(), partition, config, rewards, section.systems, resume=True,
+        model, tokenizer, rows, partition, config, rewards, section.systems, resume=True,
         longest_first=section.longest_first, rollout_batch_size=section.rollout_batch_size,
         logprob_tokens=section.logprob_tokens, activation_offloading=section.activation_offloading,
+        watched=watched, watch_rise=section.watch_rise,
     )  # fmt: skip
     return _finish(run, "grpo", trainer, trained)
 
@@ -81,6 +96,7 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
         "optimizer_state_bytes": trained.optimizer_state_bytes,
         "resumed_from": trained.resumed_from,
         **({"rollout_seconds": round(trained.rollout_seconds, 3)} if name == "grpo" else {}),
+        **({"watched": trained.watched} if trained.watched else {}),
     }
 
 
@@ -119,18 +135,21 @@ def check(run: Run, name: StageName) -> None:
         from .grpo import check_engine
 
         check_engine(config, run.recipe.lora.get("base"))
+        if run.recipe.grpo.watch_rows:
+            check_watching(config)
         resolve_rewards(run.recipe.grpo.rewards)
 
 
 def discard(run: Run, name: StageName) -> None:
-    """Remove the checkpoints of an attempt that had other inputs.
+    """Remove the checkpoints of an attempt that had other inputs, and the losses that were watched.
 
     Raises InputError, and removes nothing, where the recipe's rows would be refused by the stage itself.
     """
     checkpoints = list((run.folder / name).glob("checkpoint-*"))
-    if not checkpoints:
+    losses = run.folder / name / WATCHED
+    if not checkpoints and not losses.exists():
         return
-    rows = rows_of(run.labels(), getattr(run.recipe, name).systems)
+    rows = rows_of(run.put_aside()[0], getattr(run.recipe, name).systems)
     if name == "sft":
         from .sft import examples_that_fit
 
@@ -138,6 +157,8 @@ def discard(run: Run, name: StageName) -> None:
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)
+    if is_main_process():
+        losses.unlink(missing_ok=True)
 
 
 def stage(recipe: Recipe, name: StageName) -> Stage:
@@ -147,6 +168,8 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         sections=(*ADAPTED, name, "seed"),
         reads=(LABELS, PARTITION, weights_of(before(recipe, name))),
         writes=adapter_files(name),
+        # The section grpo says it by itself.
+        inputs=rows_put_aside if name == "sft" else no_inputs,
         check=lambda run: check(run, name),
         discard=lambda run: discard(run, name),
         trains=True,

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,6 +31,7 @@ from ..memory.process import give_back_large_blocks
 from ..partitioning.partition import Partition
 from ..progress import TrainingProgress
 from .optimizer import PartitionedAdamW
+from .watching import WATCHED, LossWatch
 
 log = logging.getLogger("lorapar")
 StageName = Literal["sft", "grpo"]
@@ -61,6 +63,7 @@ class Trained:
     resumed_from: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     rollout_seconds: float = 0.0
+    watched: dict[str, Any] | None = None  # what a `LossWatch` saw, and the step that it kept
 
 
 class PartitionedTrainer(Trainer):
@@ -74,6 +77,7 @@ class PartitionedTrainer(Trainer):
     partition: Partition | None = None
     stage: StageName
     longest_first: bool = False
+    watch: LossWatch | None = None
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
 
@@ -138,7 +142,14 @@ class PartitionedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.watch is not None and self.state.global_step == 0:
+            self.watch.measure(self)
         super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.watch is not None:
+            self.watch.measure(self)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -167,12 +178,17 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
         trainer.remove_callback(callback)
     trainer.add_callback(TrainingProgress(stage))
     output_dir = Path(cast(str, trainer.args.output_dir))
-    checkpoint = last_checkpoint(output_dir, partition) if resume else None
+    watch = trainer.watch
+    judged = None if watch is None else watch.recorded()
+    checkpoint = last_checkpoint(output_dir, partition, judged) if resume else None
+    if watch is not None:
+        watch.go_on_from(None if checkpoint is None else step_of(checkpoint))
     if resume:
         take_choices(output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         note_choices(output_dir)
+    watched = None if watch is None else watch.keep(trainer)
     optimizer = cast(Any, trainer.optimizer)
     optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
     return Trained(
@@ -181,6 +197,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
         optimizer_state_bytes=optimizer.state_bytes(),
         rows=rows,
         resumed_from=checkpoint.name if checkpoint else None,
+        watched=watched,
     )
 
 
@@ -205,14 +222,21 @@ def take_choices(output_dir: Path) -> None:
         log.warning("%s: passed over, products are timed again (%s)", path, error)
 
 
-def last_checkpoint(output_dir: Path, partition: Partition) -> Path | None:
-    """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition."""
-    numbered = [
-        (int(folder.name.removeprefix("checkpoint-")), folder)
-        for folder in output_dir.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for _, folder in sorted(numbered, reverse=True):
+def step_of(checkpoint: Path) -> int:
+    """N of a folder `checkpoint-N`."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(output_dir: Path, partition: Partition, judged: Collection[int] | None = None) -> Path | None:
+    """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition.
+
+    judged: the steps whose loss is on file, where losses are watched: no other checkpoint is gone on from.
+    """
+    there = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(there, key=step_of, reverse=True):
+        if judged is not None and step_of(folder) not in judged:
+            log.info("%s: its loss is not in %s, passed over", folder, WATCHED)
+            continue
         # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
         faults = [fault for fault in (why_not_whole(folder / name) for name in CHECKPOINT_FILES) if fault]
         if faults:

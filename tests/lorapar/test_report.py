@@ -5,6 +5,7 @@ import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -14,11 +15,12 @@ from datasets import Dataset
 
 import lorapar.reporting.elements as elements
 from lorapar.errors import InputError
-from lorapar.files import write_json, write_jsonl, write_text
+from lorapar.files import read_json, write_json, write_jsonl, write_text
 from lorapar.labeling import label
 from lorapar.partitioning.choose import partition
 from lorapar.partitioning.partition import Partition
 from lorapar.reporting.report import report
+from lorapar.reporting.sections import _watched
 from lorapar.scoring.scores import Scores, save_scores
 
 SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer", "recipe")
@@ -29,6 +31,7 @@ FIGURES = (
     "theta",
     "training_sft",
     "training_grpo",
+    "watched",
     "labels",
     "agreement",
     "cost",
@@ -102,6 +105,9 @@ def write_training(folder: Path, made: Partition) -> None:
         [{"step": i, "loss": 0.01, "grad_norm": 0.3, "reward": 0.4, "reward_std": 0.1} for i in range(1, 9)]
         + [{"step": 9, "loss": 0.01, "grad_norm": float("nan"), "reward": 0.5, "reward_std": 0.1}],
     )
+    losses = {"0": 0.5, "20": 0.55, "40": 0.59, "60": 0.7}
+    watched = {"system": 1, "rows": 48, "rise": 0.1, "losses": losses, "kept": 40, "digest": "x"}
+    write_json(folder / "grpo/watched.json", watched)
     rows = [
         {
             "id": f"{i:016x}",
@@ -201,7 +207,7 @@ def test_every_section_and_figure_is_there(run):
     figures = [a["id"] for tag, a in page.elements if tag == "figure"]
     assert figures == [f"fig-{name}" for name in FIGURES]
     pictures = [a for tag, a in page.elements if tag == "svg"]
-    assert len(pictures) == 3 + 1 + 4 + 3 + 3 + 3 + 1 + 2 + 2 + 1
+    assert len(pictures) == 3 + 1 + 4 + 3 + 3 + 3 + 1 + 1 + 2 + 2 + 1
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
     ids = [a["id"] for _, a in page.elements if a.get("id")]
     assert len(ids) == len(set(ids)), "an id is used twice"
@@ -275,6 +281,18 @@ def test_cost_labels_and_recipe(run):
     assert recipe in page.text["recipe"]
     assert html.escape(recipe) in text
     assert "<script" not in text.lower().replace("&lt;script", "")
+
+
+def test_the_watched_loss_says_what_was_kept_and_why(run):
+    folder, text, _ = run
+    said = Page(text).text["training"]
+    assert "on 48 rows that no stage trains on, before GRPO and at its checkpoints" in said
+    assert "The run keeps step 40 of 60 (the dot): the last checkpoint whose loss is at most 0.6, 0.1 above" in said
+    assert "System 1: loss on rows put aside: 0.5 at step 0, 0.55 at step 20, 0.59 at step 40, 0.7 at" in text
+    watched = read_json(folder / "grpo/watched.json")
+    figures = SimpleNamespace(draw=lambda name, panels, caption: caption)
+    lowest = _watched(watched | {"rise": 0.01, "kept": 20}, figures)  # type: ignore[arg-type]
+    assert "keeps step 20 of 60 (the dot): the lowest loss, as no checkpoint&#x27;s was at most 0.51" in lowest
 
 
 def test_agreement_is_that_of_the_votes(run):

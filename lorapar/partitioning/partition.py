@@ -23,7 +23,8 @@ class Partition:
     Attributes:
         masks: {"s1" | "s2" | "sft" | "grpo": {parameter name: bool tensor}}: the kept sets of the two systems, and the
             elements active in each stage.
-        metadata: theta, alpha, beta, granularity, selection, seed, rank and where the scores came from.
+        metadata: theta, alpha, beta, granularity, selection, seed, rank, where the scores came from, and system1_cost
+            where it is not 0.
     """
 
     def __init__(self, masks: Mapping[str, Masks], metadata: Mapping[str, Any]):
@@ -66,6 +67,7 @@ class Partition:
         union = shared + only_1 + only_2
         return {
             "theta": self.metadata["theta"],
+            **{key: self.metadata[key] for key in ("system1_cost",) if key in self.metadata},
             "jaccard": shared / union if union else 0.0,
             "trainable_elements": self.trainable(),
             "fraction": {

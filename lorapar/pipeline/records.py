@@ -17,8 +17,11 @@ from ..recipe.sections import changes_result
 from ..scoring.scores import load_scores
 from ..stage import LABELS, PARTITION, SCORES, Run, Stage
 
-# Of the section `model`, left out of a fingerprint where they are not set: folders made before these keys still hold.
-LATER_KEYS = ("chat_template", "chat_template_kwargs", "eos_token", "pad_token")
+# Left out of a fingerprint where they are not set: folders made before these keys still hold.
+LATER_KEYS = {
+    "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
+    "partition": ("system1_cost",),
+}
 
 
 def fingerprint(stage: Stage, run: Run) -> str:
@@ -30,7 +33,8 @@ def fingerprint(stage: Stage, run: Run) -> str:
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
-    values["model"] = {key: value for key, value in values["model"].items() if value or key not in LATER_KEYS}
+    for name, later in LATER_KEYS.items():
+        values[name] = {key: value for key, value in values[name].items() if value or key not in later}
     inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
     optional = [name for name in stage.optional_reads if (folder / name).is_file()]
     inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *optional)}

@@ -1,6 +1,7 @@
 """What types cannot say of a recipe: the ranges that keys declare, and which keys do not go together."""
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -60,12 +61,18 @@ STOPPING = (
     "stop",
 )
 
+# Of partition.system1_cost beside selection: all.
+NO_COST = "0 with selection: all, where both stages train every element"
+
 
 def check_values(recipe: Recipe) -> None:
     """InputError for the first value that its declaration, or another key, does not allow."""
     check_ranges(recipe)
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     check_label(recipe.label)
+    cost = recipe.partition.system1_cost
+    require(not math.isinf(cost), "partition.system1_cost", cost, "a finite number")
+    require(recipe.partition.selection != "all" or not cost, "partition.system1_cost", cost, NO_COST)
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})

@@ -171,6 +171,12 @@ class PartitionConfig:
     beta: float = key(1.0, "share of the shared elements that grpo trains", at_least=0, at_most=1, kind="a share")
     granularity: Granularity = key("element", "select single elements, whole tiles, or whole ranks")
     selection: Selection = key("scores", "by scores; random: as many at random; all: everything (plain LoRA)")
+    system1_cost: float = key(
+        0.0,
+        "above 0, grpo trains as many elements, those of the highest share of System 2's score less so many times their "
+        "share of System 1's",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -55,3 +55,9 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
             "change the labelling rule or its threshold, or give other rows"
         )
     return dataset.select(keep)
+
+
+def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:
+    """At most `count` training rows of a system, drawn by the seed; None: all of them, in the seed's order."""
+    rows = rows_of(dataset, [system]).shuffle(seed=seed)
+    return rows.select(range(min(count or len(rows), len(rows))))

@@ -53,9 +53,8 @@ def partition(
             I2_j / ΣI2 − λ · I1_j / ΣI1 (equal ones by position), and as many as it otherwise would: |S2-only| +
             ⌊β·|shared|⌋, of tiles or rank slices by their summed shares. The kept sets and SFT's set stay as they are.
             0: the paper's choice. At β = 1 the two meet: as λ → 0 the highest by worth become K₂. Below 1 they do not:
-            the paper drops shared units of the lowest score, a λ near 0 drops K₂'s lowest, shared or not. Meant to
-            lose less of System 1 in stage 2 for a little less gain in System 2, since fewer of the elements that
-            System 1 relies on move.
+            the paper drops shared units of the lowest score, a λ near 0 drops K₂'s lowest, shared or not. Predicts:
+            stage 2 loses less of System 1, and gains a little less in System 2.
 
     Raises InputError for values out of range, mappings that differ, or scores that are all zero.
     """

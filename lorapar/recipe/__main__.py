@@ -1,6 +1,7 @@
 """`python -m lorapar.recipe` prints docs/recipe.md: every key of a recipe, from its declaration."""
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def reference() -> str:
     parts = [INTRODUCTION.format(trls=" and ".join(f"`{name}`" for name in SAME_RESULT))]
     for at, section in sections(Recipe):
         hints = typing.get_type_hints(section)
-        parts.append(f"## `{at}`\n\n{(section.__doc__ or '').strip()}\n" if at else "## Top level\n")
+        parts.append(f"## `{at}`\n\n{inspect.cleandoc(section.__doc__ or '')}\n" if at else "## Top level\n")
         rows = [row(at, field, hints[field.name]) for field in dataclasses.fields(section) if field.name != "trainer"]
         parts.append("\n".join(["| key | type | default | allowed | |", "|---|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)

@@ -18,7 +18,7 @@ from ..model.load import choose_device
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
 from ..rewards import resolve_rewards
-from ..stage import ADAPTED, LABELS, PARTITION, Facts, Run, Stage, adapter_files, is_main_process, weights_of
+from ..stage import ADAPTED, LABELS, Facts, Run, Stage, adapter_files, is_main_process, partition_of, weights_of
 from .trainer import StageName, save_stage
 
 log = logging.getLogger("lorapar")
@@ -55,7 +55,7 @@ def _to_train(run: Run, name: StageName) -> tuple[Any, Any, Partition]:
     """The model with the adapter of the stage before, a tokenizer that the trainer may change, and the partition."""
     tokenizer = copy.deepcopy(run.tokenizer)
     model = load_adapter(run.load_model(), run.folder / before(run.recipe, name))
-    return model, tokenizer, Partition.load(run.folder / PARTITION)
+    return model, tokenizer, Partition.load(run.folder / partition_of(run.recipe, name))
 
 
 def before(recipe: Recipe, name: StageName) -> str:
@@ -145,7 +145,7 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         name,
         run=sft_stage if name == "sft" else grpo_stage,
         sections=(*ADAPTED, name, "seed"),
-        reads=(LABELS, PARTITION, weights_of(before(recipe, name))),
+        reads=(LABELS, partition_of(recipe, name), weights_of(before(recipe, name))),
         writes=adapter_files(name),
         check=lambda run: check(run, name),
         discard=lambda run: discard(run, name),

@@ -111,7 +111,7 @@ def _sums(scores: Masks, granularity: Granularity) -> Masks:
         return scores
     if granularity == "tile":
         return {name: lk.tile_sums(scores[name], _tile_of(name)) for name in scores}
-    for name, partner in _partners(scores).items():
+    for partner in _partners(scores).values():
         if partner not in scores:
             raise InputError(f"granularity: rank needs lora_A and lora_B together; {partner} is missing")
     return {
@@ -147,15 +147,16 @@ def _worthiest(sums: list[Masks], kept: list[Masks], can_train: Masks, beta: flo
 
     Among those with an element that can train, and as many as are kept by System 2 alone, with ⌊β·|shared|⌋.
     """
-    one, two, candidates = (_in_one_row(units).double() for units in (*sums, can_train))
+    one, two = (_in_one_row(units).double() for units in sums)
     k1, k2 = (_in_one_row(units) for units in kept)
     count = int((k2 & ~k1).sum()) + _share_of(int((k1 & k2).sum()), beta)
     worth = two / two.sum() - cost * (one / one.sum())
-    places = candidates.nonzero()[:, 0]
+    # A twin's worth is 0, more than that of an element which costs more than it brings.
+    worth[_in_one_row(can_train) == 0] = -math.inf
     # Stable, so that equals go by position.
-    order = worth[places].argsort(descending=True, stable=True)
+    order = worth.argsort(descending=True, stable=True)
     chosen = torch.zeros_like(k1)
-    chosen[places[order[:count]]] = True
+    chosen[order[:count]] = True
     parts = chosen.split([units.numel() for units in kept[0].values()])
     return {name: part.view(units.shape) for (name, units), part in zip(kept[0].items(), parts)}
 

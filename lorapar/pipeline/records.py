@@ -33,7 +33,7 @@ def fingerprint(stage: Stage, run: Run) -> str:
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
-    # Which stages there are and which files they read says whether scores are renewed; those of before stay as they are.
+    # It shows in which stages there are and which files they read, and the stages before are the same without it.
     del values["score"]["renew"]
     for name, later in LATER_KEYS.items():
         values[name] = {key: value for key, value in values[name].items() if value or key not in later}

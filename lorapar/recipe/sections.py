@@ -150,12 +150,12 @@ class LabelConfig:
 class ScoreConfig:
     """How important each LoRA element is to each system.
 
-    `renew: true` (not in the paper) adds the stage `renew` between the two training stages: the second one's system is
-    scored again on the adapter that the first one left, with the same rows and settings, into `scores_renewed.safetensors`,
-    and the second stage trains by `partition_renewed.safetensors`. In that the first stage's sets are as they were, and
-    the second system's kept set and the second stage's elements are of the renewed scores. The record of the stage
-    and `metrics.json` hold the Jaccard index of the old kept set and the renewed one. It needs two training stages and
-    scores: it is refused with one stage, `partition.selection: all` or `score.method: random`.
+    `renew: true` (not in the paper) adds the stage `renew` between the two training stages. It scores the second
+    stage's system again, on the adapter that the first stage left, with the same rows and settings
+    (`scores_renewed.safetensors`), and the second stage trains by the partition that follows from it
+    (`partition_renewed.safetensors`): the first stage's sets as they were, the second system's kept set and the second
+    stage's elements by the renewed scores. `stages.json` and `metrics.json` hold the Jaccard index of the old kept set
+    and the renewed one. With one training stage, `partition.selection: all` or `score.method: random` it is refused.
     """
 
     examples: int | None = key(100, "rows of each system at most; null: all", at_least=1)
@@ -191,8 +191,8 @@ class PartitionConfig:
     selection: Selection = key("scores", "by scores; random: as many at random; all: everything (plain LoRA)")
     system1_cost: float = key(
         0.0,
-        "above 0, grpo trains as many elements, those of the highest share of System 2's score less so many times their "
-        "share of System 1's",
+        "above 0, grpo trains as many elements as otherwise, those whose share of System 2's score less so many times "
+        "their share of System 1's is highest",
         at_least=0,
     )
 

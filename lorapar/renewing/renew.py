@@ -52,10 +52,12 @@ def renew(
     made = choose.partition(scores_1, scores_2, **settings, system1_cost=cost)
     system = SYSTEM_OF[stage]
     first = 3 - system
-    old, same = partition.masks[f"s{first}"], made.masks[f"s{first}"]
-    if old.keys() != same.keys() or any(not old[name].equal(same[name]) for name in old):
-        raise InputError(f"scores_{first}: they give another kept set of System {first} than the partition has; expected "
-                         f"the scores it was made of, as only System {system}'s are renewed")  # fmt: skip
+    old, again = partition.masks[f"s{first}"], made.masks[f"s{first}"]
+    if old.keys() != again.keys() or any(not old[name].equal(again[name]) for name in old):
+        raise InputError(
+            f"scores_{first}: they give another kept set of System {first} than the partition has; expected the scores "
+            f"it was made of, as only System {system}'s are renewed"
+        )
     renewed = {f"s{system}": made.masks[f"s{system}"], stage: made.masks[stage]}
     scores = (scores_1, scores_2)[system - 1]
     facts = {

@@ -226,7 +226,7 @@ def test_where_grpo_comes_first_sft_goes_by_system_1_renewed(changed_recipe: Cha
 
 
 def test_the_verb_needs_the_key_and_stage_1(recipe_file: Path, finished: Path, tmp_path: Path):
-    says = "stages: renew is not one of this recipe's stages (label, score, partition, sft, grpo, evaluate, export, report)"
+    says = "stages: renew is not one of this recipe's stages (label, score, partition, sft, grpo, evaluate, "
     refused("renew", recipe_file, "--output_dir", finished, says=(says, "score.renew: true adds it"))
     succeeds("label", recipe_file, "--output_dir", tmp_path / "new", *RENEW)
     refused("renew", recipe_file, "--output_dir", tmp_path / "new", *RENEW, says=("no such file; run the stage that",))

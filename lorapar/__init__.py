@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .partitioning.partition import Partition as Partition
     from .pipeline.running import run as run
     from .recipe.reading import load_recipe as load_recipe
+    from .renewing.renew import renew as renew
     from .reporting.report import report as report
     from .scoring.score import score as score
     from .scoring.scores import Scores as Scores
@@ -54,6 +55,7 @@ _WHERE = {
     "load_recipe": "recipe.reading",
     "load_scores": "scoring.scores",
     "partition": "partitioning.choose",
+    "renew": "renewing.renew",
     "report": "reporting.report",
     "run": "pipeline.running",
     "save_scores": "scoring.scores",

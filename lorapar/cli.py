@@ -19,6 +19,7 @@ STAGES = {
     "score": "score every LoRA element for each system",
     "partition": "divide the elements into S1-only, S2-only, shared and inactive",
     "sft": "train stage 1 on its system's rows",
+    "renew": "score the second stage's system on the first stage's result, where score.renew is set",
     "grpo": "train stage 2 on its system's rows",
     "evaluate": "answer the held-out rows with the base and after each stage",
     "export": "write the finished adapter, and the merged model where asked for",

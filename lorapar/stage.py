@@ -27,6 +27,9 @@ Facts = dict[str, Any]  # what a stage records of itself in stages.json
 LABELS = "labels.jsonl"
 SCORES = "scores.safetensors"
 PARTITION = "partition.safetensors"
+# With score.renew: of the second training stage, and what its partition was made of.
+SCORES_RENEWED = "scores_renewed.safetensors"
+PARTITION_RENEWED = "partition_renewed.safetensors"
 
 
 class Run:
@@ -140,6 +143,11 @@ ADAPTED = ("model", "lora", "start")
 def adapter_files(folder: str) -> tuple[str, ...]:
     """The files without which an adapter folder loads neither here nor in PEFT, the weights first."""
     return tuple(f"{folder}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "lorapar.json"))
+
+
+def partition_of(recipe: "Recipe", name: str) -> str:
+    """The file of the partition that a training stage goes by; the last stage's holds what both have trained."""
+    return PARTITION_RENEWED if recipe.score.renew and name == recipe.stages[-1] else PARTITION
 
 
 def weights_of(folder: str) -> str:

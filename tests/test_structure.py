@@ -29,6 +29,7 @@ ARROWS = {
     "labeling": "data errors files model progress recipe stage",
     "scoring": "adapter data errors files model progress recipe stage",
     "partitioning": "adapter errors files recipe scoring stage",
+    "renewing": "adapter data errors partitioning recipe scoring stage",
     "training": "adapter data errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data errors files model partitioning progress recipe stage",
     "exporting": "adapter data errors files model recipe stage",
@@ -36,8 +37,8 @@ ARROWS = {
     "stage": "data memory model",
     # What runs them.
     "pipeline": (
-        "adapter errors evaluating exporting files labeling logs memory partitioning recipe reporting scoring stage "
-        "training __init__"
+        "adapter errors evaluating exporting files labeling logs memory partitioning recipe renewing reporting scoring "
+        "stage training __init__"
     ),
     "doctor": "memory model",
     "cli": "doctor errors memory pipeline recipe",
@@ -196,8 +197,8 @@ def test_every_stage_is_declared_in_its_own_folder():
     """And nobody but the order of the stages, and the label command's own options, goes to them."""
     edges = graph("lorapar")
     stages = {name for name in edges if name.endswith(".stage")}
-    assert stages == {f"{folder}.stage" for folder in ("labeling", "scoring", "partitioning", "training", "evaluating",
-                                                       "exporting", "reporting")}  # fmt: skip
+    assert stages == {f"{folder}.stage" for folder in ("labeling", "scoring", "partitioning", "renewing", "training",
+                                                       "evaluating", "exporting", "reporting")}  # fmt: skip
     assert edges["pipeline.order"] >= stages
     for name, others in edges.items():
         if name not in ("pipeline.order", "pipeline.running"):

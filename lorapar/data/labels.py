@@ -77,3 +77,9 @@ def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Datas
     ]
     taken = set(aside)
     return dataset.select([i for i in range(len(dataset)) if i not in taken]), dataset.select(aside)
+
+
+def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:
+    """At most `count` training rows of a system, drawn by the seed; None: all of them, in the seed's order."""
+    rows = rows_of(dataset, [system]).shuffle(seed=seed)
+    return rows.select(range(min(count or len(rows), len(rows))))

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..files import write_json, write_jsonl
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
-from ..stage import ADAPTED, LABELS, PARTITION, Facts, Run, Stage, weights_of
+from ..stage import ADAPTED, LABELS, Facts, Run, Stage, partition_of, weights_of
 from .evaluate import evaluate
 
 log = logging.getLogger("lorapar")
@@ -42,7 +42,7 @@ def evaluate_stage(run: Run) -> Facts:
             "accuracy": {name: result["accuracy"] for name, result in results.items()},
             "interval": {name: result["interval"] for name, result in results.items()},
             "n": results["base"]["n"],
-            "partition": Partition.load(folder / PARTITION).summary(),
+            "partition": Partition.load(folder / partition_of(recipe, recipe.stages[-1])).summary(),
         },
     )
     return {name: round(result["accuracy"]["all"], 4) for name, result in results.items()}
@@ -53,6 +53,6 @@ def stage(recipe: Recipe) -> Stage:
         "evaluate",
         run=evaluate_stage,
         sections=(*ADAPTED, "evaluate", "stages"),
-        reads=(LABELS, PARTITION, *map(weights_of, recipe.stages)),
+        reads=(LABELS, partition_of(recipe, recipe.stages[-1]), *map(weights_of, recipe.stages)),
         writes=("metrics.json", "answers.jsonl"),
     )

@@ -30,7 +30,7 @@ from .step import NotSimulated
 log = logging.getLogger("lorapar")
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-NEEDS_MODEL = ("score", "sft", "grpo", "evaluate")
+NEEDS_MODEL = ("score", "sft", "renew", "grpo", "evaluate")
 
 
 def parse_bytes(text: str) -> int:
@@ -106,9 +106,10 @@ def changes(recipe: Recipe, stage: str) -> Iterator[Change]:
             value //= 2
             yield value, functools.partial(_set, section=section, key=key, value=value)
 
-    if stage in ("score", "evaluate"):
-        for value, change in halved(stage, "batch_size", getattr(recipe, stage).batch_size):
-            yield f"{stage}.batch_size: {value} (same result)", change
+    if stage in ("score", "renew", "evaluate"):
+        section = "evaluate" if stage == "evaluate" else "score"
+        for value, change in halved(section, "batch_size", getattr(recipe, section).batch_size):
+            yield f"{section}.batch_size: {value} (same result)", change
     if stage == "sft":
         yield (
             "sft.micro_batch_tokens: 1 (a row at a time; same result)",

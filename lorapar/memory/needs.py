@@ -162,7 +162,9 @@ def _activations(model: Model, step: TrainingStep) -> tuple[int, str | None]:
 
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
     """What each stage that holds the model needs."""
-    return [need(recipe, lengths, stage) for stage in ("score", *recipe.stages, "evaluate")]
+    first, *second = recipe.stages
+    renewed = ["renew"] if recipe.score.renew else []
+    return [need(recipe, lengths, stage) for stage in ("score", first, *renewed, *second, "evaluate")]
 
 
 def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
@@ -175,7 +177,7 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         rows = recipe.evaluate.batch_size
         cache = _cache(model, rows, lengths.prompt + recipe.evaluate.max_new_tokens)
         return Need(stage, model.weights, adapters, 0, 0, cache, _logits(model, rows), workspace)
-    if stage == "score":
+    if stage in ("score", "renew"):
         step = TrainingStep(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
         # Logits and their gradient at every answer position; four sums an element.
         logits = 2 * _logits(model, step.rows * step.tokens)

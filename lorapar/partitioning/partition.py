@@ -23,7 +23,8 @@ class Partition:
     Attributes:
         masks: {"s1" | "s2" | "sft" | "grpo": {parameter name: bool tensor}}: the kept sets of the two systems, and the
             elements active in each stage.
-        metadata: theta, alpha, beta, granularity, selection, seed, rank and where the scores came from.
+        metadata: theta, alpha, beta, granularity, selection, seed, rank, where the scores came from, and system1_cost
+            where it is not 0. `lorapar.renew` adds "renewed": stage, system, jaccard, partition, scores.
     """
 
     def __init__(self, masks: Mapping[str, Masks], metadata: Mapping[str, Any]):
@@ -56,8 +57,13 @@ class Partition:
         return sum(trainable_mask(name, mask, rank).sum().item() for name, mask in self.masks["s1"].items())  # type: ignore[misc]
 
     def summary(self) -> dict[str, Any]:
-        """θ, the Jaccard index of the kept sets, and the share of the trainable elements in each region."""
+        """θ, the Jaccard index of the kept sets, and the share of the trainable elements in each region.
+
+        Where they are set: system1_cost, and which system was renewed with the Jaccard index of its two kept sets.
+        """
         total = max(self.trainable(), 1)
+        cost = {key: self.metadata[key] for key in ("system1_cost",) if key in self.metadata}
+        renewed = self.metadata.get("renewed")
         pairs = [(self.masks["s1"][name], self.masks["s2"][name]) for name in self.masks["s1"]]
         shared = sum(int((k1 & k2).sum()) for k1, k2 in pairs)
         only_1 = sum(int((k1 & ~k2).sum()) for k1, k2 in pairs)
@@ -66,6 +72,8 @@ class Partition:
         union = shared + only_1 + only_2
         return {
             "theta": self.metadata["theta"],
+            **cost,
+            **({"renewed": {key: renewed[key] for key in ("system", "jaccard")}} if renewed else {}),
             "jaccard": shared / union if union else 0.0,
             "trainable_elements": self.trainable(),
             "fraction": {

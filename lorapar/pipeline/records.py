@@ -15,12 +15,13 @@ from ..files import read_json, sha256_file, sha256_json, why_not_whole, write_js
 from ..partitioning.partition import Partition
 from ..recipe.sections import changes_result
 from ..scoring.scores import load_scores
-from ..stage import LABELS, PARTITION, SCORES, Run, Stage
+from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED, Run, Stage
 
 # Left out of a fingerprint where they are not set: folders made before these keys still hold.
 LATER_KEYS = {
     "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
     "grpo": ("watch_rows",),
+    "partition": ("system1_cost",),
 }
 
 
@@ -33,6 +34,8 @@ def fingerprint(stage: Stage, run: Run) -> str:
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
+    # It shows in which stages there are and which files they read, and the stages before are the same without it.
+    del values["score"]["renew"]
     for name, later in LATER_KEYS.items():
         values[name] = {key: value for key, value in values[name].items() if value or key not in later}
     if not recipe.grpo.watch_rows:
@@ -106,13 +109,13 @@ def check_whole(run: Run, names: Sequence[str]) -> None:
         fault = None if name == LABELS else why_not_whole(folder / name)
         if fault:
             raise InputError(f"{folder / name}: {fault}; restore it, or delete it to have it made again")
-    if SCORES in names:
-        load_scores(folder / SCORES)
-    if PARTITION in names:
-        active = Partition.load(folder / PARTITION).active("sft")
+    for scores in {SCORES, SCORES_RENEWED} & set(names):
+        load_scores(folder / scores)
+    for partition in {PARTITION, PARTITION_RENEWED} & set(names):
+        active = Partition.load(folder / partition).active("sft")
         for name in names:
             if name.endswith("/adapter_model.safetensors"):
-                check_fits(saved_shapes((folder / name).parent), active, str(folder / PARTITION))
+                check_fits(saved_shapes((folder / name).parent), active, str(folder / partition))
     for stage, record in records(folder).items():
         for name, facts in recorded_files(record).items():
             if name in names and "sha256" in facts and sha256_file(folder / name) != facts["sha256"]:

@@ -54,7 +54,8 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
     this, stages = Run(recipe, Path(recipe.output_dir)), stages_of(recipe)
     names = [stage.name for stage in stages]
     if only is not None and only not in names:
-        raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)})")
+        adds = "; score.renew: true adds it" if only == "renew" else ""
+        raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)}){adds}")
     with calm_libraries(), as_input_error(this.folder):
         check_settings(this, only)
         _check_folder(recipe, this.folder, update)

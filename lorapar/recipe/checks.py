@@ -1,6 +1,7 @@
 """What types cannot say of a recipe: the ranges that keys declare, and which keys do not go together."""
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ STOPPING = (
 
 # Of grpo.watch_rows.
 NOTHING_TO_WATCH = "0 unless stages is [sft, grpo] and sft trains on a system that grpo does not train on"
+# Of partition.system1_cost beside selection: all.
+NO_COST = "0 with selection: all, where both stages train every element"
 
 
 def check_values(recipe: Recipe) -> None:
@@ -71,6 +74,10 @@ def check_values(recipe: Recipe) -> None:
     check_label(recipe.label)
     require(not recipe.grpo.watch_rows or recipe.watched_system() is not None, "grpo.watch_rows",
             recipe.grpo.watch_rows, NOTHING_TO_WATCH)  # fmt: skip
+    cost = recipe.partition.system1_cost
+    require(not math.isinf(cost), "partition.system1_cost", cost, "a finite number")
+    require(recipe.partition.selection != "all" or not cost, "partition.system1_cost", cost, NO_COST)
+    check_renew(recipe)
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
@@ -79,6 +86,16 @@ def check_values(recipe: Recipe) -> None:
     weights = recipe.lora.get("init_lora_weights", True)
     require(weights is True or recipe.start == "peft", "lora.init_lora_weights", weights,
             f"nothing, since start: {recipe.start} says how A and B begin (start: peft leaves it to PEFT)")  # fmt: skip
+
+
+def check_renew(recipe: Recipe) -> None:
+    """InputError for a recipe in which nothing could be scored again between two training stages."""
+    for senseless, why in (
+        (len(recipe.stages) < 2, "one training stage, which none comes before"),
+        (recipe.partition.selection == "all", "partition.selection: all, which needs no scores"),
+        (recipe.score.method == "random", "score.method: random, whose scores say nothing of their elements"),
+    ):
+        require(not (recipe.score.renew and senseless), "score.renew", recipe.score.renew, f"false with {why}")
 
 
 def check_ranges(config: Any, at: str = "") -> None:

@@ -148,7 +148,15 @@ class LabelConfig:
 
 @dataclass
 class ScoreConfig:
-    """How important each LoRA element is to each system."""
+    """How important each LoRA element is to each system.
+
+    `renew: true` (not in the paper) adds the stage `renew` between the two training stages. It scores the second
+    stage's system again, on the adapter that the first stage left, with the same rows and settings
+    (`scores_renewed.safetensors`), and the second stage trains by the partition that follows from it
+    (`partition_renewed.safetensors`): the first stage's sets as they were, the second system's kept set and the second
+    stage's elements by the renewed scores. `stages.json` and `metrics.json` hold the Jaccard index of the old kept set
+    and the renewed one. With one training stage, `partition.selection: all` or `score.method: random` it is refused.
+    """
 
     examples: int | None = key(100, "rows of each system at most; null: all", at_least=1)
     batch_size: int = key(8, "rows at a time", at_least=1, changes_result=False)
@@ -159,11 +167,21 @@ class ScoreConfig:
         "stop once doubling the rows hardly changes the selected elements: their Jaccard index is at least this",
         more_than=0, at_most=1, kind="a Jaccard index",
     )  # fmt: skip
+    renew: bool = key(
+        False, "score the second training stage's system again, on the first stage's result, and train that stage by it"
+    )
 
 
 @dataclass
 class PartitionConfig:
-    """Which elements each stage trains."""
+    """Which elements each stage trains.
+
+    With `system1_cost: λ` above 0 (not in the paper) an element is worth its share of System 2's total score less λ
+    times its share of System 1's, and `grpo` trains the elements of highest worth: as many as it would otherwise train,
+    among all that can train. What `sft` trains and both kept sets stay as they are. With granularity `tile` or `rank`
+    whole tiles or ranks are chosen so, as many as otherwise. At 0 the paper's rule holds, which at `beta: 1` is what a
+    λ near 0 gives too.
+    """
 
     theta: float = key(0.9, "share of a system's total score that its selected elements hold", more_than=0, at_most=1,
                        kind="a share")  # fmt: skip
@@ -171,6 +189,12 @@ class PartitionConfig:
     beta: float = key(1.0, "share of the shared elements that grpo trains", at_least=0, at_most=1, kind="a share")
     granularity: Granularity = key("element", "select single elements, whole tiles, or whole ranks")
     selection: Selection = key("scores", "by scores; random: as many at random; all: everything (plain LoRA)")
+    system1_cost: float = key(
+        0.0,
+        "above 0, grpo trains as many elements as otherwise, those whose share of System 2's score less so many times "
+        "their share of System 1's is highest",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -54,11 +54,14 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
     }  # fmt: skip
     if not files:
         raise InputError(f"{folder}: holds no artefact of a run (recipe.yaml, labels.jsonl, scores.safetensors, …)")
+    recipe_text = read_text(files["recipe"]) if "recipe" in files else None
+    recipe = yaml.safe_load(recipe_text or "") or {}
+    renewed = {"scores": folder / "scores_renewed.safetensors", "partition": folder / "partition_renewed.safetensors"}
+    # Left from a recipe that had the key, they are not of this run.
+    if (recipe.get("score") or {}).get("renew") and all(path.is_file() for path in renewed.values()):
+        files |= renewed
     newest = max(path.stat().st_mtime for path in files.values())
-    run = Artefacts(folder, datetime.fromtimestamp(newest, UTC))
-    if "recipe" in files:
-        run.recipe_text = read_text(files["recipe"])
-        run.recipe = yaml.safe_load(run.recipe_text) or {}
+    run = Artefacts(folder, datetime.fromtimestamp(newest, UTC), recipe_text, recipe)
     run.labels = labels or (read_jsonl(files["labels"]) if "labels" in files else None)
     run.dropped = read_jsonl(files["dropped"]) if "dropped" in files else []
     run.votes = read_jsonl(files["votes"]) if "votes" in files else None
@@ -76,7 +79,9 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
         }
         shapes = {name: array.shape for name, array in run.scores[1].items()}
         if run.codes is not None and shapes != {name: array.shape for name, array in run.codes.items()}:
-            raise InputError(f"{files['partition']}: does not fit scores.safetensors: its parameters or shapes differ")
+            raise InputError(
+                f"{files['partition']}: does not fit {files['scores'].name}: its parameters or shapes differ"
+            )
         run.curves = {(s, g): elements.keep_curve(run.scores[s], g) for s in (1, 2) for g in GRANULARITIES}
     return run
 

@@ -67,6 +67,12 @@ def _header(run: Artefacts) -> str:
             f"θ {m['theta']:g}, α {m['alpha']:g}, β {m['beta']:g}, {m['granularity']} granularity, "
             f"selection by {m['selection']}, seed {m['seed']}"
         )
+        if "renewed" in m:
+            facts["Partition"] += (
+                f", System {m['renewed']['system']} scored again before {m['renewed']['stage'].upper()}"
+            )
+        if "system1_cost" in m:
+            facts["Partition"] += f", GRPO's elements by their worth at a System-1 cost of {m['system1_cost']:g}"
     facts["Date"] = f"{run.newest.day} {run.newest:%B %Y, %H:%M} UTC"
     if run.recipe_text is not None:
         facts["Recipe"] = f"sha256 {sha256_file(run.folder / 'recipe.yaml')[:16]}"

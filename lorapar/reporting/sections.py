@@ -25,7 +25,7 @@ SYSTEMS = {
     "all": ("All", charts.MUTED),
 }
 TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
-STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "export")
+STAGES = ("label", "score", "partition", "sft", "renew", "grpo", "evaluate", "export")
 SCATTER_POINTS = 20_000
 STATE_BYTES = 8  # two fp32 moments an element
 # What each stage's panels show: (key in the log, title, key of its spread).
@@ -134,7 +134,7 @@ def importance(run: Artefacts, figures: Figures) -> str:
         shares = regions.totals / regions.totals.sum()
         labels = [f"{name} {100 * share:.1f} %" for name, share in zip(REGIONS, shares)]
         alt += " Shares: " + ", ".join(labels) + f"; Jaccard {regions.jaccard:.3f}."
-        counted = _region_table(regions)
+        counted = _region_table(regions) + _renewed(run.partition.metadata.get("renewed"))
         if run.partition.metadata["granularity"] == "element" and run.partition.metadata["selection"] == "scores":
             thresholds = _threshold(run, 1), _threshold(run, 2)
     regions_drawn = None if codes is None else codes[inside]
@@ -170,6 +170,17 @@ def _region_table(regions: elements.RegionMap) -> str:
         html_table(["region", "elements", "share"], rows)
         + f"<p>The two kept sets share <b>{number(totals[3])}</b> elements: Jaccard index "
         f"<b>{regions.jaccard:.3f}</b> (1 if both systems kept the same elements, 0 if none in common).</p>"
+    )
+
+
+def _renewed(facts: dict[str, Any] | None) -> str:
+    """That a system was scored again between the two training stages, and how far its kept set moved by that."""
+    if facts is None:
+        return ""
+    return (
+        f"<p>System {facts['system']} was scored again before {facts['stage'].upper()}, on what the stage before had "
+        f"left: its kept sets before and after have a Jaccard index of <b>{facts['jaccard']:.3f}</b>. What is shown of "
+        "it here is the second.</p>"
     )
 
 

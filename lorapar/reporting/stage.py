@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from ..recipe.sections import Recipe
-from ..stage import LABELS, PARTITION, SCORES, Facts, Run, Stage
+from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED, Facts, Run, Stage
 
 
 def report_stage(run: Run) -> Facts:
@@ -15,12 +15,13 @@ def report_stage(run: Run) -> Facts:
 
 
 def stage(recipe: Recipe) -> Stage:
+    renewed = (SCORES_RENEWED, PARTITION_RENEWED) if recipe.score.renew else ()
     # Labels alone are enough: they should be looked at before anything is trained on them.
     return Stage(
         "report",
         run=report_stage,
         reads=(LABELS,),
         writes=("report.html",),
-        optional_reads=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION,
+        optional_reads=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION, *renewed,
                "grpo/watched.json", *(f"{name}/log_history.json" for name in recipe.stages)),
     )  # fmt: skip

@@ -35,6 +35,15 @@ def shuffled(by_system: list[Masks], trainable: Masks, seed: int) -> list[Masks]
     return moved
 
 
+def facts_of(scores: Scores, system: int) -> dict[str, Any]:
+    """What a stage records of a system's scores: how many examples they took, and whether and when they were stable."""
+    facts = {f"examples_system{system}": scores.metadata["examples"]}
+    if "until_stable" in scores.metadata:
+        facts[f"stable_system{system}"] = scores.metadata["stable"]
+        facts[f"looks_system{system}"] = scores.metadata["looks"]
+    return facts
+
+
 def save_scores(path: Path | str, scores_1: Scores, scores_2: Scores) -> None:
     """Write `system1/<parameter>` and `system2/<parameter>`, fp32, with both systems' metadata."""
     tensors = {f"system{i}/{name}": t for i, s in ((1, scores_1), (2, scores_2)) for name, t in s.items()}

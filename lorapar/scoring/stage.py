@@ -7,13 +7,13 @@ from transformers import set_seed
 
 from ..adapter.attach import attach, save_adapter
 from ..adapter.options import lora_config
-from ..data.labels import rows_of
+from ..data.labels import drawn
 from ..files import atomic_folder
 from ..model.quantised import QUANTISED, quantisation
 from ..recipe.sections import Recipe
 from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files, no_inputs, rows_put_aside
 from .score import score
-from .scores import save_scores
+from .scores import facts_of, save_scores
 
 log = logging.getLogger("lorapar")
 SUMS = "scoring-system{}.safetensors"  # a system's running sums, until scores.safetensors is there
@@ -30,17 +30,13 @@ def score_stage(run: Run) -> Facts:
     model = attach(run.load_model(), lora_config(recipe.lora), recipe.start, recipe.seed)
     both, facts = [], {}
     for system in (1, 2) if recipe.partition.selection != "all" else ():
-        rows = rows_of(labels, [system]).shuffle(seed=recipe.seed)
-        rows = rows.select(range(min(config.examples or len(rows), len(rows))))
+        rows = drawn(labels, system, config.examples, recipe.seed)
         scores = score(
             model, run.tokenizer, rows, config.batch_size, config.method, config.max_length, recipe.seed,
             config.until_stable, recipe.partition.theta, folder / SUMS.format(system),
         )  # fmt: skip
         both.append(scores)
-        facts[f"examples_system{system}"] = scores.metadata["examples"]
-        if config.until_stable is not None:
-            facts[f"stable_system{system}"] = scores.metadata["stable"]
-            facts[f"looks_system{system}"] = scores.metadata["looks"]
+        facts |= facts_of(scores, system)
     with atomic_folder(folder / "start") as temporary:
         save_adapter(model, temporary, start=recipe.start, stage="start")
     if not both:

@@ -21,13 +21,13 @@ from ..rewards import resolve_rewards
 from ..stage import (
     ADAPTED,
     LABELS,
-    PARTITION,
     Facts,
     Run,
     Stage,
     adapter_files,
     is_main_process,
     no_inputs,
+    partition_of,
     rows_put_aside,
     weights_of,
 )
@@ -70,7 +70,7 @@ def _to_train(run: Run, name: StageName) -> tuple[Any, Any, Partition]:
     """The model with the adapter of the stage before, a tokenizer that the trainer may change, and the partition."""
     tokenizer = copy.deepcopy(run.tokenizer)
     model = load_adapter(run.load_model(), run.folder / before(run.recipe, name))
-    return model, tokenizer, Partition.load(run.folder / PARTITION)
+    return model, tokenizer, Partition.load(run.folder / partition_of(run.recipe, name))
 
 
 def before(recipe: Recipe, name: StageName) -> str:
@@ -166,7 +166,7 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         name,
         run=sft_stage if name == "sft" else grpo_stage,
         sections=(*ADAPTED, name, "seed"),
-        reads=(LABELS, PARTITION, weights_of(before(recipe, name))),
+        reads=(LABELS, partition_of(recipe, name), weights_of(before(recipe, name))),
         writes=adapter_files(name),
         # The section grpo says it by itself.
         inputs=rows_put_aside if name == "sft" else no_inputs,

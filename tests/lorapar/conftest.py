@@ -1,5 +1,6 @@
 """A finished run of the tiny model, made once and copied by the tests that go on from it."""
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,3 +41,11 @@ def changed_recipe(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
         return write_recipe(tmp_path / "changed.yaml", values)
 
     return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """The report takes half of a tiny run's time, and has its own tests."""
+    # By its name: `lorapar.report` is the function.
+    module = importlib.import_module("lorapar.reporting.report")
+    monkeypatch.setattr(module, "report", lambda folder, *_: (folder / "report.html").write_text("x"))

@@ -84,7 +84,7 @@ def test_a_run_in_a_process_of_its_own_says_only_what_matters(recipe_file: Path,
     assert done.stdout == f"{tmp_path / 'run' / 'report.html'}\n"
     lines = done.stderr.splitlines()
     assert all(line.startswith("lorapar: ") for line in lines), done.stderr
-    for stage in STAGES:
+    for stage in set(STAGES) - {"renew"}:
         assert f"lorapar: {stage}: started" in lines
         assert any(line.startswith(f"lorapar: {stage}: done in ") for line in lines)
     for stage in ("sft", "grpo"):

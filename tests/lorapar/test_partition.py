@@ -1,5 +1,6 @@
-"""The partition against a naive sort; α, β; granularities; controls; its file."""
+"""The partition against a naive sort; α, β; granularities; what System 1 costs; controls; its file."""
 
+import math
 from decimal import Decimal
 
 import pytest
@@ -140,6 +141,99 @@ def test_random_is_a_control_of_the_same_shares():
     assert len({chosen.hash, random.hash, other.hash}) == 3
 
 
+# What stage 2 pays for System 1
+
+
+def units_of(scores, granularity):
+    """[(summed score, [(name, row, column), ...])] of every unit, in plain Python; elements in the order of names."""
+    units: dict[tuple, list] = {}
+    for name in sorted(scores):
+        height, width = (16, 64) if ".lora_A." in name else (64, 16)
+        for i, row in enumerate(scores[name].tolist()):
+            for j, value in enumerate(row):
+                rank_of = (name.replace("lora_B", "lora_A"), i if ".lora_A." in name else j)
+                key = {"element": (name, i, j), "tile": (name, i // height, j // width), "rank": rank_of}[granularity]
+                units.setdefault(key, []).append((value, (name, i, j)))
+    return [(math.fsum(v for v, _ in members), [place for _, place in members]) for members in units.values()]
+
+
+def naive_worthiest(one, two, granularity, count, cost):
+    """The places of the `count` units of highest worth; the first of equals first."""
+    units_1, units_2 = units_of(one, granularity), units_of(two, granularity)
+    total_1, total_2 = (math.fsum(score for score, _ in units) for units in (units_1, units_2))
+    worth = [b / total_2 - cost * (a / total_1) for (a, _), (b, _) in zip(units_1, units_2)]
+    best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:count]
+    return {place for i in best for place in units_2[i][1]}
+
+
+def places_of(masks):
+    return {(name, i, j) for name, mask in masks.items() for i, j in mask.nonzero().tolist()}
+
+
+def units_in(masks, granularity):
+    """How many units a set of whole ones holds."""
+    places = places_of(masks)
+    return sum(members[0] in places for _, members in units_of(masks, granularity))
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile", "rank"])
+@pytest.mark.parametrize(("cost", "beta"), [(0.3, 1.0), (1.0, 0.5), (4.0, 1.0)])
+def test_what_is_worth_most_equals_a_naive_sort(granularity, cost, beta):
+    one, two = random_scores(1, n_in=150), random_scores(2, n_in=150)
+    plain = lorapar.partition(one, two, theta=0.6, granularity=granularity)
+    made = lorapar.partition(one, two, theta=0.6, beta=beta, granularity=granularity, system1_cost=cost)
+    for same in ("s1", "s2", "sft"):
+        assert all(torch.equal(made.masks[same][n], plain.masks[same][n]) for n in NAMES)
+    both = units_in({n: plain.kept(1)[n] & plain.kept(2)[n] for n in NAMES}, granularity)
+    number = units_in(plain.kept(2), granularity) - both + int(beta * both)
+    assert units_in(made.active("grpo"), granularity) == number > 0
+    assert places_of(made.active("grpo")) == naive_worthiest(one, two, granularity, number, cost)
+    assert made.hash != plain.hash
+    if granularity == "element":
+        without = lorapar.partition(one, two, theta=0.6, beta=beta)
+        assert count(made.active("grpo")) == count(without.active("grpo"))
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile", "rank"])
+def test_a_cost_of_nothing_is_the_partition_of_the_paper_and_a_small_one_its_limit(granularity):
+    # Of coarse scores, many are equal.
+    one, two = (Scores({n: (8 * t).ceil() for n, t in random_scores(s).items()}, {}) for s in (1, 2))
+    paper = lorapar.partition(one, two, theta=0.8, granularity=granularity)
+    free = lorapar.partition(one, two, theta=0.8, granularity=granularity, system1_cost=0.0)
+    assert (free.hash, free.metadata) == (paper.hash, paper.metadata)
+    assert lorapar.partition(one, two, theta=0.8, granularity=granularity, system1_cost=1e-30).hash == paper.hash
+    # Below β = 1 they part: by worth it is K₂'s lowest that go, shared or not.
+    half = lorapar.partition(one, two, theta=0.8, beta=0.5, granularity=granularity, system1_cost=1e-30)
+    assert all(not (half.active("grpo")[n] & ~paper.kept(2)[n]).any() for n in NAMES)
+
+
+def test_what_costs_more_trains_less_of_what_system_1_relies_on():
+    one, two = random_scores(1), random_scores(2)
+    held = []
+    for cost in (0.0, 0.5, 2.0):
+        active = lorapar.partition(one, two, theta=0.8, system1_cost=cost).active("grpo")
+        held.append([sum(float(scores[n][active[n]].sum()) for n in NAMES) for scores in (one, two)])
+    assert held[0][0] > held[1][0] > held[2][0]
+    assert held[0][1] > held[1][1] > held[2][1]
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile", "rank"])
+def test_a_twin_is_worth_nothing_even_where_all_else_costs(granularity):
+    scores = [random_scores(s, rank=8, metadata={"rank": 4}) for s in (1, 2)]
+    made = lorapar.partition(*scores, theta=1.0, granularity=granularity, system1_cost=50.0)
+    assert made.summary()["fraction"]["active_grpo"] == 1.0
+    for name, mask in made.active("grpo").items():
+        assert not (mask[4:] if ".lora_A." in name else mask[:, 4:]).any()
+
+
+def test_the_random_control_pays_by_the_shuffled_scores():
+    scores = random_scores(1), random_scores(2)
+    chosen = lorapar.partition(*scores, theta=0.8, system1_cost=1.0)
+    random = lorapar.partition(*scores, theta=0.8, system1_cost=1.0, selection="random")
+    assert random.summary() == chosen.summary()
+    assert random.hash != chosen.hash
+
+
 def test_saved_and_loaded(tmp_path):
     made = lorapar.partition(random_scores(1), random_scores(2), theta=0.8)
     made.save(tmp_path / "p.safetensors")
@@ -167,6 +261,10 @@ def test_a_plain_mapping_serves():
         (dict(alpha=Decimal("-1")), "alpha: got Decimal"),
         (dict(granularity="row"), "granularity: got 'row', expected element, tile or rank"),
         (dict(selection="best"), "selection: got 'best'"),
+        (dict(system1_cost=-0.1), "system1_cost: got -0.1, expected at least 0"),
+        (dict(system1_cost=math.inf), "system1_cost: got inf, expected a finite number"),
+        (dict(system1_cost=math.nan), "system1_cost: got nan, expected at least 0"),
+        (dict(system1_cost=0.5, selection="all"), "system1_cost: got 0.5, expected 0 with selection: all"),
     ],
 )
 def test_values_out_of_range_are_named(change, message):

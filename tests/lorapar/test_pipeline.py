@@ -1,6 +1,5 @@
 """The order of the stages, what each depends on, and the controls of a recipe, each run end to end."""
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -156,14 +155,6 @@ def test_stage_verbs_alone_make_what_the_run_makes(recipe_file: Path, finished_r
 # Controls
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """The report takes half of a tiny run's time, and has its own tests."""
-    # By its name: `lorapar.report` is the function.
-    module = importlib.import_module("lorapar.reporting.report")
-    monkeypatch.setattr(module, "report", lambda folder, *_: (folder / "report.html").write_text("x"))
-
-
 def control(changed_recipe: Change, tmp_path: Path, **changes: object) -> Path:
     folder = tmp_path / "run"
     succeeds("run", changed_recipe(**changes), "--output_dir", folder)
@@ -278,7 +269,9 @@ def test_control_dropout_and_merged_export(changed_recipe: Change, tmp_path: Pat
 
 
 def test_every_stage_has_a_name_of_its_own_and_reads_what_is_made(recipe_file: Path):
-    for words in ([], [("stages", "[grpo, sft]")], [("stages", "[sft]")], [("partition.selection", "all")]):
+    renewed = ("score.renew", "true")
+    for words in ([], [("stages", "[grpo, sft]")], [("stages", "[sft]")], [("partition.selection", "all")],
+                  [renewed], [renewed, ("stages", "[grpo, sft]")]):  # fmt: skip
         made: set[str] = set()
         for stage in stages_of(load_recipe(recipe_file, words)):
             assert set(stage.reads) <= made, stage.name

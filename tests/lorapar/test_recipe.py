@@ -81,6 +81,25 @@ def test_a_key_like_no_other_lists_what_is_allowed():
         ({"partition": {"theta": True}}, "partition.theta: got True, expected float"),
         ({"partition": {"granularity": "row"}}, "partition.granularity: got 'row', allowed: element, tile, rank"),
         ({"partition": {"selection": "best"}}, "partition.selection: got 'best', allowed: scores, random, all"),
+        ({"partition": {"system1_cost": -1}}, "partition.system1_cost: got -1.0, expected at least 0"),
+        ({"partition": {"system1_cost": float("inf")}}, "partition.system1_cost: got inf, expected a finite number"),
+        (
+            {"partition": {"system1_cost": 1, "selection": "all"}},
+            "partition.system1_cost: got 1.0, expected 0 with selection: all",
+        ),
+        ({"score": {"renew": 1}}, "score.renew: got 1, expected bool"),
+        (
+            {"score": {"renew": True}, "stages": ["sft"]},
+            "score.renew: got True, expected false with one training stage",
+        ),
+        (
+            {"score": {"renew": True}, "partition": {"selection": "all"}},
+            "score.renew: got True, expected false with partition.selection: all",
+        ),
+        (
+            {"score": {"renew": True, "method": "random"}},
+            "score.renew: got True, expected false with score.method: random",
+        ),
         ({"start": "zero"}, "start: got 'zero', allowed: paper, twin, pissa, olora, peft"),
         ({"stages": "sft"}, "stages: got 'sft', expected list"),
         ({"stages": ["sft", "dpo"]}, "stages[1]: got 'dpo', allowed: sft, grpo"),

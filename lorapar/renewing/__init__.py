@@ -1,0 +1,1 @@
+"""The second training stage's system scored again, on what the first stage left: `renew()` in renew.py."""

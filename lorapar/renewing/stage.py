@@ -1,0 +1,77 @@
+"""The renew stage of a run: `scores_renewed.safetensors` and `partition_renewed.safetensors`, between two trainings."""
+
+import logging
+
+from transformers import set_seed
+
+from ..adapter.attach import load_adapter
+from ..data.labels import drawn
+from ..partitioning.partition import Partition
+from ..recipe.sections import Recipe
+from ..scoring.score import score
+from ..scoring.scores import facts_of, load_scores, save_scores
+from ..stage import (
+    ADAPTED,
+    LABELS,
+    PARTITION,
+    PARTITION_RENEWED,
+    SCORES,
+    SCORES_RENEWED,
+    Facts,
+    Run,
+    Stage,
+    rows_put_aside,
+    weights_of,
+)
+from .renew import SYSTEM_OF, renew
+
+log = logging.getLogger("lorapar")
+SUMS = "scoring-renewed.safetensors"  # the running sums, until the partition is there
+
+
+def renew_stage(run: Run) -> Facts:
+    """Score the second stage's system on the first stage's adapter, and divide the elements by that.
+
+    The scores' file holds both systems', as the partition is made of them: the other system's are the first ones.
+    """
+    recipe, folder, config = run.recipe, run.folder, run.recipe.score
+    first, second = recipe.stages
+    system = SYSTEM_OF[second]
+    set_seed(recipe.seed)
+    model = load_adapter(run.load_model(), folder / first)
+    scores = score(
+        model, run.tokenizer, drawn(run.put_aside()[0], system, config.examples, recipe.seed), config.batch_size,
+        config.method, config.max_length, recipe.seed, config.until_stable, recipe.partition.theta, folder / SUMS,
+    )  # fmt: skip
+    both = list(load_scores(folder / SCORES))
+    both[system - 1] = scores
+    made = renew(Partition.load(folder / PARTITION), *both, stage=second)
+    save_scores(folder / SCORES_RENEWED, *both)
+    made.save(folder / PARTITION_RENEWED)
+    (folder / SUMS).unlink()
+    summary = made.summary()
+    kept = made.metadata["renewed"]["jaccard"]
+    log.info("renew: Jaccard %.4f of System %d's kept set before %s and after it", kept, system, first)
+    return {**facts_of(scores, system), "jaccard_renewed": kept, "jaccard": summary["jaccard"], **summary["fraction"]}
+
+
+def discard(run: Run) -> None:
+    """Remove the running sums of an attempt that had other inputs."""
+    sums = run.folder / SUMS
+    if sums.exists():
+        log.info("%s: made from other inputs, removed", sums)
+        sums.unlink()
+
+
+def stage(recipe: Recipe) -> Stage:
+    # When scoring stops depends on θ only where it waits for the kept sets; all else of the section is in the file.
+    stop = ("partition",) if recipe.score.until_stable is not None else ()
+    return Stage(
+        "renew",
+        run=renew_stage,
+        sections=(*ADAPTED, "score", "seed", *stop),
+        reads=(LABELS, SCORES, PARTITION, weights_of(recipe.stages[0])),
+        writes=(SCORES_RENEWED, PARTITION_RENEWED),
+        inputs=rows_put_aside,
+        discard=discard,
+    )

@@ -133,13 +133,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from .memory.advice import parse_bytes, parse_rate, table
+    from .memory.advice import RATES, parse_bytes, parse_rate, table
     from .memory.needs import lengths_of
     from .memory.work import Rates
     from .pipeline.running import labelled_rows
 
     room = None if options.vram is None else parse_bytes(options.vram)
-    rates = Rates(**{name: parse_rate(name, given) for name in ("tflops", "gbytes") if (given := vars(options)[name])})
+    given = {name: vars(options)[name] for name in RATES}
+    rates = Rates(**{name: parse_rate(name, text) for name, text in given.items() if text is not None})
     recipe = _recipe(options, overrides)
     text, fits = table(recipe, room, lengths_of(recipe, labelled_rows(recipe)), rates)
     print(text)

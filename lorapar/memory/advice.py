@@ -131,10 +131,10 @@ def work_lines(counted: list[Work], model: Model, rates: Rates) -> list[str]:
         most = "≤" if work.at_most else ""
         tokens = [None if work.unknown else one.tokens for one in (work.forward, work.decoded, work.trained)]
         cells = [_cell(work.rows), _cell(work.steps), *(_cell(n and round(n), most if n else "") for n in tokens),
-                 *(_cell(figure, most if figure else "") for figure in figures)]  # fmt: skip
+                 *(_cell(figure, most if figure else "") for figure in figures[: 1 + len(timed)])]  # fmt: skip
         lines.append(line(work.stage, cells))
     most = "≤" if any(work.at_most for work in counted) else ""
-    lines.append(line("all", [""] * 5 + [_cell(total, most if total else "") for total in totals]))
+    lines.append(line("all", [""] * 5 + [_cell(total, most if total else "") for total in totals[: 1 + len(timed)]]))
     reasons = list(dict.fromkeys(reason for work in counted for reason in (*work.at_most, work.unknown) if reason))
     for reason in reasons:
         stages = [work.stage for work in counted if reason in (*work.at_most, work.unknown)]

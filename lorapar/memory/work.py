@@ -7,8 +7,8 @@ recipe + tokens of the rows + the model's configuration → what goes through th
     backward   for the gradients of inputs as much again, for LoRA's and attention's operands twice that; and a forward
                more where activations are recomputed
 
-The base is frozen, so no weight of it has a gradient. Attention is counted over a row's whole square, padding and what a
-window or causal kernel skips included; a layer that runs twice in a forward is counted once. This is arithmetic for one
+The base is frozen, so no weight of it has a gradient. Attention is counted over a row's whole square, with padding and
+what a causal or windowed kernel skips; a layer that runs twice in a forward is counted once. This is arithmetic for one
 process, not a measurement: launching kernels, elementwise work, the trainer's Python, rewards, the optimizer, loading,
 saving, and the rehearsal of the largest batch are not in it.
 """
@@ -50,7 +50,7 @@ class Work:
 
     rows: those that it takes. steps: the optimizer's; batches where there is no optimizer.
     forward: prompts, and rows of which only log-probabilities are taken. decoded: tokens made one after another.
-    trained: forward with backward. decoding: how often the weights are read to make tokens, and the bytes of cache read.
+    trained: forward with backward. decoding: how often the weights are read to make tokens, and bytes of cache.
     recomputes: the backward makes activations again. remade: it makes the head's logits again, in TRL's tiles.
     at_most: why it may be less. unknown: why nothing is counted.
     """

@@ -110,27 +110,40 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--dry-run", action="store_true", help=what)
             what = "write the rows that voters split on as review.csv, for a person to correct; label then reads it"
             one.add_argument("--review", action="store_true", help=what)
-    text = "say what memory each stage needs, without loading the model: exit status 1 unless it is known to fit"
+    text = (
+        "say what memory each stage needs, and how much work it is, without loading the model: exit status 1 unless it "
+        "is known to fit"
+    )
     sub = verbs.add_parser(
         "plan",
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=ANY_KEY,
-        usage="lorapar plan RECIPE.yaml [--vram SIZE] [--section.key VALUE ...]",
+        usage="lorapar plan RECIPE.yaml [--vram SIZE] [--tflops RATE] [--gbytes RATE] [--section.key VALUE ...]",
         allow_abbrev=False,
     )
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
     sub.add_argument("--vram", metavar="SIZE", help="the memory there is, 8GB or 24GiB (default: this machine's)")
+    sub.add_argument(
+        "--tflops", metavar="RATE", help="TFLOP/s that the machine sustains, to turn operations into hours"
+    )
+    sub.add_argument("--gbytes", metavar="RATE", help="GB/s that it sustains, for the hours of decoding")
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from .memory.advice import parse_bytes, table
+    from .memory.advice import RATES, parse_bytes, parse_rate, table
+    from .memory.needs import lengths_of
+    from .memory.work import Rates
+    from .pipeline.running import labelled_rows
 
     room = None if options.vram is None else parse_bytes(options.vram)
-    text, fits = table(_recipe(options, overrides), room)
+    given = {name: vars(options)[name] for name in RATES}
+    rates = Rates(**{name: parse_rate(name, text) for name, text in given.items() if text is not None})
+    recipe = _recipe(options, overrides)
+    text, fits = table(recipe, room, lengths_of(recipe, labelled_rows(recipe)), rates)
     print(text)
     return 0 if fits else 1
 
@@ -169,7 +182,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
         key, equals, value = word.removeprefix("--").partition("=")
         if word in ("--help", "--update", "--dry-run", "--review"):
             ours.append(word)
-        elif key in ("output_dir", "vram") and word.startswith("--"):
+        elif key in ("output_dir", "vram", "tflops", "gbytes") and word.startswith("--"):
             ours.append(word)
             ours += [rest.pop(0)] if rest and not equals else []
         elif word.startswith("--") and key == "until-stable":

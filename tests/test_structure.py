@@ -46,7 +46,16 @@ ARROWS = {
 }
 # The files that know a whole recipe: a stage's own, the order of the stages, the command line, and the plan, which is
 # of a recipe. All others take the values that they need.
-KNOW_RECIPE = ("recipe/", "stage.py", "pipeline/", "memory/needs.py", "memory/advice.py", "cli.py", "__init__.py")
+KNOW_RECIPE = (
+    "recipe/",
+    "stage.py",
+    "pipeline/",
+    "memory/needs.py",
+    "memory/advice.py",
+    "memory/work.py",
+    "cli.py",
+    "__init__.py",
+)
 # The backend's files for layers of other packages: imported by whoever has those, never by `import lorapar_kernels`.
 OF_OTHERS = {
     "accelerating.py": {"peft"},

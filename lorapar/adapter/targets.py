@@ -49,11 +49,16 @@ TAKES = "only nn.Linear and bitsandbytes' 4-bit and 8-bit layers can be partitio
 @dataclass(frozen=True)
 class Targets:
     """The linear layers that get an adapter, by name; PEFT's configuration that selects exactly these; and one line
-    that says how many they are, their share of the matrix weights, and what was left out and why."""
+    that says how many they are, their share of the matrix weights, and what was left out and why.
+
+    met: the language model's matrix weights that a token is multiplied with: no embedding, not the head, of experts the
+    active ones. all_experts: they are all counted, as the configuration does not say how many are active."""
 
     modules: dict[str, nn.Linear]
     config: LoraConfig
     line: str
+    met: int
+    all_experts: bool
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> Targets:
@@ -72,7 +77,8 @@ def resolve(model: nn.Module, config: LoraConfig) -> Targets:
         given = f"lora.exclude_modules: got {config.exclude_modules}"
         raise InputError(f"{given}, which leaves none of the {len(asked)} target modules")
     modules = {name: cast(nn.Linear, parts.modules[name]) for name in chosen}
-    return Targets(modules, _exactly(parts, chosen, config), _line(parts, asked, kept, chosen, config))
+    line, (met, all_experts) = _line(parts, asked, kept, chosen, config), _met(parts)
+    return Targets(modules, _exactly(parts, chosen, config), line, met, all_experts)
 
 
 # What a model is made of
@@ -488,6 +494,32 @@ def _matrix_weights(parts: _Parts) -> Iterator[tuple[str, int]]:
                     yield name, module.in_features * module.out_features  # a 4-bit weight is packed
                 else:
                     yield name, parameter.numel()
+
+
+def _met(parts: _Parts) -> tuple[int, bool]:
+    """What `Targets` says of `met` and `all_experts`."""
+    fixed = of_experts = 0
+    for name, weight in _matrix_weights(parts):
+        if parts.tower(name) is not None:
+            continue
+        if "experts" in name.split(".") or (name in parts.modules and parts.is_expert(name)):
+            of_experts += weight
+        else:
+            fixed += weight
+    share = _active_share(parts.model) if of_experts else 1.0
+    return fixed + round(of_experts * (share or 1.0)), share is None
+
+
+def _active_share(model: nn.Module) -> float | None:
+    """The share of a layer's routed experts that a token meets, None where the configuration does not say."""
+    for _, top in _transformers_models(model):
+        text = cast(Any, top.config).get_text_config()
+        names = ("num_local_experts", "n_routed_experts", "num_experts")
+        there = next((count for name in names if (count := getattr(text, name, None))), None)
+        active = getattr(text, "num_experts_per_tok", None)
+        if there and active:
+            return active / there
+    return None
 
 
 def _reason(parts: _Parts, name: str, asked: set[str], kept: set[str], config: LoraConfig) -> tuple[str, str]:

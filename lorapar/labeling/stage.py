@@ -44,15 +44,7 @@ def label_stage(run: Run) -> Facts:
     if panel is not None:
         from_teachers, facts = ask_panel(panel, rows, votes, folder, run.tokenizer)
         votes |= from_teachers
-    labelled, dropped = labelled_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
-    needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
-    if recipe.partition.selection != "all":
-        needed |= {1, 2}
-    for system in sorted(needed):
-        rows_of(labelled, [system], "train")
-    watched = recipe.watched_system()
-    if watched is not None:
-        put_aside(labelled, watched, recipe.grpo.watch_rows)
+    labelled, dropped = _decided(recipe, rows, votes, corrections)
     write_dropped(folder, dropped)
     write_jsonl(folder / LABELS, labelled)
     split_system = list(zip(labelled["split"], labelled["system"]))
@@ -64,6 +56,33 @@ def label_stage(run: Run) -> Facts:
         **decided_otherwise(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
     }
+
+
+def _decided(
+    recipe: Recipe, rows: "Dataset", votes: Mapping[str, Sequence[int | None]], corrections: Mapping[str, int]
+) -> tuple["Dataset", "Dataset"]:
+    """(the labelled rows, those dropped); InputError where a stage has no row to train on, or scoring none."""
+    labelled, dropped = labelled_and_dropped(rows, [], votes, recipe.label.ties, recipe.label.weights, corrections)
+    needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
+    if recipe.partition.selection != "all":
+        needed |= {1, 2}
+    for system in sorted(needed):
+        rows_of(labelled, [system], "train")
+    watched = recipe.watched_system()
+    if watched is not None:
+        put_aside(labelled, watched, recipe.grpo.watch_rows)
+    return labelled, dropped
+
+
+def labelled_alone(run: Run) -> "Dataset | None":
+    """The rows as `label` would label them, None where it would ask a teacher or the model; nothing is written."""
+    label = run.recipe.label
+    if label.teachers or (label.column is None and any(map(asks_model, label.voters or []))):
+        return None
+    corrections = corrections_of(run.recipe, run.folder)
+    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    check_corrections(corrections, rows)
+    return _decided(run.recipe, rows, local_votes(run, rows), corrections)[0]
 
 
 def dry_run(run: Run) -> str:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,10 +27,14 @@ from .needs import (
 )
 from .process import available_bytes, resident_bytes
 from .step import NotSimulated
+from .work import Rates, Work, flops, hours, works
 
 log = logging.getLogger("lorapar")
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# An option of `plan`: what it is in, and a value that a person may give.
+RATES = {"tflops": ("TFLOP/s", "250"), "gbytes": ("GB/s, for decoding", "2000")}
+NO_RATES = Rates()
 NEEDS_MODEL = ("score", "sft", "renew", "grpo", "evaluate")
 
 
@@ -42,12 +47,28 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[unit or "B"])
 
 
-def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
+def parse_rate(option: str, text: str) -> float:
+    """The number of "250"; InputError for what is none, and for none above 0."""
+    unit, example = RATES[option]
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not (0 < rate < math.inf):
+        raise InputError(f"--{option}: got {text!r}, expected a number above 0, the {unit} that the machine sustains, "
+                         f"such as {example}")  # fmt: skip
+    return rate
+
+
+def table(
+    recipe: Recipe, room: int | None = None, lengths: Lengths | None = None, rates: Rates = NO_RATES
+) -> tuple[str, bool]:
     """The plan for a person, and whether every stage is known to fit in `room` bytes (None: what this machine has).
 
+    lengths: of the labelled rows; None: of the recipe's data, without their labels.
     What could not be found is said, and is not taken to fit.
     """
-    lengths, room = lengths_of(recipe), room or available(recipe)
+    lengths, room = lengths or lengths_of(recipe), room or available(recipe)
     try:
         model, rows = describe(recipe), needs(recipe, lengths)
     except InputError:
@@ -69,6 +90,7 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
         if row.unknown:
             values[COLUMNS.index("activations")], values[-1] = "?", f"> {values[-1]}"
         lines.append(f"{row.stage:<10}" + "".join(f"{value:>13}" for value in values))
+    lines += ["", *work_lines(works(recipe, lengths, model), model, rates)]
     unknown = {
         row.unknown: [other.stage for other in rows if other.unknown == row.unknown] for row in rows if row.unknown
     }
@@ -87,6 +109,54 @@ def table(recipe: Recipe, room: int | None = None) -> tuple[str, bool]:
     if any(row.total > room for row in rows):
         return "\n".join([*lines, "does not fit"]), False
     return "\n".join([*lines, "not known to fit" if unknown else "fits"]), not unknown
+
+
+def work_lines(counted: list[Work], model: Model, rates: Rates) -> list[str]:
+    """What each stage has to do, a line each, and what the figures take for granted."""
+    timed = ["compute h", "decode h", "hours"] if rates != NO_RATES else []
+    headings = ["rows", "steps", "forward", "decoded", "with backward", "PFLOP", *timed]
+    widths = [9, 8, 14, 14, 15, 12, 12, 11, 11]
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:<10}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+
+    what = "an estimate, no measurement: rows, steps, tokens through the model, and operations (PFLOP)"
+    lines = [f"Work of each stage, {what}", line("", headings)]
+    totals: list[float | None] = [0.0, 0.0, 0.0, 0.0]
+    for work in counted:
+        operations, spent = sum(flops(work, model)) / 1e15, hours(work, model, rates)
+        both = None if None in spent else sum(part or 0 for part in spent)
+        figures = [None] * 4 if work.unknown else [operations, *spent, both]
+        totals = [None if None in (total, more) else (total or 0) + (more or 0) for total, more in zip(totals, figures)]
+        most = "≤" if work.at_most else ""
+        tokens = [None if work.unknown else one.tokens for one in (work.forward, work.decoded, work.trained)]
+        cells = [_cell(work.rows), _cell(work.steps), *(_cell(n and round(n), most if n else "") for n in tokens),
+                 *(_cell(figure, most if figure else "") for figure in figures[: 1 + len(timed)])]  # fmt: skip
+        lines.append(line(work.stage, cells))
+    most = "≤" if any(work.at_most for work in counted) else ""
+    lines.append(line("all", [""] * 5 + [_cell(total, most if total else "") for total in totals[: 1 + len(timed)]]))
+    reasons = list(dict.fromkeys(reason for work in counted for reason in (*work.at_most, work.unknown) if reason))
+    for reason in reasons:
+        stages = [work.stage for work in counted if reason in (*work.at_most, work.unknown)]
+        lines.append(f"{', '.join(stages)}: {reason}")
+    if model.all_experts:
+        lines.append(
+            "every expert is counted for every token, as the model's configuration does not say how many it meets"
+        )
+    missing = [f"--{option} ({unit})" for option, (unit, _) in RATES.items() if getattr(rates, option) is None]
+    if missing:
+        lines.append(
+            f"for {'hours' if not timed else 'all hours'}, say what the machine sustains: {', '.join(missing)}"
+        )
+    return lines
+
+
+def _cell(value: float | None, mark: str = "") -> str:
+    if value is None:
+        return "?"
+    if isinstance(value, int):
+        return f"{mark}{value:,}"
+    return f"{mark}{value:,.1f}" if value >= 100 else f"{mark}{value:.3g}"
 
 
 def _in_a_line(error: BaseException) -> str:

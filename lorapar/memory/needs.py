@@ -57,7 +57,10 @@ class Need:
 @dataclass(frozen=True)
 class Model:
     """What the plan knows of the model: its configuration, how many weights are held in which form, and what is
-    adapted, in numbers and in a line."""
+    adapted, in numbers and in a line.
+
+    met, all_experts: as `Targets` says. head: weights of the output head. unread: bytes of `weights` that making a
+    token does not read, those of an embedding that is not the head too."""
 
     config: Any
     dtype: torch.dtype
@@ -66,29 +69,57 @@ class Model:
     elements: int
     largest: int
     adapted: str
+    met: int
+    all_experts: bool
+    head: int
+    unread: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split."""
+
+    prompt: int
+    whole: int
+    system: int | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the longest prompt, and of the longest row, a prompt with its completion; `of` says of what."""
+    """Tokens of the longest prompt, and of the longest row, a prompt with its completion; `of` says of what.
+
+    rows: each row's, None where it is not known how many there are."""
 
     prompt: int
     whole: int
     of: str
+    rows: tuple[Row, ...] | None = None
 
 
 def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any = None) -> Lengths:
     """Of `rows` (prompt and completion), else of the recipe's data where that is on this machine, else its limits."""
     longest_prompt = recipe.data.max_prompt_length
-    if rows is None and not all(_is_here(source) for source in recipe.data.sources):
+    if rows is None and not data_is_here(recipe):
         whole = max_length(recipe)
-        prompt = longest_prompt or recipe.sft.trainer_default("max_length")
-        return Lengths(min(prompt, whole), whole, "the recipe's limits, as its data is not on this machine")
+        prompt = min(longest_prompt or recipe.sft.trainer_default("max_length"), whole)
+        sizes = [source.size for source in recipe.data.sources]
+        counted = None if None in sizes else (Row(prompt, whole),) * sum(size or 0 for size in sizes)
+        return Lengths(prompt, whole, "the recipe's limits, as its data is not on this machine", counted)
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     taken: Any = load_rows(recipe.data, tokenizer)[0] if rows is None else rows
-    encoded = [encode(row, tokenizer) for row in taken]
-    prompt, whole = max(n for _, n in encoded), max(len(ids) for ids, _ in encoded)
-    return Lengths(min(prompt, longest_prompt or prompt), whole, "its data")
+    found = []
+    for row in taken:
+        ids, n_prompt = encode(row, tokenizer)
+        # Of rows without labels, a column of that name may say anything.
+        found.append(Row(n_prompt, len(ids), None if rows is None else row.get("system"), row.get("split")))
+    prompt, whole = max(row.prompt for row in found), max(row.whole for row in found)
+    return Lengths(min(prompt, longest_prompt or prompt), whole, "its data", tuple(found))
+
+
+def data_is_here(recipe: Recipe) -> bool:
+    """Whether every source of the recipe can be read without a network."""
+    return all(_is_here(source) for source in recipe.data.sources)
 
 
 def _is_here(source: SourceConfig) -> bool:
@@ -132,7 +163,12 @@ def _describe(recipe: Recipe) -> Model:
     elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.
     largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0
-    return Model(plain, dtype, device.type, weights, elements, largest, targets.line)
+    embedding = model.get_input_embeddings()
+    shared = head is None or embedding is None or head.weight is embedding.weight
+    return Model(
+        plain, dtype, device.type, weights, elements, largest, targets.line, targets.met, targets.all_experts,
+        head.weight.numel() if head is not None else 0, 0 if shared else embedding.weight.nbytes,
+    )  # fmt: skip
 
 
 def activation_bytes(model: Model, step: TrainingStep) -> int:
@@ -162,9 +198,13 @@ def _activations(model: Model, step: TrainingStep) -> tuple[int, str | None]:
 
 def needs(recipe: Recipe, lengths: Lengths) -> list[Need]:
     """What each stage that holds the model needs."""
+    return [need(recipe, lengths, stage) for stage in stages_with_model(recipe)]
+
+
+def stages_with_model(recipe: Recipe) -> list[str]:
+    """The stages that hold the model, in their order."""
     first, *second = recipe.stages
-    renewed = ["renew"] if recipe.score.renew else []
-    return [need(recipe, lengths, stage) for stage in ("score", first, *renewed, *second, "evaluate")]
+    return ["score", first, *(["renew"] if recipe.score.renew else []), *second, "evaluate"]
 
 
 def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
@@ -175,7 +215,7 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
     adapters = 4 * model.elements
     if stage == "evaluate":
         rows = recipe.evaluate.batch_size
-        cache = _cache(model, rows, lengths.prompt + recipe.evaluate.max_new_tokens)
+        cache = cache_bytes(model, rows, lengths.prompt + recipe.evaluate.max_new_tokens)
         return Need(stage, model.weights, adapters, 0, 0, cache, _logits(model, rows), workspace)
     if stage in ("score", "renew"):
         step = TrainingStep(recipe.score.batch_size, min(lengths.whole, recipe.score.max_length))
@@ -189,7 +229,7 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         setting = recipe.grpo.setting
         per_step = setting("steps_per_generation") or setting("gradient_accumulation_steps")
         rows = setting("generation_batch_size") or step.rows * per_step
-        rollout = _cache(model, rows, step.tokens) + _logits(model, rows)
+        rollout = cache_bytes(model, rows, step.tokens) + _logits(model, rows)
         if rollout > activations + logits:
             activations, logits = rollout, 0
         adapters *= 2 if setting("beta") else 1
@@ -235,7 +275,8 @@ def completion_tokens(recipe: Recipe) -> int:
     return config.setting("max_completion_length") or config.trainer_default("max_completion_length")
 
 
-def _cache(model: Model, rows: int, tokens: int) -> int:
+def cache_bytes(model: Model, rows: int, tokens: int) -> int:
+    """Of the keys and values of so many tokens in each of so many rows."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     if heads is None:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -30,12 +30,16 @@ from ..files import (
 from ..labeling import stage as labeling
 from ..logs import RUN_LOCK, calm_libraries, logging_to
 from ..memory.advice import NEEDS_MODEL, check_memory, check_targets, out_of_memory
+from ..memory.needs import data_is_here
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
 from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 log = logging.getLogger("lorapar")
 
@@ -77,6 +81,21 @@ def label_only(recipe: Recipe, what: str) -> str:
         if not (this.folder / "recipe.yaml").is_file():
             raise InputError(f"{this.folder}: not a run's output folder, it holds no recipe.yaml; run label first")
         return str(labeling.review(this))
+
+
+def labelled_rows(recipe: Recipe) -> "Dataset | None":
+    """The rows that the recipe's stages would have, for a plan: those in its folder where `label` would leave them as
+    they are, else as it would label them here. None where that takes a teacher, the model, or data from elsewhere.
+
+    Nothing is asked or written.
+    """
+    this, label = Run(recipe, Path(recipe.output_dir)), stages_of(recipe)[0]
+    with calm_libraries():
+        labeling.check(this)
+        there = (this.folder / LABELS).is_file() and records(this.folder).get(label.name, {}).get("fingerprint")
+        if there and there == fingerprint(label, this):
+            return this.labels()
+        return labeling.labelled_alone(this) if data_is_here(recipe) else None
 
 
 def check_settings(run: Run, only: str | None = None) -> None:

@@ -243,7 +243,8 @@ def test_the_verb_says_what_fits_and_loads_no_weights(recipe_file, monkeypatch):
     code, out, err = lorapar("plan", recipe_file, "--vram", "100GB")
     assert code == 0, err
     assert out.splitlines()[-1] == "fits"
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[:1] in
+    memory, _ = out.split("Work of each stage")
+    rows = {line.split()[0]: line.split()[1:] for line in memory.splitlines() if line.split()[:1] in
             (["score"], ["sft"], ["grpo"], ["evaluate"])}  # fmt: skip
     for values in rows.values():
         assert sum(map(float, values[:-1])) == pytest.approx(float(values[-1]), abs=0.004)

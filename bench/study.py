@@ -46,16 +46,21 @@ VERSIONS = "torch", "transformers", "peft", "trl", "reasoning-gym"
 MODELS = "base", "sft", "grpo"
 SYSTEMS = "system1", "system2"
 
+TWICE = {"grpo.learning_rate": 1.0e-3}
 # What each arm changes in the recipe; steps, rows, batches and learning rates are the recipe's unless it says so.
 ARMS: dict[str, dict[str, Any]] = {
     "scores": {},
     "all": {"partition.selection": "all"},
     "random": {"partition.selection": "random"},
-    # Stage 2 as fast as it goes without losing its way, and twice as fast.
-    "scores, twice the rate": {"grpo.learning_rate": 1.0e-3},
-    "all, twice the rate": {"partition.selection": "all", "grpo.learning_rate": 1.0e-3},
+    # Stage 2 at twice the learning rate, where it costs System 1 something.
+    "scores, twice the rate": TWICE,
+    "all, twice the rate": {"partition.selection": "all", **TWICE},
+    "random, twice the rate": {"partition.selection": "random", **TWICE},
     # What people do today: every element, every row, in both stages.
     "all, all rows": {"partition.selection": "all", "sft.systems": [1, 2], "grpo.systems": [1, 2]},
+    "renewed, twice the rate": {"score.renew": True, **TWICE},
+    "cost 1, twice the rate": {"partition.system1_cost": 1.0, **TWICE},
+    "watched, twice the rate": {"grpo.watch_rows": 24, **TWICE},
     "renewed": {"score.renew": True},
     "cost 0.5": {"partition.system1_cost": 0.5},
     "cost 1": {"partition.system1_cost": 1.0},
@@ -77,7 +82,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "start peft, all": {"start": "peft", "partition.selection": "all"},
     "labels at random": {"label.voters": [{"name": "random", "system1": 0.5}]},
 }
-MAIN = ("scores", "all", "random", "scores, twice the rate", "all, twice the rate", "all, all rows")
+MAIN = ("scores", "all", "random", "scores, twice the rate", "all, twice the rate", "random, twice the rate",
+        "all, all rows")  # fmt: skip
 # Arms whose folders are kept, since others begin with what those before GRPO have written there.
 PARENTS = ("scores", "all")
 # Copied from one run's folder to another's: what the stages before GRPO have written, and their records.

@@ -85,7 +85,7 @@ ARMS: dict[str, dict[str, Any]] = {
 MAIN = ("scores", "all", "random", "scores, twice the rate", "all, twice the rate", "random, twice the rate",
         "all, all rows")  # fmt: skip
 # Arms whose folders are kept, since others begin with what those before GRPO have written there.
-PARENTS = ("scores", "all")
+PARENTS = ("scores", "all", "random")
 # Copied from one run's folder to another's: what the stages before GRPO have written, and their records.
 SHARED = ("recipe.yaml", "stages.json", "labels.jsonl", "start", "scores.safetensors", "partition.safetensors", "sft")
 
@@ -266,8 +266,7 @@ def labels(recipe: Path | str, folder: Path, environment: dict[str, str]) -> Non
 def started(run: Planned, recipe: Path | str, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
     place = (folder / run.name).absolute()
     if not place.exists():
-        parent = "all" if ARMS[run.arm].get("partition.selection") == "all" else "scores"
-        shared = folder / Planned(parent, run.seed, run.precision).name
+        shared = folder / Planned(parent_of(run.arm), run.seed, run.precision).name
         copy_shared(shared if "seconds" in records(shared).get("sft", {}) else folder / "labels", place)
     with log_of(place).open("a") as log:
         return subprocess.Popen(
@@ -280,6 +279,12 @@ def started(run: Planned, recipe: Path | str, folder: Path, environment: dict[st
 def log_of(folder: Path) -> Path:
     """What the run said, beside its folder."""
     return folder.parent / f"{folder.name}.log"
+
+
+def parent_of(arm: str) -> str:
+    """The arm that is the same but for GRPO; else "scores", with which every arm has labels in common."""
+    before = {key: value for key, value in ARMS[arm].items() if not key.startswith("grpo.")}
+    return next((parent for parent in PARENTS if ARMS[parent] == before), "scores")
 
 
 def copy_shared(origin: Path, place: Path) -> None:

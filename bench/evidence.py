@@ -24,6 +24,10 @@ README = ROOT / "README.md"
 YARDSTICK = ROOT / "lorapar" / "reporting" / "quickstart.json"
 BEGIN, END = "<!-- figures of bench.study, made by its --summary -->", "<!-- end of the figures -->"
 Line = dict[str, Any]
+# How the arms with a faster stage 2 end.
+FAST = ", twice the rate"
+# Seeds without which nothing is called better or worse.
+FEWEST = 3
 # 0.05 two-sided, and a power of 0.8.
 Z_NEEDED = 1.96 + 0.84
 
@@ -202,23 +206,29 @@ def arms_table(arms: dict[str, Arm]) -> str:
     return "\n".join(lines)
 
 
+def reference_of(arm: str) -> str:
+    """LoRA-PAR at the arm's learning rate."""
+    return "scores, twice the rate" if arm.endswith(FAST) else "scores"
+
+
 def differences(arms: dict[str, Arm]) -> str:
     lines = [
-        "LoRA-PAR less the other arm, in points: above 0 it is better. *Seeds* were paired; a difference of this size "
-        "*needs* so many to show, at 5 %, in four studies of five.\n",
+        "LoRA-PAR less the other arm, at the same learning rate, in points: above 0 it is better. *Seeds* were paired; "
+        "a difference of this size *needs* so many to show, at 5 %, in four studies of five.\n",
         "| against | seeds | System 1 kept (change) | needs | System 1 at the end | needs "
         "| System 2 gained (change) | needs | System 2 at the end | needs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
-        if name == "scores" or not set(arm.seeds) & set(arms["scores"].seeds):
+        own = arms.get(reference_of(name))
+        if own is None or name in ("scores", "scores, twice the rate") or not set(arm.seeds) & set(own.seeds):
             continue
         cells, count = [], 0
         for s in SYSTEMS:
             for what in ("change", "last"):
-                values, needed = difference(arms["scores"], arm, what, s)
+                values, needed = difference(own, arm, what, s)
                 count = len(values)
-                cells += [figure(values, signed=True), str(needed or "?")]
+                cells += [figure(values, signed=True), str(needed or "–")]
         lines.append(f"| {WORDS[name]} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -253,17 +263,22 @@ EXPECTED = {
 
 def expectations(arms: dict[str, Arm]) -> str:
     lines = [
-        "| way | expected | System 1, against LoRA-PAR | System 2, against LoRA-PAR | seeds |",
+        "The way less LoRA-PAR at the same learning rate, at the end, in points.\n",
+        "| way | expected | System 1 | System 2 | seeds |",
         "|---|---|---|---|---|",
     ]
-    for name, words in EXPECTED.items():
-        if name not in arms:
-            lines.append(f"| {WORDS[name]} | {words} | not run | not run | 0 |")
-            continue
-        both = [difference(arms[name], arms["scores"], "last", s)[0] for s in SYSTEMS]
-        lines.append(
-            f"| {WORDS[name]} | {words} | {figure(both[0], True)} | {figure(both[1], True)} | {len(both[0])} |"
-        )
+    for way, words in EXPECTED.items():
+        for name in (way, way + FAST):
+            own = arms.get(reference_of(name))
+            if name not in ARMS:
+                continue
+            if name not in arms or own is None:
+                lines.append(f"| {WORDS[name]} | {words} | not run | not run | 0 |")
+                continue
+            both = [difference(arms[name], own, "last", s)[0] for s in SYSTEMS]
+            lines.append(
+                f"| {WORDS[name]} | {words} | {figure(both[0], True)} | {figure(both[1], True)} | {len(both[0])} |"
+            )
     return "\n".join(lines)
 
 
@@ -278,46 +293,63 @@ def not_run(arms: dict[str, Arm], precision: str) -> str:
 
 
 def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
-    """README's headline: means over seeds with intervals, plain LoRA beside it, and what one run may differ by."""
+    """README's headline: means over seeds with intervals, the controls beside them, and what one run may differ by."""
     (device, precision), arms = next(iter(groups.items()))
     scores = arms["scores"]
     lines = [
-        f"Means over {len(scores.seeds)} seeds ({device}, {precision}), with 95 % intervals over seeds and rows:\n",
-        "| held-out accuracy | base | after SFT | after GRPO | plain LoRA after GRPO |",
-        "|---|---|---|---|---|",
+        f"Means over {seeds_of(arms)} ({device}, {precision}), with 95 % intervals over seeds and rows:\n",
+        "| held-out accuracy | base | after SFT | after GRPO | as many elements at random | plain LoRA |",
+        "|---|---|---|---|---|---|",
     ]
-    for s, title in zip(SYSTEMS, ("System 1: two terms", "System 2: three terms")):
-        rows = scores.bits["base"][s].shape[1]
-        plain = figure(arms["all"].values("last", s)) if "all" in arms else "not run"
-        lines.append(
-            f"| {title}, {rows} rows | {100 * scores.bits['base'][s].mean():.1f} % "
-            f"| {figure(scores.values('first', s))} "
-            f"| **{figure(scores.values('last', s)).replace(' [', '** [', 1)} | {plain} |"
-        )
+    for after, words in (("", ""), (FAST, ", stage 2 at twice the learning rate")):
+        if "scores" + after not in arms:
+            continue
+        for s, title in zip(SYSTEMS, ("System 1", "System 2")):
+            rows = scores.bits["base"][s].shape[1]
+            own, *controls = (
+                figure(arms[arm + after].values("last", s)) if arm + after in arms else "not run"
+                for arm in ("scores", "random", "all")
+            )
+            base, first = f"{100 * scores.bits['base'][s].mean():.1f} %", figure(scores.values("first", s))
+            cells = [base, first] if not after else ["", ""]
+            bold = f"**{own.replace(' [', '** [', 1)}"
+            lines.append(f"| {title}, {rows} rows{words} | " + " | ".join([*cells, bold, *controls]) + " |")
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
-    spread = {s: f"{values.min():.0f} to {values.max():.0f} %" for s, values in ends.items()}
+    spread = {s: f"{values.min():.0f} and {values.max():.0f} %" for s, values in ends.items()}
     lines.append(
-        f"\nA single run ended between {spread['system1']} in System 1 and {spread['system2']} in System 2. "
+        f"\nA single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2. "
         + claims(arms)
     )
     return "\n".join(lines)
 
 
+def seeds_of(arms: dict[str, Arm]) -> str:
+    """ "5 seeds", or "3 to 5 seeds" where the arms of README's table differ."""
+    shown = (arm + after for arm in ("scores", "random", "all") for after in ("", FAST))
+    counts = sorted({len(arms[arm].seeds) for arm in shown if arm in arms})
+    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+
+
 def claims(arms: dict[str, Arm]) -> str:
     """What the differences say, in words that follow from the intervals."""
     said = []
-    for other, words in (("all", "plain LoRA"), ("random", "a random choice of as many elements")):
-        if other not in arms:
-            said.append(f"Against {words}: not run.")
-            continue
-        parts = []
-        for s, title in zip(SYSTEMS, ("System 1", "System 2")):
-            values, _ = difference(arms["scores"], arms[other], "last", s)
-            _, low, high = interval(values)
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            parts.append(f"{title} {figure(values, signed=True)} points ({verdict})")
-        said.append(f"At the end, against {words}: {', '.join(parts)}.")
+    for after, rate in (("", "At the end"), (FAST, "At twice the rate")):
+        for other, words in (("all", "plain LoRA"), ("random", "a random choice")):
+            if other + after not in arms or "scores" + after not in arms:
+                continue
+            parts = []
+            for s, title in zip(SYSTEMS, ("System 1", "System 2")):
+                values, _ = difference(arms["scores" + after], arms[other + after], "last", s)
+                parts.append(f"{title} {figure(values, signed=True)} points ({verdict(values)})")
+            said.append(f"{rate}, LoRA-PAR less {words}: {', '.join(parts)}.")
     return " ".join(said)
+
+
+def verdict(values: np.ndarray) -> str:
+    if len(values) < FEWEST:
+        return "too few seeds to say"
+    _, low, high = interval(values)
+    return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
 
 
 def with_figures(text: str, table: str) -> str:

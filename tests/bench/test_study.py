@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,8 +179,12 @@ def test_the_page_says_what_was_not_run_and_whether_importance_beats_chance():
     page, table = evidence.page(groups), evidence.readme_table(groups)
     assert "- as many elements, chosen at random: 2 of the planned seeds" in page
     assert "- whole tiles: 3 of the planned seeds" in page
-    assert "against plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
+    assert "LoRA-PAR less plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
     assert "System 2 +0.0 [+0.0, +0.0] points (no clear difference)" in table
+    assert table.startswith("Means over 3 to 5 seeds (a device, float32)")
+    few = evidence.grouped([line for line in lines if line["seed"] < 2])
+    assert "(too few seeds to say)" in evidence.readme_table(few)
+    assert not re.search("better|worse|no clear", evidence.readme_table(few))
     text = f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter"
     assert evidence.with_figures(text, "new") == f"before\n{evidence.BEGIN}\nnew\n{evidence.END}\nafter"
     with pytest.raises(ValueError, match="are not both there"):

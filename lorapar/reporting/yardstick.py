@@ -22,7 +22,7 @@ ARMS = {
 def yardstick(run: Artefacts) -> str:
     """A table of the study's figures; "" for a run of another recipe."""
     study = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else None
-    if study is None or not _holds(study["recipe"], run.recipe):
+    if study is None or not run.recipe or not _holds(study["recipe"], run.recipe):
         return ""
     rows = []
     for arm, words in ARMS.items():
@@ -47,7 +47,10 @@ def yardstick(run: Artefacts) -> str:
 
 
 def _holds(wanted: Any, found: Any) -> bool:
-    """Whether every key that the study's recipe sets has its value in the run's."""
-    if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(_holds(value, found.get(key)) for key, value in wanted.items())
-    return wanted == found
+    """Whether every key of the study's recipe has its value in the run's.
+
+    A run's recipe is written as resolved: a key that it lacks is younger than the run, which had its default.
+    """
+    if not isinstance(wanted, dict):
+        return wanted == found
+    return isinstance(found, dict) and all(_holds(value, found[key]) for key, value in wanted.items() if key in found)

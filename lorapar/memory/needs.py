@@ -163,7 +163,7 @@ def _describe(recipe: Recipe) -> Model:
     elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.
     largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     shared = head is None or embedding is None or head.weight is embedding.weight
     return Model(
         plain, dtype, device.type, weights, elements, largest, targets.line, targets.met, targets.all_experts,

@@ -403,14 +403,14 @@ def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
 
     _, arms = next(iter(groups.items()))
     shown, axes = pyplot.subplots(figsize=(9, 6.5), dpi=110)
-    colours = pyplot.get_cmap("tab20").colors
+    colours = pyplot.get_cmap("tab20")
     kinds = list(dict.fromkeys(name.removesuffix(FAST) for name in ARMS))
     for name, arm in arms.items():
         kind = kinds.index(name.removesuffix(FAST))
         x, y = (arm.values("last", s) for s in SYSTEMS)
         (mx, lx, hx), (my, ly, hy) = ([100 * value for value in interval(values)] for values in (x, y))
         # The main arms' colours are apart; an arm at twice the rate has its own arm's, and a hollow mark.
-        colour, main = colours[kind * 2 % 20 if kind < 10 else kind * 2 % 20 + 1], name in MAIN
+        colour, main = colours(kind * 2 % 20 if kind < 10 else kind * 2 % 20 + 1), name in MAIN
         axes.scatter(100 * x.mean(1), 100 * y.mean(1), s=9, color=colour, alpha=0.45, linewidths=0)
         axes.errorbar(
             mx, my, xerr=[[mx - lx], [hx - mx]], yerr=[[my - ly], [hy - my]], fmt="o" if main else "s", color=colour,

@@ -34,7 +34,6 @@ import yaml
 
 from bench.conftest import commit, device_name, installed
 from bench.workers import die_with_the_parent
-from lorapar.data.labels import load_labels
 from lorapar.files import read_json, read_jsonl, sha256_json
 from lorapar.model.load import best_dtype
 from lorapar.pipeline.records import records
@@ -325,7 +324,7 @@ def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> d
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
-    return [dict(row) for row in load_labels(folder / "labels.jsonl") if row["split"] == "held_out"]
+    return [row for row in read_jsonl(folder / "labels.jsonl") if row["split"] == "held_out"]
 
 
 def recipe_digest(recipe: Path | str = RECIPE) -> str:

@@ -163,11 +163,12 @@ def _describe(recipe: Recipe) -> Model:
     elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.
     largest = max(module.weight.nbytes for module in linears.values()) if base in ("nf4", "int8") else 0
-    embedding = model.get_input_embeddings()
-    shared = head is None or embedding is None or head.weight is embedding.weight
+    # None where the model has none.
+    embedding: Any = model.get_input_embeddings()
+    unread = 0 if head is None or embedding is None or head.weight is embedding.weight else embedding.weight.nbytes
     return Model(
         plain, dtype, device.type, weights, elements, largest, targets.line, targets.met, targets.all_experts,
-        head.weight.numel() if head is not None else 0, 0 if shared else embedding.weight.nbytes,
+        head.weight.numel() if head is not None else 0, unread,
     )  # fmt: skip
 
 

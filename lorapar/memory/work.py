@@ -189,8 +189,8 @@ def sft_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
     why = (*_why(lengths), *([PUT_ASIDE] if recipe.grpo.watch_rows else []))
     trained = (once + Passes(logits=answers)).times(share)
     return Work(
-        "sft", lengths.rows and len(rows), steps, trained=trained, recomputes=checkpointing(config, model.device),
-        remade=model.device == "cuda", at_most=why,
+        "sft", None if lengths.rows is None else len(rows), steps, trained=trained,
+        recomputes=checkpointing(config, model.device), remade=model.device == "cuda", at_most=why,
     )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def grpo_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
     at_once = min(config.rollout_batch_size or together, together)
     times = generations * math.ceil(together / at_once) * (new - 1)
     return Work(
-        "grpo", lengths.rows and len(rows), steps, looked + whole.times(made * aside), decoded,
+        "grpo", None if lengths.rows is None else len(rows), steps, looked + whole.times(made * aside), decoded,
         whole.times(share * batches * batch), (times, cache), checkpointing(config, model.device),
         model.device == "cuda",
         (*_why(lengths), f"every completion is taken to have {new} tokens"),

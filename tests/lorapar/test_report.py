@@ -1,8 +1,10 @@
 """The report from small synthetic artefacts: self-contained, complete, and true to the artefacts."""
 
+import copy
 import html
 import re
 import struct
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ from lorapar.files import read_json, write_json, write_jsonl, write_text
 from lorapar.labeling import label
 from lorapar.partitioning.choose import partition
 from lorapar.partitioning.partition import Partition
+from lorapar.reporting import yardstick as yardsticks
+from lorapar.reporting.artefacts import Artefacts
 from lorapar.reporting.report import report
 from lorapar.reporting.sections import _watched
 from lorapar.scoring.scores import Scores, save_scores
@@ -439,3 +443,22 @@ def test_unusable_folders_get_one_line(tmp_path, run):
     partition(other, other, rank=RANK).save(tmp_path / "partition.safetensors")
     with pytest.raises(InputError, match=r"partition\.safetensors: does not fit"):
         report(tmp_path)
+
+
+def test_a_run_of_the_quickstart_s_recipe_is_shown_what_other_seeds_gave(tmp_path):
+    study = read_json(yardsticks.FIGURES)
+
+    def shown(recipe):
+        return yardsticks.yardstick(Artefacts(tmp_path, datetime.now(UTC), recipe=recipe))
+
+    recipe = {**copy.deepcopy(study["recipe"]), "seed": 7, "output_dir": "elsewhere"}
+    page = shown(recipe)
+    for arm, figures in study["arms"].items():
+        assert f"<td>{figures['seeds']}</td>" in page, arm
+        assert f"{100 * figures['system2']['last'][0]:.1f} %" in page
+    # A run of before a key had its default.
+    del recipe["partition"]["system1_cost"]
+    assert shown(recipe) == page
+    assert shown({**recipe, "partition": {**recipe["partition"], "theta": 0.5}}) == ""
+    assert shown({**recipe, "data": {**recipe["data"], "sources": []}}) == ""
+    assert shown({}) == ""

@@ -69,7 +69,7 @@ OPENING = """# Evidence
 What the quickstart's recipe does, and what is left of it when one thing is changed: SmolLM2-135M, System 1 one addition
 or subtraction of two numbers up to ten, System 2 two additions in a row, SFT on the first and then GRPO on the second.
 {count} runs, {system1} held-out rows of System 1 and {system2} of System 2 that no stage saw. Every arm has the same
-steps, rows, batches and learning rates.
+steps, rows, batches and learning rates, unless it says otherwise.
 
 Made by `python -m bench.study --summary` from the lines in `bench/results/study/`, one a run with every held-out
 answer; `python -m bench.study` adds what is missing. Figures are means over seeds and rows; in brackets their 95 %
@@ -121,12 +121,12 @@ def difference(one: Arm, other: Arm, what: str, system: str) -> tuple[np.ndarray
     """One arm's values less the other's at the seeds that both have, and how many seeds the claim needs.
 
     So many that a paired t test over the seeds' means, were its spread known, would find a difference of this size
-    in four cases of five; 0 where there are fewer than two seeds.
+    in four cases of five; 0 where there are too few seeds to say.
     """
     both = [seed for seed in one.seeds if seed in other.seeds]
     values = one.at(both).values(what, system) - other.at(both).values(what, system)
     means = values.mean(1)
-    if len(both) < 2 or means.mean() == 0:
+    if len(both) < FEWEST or means.mean() == 0:
         return values, 0
     return values, max(2, math.ceil((Z_NEEDED * means.std(ddof=1) / means.mean()) ** 2))
 
@@ -317,7 +317,7 @@ def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
     spread = {s: f"{values.min():.0f} and {values.max():.0f} %" for s, values in ends.items()}
     lines.append(
-        f"\nA single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2. "
+        f"\nA single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2.\n\n"
         + claims(arms)
     )
     return "\n".join(lines)
@@ -341,8 +341,8 @@ def claims(arms: dict[str, Arm]) -> str:
             for s, title in zip(SYSTEMS, ("System 1", "System 2")):
                 values, _ = difference(arms["scores" + after], arms[other + after], "last", s)
                 parts.append(f"{title} {figure(values, signed=True)} points ({verdict(values)})")
-            said.append(f"{rate}, LoRA-PAR less {words}: {', '.join(parts)}.")
-    return " ".join(said)
+            said.append(f"- {rate}, LoRA-PAR less {words}: {', '.join(parts)}.")
+    return "\n".join(said)
 
 
 def verdict(values: np.ndarray) -> str:

@@ -150,18 +150,19 @@ def test_the_interval_is_that_of_a_plain_bootstrap_over_seeds_and_rows():
 def test_arms_are_compared_at_the_seeds_that_both_have():
     better = {"system1": (0.9, 0.8), "system2": (0.2, 0.4)}
     worse = {"system1": (0.9, 0.5), "system2": (0.2, 0.3)}
-    scores = evidence.Arm([drawn("scores", seed, better) for seed in (0, 1, 2)])
-    other = evidence.Arm([drawn("all", seed, worse) for seed in (2, 1, 7)])
+    scores = evidence.Arm([drawn("scores", seed, better) for seed in (0, 1, 2, 3)])
+    other = evidence.Arm([drawn("all", seed, worse) for seed in (2, 1, 7, 3)])
     values, needed = evidence.difference(scores, other, "change", "system1")
-    assert values.shape == (2, 40)
+    assert values.shape == (3, 40)
 
     def change(line):
         first, last = (np.array(list(line["answers"][stage]["system1"])) == "1" for stage in ("sft", "grpo"))
         return last.astype(int) - first.astype(int)
 
-    expected = [change(drawn("scores", seed, better)) - change(drawn("all", seed, worse)) for seed in (1, 2)]
+    expected = [change(drawn("scores", seed, better)) - change(drawn("all", seed, worse)) for seed in (1, 2, 3)]
     assert np.array_equal(values, expected)
     means = np.mean(expected, axis=1)
+    assert evidence.difference(scores, other.at((1, 2)), "change", "system1")[1] == 0  # too few to say
     assert needed == max(2, int(np.ceil((2.8 * means.std(ddof=1) / means.mean()) ** 2)))
 
 

@@ -316,10 +316,8 @@ def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
             lines.append(f"| {title}, {rows} rows{words} | " + " | ".join([*cells, bold, *controls]) + " |")
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
     spread = {s: f"{values.min():.0f} and {values.max():.0f} %" for s, values in ends.items()}
-    lines.append(
-        f"\nA single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2.\n\n"
-        + claims(arms)
-    )
+    runs = f"A single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2."
+    lines += ["", runs, "", claims(arms)]
     return "\n".join(lines)
 
 

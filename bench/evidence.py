@@ -28,6 +28,7 @@ Line = dict[str, Any]
 FAST = ", twice the rate"
 # Seeds without which nothing is called better or worse.
 FEWEST = 3
+TOO_FEW = "too few seeds to say"
 # 0.05 two-sided, and a power of 0.8.
 Z_NEEDED = 1.96 + 0.84
 
@@ -317,7 +318,7 @@ def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
     spread = {s: f"{values.min():.0f} and {values.max():.0f} %" for s, values in ends.items()}
     runs = f"A single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2."
-    lines += ["", runs, "", claims(arms)]
+    lines += ["", " ".join(filter(None, (runs, plainly(arms)))), "", claims(arms)]
     return "\n".join(lines)
 
 
@@ -343,9 +344,26 @@ def claims(arms: dict[str, Arm]) -> str:
     return "\n".join(said)
 
 
+def plainly(arms: dict[str, Arm]) -> str:
+    """Whether importance beats chance, in one sentence; "" with too few seeds to say."""
+    said = set()
+    for after in ("", FAST):
+        if "scores" + after in arms and "random" + after in arms:
+            for s in SYSTEMS:
+                values, _ = difference(arms["scores" + after], arms["random" + after], "last", s)
+                said.add(verdict(values))
+    if not said or TOO_FEW in said:
+        return ""
+    if "better" not in said:
+        return "**Choosing elements by importance has done no better here than choosing as many at random.**"
+    where = "in every comparison" if said == {"better"} else "in some of the comparisons below, not in all"
+    return f"Choosing elements by importance has done better than choosing as many at random {where}."
+
+
 def verdict(values: np.ndarray) -> str:
+    """Whether the first of two arms is better, by the interval of their difference."""
     if len(values) < FEWEST:
-        return "too few seeds to say"
+        return TOO_FEW
     _, low, high = interval(values)
     return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
 

@@ -183,9 +183,14 @@ def test_the_page_says_what_was_not_run_and_whether_importance_beats_chance():
     assert "LoRA-PAR less plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
     assert "System 2 +0.0 [+0.0, +0.0] points (no clear difference)" in table
     assert table.startswith("Means over 3 to 5 seeds (a device, float32)")
+    assert "**Choosing elements by importance has done no better here than choosing as many at random.**" in table
+    better = [drawn("scores", seed, good) for seed in range(3)] + [drawn("random", seed, bad) for seed in range(3)]
+    assert "done better than choosing as many at random in every comparison." in evidence.readme_table(
+        evidence.grouped(better)
+    )
     few = evidence.grouped([line for line in lines if line["seed"] < 2])
     assert "(too few seeds to say)" in evidence.readme_table(few)
-    assert not re.search("better|worse|no clear", evidence.readme_table(few))
+    assert not re.search("better|worse|no clear|importance", evidence.readme_table(few))
     text = f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter"
     assert evidence.with_figures(text, "new") == f"before\n{evidence.BEGIN}\nnew\n{evidence.END}\nafter"
     with pytest.raises(ValueError, match="are not both there"):

@@ -229,7 +229,10 @@ def differences(arms: dict[str, Arm]) -> str:
             for what in ("change", "last"):
                 values, needed = difference(own, arm, what, s)
                 count = len(values)
-                cells += [figure(values, signed=True), str(needed or "–")]
+                cells += [
+                    figure(values, signed=True),
+                    "–" if not needed else str(needed) if needed <= 1000 else "> 1000",
+                ]
         lines.append(f"| {WORDS[name]} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
     python -m bench.study                             every run that has no line yet, the most telling first
     python -m bench.study --budget 60 --processes 2   begin no run that would not end within 60 minutes; two at once
-    python -m bench.study --arms scores,all --seeds 8 --precision float32
+    python -m bench.study --arms 'scores; all' --seeds 8 --precision float32
     python -m bench.study --list                      what has a line, and what has not
     python -m bench.study --summary                   docs/evidence.md, its picture and README's table, from the lines
 
@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = "examples/quickstart.yaml"
 RESULTS = Path(__file__).with_name("results") / "study"
 VERSIONS = "torch", "transformers", "peft", "trl", "reasoning-gym"
+PRECISIONS = "bfloat16", "float32", "float16"
 MODELS = "base", "sft", "grpo"
 SYSTEMS = "system1", "system2"
 
@@ -102,13 +103,13 @@ class Planned:
         words = re.sub(r"[^a-z0-9.]+", "-", self.arm.lower()).strip("-")
         return f"{words}-{self.seed}-{self.precision}"
 
-    def command(self, recipe: Path | str, folder: Path) -> list[str]:
+    def command(self, recipe: Path, folder: Path) -> list[str]:
         overrides = {"seed": self.seed, "model.dtype": self.precision, **ARMS[self.arm]}
         words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
         return ["run", str(recipe), "--output_dir", str(folder), "--update", *words]
 
 
-def runs_of(lines: Sequence[dict[str, Any]], recipe: Path | str) -> set[Planned | None]:
+def runs_of(lines: Sequence[dict[str, Any]], recipe: Path) -> set[Planned | None]:
     """The runs that lines of this recipe are of."""
     digest = recipe_digest(recipe)
     return {planned(line) for line in lines if line["recipe"] == digest}
@@ -169,16 +170,22 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     own = str(best_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
-    parser = argparse.ArgumentParser("python -m bench.study", description=(__doc__ or "").split("\n")[0])
+    precisions = list(dict.fromkeys((own, "float32")))
+    parser = argparse.ArgumentParser(
+        "python -m bench.study", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run that would not end within them")
     parser.add_argument("--processes", type=int, default=1, help="runs at once; on a CPU each with its share of cores")
     parser.add_argument("--arms", type=listed_arms, default=list(ARMS), metavar="ARM;ARM", help="by default every one")
-    parser.add_argument("--seeds", type=int, help="of every arm; by default 5 of the main ones and 3 of the others")
-    parser.add_argument("--precision", type=lambda text: text.split(","), default=list(dict.fromkeys((own, "float32"))),
-                        help="of the base's weights; by default the device's own, then float32")  # fmt: skip
-    parser.add_argument("--recipe", type=Path, default=Path(RECIPE), help=f"by default {RECIPE}")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="of every arm; by default 5 of the main ones and 3 of the others"
+    )
+    parser.add_argument("--precision", type=listed_precisions, default=precisions, metavar="DTYPE,DTYPE",
+                        help="of the base; by default the device's own, then float32")  # fmt: skip
+    parser.add_argument("--recipe", type=existing_file, default=ROOT / RECIPE, help=f"by default {RECIPE}")
     parser.add_argument("--output", type=Path, help="the file of lines; by default bench/results/study/<device>.jsonl")
-    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where the runs lie")
+    parser.add_argument("--folder", type=lambda text: Path(text).absolute(), default=ROOT / "runs" / "study",
+                        help="where the runs lie; by default runs/study")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
     parser.add_argument("--summary", action="store_true", help="write docs/evidence.md from the lines")
     return parser.parse_args(words)
@@ -193,6 +200,21 @@ def listed_arms(text: str) -> list[str]:
     return arms
 
 
+def listed_precisions(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in PRECISIONS:
+            raise argparse.ArgumentTypeError(f"no precision {name!r}; allowed: {', '.join(PRECISIONS)}")
+    return names
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
+
+
 def whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
     """Every line of the file; half a line, which a kill has left at its end, is cut off."""
     file.seek(0)
@@ -204,7 +226,10 @@ def whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
 
 
 def work(todo: list[Planned], options: argparse.Namespace, device: str, file: BinaryIO, seconds: list[float]) -> int:
-    """Run them, `processes` at once, and append each one's line; 1 if any failed, else 0."""
+    """Run them, `processes` at once, and append each one's line.
+
+    Returns 1 if any failed, 2 if the recipe cannot be labelled, else 0.
+    """
     began, failed = time.monotonic(), 0
     options.folder.mkdir(parents=True, exist_ok=True)
     threads = max(torch.get_num_threads() // options.processes, 1)
@@ -212,7 +237,9 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
     facts = {"commit": commit(), "device": device, "threads": threads,
              "versions": {name: installed(name) for name in VERSIONS},
              "recipe": recipe_digest(options.recipe)}  # fmt: skip
-    labels(options.recipe, options.folder, environment)
+    if why := labels(options.recipe, options.folder, environment):
+        print(f"{options.recipe} cannot be labelled: {why}", file=sys.stderr)
+        return 2
     going: dict[Planned, tuple[subprocess.Popen, float]] = {}
     waiting = iter(todo)
     while True:
@@ -247,22 +274,19 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
                 shutil.rmtree(folder)
 
 
-def labels(recipe: Path | str, folder: Path, environment: dict[str, str]) -> None:
-    """The rows and their true labels, which every run shares: they depend on neither arm nor seed."""
-    command = [
-        sys.executable,
-        "-m",
-        "lorapar",
-        "label",
-        str(recipe),
-        "--output_dir",
-        str(folder / "labels"),
-        "--update",
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+def labels(recipe: Path, folder: Path, environment: dict[str, str]) -> str | None:
+    """The rows and their true labels, which every run shares: they depend on neither arm nor seed.
+
+    Returns why there are none, else None.
+    """
+    words = ["label", str(recipe), "--output_dir", str(folder / "labels"), "--update"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lorapar", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return (done.stderr.strip().splitlines() or ["no output"])[-1] if done.returncode else None
 
 
-def started(run: Planned, recipe: Path | str, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+def started(run: Planned, recipe: Path, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
     place = (folder / run.name).absolute()
     if not place.exists():
         shared = folder / Planned(parent_of(run.arm), run.seed, run.precision).name
@@ -327,9 +351,9 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
     return [row for row in read_jsonl(folder / "labels.jsonl") if row["split"] == "held_out"]
 
 
-def recipe_digest(recipe: Path | str = RECIPE) -> str:
+def recipe_digest(recipe: Path = ROOT / RECIPE) -> str:
     """Of what the recipe's file says, so that lines of another recipe are not taken for this one's."""
-    values = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     return sha256_json({key: value for key, value in values.items() if key != "output_dir"})
 
 

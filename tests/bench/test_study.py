@@ -45,6 +45,22 @@ def test_arms_by_name():
         study.listed_arms("score")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "score"], "no arm 'score'"),
+        (["--precision", "bf16"], "no precision 'bf16'; allowed: bfloat16, float32, float16"),
+        (["--recipe", "missing.yaml"], "missing.yaml: no such file"),
+        (["--budgt", "3"], "unrecognized arguments"),
+    ],
+)
+def test_what_is_misspelt_is_refused_before_any_work(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        study.main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_half_a_line_is_cut_off_and_the_rest_kept(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')

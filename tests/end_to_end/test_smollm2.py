@@ -27,7 +27,7 @@ SHORT = {
     "sft.save_steps": "2",
     "grpo.max_steps": "2",
     # Five steps must move the model by more than rounding the merged weights to bf16 does.
-    "grpo.learning_rate": "1.0e-3",
+    "sft.learning_rate": "2.0e-3",
     "grpo.per_device_train_batch_size": "8",
     "grpo.num_generations": "4",
     "evaluate.limit": "8",

@@ -98,28 +98,31 @@ class Arm:
         }
 
     def values(self, what: str, system: str) -> np.ndarray:
-        """[seeds, rows]: a row's right answers as 1, or, for "change", what stage 2 did to them: −1, 0 or 1."""
+        """int [seeds, rows]: a row's right answers as 1, or, for "change", what stage 2 did to them: −1, 0 or 1."""
         if what == "change":
-            return self.bits["last"][system].astype(float) - self.bits["first"][system]
-        return self.bits[what][system].astype(float)
+            return self.bits["last"][system].astype(int) - self.bits["first"][system]
+        return self.bits[what][system].astype(int)
 
     def at(self, seeds: Sequence[int]) -> "Arm":
         return Arm([line for line in self.lines if line["seed"] in seeds])
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval of [seeds, rows], both resampled."""
+    """Mean and 95 % interval of int [seeds, rows], both resampled.
+
+    Summed as integers, so that the page is the same on every processor.
+    """
     draw = np.random.default_rng(0)
     seeds, rows = values.shape
-    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
-    of_rows = draw.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
-    means = ((of_seeds @ values) * of_rows).sum(1)
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)
+    of_rows = draw.multinomial(rows, np.full(rows, 1 / rows), DRAWS)
+    means = ((of_seeds @ values) * of_rows).sum(1) / values.size
     low, high = np.quantile(means, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
 
 
 def difference(one: Arm, other: Arm, what: str, system: str) -> tuple[np.ndarray, int]:
-    """One arm's values less the other's at the seeds that both have, and how many seeds the claim needs.
+    """One arm's values minus the other's at the seeds that both have, and how many seeds the claim needs.
 
     So many that a paired t test over the seeds' means, were its spread known, would find a difference of this size
     in four cases of five; 0 where there are too few seeds to say.
@@ -214,7 +217,7 @@ def reference_of(arm: str) -> str:
 
 def differences(arms: dict[str, Arm]) -> str:
     lines = [
-        "LoRA-PAR less the other arm, at the same learning rate, in points: above 0 it is better. *Seeds* were paired; "
+        "LoRA-PAR minus the other arm, at the same learning rate, in points: above 0 it is better. *Seeds* were paired; "
         "a difference of this size *needs* so many to show, at 5 %, in four studies of five.\n",
         "| against | seeds | System 1 kept (change) | needs | System 1 at the end | needs "
         "| System 2 gained (change) | needs | System 2 at the end | needs |",
@@ -267,7 +270,7 @@ EXPECTED = {
 
 def expectations(arms: dict[str, Arm]) -> str:
     lines = [
-        "The way less LoRA-PAR at the same learning rate, at the end, in points.\n",
+        "The way minus LoRA-PAR at the same learning rate, at the end, in points.\n",
         "| way | expected | System 1 | System 2 | seeds |",
         "|---|---|---|---|---|",
     ]
@@ -343,7 +346,7 @@ def claims(arms: dict[str, Arm]) -> str:
             for s, title in zip(SYSTEMS, ("System 1", "System 2")):
                 values, _ = difference(arms["scores" + after], arms[other + after], "last", s)
                 parts.append(f"{title} {figure(values, signed=True)} points ({verdict(values)})")
-            said.append(f"- {rate}, LoRA-PAR less {words}: {', '.join(parts)}.")
+            said.append(f"- {rate}, LoRA-PAR minus {words}: {', '.join(parts)}.")
     return "\n".join(said)
 
 

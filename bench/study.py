@@ -9,8 +9,8 @@
 A run is `lorapar run examples/quickstart.yaml` with its arm's overrides, in a process of its own. What an arm has in
 common with another (labels, scores, stage 1) is copied from that run's folder, and the pipeline finds what still holds.
 A line goes to bench/results/study/<device>.jsonl once its run has ended: accuracy, every held-out answer as one bit,
-commit, versions, device. The same command goes on with a study that was killed: a run with a line is not run again,
-and one that was stopped resumes from its last checkpoint.
+commit, versions, device. The same command resumes a study that was killed: a run with a line is not run again, and one
+that was stopped resumes from its last checkpoint.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             return work(todo, options, device, file, [line["seconds"] for line in lines])
         except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; the same command resumes it", file=sys.stderr)
             return 130
         finally:
             if not file.tell():

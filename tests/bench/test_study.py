@@ -148,7 +148,7 @@ def drawn(arm, seed, accuracy, rows=(40, 60), random=None):
 
 def test_the_interval_is_that_of_a_plain_bootstrap_over_seeds_and_rows():
     random = np.random.default_rng(3)
-    values = (random.random((5, 80)) < random.random((5, 1))).astype(float)
+    values = (random.random((5, 80)) < random.random((5, 1))).astype(int)
     mean, low, high = evidence.interval(values)
     assert mean == values.mean()
     plain = []
@@ -196,7 +196,7 @@ def test_the_page_says_what_was_not_run_and_whether_importance_beats_chance():
     page, table = evidence.page(groups), evidence.readme_table(groups)
     assert "- as many elements, chosen at random: 2 of the planned seeds" in page
     assert "- whole tiles: 3 of the planned seeds" in page
-    assert "LoRA-PAR less plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
+    assert "LoRA-PAR minus plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
     assert "System 2 +0.0 [+0.0, +0.0] points (no clear difference)" in table
     assert table.startswith("Means over 3 to 5 seeds (a device, float32)")
     assert "**Choosing elements by importance has done no better here than choosing as many at random.**" in table

@@ -217,8 +217,8 @@ def reference_of(arm: str) -> str:
 
 def differences(arms: dict[str, Arm]) -> str:
     lines = [
-        "LoRA-PAR minus the other arm, at the same learning rate, in points: above 0 it is better. *Seeds* were paired; "
-        "a difference of this size *needs* so many to show, at 5 %, in four studies of five.\n",
+        "LoRA-PAR minus the other arm, at the same learning rate, in points: above 0 it is better. *Seeds* were "
+        "paired; a difference of this size *needs* so many to show, at 5 %, in four studies of five.\n",
         "| against | seeds | System 1 kept (change) | needs | System 1 at the end | needs "
         "| System 2 gained (change) | needs | System 2 at the end | needs |",
         "|---|---|---|---|---|---|---|---|---|---|",

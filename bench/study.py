@@ -46,7 +46,7 @@ PRECISIONS = "bfloat16", "float32", "float16"
 MODELS = "base", "sft", "grpo"
 SYSTEMS = "system1", "system2"
 
-TWICE = {"grpo.learning_rate": 1.0e-3}
+TWICE, HALF = {"grpo.learning_rate": 1.0e-3}, {"grpo.learning_rate": 2.5e-4}
 # What each arm changes in the recipe; steps, rows, batches and learning rates are the recipe's unless it says so.
 ARMS: dict[str, dict[str, Any]] = {
     "scores": {},
@@ -58,6 +58,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "random, twice the rate": {"partition.selection": "random", **TWICE},
     # What people do today: every element, every row, in both stages.
     "all, all rows": {"partition.selection": "all", "sft.systems": [1, 2], "grpo.systems": [1, 2]},
+    # Whether a gentler stage 2 does for plain LoRA what training fewer elements does.
+    "all, half the rate": {"partition.selection": "all", **HALF},
     "renewed, twice the rate": {"score.renew": True, **TWICE},
     "cost 1, twice the rate": {"partition.system1_cost": 1.0, **TWICE},
     "watched, twice the rate": {"grpo.watch_rows": 24, **TWICE},

@@ -16,6 +16,7 @@ import pytest
 from bench import evidence, study
 from lorapar.files import read_jsonl
 from lorapar.pipeline.records import records
+from lorapar.recipe.reading import load_recipe
 from tests.lorapar.driver import recipe_values, write_recipe
 from tests.tiny import save_tiny_model
 
@@ -215,9 +216,46 @@ def test_the_page_says_what_was_not_run_and_whether_importance_beats_chance():
 
 def test_the_page_readme_and_the_yardstick_are_those_of_the_lines():
     groups = evidence.grouped(evidence.read_lines(sorted(study.RESULTS.glob("*.jsonl"))))
-    assert evidence.PAGE.read_text(encoding="utf-8") == evidence.page(groups)
+    gsm8k = evidence.read_lines(sorted(study.RESULTS.glob("*.jsonl")), evidence.GSM8K)
+    assert evidence.PAGE.read_text(encoding="utf-8") == evidence.page(groups, gsm8k)
     readme = evidence.README.read_text(encoding="utf-8")
     assert readme == evidence.with_figures(readme, evidence.readme_table(groups))
     assert json.loads(evidence.YARDSTICK.read_text(encoding="utf-8")) == json.loads(
         json.dumps(evidence.yardstick(groups))
+    )
+
+
+def test_a_way_beyond_the_paper_is_a_default_only_where_one_system_is_better_and_neither_is_worse():
+    own = {"system1": (1.0, 0.5), "system2": (0.0, 0.5)}
+
+    def chosen(system1, system2, seeds=3):
+        way = {"system1": (1.0, system1), "system2": (0.0, system2)}
+        lines = [drawn("scores", seed, own) for seed in range(seeds)]
+        return evidence.chosen(
+            evidence.grouped([*lines, *(drawn("renewed", seed, way) for seed in range(seeds))])[("a device", OWN)]
+        )
+
+    assert chosen(1.0, 0.5) == ["renewed"]
+    assert chosen(1.0, 0.0) == []
+    assert chosen(0.5, 0.5) == []
+    assert chosen(1.0, 1.0, seeds=2) == []
+
+
+def test_the_recipe_s_defaults_are_those_that_the_study_chose():
+    recipe = load_recipe(ROOT / study.RECIPE)
+    on = {
+        "renewed": recipe.score.renew,
+        "cost": recipe.partition.system1_cost > 0,
+        "watched": recipe.grpo.watch_rows > 0,
+    }
+    arms = next(iter(evidence.grouped(evidence.read_lines(sorted(study.RESULTS.glob("*.jsonl")))).values()))
+    assert {way for way, is_on in on.items() if is_on} == {way.split()[0] for way in evidence.chosen(arms)}
+
+
+def test_gsm8k_s_line_is_shown_as_counts():
+    page = evidence.gsm8k_table([])
+    assert page.endswith("Not run.")
+    line = drawn("scores", 0, {"system1": (0.0, 1.0), "system2": (0.0, 0.0)}) | {"seconds": 1500.0}
+    assert "| LoRA-PAR | 0 | 0 of 40 | 0 of 40 | 40 of 40 | 0 of 60 | 0 of 60 | 0 of 60 | 25 |" in evidence.gsm8k_table(
+        [line]
     )

@@ -1,21 +1,26 @@
 """docs/evidence.md, its picture, README's table and the report's yardstick, from the lines of bench/study.py.
 
 Every arm has one bit for each seed and held-out row. A figure is a mean over both; its interval comes from 10,000
-resamples of the seeds and, crossed with them, of the rows (the percentile bootstrap of Efron 1979; crossed as in Owen
-2007, which overstates the variance a little). Two arms are compared at the same resampled seeds and rows, since runs of
-one seed share labels, rows and the adapter as it starts.
+resamples of the seeds' means and of the rows' means (the percentile bootstrap of Efron 1979), whose deviations are
+added: what belongs to a seed and a row together is in both, so the interval is somewhat too wide. Three seeds, or five,
+resampled understate what seeds differ by, so their part is widened as Student's t widens a normal interval (Hesterberg
+2015 does it by the percentiles, which so few seeds do not have). Two arms are compared at the seeds that both have, row
+by row, since runs of one seed share labels, rows and the adapter as it starts.
 """
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from bench.study import ARMS, MAIN, MODELS, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
-from lorapar.files import read_jsonl, write_json, write_text
+from bench import study
+from bench.study import ARMS, MAIN, MODELS, PAPER, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
+from lorapar.files import write_json, write_text
 from lorapar.recipe.reading import load_recipe
 from lorapar.recipe.sections import changes_result
 
@@ -31,8 +36,8 @@ FAST = ", twice the rate"
 # Seeds without which nothing is called better or worse.
 FEWEST = 3
 TOO_FEW = "too few seeds to say"
-# 0.05 two-sided, and a power of 0.8.
-Z_NEEDED = 1.96 + 0.84
+# Seeds without which their spread says nothing of how many would be needed.
+FEWEST_TO_PLAN = 5
 
 WORDS = {
     "scores": "LoRA-PAR",
@@ -45,10 +50,12 @@ WORDS = {
     "all, half the rate": "plain LoRA, stage 2 at half the learning rate",
     "renewed, twice the rate": "System 2 scored again after stage 1, stage 2 at twice the learning rate",
     "cost 1, twice the rate": "`partition.system1_cost` at 1, stage 2 at twice the learning rate",
+    "rows aside, twice the rate": "rows put aside, the last step kept, stage 2 at twice the learning rate",
     "watched, twice the rate": "System 1's loss watched, stage 2 at twice the learning rate",
     "renewed": "System 2 scored again after stage 1 (`score.renew`)",
-    "cost 0.5": "what an element is worth to System 1 counted at 0.5 (`partition.system1_cost`)",
-    "cost 1": "the same at 1",
+    "cost 0.5": "`partition.system1_cost` at 0.5",
+    "cost 1": "`partition.system1_cost` at 1",
+    "rows aside": "rows put aside, the last step kept: the control of `grpo.watch_rows`",
     "watched": "System 1's loss watched in stage 2 (`grpo.watch_rows`)",
     "grpo first": "GRPO, then SFT",
     "rank": "whole rank slices",
@@ -77,8 +84,12 @@ steps, rows, batches and learning rates, unless it says otherwise.
 
 Made by `python -m bench.study --summary` from the lines in `bench/results/study/`, one a run with every held-out
 answer; `python -m bench.study` adds what is missing. Figures are means over seeds and rows; in brackets their 95 %
-interval by a bootstrap over both. With three to five seeds such an interval is somewhat too narrow. *Change* is what
-stage 2 did, in points: what System 1 lost of what stage 1 had taught it, and what System 2 gained.
+interval by a bootstrap over both, the seeds' part widened for their number as Student's t does. *Change* is what stage
+2 did, in points: what System 1 lost of what stage 1 had taught it, and what System 2 gained.
+
+Stage 2's learning rate and reward were chosen on these held-out rows, at seed 0 and for LoRA-PAR
+([bench/LOG.md](../bench/LOG.md)). That seed is among those shown, and no such choice was made for the other arms; plain
+LoRA stands here at half and at twice the rate too.
 
 ![System 1 and System 2 after stage 2, by arm](evidence.png)
 """
@@ -120,28 +131,48 @@ def resamples(seeds: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval of int [seeds, rows], both resampled.
+    """Mean and 95 % interval of int [seeds, rows], both resampled; a share's stays within 0 and 1.
 
-    All sums are of integers far below 2²⁴, exact in fp32: the page is the same on every processor.
+    The draws are summed as integers far below 2²⁴, exact in fp32: the page is the same on every processor.
     """
     of_seeds, of_rows = resamples(*values.shape)
-    sums = np.einsum("dr,dr->d", of_seeds @ values.astype(np.float32), of_rows)
-    low, high = np.quantile(sums.astype(float) / values.size, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    exact, mean = values.astype(np.float32), values.mean()
+    by_seeds, by_rows = (of_seeds @ exact.sum(1)).astype(float), (of_rows @ exact.sum(0)).astype(float)
+    means = mean + widening(len(values)) * (by_seeds / values.size - mean) + (by_rows / values.size - mean)
+    low, high = np.quantile(means, [0.025, 0.975])
+    if values.min() >= 0:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return float(mean), float(low), float(high)
 
 
-def difference(one: Arm, other: Arm, what: str, system: str) -> tuple[np.ndarray, int]:
-    """One arm's values minus the other's at the seeds that both have, and how many seeds the claim needs.
+def widening(seeds: int) -> float:
+    """How much wider t's interval of a mean over so few seeds is than their bootstrap's; 1 for a single seed."""
+    if seeds == 1:
+        return 1.0
+    ratio = float(stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975))
+    # Rounded, so that the page hangs on no last bit.
+    return round(ratio * math.sqrt(seeds / (seeds - 1)), 4)
 
-    So many that a paired t test over the seeds' means, were its spread known, would find a difference of this size
-    in four cases of five; 0 where there are too few seeds to say.
-    """
+
+def difference(one: Arm, other: Arm, what: str, system: str) -> np.ndarray:
+    """One arm's values minus the other's at the seeds that both have: int [seeds, rows]."""
     both = [seed for seed in one.seeds if seed in other.seeds]
-    values = one.at(both).values(what, system) - other.at(both).values(what, system)
+    return one.at(both).values(what, system) - other.at(both).values(what, system)
+
+
+def needed(values: np.ndarray) -> str:
+    """About how many seeds a paired t test would need to show a difference as large, at 5 % and with a power of 0.8.
+
+    values: int [seeds, rows]. Of the seeds' spread alone, whose estimate from few is rough; "–" from fewer than five.
+    """
     means = values.mean(1)
-    if len(both) < FEWEST or means.mean() == 0:
-        return values, 0
-    return values, max(2, math.ceil((Z_NEEDED * means.std(ddof=1) / means.mean()) ** 2))
+    if len(means) < FEWEST_TO_PLAN or means.mean() == 0:
+        return "–"
+    ratio = float(means.std(ddof=1) / means.mean()) ** 2
+    for count in range(2, 1001):
+        if count >= (stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1)) ** 2 * ratio:
+            return f"about {count}"
+    return "> 1000"
 
 
 def figure(values: np.ndarray, signed: bool = False) -> str:
@@ -153,18 +184,31 @@ def figure(values: np.ndarray, signed: bool = False) -> str:
 
 
 def read_lines(files: Sequence[Path], recipe: str = RECIPE) -> list[Line]:
-    """The lines of what the recipe says today whose arms mean what they did."""
+    """The lines of what the recipe says today whose arms mean what they did.
+
+    Raises ValueError where a run has two lines, or where lines are of other held-out rows: another version of
+    reasoning-gym may draw others.
+    """
     digest = recipe_digest(ROOT / recipe)
-    lines = [line for file in files for line in read_jsonl(file)]
-    return [line for line in lines if line["recipe"] == digest and planned(line) is not None]
+    lines = [line for file in files for line in study.read_lines(file)]
+    lines = [line for line in lines if line["recipe"] == digest and planned(line, ROOT / recipe) is not None]
+    seen = set()
+    for line in lines:
+        run = tuple(line[key] for key in ("device", "precision", "arm", "seed"))
+        if run in seen:
+            raise ValueError(f"two lines of one run: {', '.join(map(str, run))}")
+        seen.add(run)
+    if len({line["rows"] for line in lines}) > 1:
+        raise ValueError("the lines are of several sets of held-out rows, which cannot be compared")
+    return lines
 
 
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], dict[str, Arm]]:
-    """{(device, precision): {arm: its runs}}, the group with the most runs first."""
+    """{(device, precision): {arm: its runs}}: those with LoRA-PAR's own first, of them the one with the most runs."""
     groups: dict[tuple[str, str], dict[str, list[Line]]] = {}
     for line in lines:
         groups.setdefault((line["device"], line["precision"]), {}).setdefault(line["arm"], []).append(line)
-    order = sorted(groups, key=lambda key: -sum(map(len, groups[key].values())))
+    order = sorted(groups, key=lambda key: ("scores" not in groups[key], -sum(map(len, groups[key].values()))))
     return {key: {arm: Arm(groups[key][arm]) for arm in ARMS if arm in groups[key]} for key in order}
 
 
@@ -190,7 +234,7 @@ def page(groups: dict[tuple[str, str], dict[str, Arm]], gsm8k: Sequence[Line] = 
     count = sum(len(arm.seeds) for by in groups.values() for arm in by.values())
     parts = [
         OPENING.format(count=count, **rows),
-        f"## The arms\n\n{device}, {precision}.\n\n{arms_table(arms)}",
+        f"## The arms\n\n{device}, {precision}{made_with(arms)}.\n\n{arms_table(arms)}",
         f"## Differences, seed by seed\n\n{differences(arms)}",
         f"## Other processors and precisions\n\n{devices_table(groups)}",
         f"## What was expected of the three ways beyond the paper\n\n{expectations(arms)}",
@@ -198,6 +242,14 @@ def page(groups: dict[tuple[str, str], dict[str, Arm]], gsm8k: Sequence[Line] = 
         f"## Not run\n\n{not_run(arms, precision)}",
     ]
     return "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def made_with(arms: dict[str, Arm]) -> str:
+    """The versions and commits that the lines name."""
+    lines = [line for arm in arms.values() for line in arm.lines if "versions" in line]
+    versions = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
+    commits = sorted({line["commit"][:7] for line in lines})
+    return f"; {', '.join(versions)}; at {', '.join(commits)}" if lines else ""
 
 
 def arms_table(arms: dict[str, Arm]) -> str:
@@ -221,32 +273,36 @@ def arms_table(arms: dict[str, Arm]) -> str:
 
 
 def reference_of(arm: str) -> str:
-    """LoRA-PAR at the arm's learning rate."""
-    return "scores, twice the rate" if arm.endswith(FAST) else "scores"
+    """What the arm is compared with: LoRA-PAR at its learning rate, or the control of what it does besides."""
+    way, fast = arm.removesuffix(FAST), FAST * arm.endswith(FAST)
+    return ("rows aside" if way == "watched" else "scores") + fast
+
+
+def same_stages(arm: Arm) -> bool:
+    """Whether its stages are stage 1 and stage 2 as LoRA-PAR has them, so that their changes can be compared."""
+    return not {"stages", "sft.systems", "grpo.systems"} & set(arm.lines[0]["overrides"])
 
 
 def differences(arms: dict[str, Arm]) -> str:
     lines = [
         "LoRA-PAR minus the other arm, in points: above 0 it is better. Against an arm at twice the learning rate it "
-        "is LoRA-PAR at twice the rate too. *Seeds* were paired; a difference of this size *needs* so many to show, "
-        "at 5 %, in four studies of five.\n",
+        "is LoRA-PAR at twice the rate too. *Seeds*: those that both have. *Needs*: seeds that would show a difference "
+        "of this size in four studies of five, at 5 %, by the spread between these seeds alone.\n",
         "| against | seeds | System 1 kept (change) | needs | System 1 at the end | needs "
         "| System 2 gained (change) | needs | System 2 at the end | needs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
-        own = arms.get(reference_of(name))
-        if own is None or name in ("scores", "scores, twice the rate") or not set(arm.seeds) & set(own.seeds):
+        own = arms.get("scores" + FAST * name.endswith(FAST))
+        if own is None or name in ("scores", "scores" + FAST) or not set(arm.seeds) & set(own.seeds):
             continue
         cells, count = [], 0
         for s in SYSTEMS:
             for what in ("change", "last"):
-                values, needed = difference(own, arm, what, s)
+                values = difference(own, arm, what, s)
                 count = len(values)
-                cells += [
-                    figure(values, signed=True),
-                    "–" if not needed else str(needed) if needed <= 1000 else "> 1000",
-                ]
+                shown = what == "last" or same_stages(arm)
+                cells += [figure(values, signed=True), needed(values)] if shown else ["–", "–"]
         lines.append(f"| {WORDS[name]} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -262,7 +318,7 @@ def devices_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
             if name in arms:
                 cells = []
                 for s in SYSTEMS:
-                    each = ", ".join(f"{100 * value:.0f}" for value in arms[name].bits["last"][s].mean(1))
+                    each = ", ".join(f"{100 * value:.1f}" for value in arms[name].bits["last"][s].mean(1))
                     cells += [f"{100 * arms[name].bits['first'][s].mean():.1f} %", f"{each} %"]
                 lines.append(
                     f"| {device} | {precision} | {WORDS[name]} | {len(arms[name].seeds)} | " + " | ".join(cells) + " |"
@@ -281,8 +337,9 @@ EXPECTED = {
 
 def expectations(arms: dict[str, Arm]) -> str:
     lines = [
-        "The way minus LoRA-PAR at the same learning rate, at the end, in points. An option is on by default where, at "
-        "the recipe's own learning rate, one system is better by its interval and neither is worse.\n",
+        "The way minus LoRA-PAR at the same learning rate, at the end, in points; watching is compared with the arm "
+        "that puts the same rows aside, since they are missing in stage 1. An option is on by default where, at the "
+        "recipe's own learning rate, one system is better by its interval and neither is worse.\n",
         "| way | expected | System 1 | System 2 | seeds | default |",
         "|---|---|---|---|---|---|",
     ]
@@ -292,10 +349,10 @@ def expectations(arms: dict[str, Arm]) -> str:
             if name not in ARMS:
                 continue
             default = "" if name.endswith(FAST) else "on" if way in chosen(arms) else "off"
-            if name not in arms or own is None:
+            if name not in arms or own is None or not set(arms[name].seeds) & set(own.seeds):
                 lines.append(f"| {WORDS[name]} | {words} | not run | not run | 0 | {default} |")
                 continue
-            both = [difference(arms[name], own, "last", s)[0] for s in SYSTEMS]
+            both = [difference(arms[name], own, "last", s) for s in SYSTEMS]
             cells = [f"{figure(values, signed=True)} ({verdict(values)})" for values in both]
             lines.append(f"| {WORDS[name]} | {words} | {' | '.join(cells)} | {len(both[0])} | {default} |")
     return "\n".join(lines)
@@ -305,8 +362,9 @@ def chosen(arms: dict[str, Arm]) -> list[str]:
     """The ways beyond the paper that the study makes a default: better in one system, and worse in neither."""
     ways = []
     for way in EXPECTED:
-        if way in arms and "scores" in arms:
-            said = [verdict(difference(arms[way], arms["scores"], "last", s)[0]) for s in SYSTEMS]
+        own = arms.get(reference_of(way))
+        if way in arms and own is not None and set(arms[way].seeds) & set(own.seeds):
+            said = [verdict(difference(arms[way], own, "last", s)) for s in SYSTEMS]
             if "better" in said and "worse" not in said:
                 ways.append(way)
     return ways
@@ -314,14 +372,17 @@ def chosen(arms: dict[str, Arm]) -> list[str]:
 
 def gsm8k_table(lines: Sequence[Line]) -> str:
     """Right answers of all, for each run: too few runs and too few right answers for an interval over seeds."""
-    said = [
-        f"A model of this size answers hardly any of GSM8K, before and after: what follows shows that the method runs "
-        f"on real rows, not that it helps. `python -m bench.study --recipe {GSM8K} --arms scores --seeds 1` with "
-        f"`--output` for its line; the recipe says where the rows must lie. `examples/gsm8k_llama2_7b.yaml` is for a "
-        f"model that learns it, with its hours and memory in [memory.md](memory.md).\n"
-    ]
+    command = (
+        f"By `python -m bench.study --recipe {GSM8K} --arms scores --seeds 1 --precision bfloat16 --output "
+        f"bench/results/study/gsm8k.jsonl`, in the repository's root with GSM8K's two files in `gsm8k/`."
+    )
     if not lines:
-        return "\n".join([*said, "Not run."])
+        return f"{command} Not run."
+    said = [
+        f"A model of this size answers hardly any of GSM8K, before and after: this shows that the method runs on real "
+        f"rows, not that it helps. {command} `examples/gsm8k_llama2_7b.yaml` is for a model that learns it; "
+        f"[memory.md](memory.md) has an estimate of its hours and memory.\n"
+    ]
     said += [
         "| device | precision | arm | seed | System 1: base | after SFT | after GRPO "
         "| System 2: base | after SFT | after GRPO | minutes |",
@@ -352,67 +413,76 @@ def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
     """README's headline: means over seeds with intervals, the controls beside them, and what one run may differ by."""
     (device, precision), arms = next(iter(groups.items()))
     scores = arms["scores"]
+    rows = {s: scores.bits["base"][s].shape[1] for s in SYSTEMS}
+    shown = [arm for arm in MAIN if arm in arms]
+    counts = sorted({len(arms[arm].seeds) for arm in shown})
+    seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     lines = [
-        f"Means over {seeds_of(arms)} ({device}, {precision}), with 95 % intervals over seeds and rows:\n",
-        "| held-out accuracy | base | after SFT | after GRPO | as many elements at random | plain LoRA |",
-        "|---|---|---|---|---|---|",
+        f"Held-out accuracy, means over {seeds} ({device}, {precision}), with 95 % intervals over seeds and rows "
+        f"({rows['system1']} of System 1, {rows['system2']} of System 2):\n",
+        "| | System 1 after SFT | after GRPO | System 2 after SFT | after GRPO |",
+        "|---|---|---|---|---|",
     ]
-    for after, words in (("", ""), (FAST, ", stage 2 at twice the learning rate")):
-        if "scores" + after not in arms:
-            continue
-        for s, title in zip(SYSTEMS, ("System 1", "System 2")):
-            rows = scores.bits["base"][s].shape[1]
-            own, *controls = (
-                figure(arms[arm + after].values("last", s)) if arm + after in arms else "not run"
-                for arm in ("scores", "random", "all")
-            )
-            base, first = f"{100 * scores.bits['base'][s].mean():.1f} %", figure(scores.values("first", s))
-            cells = [base, first] if not after else ["", ""]
-            bold = f"**{own.replace(' [', '** [', 1)}"
-            lines.append(f"| {title}, {rows} rows{words} | " + " | ".join([*cells, bold, *controls]) + " |")
+    for arm in shown:
+        cells = [figure(arms[arm].values(when, s)) for s in SYSTEMS for when in ("first", "last")]
+        if arm == "scores":
+            cells = [f"**{cell.replace(' [', '** [', 1)}" for cell in cells]
+        lines.append(f"| {WORDS[arm]} | " + " | ".join(cells) + " |")
+    base = {s: f"{100 * scores.bits['base'][s].mean():.1f} %" for s in SYSTEMS}
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
-    spread = {s: f"{values.min():.0f} and {values.max():.0f} %" for s, values in ends.items()}
-    runs = f"A single run ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2."
+    spread = {s: f"{values.min():.1f} and {values.max():.1f} %" for s, values in ends.items()}
+    runs = (
+        f"The base answers {base['system1']} and {base['system2']}. A single run of LoRA-PAR ended between "
+        f"{spread['system1']} in System 1, and between {spread['system2']} in System 2."
+    )
     lines += ["", " ".join(filter(None, (runs, plainly(arms)))), "", claims(arms)]
     return "\n".join(lines)
-
-
-def seeds_of(arms: dict[str, Arm]) -> str:
-    """ "5 seeds", or "3 to 5 seeds" where the arms of README's table differ."""
-    shown = (arm + after for arm in ("scores", "random", "all") for after in ("", FAST))
-    counts = sorted({len(arms[arm].seeds) for arm in shown if arm in arms})
-    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
 def claims(arms: dict[str, Arm]) -> str:
     """What the differences say, in words that follow from the intervals."""
     said = []
-    for after, rate in (("", "At the end"), (FAST, "At twice the rate")):
-        for other, words in (("all", "plain LoRA"), ("random", "a random choice")):
+    for after, rate in (("", "At the end"), (FAST, "With stage 2 at twice the learning rate")):
+        for other, words in (("all", "plain LoRA"), ("random", "a random choice"), ("all, all rows", "all rows")):
             if other + after not in arms or "scores" + after not in arms:
                 continue
             parts = []
             for s, title in zip(SYSTEMS, ("System 1", "System 2")):
-                values, _ = difference(arms["scores" + after], arms[other + after], "last", s)
+                values = difference(arms["scores" + after], arms[other + after], "last", s)
                 parts.append(f"{title} {figure(values, signed=True)} points ({verdict(values)})")
             said.append(f"- {rate}, LoRA-PAR minus {words}: {', '.join(parts)}.")
+    if "scores" in arms and "all" in arms:
+        values = difference(arms["scores"], arms["all"], "change", "system2")
+        said.append(
+            f"- What stage 2 adds to System 2, LoRA-PAR minus plain LoRA: {figure(values, signed=True)} points "
+            f"({verdict(values)})."
+        )
     return "\n".join(said)
 
 
 def plainly(arms: dict[str, Arm]) -> str:
     """Whether importance beats chance, in one sentence; "" with too few seeds to say."""
-    said = set()
+    said, room = set(), 0.0
     for after in ("", FAST):
         if "scores" + after in arms and "random" + after in arms:
             for s in SYSTEMS:
-                values, _ = difference(arms["scores" + after], arms["random" + after], "last", s)
+                values = difference(arms["scores" + after], arms["random" + after], "last", s)
                 said.add(verdict(values))
+                room = max(room, *(abs(100 * end) for end in interval(values)[1:]))
     if not said or TOO_FEW in said:
         return ""
-    if "better" not in said:
-        return "**Choosing elements by importance has done no better here than choosing as many at random.**"
-    where = "in every comparison" if said == {"better"} else "in some of the comparisons below, not in all"
-    return f"Choosing elements by importance has done better than choosing as many at random {where}."
+    if said == {"better"}:
+        return "Choosing elements by importance has done better than choosing as many at random in every comparison."
+    if said == {"no clear difference"}:
+        return (
+            "**Choosing elements by importance has done no better here than choosing as many at random:** no "
+            f"difference was found, and the intervals leave room for {room:.0f} points at most."
+        )
+    words = " and ".join(word for word in ("better", "worse") if word in said)
+    return (
+        f"Choosing elements by importance has done {words} than choosing as many at random in some of the comparisons "
+        "below."
+    )
 
 
 def verdict(values: np.ndarray) -> str:
@@ -435,7 +505,8 @@ def with_figures(text: str, table: str) -> str:
 def yardstick(groups: dict[tuple[str, str], dict[str, Arm]]) -> dict[str, Any]:
     """What the report shows beside a run of this recipe: the resolved recipe, and the arms' figures."""
     (device, precision), arms = next(iter(groups.items()))
-    recipe = result_keys(load_recipe(ROOT / RECIPE).as_dict())
+    paper = [(key, json.dumps(value)) for key, value in PAPER.items()]
+    recipe = result_keys(load_recipe(ROOT / RECIPE, paper).as_dict())
     figures = {}
     for name in ("scores", "all", "random"):
         if name in arms:

@@ -10,7 +10,7 @@ A run is `lorapar run examples/quickstart.yaml` with its arm's overrides, in a p
 common with another (labels, scores, stage 1) is copied from that run's folder, and the pipeline finds what still holds.
 A line goes to bench/results/study/<device>.jsonl once its run has ended: accuracy, every held-out answer as one bit,
 commit, versions, device. The same command resumes a study that was killed: a run with a line is not run again, and one
-that was stopped resumes from its last checkpoint.
+that was stopped resumes from its last checkpoint. Paths in a recipe are read from the repository's root.
 """
 
 import argparse
@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 
 from bench.conftest import commit, device_name, installed
 from bench.workers import die_with_the_parent
+from lorapar.errors import InputError
 from lorapar.files import read_json, read_jsonl, sha256_json
 from lorapar.model.load import best_dtype
 from lorapar.pipeline.records import records
+from lorapar.recipe.reading import load_recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "examples/quickstart.yaml"
@@ -46,7 +47,18 @@ PRECISIONS = "bfloat16", "float32", "float16"
 MODELS = "base", "sft", "grpo"
 SYSTEMS = "system1", "system2"
 
-TWICE, HALF = {"grpo.learning_rate": 1.0e-3}, {"grpo.learning_rate": 2.5e-4}
+
+@dataclass(frozen=True)
+class Times:
+    """So many times the recipe's own value."""
+
+    factor: float
+
+
+TWICE, HALF = {"grpo.learning_rate": Times(2)}, {"grpo.learning_rate": Times(0.5)}
+# The paper's rule in every arm that does not say otherwise, whatever the recipe's defaults become.
+PAPER = {"score.renew": False, "partition.system1_cost": 0.0, "grpo.watch_rows": 0}
+ASIDE = {"grpo.watch_rows": 24}
 # What each arm changes in the recipe; steps, rows, batches and learning rates are the recipe's unless it says so.
 ARMS: dict[str, dict[str, Any]] = {
     "scores": {},
@@ -62,11 +74,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "all, half the rate": {"partition.selection": "all", **HALF},
     "renewed, twice the rate": {"score.renew": True, **TWICE},
     "cost 1, twice the rate": {"partition.system1_cost": 1.0, **TWICE},
-    "watched, twice the rate": {"grpo.watch_rows": 24, **TWICE},
+    # The control of "watched": the same rows put aside, and the last step kept whatever their loss.
+    "rows aside, twice the rate": {**ASIDE, "grpo.watch_rise": 100.0, **TWICE},
+    "watched, twice the rate": {**ASIDE, **TWICE},
     "renewed": {"score.renew": True},
     "cost 0.5": {"partition.system1_cost": 0.5},
     "cost 1": {"partition.system1_cost": 1.0},
-    "watched": {"grpo.watch_rows": 24},
+    "rows aside": {**ASIDE, "grpo.watch_rise": 100.0},
+    "watched": ASIDE,
     "grpo first": {"stages": ["grpo", "sft"]},
     "rank": {"partition.granularity": "rank"},
     "tile": {"partition.granularity": "tile"},
@@ -87,7 +102,7 @@ ARMS: dict[str, dict[str, Any]] = {
 MAIN = ("scores", "all", "random", "scores, twice the rate", "all, twice the rate", "random, twice the rate",
         "all, all rows")  # fmt: skip
 # Arms whose folders are kept, since others begin with what those before GRPO have written there.
-PARENTS = ("scores", "all", "random")
+PARENTS = ("scores", "all", "random", "rows aside")
 # Copied from one run's folder to another's: what the stages before GRPO have written, and their records.
 SHARED = ("recipe.yaml", "stages.json", "labels.jsonl", "start", "scores.safetensors", "partition.safetensors", "sft")
 
@@ -106,20 +121,31 @@ class Planned:
         return f"{words}-{self.seed}-{self.precision}"
 
     def command(self, recipe: Path, folder: Path) -> list[str]:
-        overrides = {"seed": self.seed, "model.dtype": self.precision, **ARMS[self.arm]}
-        words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
+        values = {"seed": self.seed, "model.dtype": self.precision, **PAPER, **overrides(self.arm, recipe)}
+        words = [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
         return ["run", str(recipe), "--output_dir", str(folder), "--update", *words]
 
 
-def runs_of(lines: Sequence[dict[str, Any]], recipe: Path) -> set[Planned | None]:
-    """The runs that lines of this recipe are of."""
+def overrides(arm: str, recipe: Path) -> dict[str, Any]:
+    """What the arm changes in this recipe."""
+    values = dict(ARMS[arm])
+    for key, value in values.items():
+        if isinstance(value, Times):
+            section, name = key.split(".")
+            values[key] = value.factor * getattr(load_recipe(recipe), section).setting(name)
+    return values
+
+
+def runs_of(lines: Sequence[dict[str, Any]], recipe: Path) -> set[Planned]:
+    """The runs of this recipe that have a line."""
     digest = recipe_digest(recipe)
-    return {planned(line) for line in lines if line["recipe"] == digest}
+    runs = (planned(line, recipe) for line in lines if line["recipe"] == digest)
+    return {run for run in runs if run is not None}
 
 
-def planned(line: dict[str, Any]) -> Planned | None:
-    """The run that a line is of; None where its arm means another thing today."""
-    same = ARMS.get(line["arm"]) == line["overrides"]
+def planned(line: dict[str, Any], recipe: Path = ROOT / RECIPE) -> Planned | None:
+    """The run of the recipe that a line is of; None where its arm means another thing today."""
+    same = line["arm"] in ARMS and overrides(line["arm"], recipe) == line["overrides"]
     return Planned(line["arm"], line["seed"], line["precision"]) if same else None
 
 
@@ -144,30 +170,40 @@ def main(words: Sequence[str] | None = None) -> int:
     device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     output = options.output or RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
     runs = plan(options.arms, options.seeds, options.precision)
-    if options.list:
-        done = runs_of(read_jsonl(output) if output.is_file() else [], options.recipe)
-        for run in runs:
-            print("done    " if run in done else "not yet ", run.name)
-        return 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{output}: another study is writing to it; give another --output", file=sys.stderr)
-            return 2
-        lines = whole_lines(file)
-        done = runs_of(lines, options.recipe)
-        todo = [run for run in runs if run not in done]
-        print(f"{output}: {len(runs) - len(todo)} of {len(runs)} runs have a line", flush=True)
-        try:
-            return work(todo, options, device, file, [line["seconds"] for line in lines])
-        except KeyboardInterrupt:
-            print("stopped; the same command resumes it", file=sys.stderr)
-            return 130
-        finally:
-            if not file.tell():
-                output.unlink()
+    try:
+        digest = recipe_digest(options.recipe)
+        # Two recipes' runs have the same names.
+        options.folder = options.folder or ROOT / "runs" / "study" / digest[:12]
+        if options.list:
+            done = runs_of(read_lines(output) if output.is_file() else [], options.recipe)
+            for run in runs:
+                print("done    " if run in done else "not yet ", run.name)
+            return 0
+        for folder in (options.folder, output.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(options.folder / "lock", "a") as lock, open(output, "a+b") as file:
+            try:
+                for held in (lock, file):
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{held.name}: another study is using it; give another --output and --folder", file=sys.stderr)
+                return 2
+            try:
+                cut_to_whole_lines(file)
+                lines = [line for line in read_lines(output) if line["recipe"] == digest]
+                done = runs_of(lines, options.recipe)
+                todo = [run for run in runs if run not in done]
+                print(f"{output}: {len(runs) - len(todo)} of {len(runs)} runs have a line", flush=True)
+                return work(todo, options, device, file, [line["seconds"] for line in lines])
+            except KeyboardInterrupt:
+                print("stopped; the same command resumes it", file=sys.stderr)
+                return 130
+            finally:
+                if not file.tell():
+                    output.unlink()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
@@ -177,25 +213,45 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "python -m bench.study", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run that would not end within them")
-    parser.add_argument("--processes", type=int, default=1, help="runs at once; on a CPU each with its share of cores")
+    parser.add_argument(
+        "--processes", type=at_least_one, default=1, help="runs at once; on a CPU each with its share of cores"
+    )
     parser.add_argument("--arms", type=listed_arms, default=list(ARMS), metavar="ARM;ARM", help="by default every one")
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="of every arm; by default 5 of the main ones and 3 of the others"
+        "--seeds",
+        type=at_least_one,
+        metavar="N",
+        help="of every arm; by default 5 of the main ones and 3 of the others",
     )
     parser.add_argument("--precision", type=listed_precisions, default=precisions, metavar="DTYPE,DTYPE",
                         help="of the base; by default the device's own, then float32")  # fmt: skip
-    parser.add_argument("--recipe", type=existing_file, default=ROOT / RECIPE, help=f"by default {RECIPE}")
+    parser.add_argument("--recipe", type=existing_file, help=f"by default {RECIPE}")
     parser.add_argument("--output", type=Path, help="the file of lines; by default bench/results/study/<device>.jsonl")
-    parser.add_argument("--folder", type=lambda text: Path(text).absolute(), default=ROOT / "runs" / "study",
-                        help="where the runs lie; by default runs/study")  # fmt: skip
+    parser.add_argument("--folder", type=lambda text: Path(text).absolute(),
+                        help="where the runs lie; by default runs/study/ and the first digits of the recipe's digest"
+                        )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
-    parser.add_argument("--summary", action="store_true", help="write docs/evidence.md from the lines")
-    return parser.parse_args(words)
+    parser.add_argument("--summary", action="store_true", help="write docs/evidence.md from bench/results/study/")
+    options = parser.parse_args(words)
+    if options.summary and (options.recipe or options.output):
+        parser.error(f"--summary is of the lines in bench/results/study/ of {RECIPE}: leave out --recipe and --output")
+    options.recipe = options.recipe or ROOT / RECIPE
+    return options
+
+
+def at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return number
 
 
 def listed_arms(text: str) -> list[str]:
     """Arms by name, with semicolons between them, since a name may hold a comma."""
-    arms = [arm.strip() for arm in text.split(";")]
+    arms = list(dict.fromkeys(arm.strip() for arm in text.split(";")))
     for arm in arms:
         if arm not in ARMS:
             raise argparse.ArgumentTypeError(f"no arm {arm!r}; allowed: {'; '.join(ARMS)}")
@@ -203,7 +259,7 @@ def listed_arms(text: str) -> list[str]:
 
 
 def listed_precisions(text: str) -> list[str]:
-    names = text.split(",")
+    names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in PRECISIONS:
             raise argparse.ArgumentTypeError(f"no precision {name!r}; allowed: {', '.join(PRECISIONS)}")
@@ -217,20 +273,25 @@ def existing_file(text: str) -> Path:
     return path
 
 
-def whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
-    """Every line of the file; half a line, which a kill has left at its end, is cut off."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of the file; half a line at its end, which a kill has left or a study is writing, is none."""
+    text = path.read_bytes()
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def cut_to_whole_lines(file: BinaryIO) -> None:
+    """Cut off half a line at the file's end, and stand there."""
     file.seek(0)
     text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    file.seek(text.rfind(b"\n") + 1)
+    file.truncate()
 
 
 def work(todo: list[Planned], options: argparse.Namespace, device: str, file: BinaryIO, seconds: list[float]) -> int:
     """Run them, `processes` at once, and append each one's line.
 
-    Returns 1 if any failed, 2 if the recipe cannot be labelled, else 0.
+    seconds: of the runs that have a line, the longest of which is what a run is taken to need; while there is none, any
+    budget has time for one. Returns 1 if any failed, 2 if the recipe cannot be labelled, else 0.
     """
     began, failed = time.monotonic(), 0
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -243,16 +304,19 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
         print(f"{options.recipe} cannot be labelled: {why}", file=sys.stderr)
         return 2
     going: dict[Planned, tuple[subprocess.Popen, float]] = {}
-    waiting = iter(todo)
+    waiting = list(todo)
     while True:
         while len(going) < options.processes:
             left = float("inf") if options.budget is None else 60 * options.budget - (time.monotonic() - began)
-            run = next(waiting, None) if left > max(seconds, default=0) else None
-            if run is None:
+            if not waiting or left <= max(seconds, default=0):
                 break
+            run = waiting.pop(0)
             going[run] = started(run, options.recipe, options.folder, environment), time.monotonic()
             print(f"{run.name}: started", flush=True)
         if not going:
+            if waiting:
+                longest = max(seconds, default=0) / 60
+                print(f"{len(waiting)} runs are left; none would end in time: the longest took {longest:.1f} minutes")
             return int(failed > 0)
         time.sleep(0.5)
         for run, (process, since) in list(going.items()):
@@ -266,7 +330,7 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
                 failed += 1
                 continue
             seconds.append(time.monotonic() - since)
-            line = told(run, folder, options.folder / "labels", facts)
+            line = told(run, options.recipe, folder, options.folder / "labels", facts)
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
@@ -307,9 +371,13 @@ def log_of(folder: Path) -> Path:
 
 
 def parent_of(arm: str) -> str:
-    """The arm that is the same but for GRPO; else "scores", with which every arm has labels in common."""
-    before = {key: value for key, value in ARMS[arm].items() if not key.startswith("grpo.")}
-    return next((parent for parent in PARENTS if ARMS[parent] == before), "scores")
+    """The arm that is the same until GRPO begins; else "scores", with which every arm has labels in common."""
+
+    def before(name: str) -> dict[str, Any]:
+        # Rows to be watched are put aside before anything is scored.
+        return {k: v for k, v in ARMS[name].items() if not k.startswith("grpo.") or k == "grpo.watch_rows"}
+
+    return next((parent for parent in PARENTS if before(parent) == before(arm)), "scores")
 
 
 def copy_shared(origin: Path, place: Path) -> None:
@@ -325,21 +393,23 @@ def copy_shared(origin: Path, place: Path) -> None:
         os.replace(copy, place)
 
 
-def told(run: Planned, folder: Path, labelled: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def told(run: Planned, recipe: Path, folder: Path, labelled: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The run's line: what it was, what it came to, and every held-out answer as one bit, in the rows' order.
 
     Systems are those of the rule's labels, whatever the arm was trained with.
     """
     metrics, answers, made = read_json(folder / "metrics.json"), read_jsonl(folder / "answers.jsonl"), records(folder)
-    truth = {str(row["id"]): f"system{row['system']}" for row in held_out(labelled)}
     right = {(answer["model"], str(answer["id"])): answer["correct"] for answer in answers}
     models = [model for model in MODELS if any(answer["model"] == model for answer in answers)]
+    # `evaluate.limit` may have left rows out.
+    truth = {str(row["id"]): f"system{row['system']}" for row in held_out(labelled)}
+    truth = {row: of for row, of in truth.items() if (models[0], row) in right}
     bits = {
         model: {s: "".join(str(int(right[model, row])) for row, of in truth.items() if of == s) for s in SYSTEMS}
         for model in models
     }
     return {
-        "arm": run.arm, "seed": run.seed, "precision": run.precision, "overrides": ARMS[run.arm],
+        "arm": run.arm, "seed": run.seed, "precision": run.precision, "overrides": overrides(run.arm, recipe),
         "accuracy": {model: {s: b.count("1") / len(b) for s, b in by.items()} for model, by in bits.items()},
         "answers": bits, "rows": sha256_json(list(truth)),
         "partition": metrics["partition"],
@@ -354,9 +424,8 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
 
 
 def recipe_digest(recipe: Path = ROOT / RECIPE) -> str:
-    """Of what the recipe's file says, so that lines of another recipe are not taken for this one's."""
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    return sha256_json({key: value for key, value in values.items() if key != "output_dir"})
+    """Of what the recipe and those that it extends say, so that another recipe's lines are not taken for its own."""
+    return sha256_json({key: value for key, value in read_recipe(recipe).items() if key != "output_dir"})
 
 
 if __name__ == "__main__":

@@ -208,8 +208,23 @@ def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], dict[str, Arm]]:
     groups: dict[tuple[str, str], dict[str, list[Line]]] = {}
     for line in lines:
         groups.setdefault((line["device"], line["precision"]), {}).setdefault(line["arm"], []).append(line)
+    for by in groups.values():
+        for control in ("rows aside", "rows aside" + FAST):
+            own = {line["seed"] for line in by.get(control, [])}
+            watched = by.get(control.replace("rows aside", "watched"), [])
+            if same := [line for line in watched if kept_last_step(line) and line["seed"] not in own]:
+                by[control] = by.get(control, []) + same
     order = sorted(groups, key=lambda key: ("scores" not in groups[key], -sum(map(len, groups[key].values()))))
     return {key: {arm: Arm(groups[key][arm]) for arm in ARMS if arm in groups[key]} for key in order}
+
+
+def kept_last_step(line: Line) -> bool:
+    """Whether a watched run kept what it ended with.
+
+    Watching changes nothing of a run but which checkpoint is kept (tests/lorapar/test_watching.py), so such a run is
+    its own control.
+    """
+    return line["watched"]["kept"] == max(int(step) for step in line["watched"]["losses"])
 
 
 def summarise(files: Sequence[Path]) -> int:
@@ -231,7 +246,8 @@ def page(groups: dict[tuple[str, str], dict[str, Arm]], gsm8k: Sequence[Line] = 
     (device, precision), arms = next(iter(groups.items()))
     scores = arms["scores"]
     rows = {s: scores.bits["base"][s].shape[1] for s in SYSTEMS}
-    count = sum(len(arm.seeds) for by in groups.values() for arm in by.values())
+    # A line may stand in two arms.
+    count = len({id(line) for by in groups.values() for arm in by.values() for line in arm.lines})
     parts = [
         OPENING.format(count=count, **rows),
         f"## The arms\n\n{device}, {precision}{made_with(arms)}.\n\n{arms_table(arms)}",
@@ -462,13 +478,12 @@ def claims(arms: dict[str, Arm]) -> str:
 
 def plainly(arms: dict[str, Arm]) -> str:
     """Whether importance beats chance, in one sentence; "" with too few seeds to say."""
-    said, room = set(), 0.0
-    for after in ("", FAST):
+    said, rooms = set(), []
+    for after, rate in (("", ""), (FAST, " at twice the rate")):
         if "scores" + after in arms and "random" + after in arms:
-            for s in SYSTEMS:
-                values = difference(arms["scores" + after], arms["random" + after], "last", s)
-                said.add(verdict(values))
-                room = max(room, *(abs(100 * end) for end in interval(values)[1:]))
+            both = [difference(arms["scores" + after], arms["random" + after], "last", s) for s in SYSTEMS]
+            said |= {verdict(values) for values in both}
+            rooms.append(f"{max(abs(100 * end) for values in both for end in interval(values)[1:]):.0f} points{rate}")
     if not said or TOO_FEW in said:
         return ""
     if said == {"better"}:
@@ -476,7 +491,7 @@ def plainly(arms: dict[str, Arm]) -> str:
     if said == {"no clear difference"}:
         return (
             "**Choosing elements by importance has done no better here than choosing as many at random:** no "
-            f"difference was found, and the intervals leave room for {room:.0f} points at most."
+            f"difference was found, and the intervals leave room for {', and '.join(rooms)}."
         )
     words = " and ".join(word for word in ("better", "worse") if word in said)
     return (

@@ -103,6 +103,8 @@ MAIN = ("scores", "all", "random", "scores, twice the rate", "all, twice the rat
         "all, all rows")  # fmt: skip
 # Arms whose folders are kept, since others begin with what those before GRPO have written there.
 PARENTS = ("scores", "all", "random", "rows aside")
+# How the folders begin in which copies are made.
+COPYING = "copying-"
 # Copied from one run's folder to another's: what the stages before GRPO have written, and their records.
 SHARED = ("recipe.yaml", "stages.json", "labels.jsonl", "start", "scores.safetensors", "partition.safetensors", "sft")
 
@@ -294,7 +296,8 @@ def work(todo: list[Planned], options: argparse.Namespace, device: str, file: Bi
     budget has time for one. Returns 1 if any failed, 2 if the recipe cannot be labelled, else 0.
     """
     began, failed = time.monotonic(), 0
-    options.folder.mkdir(parents=True, exist_ok=True)
+    for left in options.folder.glob(f"{COPYING}*"):
+        shutil.rmtree(left)
     threads = max(torch.get_num_threads() // options.processes, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     facts = {"commit": commit(), "device": device, "threads": threads,
@@ -382,7 +385,7 @@ def parent_of(arm: str) -> str:
 
 def copy_shared(origin: Path, place: Path) -> None:
     """What the stages before GRPO have written; a folder is there whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=COPYING) as temporary:
         copy = Path(temporary) / "copy"
         copy.mkdir()
         for name in SHARED:

@@ -177,10 +177,13 @@ def test_a_killed_study_repeats_no_finished_run_and_tears_no_line(tmp_path):
     assert [json.loads(line)["arm"] for line in lines.splitlines()] == ["scores"]
     labelled = records(folder / "scores-0-float32")
     output.write_bytes(lines + b'{"arm": "random", "se')
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (folder / "copying-a").mkdir()
+    subprocess.run([*command, "--processes", "2"], cwd=ROOT, env=environment, check=True, capture_output=True)
     assert output.read_bytes().startswith(lines)
     made = read_jsonl(output)
-    assert [line["arm"] for line in made] == ["scores", "random", "all"]
+    assert made[0]["arm"] == "scores"
+    assert sorted(line["arm"] for line in made) == ["all", "random", "scores"]
+    assert not (folder / "copying-a").exists()
     assert records(folder / "scores-0-float32") == labelled
     said = (folder / "random-0-float32.log").read_text()
     assert said.count("grpo: started") == 2
@@ -273,6 +276,19 @@ def test_how_many_seeds_a_difference_needs_is_said_from_five_seeds_up():
     assert power[count] > 0.78
     assert power[count - 1] < 0.82
     assert evidence.needed(values[:4]) == evidence.needed(0 * values) == "–"
+
+
+def test_a_watched_run_that_kept_its_last_step_is_its_own_control():
+    accuracy = {"system1": (0.9, 0.8), "system2": (0.2, 0.4)}
+    lines = [drawn("watched", seed, accuracy) for seed in range(3)]
+    for line, kept in zip(lines, (24, 12, 24)):
+        line["watched"] = {"kept": kept, "losses": {"0": 0.1, "12": 0.1, "24": 0.1}}
+    aside = drawn("rows aside", 2, accuracy, random=np.random.default_rng(11))
+    arms = evidence.grouped([*lines, aside, drawn("scores", 0, accuracy)])["a device", OWN]
+    assert arms["rows aside"].seeds == [0, 2]
+    values = evidence.difference(arms["watched"], arms["rows aside"], "last", "system1")
+    assert not values[0].any()
+    assert values[1].any()
 
 
 def test_where_grpo_comes_first_the_last_stage_is_sft():

@@ -562,7 +562,7 @@ def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
     shown, axes = pyplot.subplots(figsize=(9, 6.5), dpi=110)
     colours = pyplot.get_cmap("tab20")
     kinds = list(dict.fromkeys(name.removesuffix(FAST) for name in ARMS))
-    for name, arm in arms.items():
+    for place, (name, arm) in enumerate(arms.items()):
         kind = kinds.index(name.removesuffix(FAST))
         x, y = (arm.values("last", s) for s in SYSTEMS)
         (mx, lx, hx), (my, ly, hy) = ([100 * value for value in interval(values)] for values in (x, y))
@@ -572,7 +572,7 @@ def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
         axes.errorbar(
             mx, my, xerr=[[mx - lx], [hx - mx]], yerr=[[my - ly], [hy - my]], fmt="o" if main else "s", color=colour,
             markersize=9 if main else 5, linewidth=1.2 if main else 0.6, label=WORDS[name],
-            markerfacecolor="white" if name.endswith(FAST) else colour,
+            markerfacecolor="white" if name.endswith(FAST) else colour, zorder=3 + len(arms) - place,
         )  # fmt: skip
     axes.set_xlabel("System 1 after stage 2, % of held-out rows")
     axes.set_ylabel("System 2 after stage 2, % of held-out rows")

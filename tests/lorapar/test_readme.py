@@ -60,13 +60,19 @@ def test_every_week_the_two_commands_run_as_written_on_the_oldest_and_the_newest
     assert not any("constraint" in step.get("run", "") for step in job["steps"])
 
 
+def row_of(arm: str, text: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
+
+
 def test_readme_opens_with_what_it_does_a_measured_result_and_two_commands():
     before, _, rest = README.partition("\n## ")
     title, what = before.split("\n", 2)[0], before.split("\n\n")[1]
     assert title == "# LoRA-PAR"
     assert what.startswith("**Fine-tune a language model")
     assert "For people who" in what
-    assert re.search(r"^\| System 2.*\d % \[[\d.]+, [\d.]+\]", before, re.M)
+    assert re.search(r"^\| \| System 1 .*\| System 2 ", before, re.M)
+    for arm in ("LoRA-PAR", "plain LoRA: every element in both stages", "as many elements, chosen at random"):
+        assert len(re.findall(r"\d %(?:\*\*)? \[[\d.]+, [\d.]+\]", row_of(arm, before))) == 4
     assert rest.startswith("Set up\n")
     set_up = rest.partition("\n## ")[0]
     assert re.findall(r"```\n(.*?)\n```", set_up, re.DOTALL) == [QUICKSTART, TEST]

@@ -401,7 +401,7 @@ def gsm8k_table(lines: Sequence[Line]) -> str:
     ]
     said += [
         "| device | precision | arm | seed | System 1: base | after SFT | after GRPO "
-        "| System 2: base | after SFT | after GRPO | minutes |",
+        "| System 2: base | after SFT | after GRPO | minutes (threads) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
@@ -411,7 +411,8 @@ def gsm8k_table(lines: Sequence[Line]) -> str:
             for bits in (line["answers"][stage][s] for stage in MODELS)
         ]
         facts = (line["device"], line["precision"], WORDS[line["arm"]], line["seed"])
-        said.append("| " + " | ".join([*map(str, facts), *cells, f"{line['seconds'] / 60:.0f}"]) + " |")
+        minutes = f"{line['seconds'] / 60:.0f} ({line['threads']})"
+        said.append("| " + " | ".join([*map(str, facts), *cells, minutes]) + " |")
     return "\n".join(said)
 
 

@@ -529,7 +529,7 @@ def yardstick(groups: dict[tuple[str, str], dict[str, Arm]]) -> dict[str, Any]:
             arm = arms[name]
             figures[name] = {
                 "seeds": len(arm.seeds),
-                **{s: {when: [round(v, 4) for v in (*interval(arm.values(when, s)), *extremes(arm.values(when, s)))]
+                **{s: {when: [round(v, 6) for v in (*interval(arm.values(when, s)), *extremes(arm.values(when, s)))]
                        for when in ("first", "last")} for s in SYSTEMS},
             }  # fmt: skip
     return {"device": device, "precision": precision, "recipe": recipe, "arms": figures}

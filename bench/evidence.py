@@ -572,7 +572,7 @@ def draw(groups: dict[tuple[str, str], dict[str, Arm]], path: Path) -> None:
         axes.scatter(100 * x.mean(1), 100 * y.mean(1), s=9, color=colour, alpha=0.45, linewidths=0)
         axes.errorbar(
             mx, my, xerr=[[mx - lx], [hx - mx]], yerr=[[my - ly], [hy - my]], fmt="o" if main else "s", color=colour,
-            markersize=9 if main else 5, linewidth=1.2 if main else 0.6, label=WORDS[name],
+            markersize=9 if main else 5, linewidth=1.2 if main else 0.6, label=WORDS[name].replace("`", ""),
             markerfacecolor="white" if name.endswith(FAST) else colour, zorder=3 + len(arms) - place,
         )  # fmt: skip
     axes.set_xlabel("System 1 after stage 2, % of held-out rows")

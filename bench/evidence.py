@@ -20,6 +20,7 @@ from scipy import stats
 
 from bench import study
 from bench.study import ARMS, MAIN, MODELS, PAPER, RECIPE, ROOT, SYSTEMS, plan, planned, recipe_digest
+from lorapar.errors import InputError
 from lorapar.files import write_json, write_text
 from lorapar.recipe.reading import load_recipe
 from lorapar.recipe.sections import changes_result
@@ -88,8 +89,8 @@ interval by a bootstrap over both, the seeds' part widened for their number as S
 2 did, in points: what System 1 lost of what stage 1 had taught it, and what System 2 gained.
 
 Stage 2's learning rate and reward were chosen on these held-out rows, at seed 0 and for LoRA-PAR
-([bench/LOG.md](../bench/LOG.md)). That seed is among those shown, and no such choice was made for the other arms; plain
-LoRA stands here at half and at twice the rate too.
+([bench/LOG.md](../bench/LOG.md)). That seed is among those shown, and no such choice was made for the other arms; the
+plan has plain LoRA at half and at twice the rate too.
 
 ![System 1 and System 2 after stage 2, by arm](evidence.png)
 """
@@ -186,7 +187,7 @@ def figure(values: np.ndarray, signed: bool = False) -> str:
 def read_lines(files: Sequence[Path], recipe: str = RECIPE) -> list[Line]:
     """The lines of what the recipe says today whose arms mean what they did.
 
-    Raises ValueError where a run has two lines, or where lines are of other held-out rows: another version of
+    Raises InputError where a run has two lines, or where lines are of other held-out rows: another version of
     reasoning-gym may draw others.
     """
     digest = recipe_digest(ROOT / recipe)
@@ -196,10 +197,10 @@ def read_lines(files: Sequence[Path], recipe: str = RECIPE) -> list[Line]:
     for line in lines:
         run = tuple(line[key] for key in ("device", "precision", "arm", "seed"))
         if run in seen:
-            raise ValueError(f"two lines of one run: {', '.join(map(str, run))}")
+            raise InputError(f"two lines of one run: {', '.join(map(str, run))}")
         seen.add(run)
     if len({line["rows"] for line in lines}) > 1:
-        raise ValueError("the lines are of several sets of held-out rows, which cannot be compared")
+        raise InputError("the lines are of several sets of held-out rows, which cannot be compared")
     return lines
 
 
@@ -255,7 +256,7 @@ def page(groups: dict[tuple[str, str], dict[str, Arm]], gsm8k: Sequence[Line] = 
         f"## Other processors and precisions\n\n{devices_table(groups)}",
         f"## What was expected of the three ways beyond the paper\n\n{expectations(arms)}",
         f"## GSM8K on a CPU\n\n{gsm8k_table(gsm8k)}",
-        f"## Not run\n\n{not_run(arms, precision)}",
+        f"## Not run\n\n{not_run(groups)}",
     ]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
@@ -416,14 +417,18 @@ def gsm8k_table(lines: Sequence[Line]) -> str:
     return "\n".join(said)
 
 
-def not_run(arms: dict[str, Arm], precision: str) -> str:
+def not_run(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
+    """What the plan has and the first group's device has not run, in its precision and in fp32."""
+    device, own = next(iter(groups))
     wanted: dict[str, int] = {}
-    for run in plan(list(ARMS), None, [precision]):
+    for run in plan(list(ARMS), None, list(dict.fromkeys([own, "float32"]))):
+        arms = groups.get((device, run.precision), {})
         if run.arm not in arms or run.seed not in arms[run.arm].seeds:
-            wanted[run.arm] = wanted.get(run.arm, 0) + 1
+            words = WORDS[run.arm] + f", {run.precision}" * (run.precision != own)
+            wanted[words] = wanted.get(words, 0) + 1
     if not wanted:
         return "Nothing of the plan."
-    return "\n".join(f"- {WORDS[name]}: {count} of the planned seeds" for name, count in wanted.items())
+    return "\n".join(f"- {words}: {count} of the planned seeds" for words, count in wanted.items())
 
 
 def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
@@ -449,8 +454,8 @@ def readme_table(groups: dict[tuple[str, str], dict[str, Arm]]) -> str:
     ends = {s: 100 * scores.bits["last"][s].mean(1) for s in SYSTEMS}
     spread = {s: f"{values.min():.1f} and {values.max():.1f} %" for s, values in ends.items()}
     runs = (
-        f"The base answers {base['system1']} and {base['system2']}. A single run of LoRA-PAR ended between "
-        f"{spread['system1']} in System 1, and between {spread['system2']} in System 2."
+        f"The base answers {base['system1']} of System 1 and {base['system2']} of System 2. A single run of LoRA-PAR "
+        f"ended between {spread['system1']} in System 1, and between {spread['system2']} in System 2."
     )
     lines += ["", " ".join(filter(None, (runs, plainly(arms)))), "", claims(arms)]
     return "\n".join(lines)
@@ -460,7 +465,11 @@ def claims(arms: dict[str, Arm]) -> str:
     """What the differences say, in words that follow from the intervals."""
     said = []
     for after, rate in (("", "At the end"), (FAST, "With stage 2 at twice the learning rate")):
-        for other, words in (("all", "plain LoRA"), ("random", "a random choice"), ("all, all rows", "all rows")):
+        for other, words in (
+            ("all", "plain LoRA"),
+            ("random", "a random choice"),
+            ("all, all rows", "plain LoRA on all rows"),
+        ):
             if other + after not in arms or "scores" + after not in arms:
                 continue
             parts = []

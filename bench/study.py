@@ -168,7 +168,11 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.summary:
         from bench.evidence import summarise
 
-        return summarise(sorted(RESULTS.glob("*.jsonl")))
+        try:
+            return summarise(sorted(RESULTS.glob("*.jsonl")))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 2
     device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     output = options.output or RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
     runs = plan(options.arms, options.seeds, options.precision)

@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 
 from bench import evidence, study
+from lorapar.errors import InputError
 from lorapar.files import read_jsonl
 from lorapar.pipeline.records import records
 from lorapar.recipe.reading import load_recipe
@@ -305,6 +306,9 @@ def test_the_page_says_what_was_not_run_and_whether_importance_beats_chance():
     page, table = evidence.page(groups), evidence.readme_table(groups)
     assert "- as many elements, chosen at random: 2 of the planned seeds" in page
     assert "- whole tiles: 3 of the planned seeds" in page
+    in_bfloat16 = evidence.grouped([line | {"precision": "bfloat16"} for line in lines] + lines[:2])
+    assert "- LoRA-PAR, float32: 3 of the planned seeds" in evidence.not_run(in_bfloat16)
+    assert "- LoRA-PAR:" not in evidence.not_run(in_bfloat16)
     assert "LoRA-PAR minus plain LoRA: System 1 +100.0 [+100.0, +100.0] points (better)" in table
     assert "System 2 +0.0 [+0.0, +0.0] points (no clear difference)" in table
     assert table.startswith("Held-out accuracy, means over 3 to 5 seeds (a device, float32)")
@@ -375,9 +379,9 @@ def test_lines_that_cannot_be_pooled_are_refused(tmp_path):
         return evidence.read_lines([tmp_path / "lines.jsonl"])
 
     assert len(read(line, line | {"seed": 1}, line | {"recipe": "another", "rows": "b"})) == 2
-    with pytest.raises(ValueError, match="two lines of one run: a device, float32, scores, 0"):
+    with pytest.raises(InputError, match="two lines of one run: a device, float32, scores, 0"):
         read(line, line)
-    with pytest.raises(ValueError, match="several sets of held-out rows"):
+    with pytest.raises(InputError, match="several sets of held-out rows"):
         read(line, line | {"seed": 1, "rows": "b"})
 
 

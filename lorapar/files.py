@@ -142,24 +142,17 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: corrupt or truncated JSON ({error})") from None
 
 
-def read_jsonl(path: Path | str, by_hand: bool = False) -> list[dict]:
-    """The rows of a file with one JSON object a line; InputError, naming the line, for anything else.
-
-    `by_hand`: not one of our artefacts, so it may begin with a byte-order mark and have blank lines, which are no rows.
-    """
-    text, rows = read_text(path), []
+def read_jsonl(path: Path | str) -> list[dict]:
+    """The rows of a file with one JSON object a line; InputError, naming the line, for anything else."""
+    rows = []
     # Not splitlines(): a JSON string may hold a raw U+2028, which ends a line there and not here.
-    lines = (text.lstrip("\ufeff") if by_hand else text.removesuffix("\n")).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if by_hand and not line.strip():
-            continue
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is corrupt or truncated JSON ({error})") from None
         if not isinstance(row, dict):
-            place = f"row {len(rows) + 1}" if by_hand else f"line {number}"
-            raise InputError(f"{path}: {place} is not an object of columns but {type(row).__name__}")
+            raise InputError(f"{path}: line {number} is not an object of columns but {type(row).__name__}")
         rows.append(row)
     return rows
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from ..errors import InputError
 from ..files import read_jsonl
 from .rows import TOLD, to_dataset, without_arrows_nulls
-from .sources import without_nulls
+from .tables import without_nulls
 
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 

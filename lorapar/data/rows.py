@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .answers import marked_answer
-from .sources import read_source, without_nulls
+from .sources import read_source
+from .tables import without_nulls
 from .tokens import prompt_ids
 
 if TYPE_CHECKING:
@@ -241,9 +242,9 @@ def load_rows(
     shares = [config.held_out if source.held_out is None else source.held_out for source in config.sources]
     formed: dict[str, list[dict[str, Any]]] = {}
     for name, source in zip(names, config.sources):
-        raws = read_source(source)
-        columns = _find_columns(raws, config, source)
-        formed[name] = [_form_row(raw, columns, config, chat, f"{name}: row {i}") for i, raw in enumerate(raws, 1)]
+        read = read_source(source)
+        columns = _find_columns([raw for _, raw in read], config, source)
+        formed[name] = [_form_row(raw, columns, config, chat, where) for where, raw in read]
 
     report = {name: {"read": len(rows), "duplicates": 0, "too_long": 0} for name, rows in formed.items()}
     distinct: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -1,64 +1,19 @@
-"""Reading one source of the recipe: a local file, a hub data set, or tasks that reasoning-gym generates.
+"""Reading one source of the recipe: local files, a hub data set, or tasks that reasoning-gym generates.
 
 Each returns plain rows, {column: value}, as they are in the source; `rows.py` brings them into one form.
 """
 
-import csv
 import dataclasses
-import io
+import glob
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, not_installed, suggestion
-from ..files import read_json, read_jsonl, read_text
+from .tables import ALLOWED, form_of, local_files, local_path, read_table, without_nulls
 
 if TYPE_CHECKING:
     from ..recipe.sections import SourceConfig
-
-FILE_FORMS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of one local file; every value of a .csv is a string."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        rows = read_jsonl(path, by_hand=True)
-    elif path.suffix == ".json":
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise InputError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    elif path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path).lstrip("\ufeff"), newline=""))
-        rows = list(reader)
-        for number, row in enumerate(rows, start=1):
-            if None in row or None in row.values():
-                raise InputError(f"{path}: row {number} has another number of fields than the header")
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            rows = [without_nulls(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: corrupt or truncated parquet ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is not an object of columns but {type(row).__name__}")
-    return rows
-
-
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A columnar file's row without the keys that others' objects have: Arrow gives each object the keys of all."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cleaned(item) for key, item in value.items() if item is not None}
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
-
-    return {name: cleaned(value) for name, value in row.items()}
 
 
 def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
@@ -124,29 +79,44 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
     return rows
 
 
-def read_source(source: "SourceConfig") -> list[dict[str, Any]]:
-    """The first `size` rows of a source, all where it has no size; InputError where it has none."""
+def read_source(source: "SourceConfig") -> list[tuple[str, dict[str, Any]]]:
+    """The first `size` rows of a source, all where it has no size, each with its place for messages ("x.csv: row 3").
+
+    InputError where there is no such source, or no row in it.
+    """
     if source.size is not None and source.size < 1:
         raise InputError(f"data.sources: size of {source.name!r} must be at least 1, got {source.size}")
-    path = Path(source.name).expanduser()
     generated = source.name.startswith("reasoning_gym:")
     for key, value in (("seed", source.seed), ("config", source.config)):
         if value and not generated:
             raise InputError(f"data.sources: {key} of {source.name!r}: got {value!r}; only reasoning_gym:<task> has it")
     if generated:
-        rows = _make_reasoning_gym(source)
-    elif path.suffix in FILE_FORMS:
-        rows = _read_file(path)
-    elif path.exists():
-        raise InputError(f"{path}: not a data file; allowed: {', '.join(FILE_FORMS)}")
+        rows = _numbered(source.name, _make_reasoning_gym(source))
+    elif files := local_files(source.name, source.split):
+        if not form_of(files[0]):
+            raise InputError(f"{files[0]}: not a data file; allowed: {ALLOWED}")
+        rows = []
+        for file in files:
+            rows += _numbered(source.name if len(files) == 1 else str(file), read_table(file))
+            if source.size is not None and len(rows) >= source.size:
+                break
+    elif (path := local_path(source.name)).is_dir():
+        raise InputError(f"{path}: a folder without data files ({ALLOWED})")
+    elif glob.has_magic(source.name) and (form_of(path) or "*" in source.name):
+        raise InputError(f"data.sources: no data file fits the pattern {source.name!r}")
+    elif form_of(path):
+        raise InputError(f"{path}: no such file")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source.name):
-        rows = _read_hub(source.name, source.split)
+        rows = _numbered(source.name, _read_hub(source.name, source.split))
     else:
         raise InputError(
-            f"data.sources: {source.name!r} is no file ({', '.join(FILE_FORMS)}), hub id (owner/name or "
+            f"data.sources: {source.name!r} is no file ({ALLOWED}), folder or pattern of such, hub id (owner/name or "
             f"owner/name:config) or reasoning_gym:<task>[,<task>...]"
         )
-    rows = rows[: source.size]
     if not rows:
         raise InputError(f"data.sources: {source.name} has no rows")
-    return rows
+    return rows[: source.size]
+
+
+def _numbered(name: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"{name}: row {number}", row) for number, row in enumerate(rows, start=1)]

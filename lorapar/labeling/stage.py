@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..data.labels import put_aside, rows_of
 from ..data.rows import load_rows
+from ..data.tables import local_files
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
 from ..recipe.sections import Recipe
@@ -238,7 +239,7 @@ def inputs(run: Run) -> Facts:
     recipe, facts = run.recipe, {}
     if recipe.lora.get("base") and any(map(asks_model, recipe.label.voters or [])):
         facts["base"] = recipe.lora["base"]
-    paths = [Path(source.name).expanduser() for source in recipe.data.sources]
+    paths = [path for source in recipe.data.sources for path in local_files(source.name, source.split)]
     paths += [Path(path).expanduser() for path in (recipe.label.template, recipe.label.corrections) if path]
     facts["data"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
     if (run.folder / REVIEW).is_file():

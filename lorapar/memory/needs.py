@@ -11,13 +11,13 @@ import copy
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.rows import load_rows
+from ..data.tables import local_files
 from ..data.tokens import encode
 from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
@@ -123,7 +123,7 @@ def data_is_here(recipe: Recipe) -> bool:
 
 
 def _is_here(source: SourceConfig) -> bool:
-    return source.name.startswith("reasoning_gym:") or Path(source.name).expanduser().exists()
+    return source.name.startswith("reasoning_gym:") or bool(local_files(source.name, source.split))
 
 
 def describe(recipe: Recipe) -> Model:

@@ -50,8 +50,8 @@ class ModelConfig:
 class SourceConfig:
     """One source of rows."""
 
-    name: str = key(help="a .jsonl, .json, .csv or .parquet file, a hub id, or reasoning_gym:<task>[,<task>...]")
-    split: str = key("train", "which split of a hub dataset")
+    name: str = key(help="a data file, a folder or pattern of such, a hub id, or reasoning_gym:<task>[,<task>...]")
+    split: str = key("train", "which split of a hub dataset, or of a folder with several")
     size: int | None = key(None, "use only the first rows; by default all, or 1,000 of reasoning_gym")
     seed: int = key(0, "of the rows that reasoning_gym generates")
     config: dict[str, Any] = key(dict, "options of the reasoning_gym tasks")

@@ -217,19 +217,6 @@ def test_a_damaged_row_is_named_by_its_line(data: bytes, says: str, tmp_path: Pa
         read_jsonl(tmp_path / "rows.jsonl")
 
 
-def test_a_file_made_by_hand_may_have_a_mark_and_blank_lines(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('\ufeff{"a": 1}\n \n{"a": "b\u2028c"}\n\n', encoding="utf-8")
-    assert read_jsonl(path, by_hand=True) == [{"a": 1}, {"a": "b\u2028c"}]
-    with pytest.raises(InputError, match="line 1 is corrupt"):
-        read_jsonl(path)
-    path.write_text('{"a": 1}\n\n{"a": \n', encoding="utf-8")
-    with pytest.raises(InputError, match="line 3 is corrupt or truncated JSON"):
-        read_jsonl(path, by_hand=True)
-    path.write_text("\n", encoding="utf-8")
-    assert read_jsonl(path, by_hand=True) == []
-
-
 def test_json_that_is_damaged_missing_or_a_folder(tmp_path: Path):
     (tmp_path / "x.json").write_text('{"a": ')
     for path, says in (("x.json", "corrupt or truncated JSON"), ("gone", "no such file"), (".", "cannot be read")):

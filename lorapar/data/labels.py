@@ -60,7 +60,8 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
 
 def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Dataset]:
     """(the labelled rows without those put aside, those): the train rows of `system` with the `count` smallest digests
-    of their ids, whatever the rows' order. Rows of the same id stay together.
+    of their ids, whatever the rows' order. Rows of the same id stay together; of a prompt that has rows of both
+    systems, the other's are in neither.
 
     Raises InputError unless a train row of the system is left.
     """
@@ -75,8 +76,15 @@ def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Datas
     aside = [
         i for i, (name, part) in enumerate(zip(dataset["id"], dataset["split"])) if name in chosen and part == "train"
     ]
-    taken = set(aside)
-    return dataset.select([i for i in range(len(dataset)) if i not in taken]), dataset.select(aside)
+    taken, of_system = set(aside), dataset["system"]
+    rest = dataset.select([i for i in range(len(dataset)) if i not in taken])
+    return rest, dataset.select([i for i in aside if of_system[i] == system])
+
+
+def once_a_prompt(dataset: Dataset) -> Dataset:
+    """The first row of each `id`, which is that of a prompt; all rows where there is no such column."""
+    first = {name: i for i, name in reversed(list(enumerate(dataset["id"])))} if "id" in dataset.column_names else {}
+    return dataset.select(sorted(first.values())) if first and None not in first else dataset
 
 
 def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:

@@ -2,19 +2,23 @@
 
     read → columns to prompt, completion, answer → duplicates out → too long out → held out by content hash
 
-A row's `id` is the hash of its normalised prompt, so the same question is the same row wherever and however
-often it comes: it is kept once, and it is either trained on or held out, never both. Which rows are held out
-depends on their ids and the seed, not on their order.
+A row's `id` is the hash of its normalised prompt, so the same question has the same id wherever and however
+often it comes, and rows of one id are either trained on or held out, never both. A prompt may have several
+completions: all are trained on; of a held-out prompt the first is kept, because a model is asked it once. Which
+prompts are held out depends on their ids and the seed, not on their order.
 """
 
 import hashlib
 import json
+import logging
 import re
 import string
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .answers import marked_answer
+from .columns import columns_line, find_columns, is_blank
+from .messages import messages_of
 from .sources import read_source
 from .tables import without_nulls
 from .tokens import prompt_ids
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
 
     from ..recipe.sections import DataConfig, SourceConfig
 
-OUR_COLUMNS = ("prompt", "completion", "answer", "system", "messages")
+log = logging.getLogger("lorapar")
+FURTHER = "further_completions_of_held_out"  # in the report of a source
 # Names that we set, or that TRL's trainers read in a meaning of their own ("text" would even take the EOS
 # token that belongs to the completion). A source's column of such a name is kept as "original_<name>".
 TAKEN_COLUMNS = (
@@ -41,80 +46,46 @@ SHORT_ANSWER = 64
 # One form
 
 
-def _find_columns(rows: list[dict[str, Any]], config: "DataConfig", source: "SourceConfig") -> dict[str, str]:
-    """Our column → the source's column: as mapped, else by TRL's names, else question and answer."""
-    if source.name.startswith("reasoning_gym:"):
-        return {"prompt": "question", "completion": "answer", "answer": "answer"}
-    there = list({name: None for row in rows for name in row})
-    listed = ", ".join(there)
-    for ours, theirs in config.columns.items():
-        if ours not in OUR_COLUMNS:
-            raise InputError(f"data.columns: unknown key {ours!r}; allowed: {', '.join(OUR_COLUMNS)}")
-        if theirs not in there:
-            raise InputError(f"data.columns.{ours}: {source.name} has no column {theirs!r}; it has {listed}")
-    columns = dict(config.columns)
-    if "prompt" not in columns and "messages" not in columns:
-        name = next((name for name in ("prompt", "question", "messages") if name in there), None)
-        if name is None:
-            raise InputError(
-                f"data.columns.prompt: {source.name} has no column prompt, question or messages; map one of {listed}"
-            )
-        columns["messages" if name == "messages" else "prompt"] = name
-    if "answer" not in columns and "answer" in there:
-        columns["answer"] = "answer"
-    if "completion" not in columns and "prompt" in columns:
-        name = "completion" if "completion" in there else columns.get("answer")
-        if name is None:
-            raise InputError(
-                f"data.columns.completion: {source.name} has no column completion or answer; map one of {listed}"
-            )
-        columns["completion"] = name
-    return columns
-
-
-def _is_blank(value: Any) -> bool:
-    """True for None, NaN (a columnar file's None), an empty list, and text without a visible character."""
-    return value is None or value != value or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """A checked list of messages, without the empty keys that a columnar file adds to each."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise InputError(f"{where} is not a list of messages ({{role, content}})")
-    messages = [{key: item for key, item in message.items() if item is not None} for message in value]
-    for message in messages:
-        if "role" not in message:
-            raise InputError(f"{where} has a message without a role")
-        content = message.setdefault("content", "")
-        if not isinstance(content, str):
-            raise InputError(f"{where} has a message whose content is no text but a {type(content).__name__}")
-    return messages
-
-
-def _turns(raw: dict, columns: dict[str, str], chat: bool, where: str) -> tuple[list[dict], list[dict]]:
+def _turns(
+    raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str
+) -> tuple[list[dict], list[dict]]:
     """(the prompt's messages, the completion's messages) of one row, plain text as a user's and an
     assistant's."""
     names = [columns[ours] for ours in ("messages", "prompt", "completion") if ours in columns]
-    for name in names if "messages" not in columns else names[:1]:
-        if _is_blank(raw.get(name)):
+    names = names[:1] if "messages" in columns else names
+    for name in names:
+        if is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
-    if isinstance(raw[names[0]], list) and not chat:
-        raise InputError(f"{where}: column {names[0]!r} holds messages, which data.chat: false does not allow")
+    history = _history(raw, columns, where)
+    held = next((name for name in names if "messages" in columns or isinstance(raw[name], dict | list)), None)
+    held = columns["history"] if held is None and history else held
+    if held is not None and not chat:
+        raise InputError(f"{where}: column {held!r} holds messages, which data.chat: false does not allow; for a "
+                         "tokenizer without a chat template, model.chat_template gives one")  # fmt: skip
     if "messages" in columns:
-        turns = _messages(raw[names[0]], f"{where}: column {names[0]!r}")
+        turns = messages_of(raw[names[0]], f"{where}: column {names[0]!r}")
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
         if last == 0:
             raise InputError(f"{where}: column {names[0]!r} has no assistant's turn after a prompt")
         prompt, completion = turns[:last], [turns[last]]
     else:
         prompt, completion = (
-            _messages(raw[name], f"{where}: column {name!r}")
-            if isinstance(raw[name], list)
+            messages_of(raw[name], f"{where}: column {name!r}")
+            if isinstance(raw[name], dict | list)
             else [{"role": role, "content": str(raw[name])}]
             for name, role in zip(names, ("user", "assistant"))
         )
+        if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
+            whole = "" if completion[0]["role"] not in ("user", "system") else (
+                f"; if it is the whole chat, write {columns_line({'messages': names[1]})}")  # fmt: skip
+            raise InputError(f"{where}: column {names[1]!r} must begin and end with the assistant's turn{whole}")
+        beside = raw.get(columns.get("input", ""))
+        # A template that names the column puts it where it belongs.
+        if not is_blank(beside) and columns["input"] not in _template_fields(config.prompt, "prompt"):
+            prompt[-1]["content"] += f"\n{beside}"
+    prompt = [*history, *prompt]
     system = raw.get(columns.get("system", ""))
-    if not _is_blank(system):
+    if not is_blank(system):
         prompt = [{"role": "system", "content": str(system)}, *prompt]
     for turn in completion:
         if "####" in turn["content"]:
@@ -122,6 +93,18 @@ def _turns(raw: dict, columns: dict[str, str], chat: bool, where: str) -> tuple[
     if not any(turn["content"].strip() or "tool_calls" in turn for turn in completion):
         raise InputError(f"{where}: the completion is empty")
     return prompt, completion
+
+
+def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
+    """The turns before an instruction: messages, or pairs of what was asked and answered."""
+    value = raw.get(columns.get("history", ""))
+    if is_blank(value):
+        return []
+    pairs = value if isinstance(value, list) else [value]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return messages_of(value, f"{where}: column {columns['history']!r}")
+    return [{"role": role, "content": str(text)}
+            for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # fmt: skip
 
 
 def _template_fields(template: str, key: str) -> list[str]:
@@ -161,10 +144,30 @@ def _apply_template(turns: list[dict], raw: dict, template: str, where: str) -> 
     return formed, digest[:16]
 
 
-def _final_answer(value: Any, completion: str) -> str:
+# A character that no tokenizer and no UTF-8 file takes: half of a pair that JSON writes with \\u, or NUL.
+NO_CHARACTER = re.compile("[\\0\\ud800-\\udfff]")
+
+
+def _check_text(value: Any, where: str) -> None:
+    """InputError for a text, however deep in a row, with a character that cannot be written."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        # The outermost name is the column's.
+        _check_text(item, where if ": column " in where else f"{where}: column {name!r}")
+    for item in value if isinstance(value, list) else ():
+        _check_text(item, where)
+    found = NO_CHARACTER.search(value) if isinstance(value, str) else None
+    if found:
+        what = "a NUL character" if found[0] == "\0" else f"half of a surrogate pair (U+{ord(found[0]):04X})"
+        raise InputError(f"{where} has {what} at character {found.start()}; remove it")
+
+
+def _final_answer(value: Any, completion: str, where: str) -> str:
     """The answer column's value, else what the completion marks as its answer, else a short completion, else
     ""."""
-    if not _is_blank(value):
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, dict | list) and not is_blank(value):
+        raise InputError(f"{where} is {value!r:.60}, expected one answer: a text or a number")
+    if not is_blank(value):
         return marked_answer(str(value)) or str(value).strip()
     short = completion.strip()
     return marked_answer(completion) or (short if len(short) <= SHORT_ANSWER and "\n" not in short else "")
@@ -172,13 +175,16 @@ def _final_answer(value: Any, completion: str) -> str:
 
 def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str) -> dict[str, Any]:
     """One row of a source in our form: id, prompt, completion, answer, and the source's own columns."""
-    turns, completion = _turns(raw, columns, chat, where)
+    _check_text(raw, where)
+    turns, completion = _turns(raw, columns, config, chat, where)
     turns, row_id = _apply_template(turns, raw, config.prompt, where)
     if config.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
     apart = "answer" in columns and columns["answer"] != columns.get("completion")
     last = completion[-1]["content"]
-    answer = _final_answer(raw.get(columns["answer"]) if apart else None, last)
+    answer = _final_answer(raw.get(columns["answer"]), last, f"{where}: column {columns['answer']!r}") if apart else (
+        _final_answer(None, last, where)
+    )  # fmt: skip
     values = _template_values(raw) | {"prompt": turns[-1]["content"], "completion": last, "answer": answer}
     completion = [
         *completion[:-1],
@@ -190,7 +196,7 @@ def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bo
         "completion": completion if chat else completion[-1]["content"],
         "answer": answer,
     }
-    used = {"prompt", "completion", "answer", "messages", columns.get("messages"), columns.get("system")}
+    used = {"prompt", "completion", "answer", "messages", *(columns.get(ours) for ours in ("messages", "system"))}
     for name, item in raw.items():
         if name not in used:
             row[f"original_{name}" if name in TAKEN_COLUMNS else name] = item
@@ -201,11 +207,11 @@ def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bo
 
 
 def _choose_held_out(ids: list[str], share: int | float | bool, seed: int, source: str) -> set[str]:
-    """The ids with the smallest hash of (seed, id), as many as `share` says: rows, a fraction, or True for
+    """The ids with the smallest hash of (seed, id), as many as `share` says: prompts, a fraction, or True for
     all."""
     if isinstance(share, int) and not isinstance(share, bool):
         if not 0 <= share <= len(ids):
-            raise InputError(f"data.held_out: {share} rows of {source}, which has {len(ids)} distinct ones")
+            raise InputError(f"data.held_out: {share} rows of {source}, which has {len(ids)} distinct prompts")
         count = share
     else:
         if not 0 <= share <= 1:
@@ -229,8 +235,9 @@ def load_rows(
     Columns: `id`, `prompt` and `completion` (str, or lists of messages), `answer` (str, "" where a row has
     none), `split` ("train" | "held_out"), `source`, and the sources' own. The report says for each source how
     many rows were `read`, left out as `duplicates` or as `too_long`, and put into `train` and `held_out`, and
-    how many of these have `no_answer`. A question that several sources hold belongs to the first of them that
-    is held out as a whole, else to the first.
+    how many of these have `no_answer`; where there are any, also how many were left out as
+    `further_completions_of_held_out`. A prompt that several sources hold belongs to the first of them that is
+    held out as a whole, else to the first, which decides on which side all its rows are.
     """
     if not config.sources:
         raise InputError("data.sources: expected at least one source, got none")
@@ -243,34 +250,81 @@ def load_rows(
     formed: dict[str, list[dict[str, Any]]] = {}
     for name, source in zip(names, config.sources):
         read = read_source(source)
-        columns = _find_columns([raw for _, raw in read], config, source)
+        columns = find_columns([raw for _, raw in read], config, source.name)
         formed[name] = [_form_row(raw, columns, config, chat, where) for where, raw in read]
+        if "messages" in columns:
+            _say_what_follows([raw[columns["messages"]] for _, raw in read], name)
 
     report = {name: {"read": len(rows), "duplicates": 0, "too_long": 0} for name, rows in formed.items()}
     distinct: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    owner: dict[str, str] = {}
     limit = config.max_prompt_length
     for name, _ in sorted(zip(names, shares), key=lambda pair: pair[1] is not True):  # stable: else in given order
         for row in formed[name]:
-            if row["id"] in seen:
+            said = row["id"], json.dumps(row["completion"], sort_keys=True, default=str)
+            if said in seen:
                 report[name]["duplicates"] += 1
             elif limit is not None and len(prompt_ids(row, tokenizer)) > limit:
                 report[name]["too_long"] += 1
             else:
-                seen.add(row["id"])
+                seen.add(said)
+                owner.setdefault(row["id"], name)
                 distinct[name].append(row)
 
     if not any(distinct.values()):
         raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
-    rows = []
+    held_out: set[str] = set()
     for name, share in zip(names, shares):
-        held_out = _choose_held_out([row["id"] for row in distinct[name]], share, config.seed, name)
-        report[name]["train"] = len(distinct[name]) - len(held_out)
-        report[name]["held_out"] = len(held_out)
-        report[name]["no_answer"] = sum(not row["answer"] for row in distinct[name])
-        for row in distinct[name]:
-            rows.append({**row, "split": "held_out" if row["id"] in held_out else "train", "source": name})
+        own = [row_id for row_id, of in owner.items() if of == name]
+        held_out |= _choose_held_out(own, share, config.seed, name)
+    rows = [row for name in names for row in _divided(distinct[name], name, held_out, owner, report[name])]
+    _say_what_repeats(rows, sum(counts.get(FURTHER, 0) for counts in report.values()))
     return to_dataset(rows), report
+
+
+def _divided(
+    rows: list[dict[str, Any]], name: str, held_out: set[str], owner: dict[str, str], counts: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A source's rows with `split` and `source`, counted: of a prompt that is held out, the first row of its owner."""
+    asked: set[str] = set()
+    kept = []
+    for row in rows:
+        if row["id"] not in held_out:
+            kept.append({**row, "split": "train", "source": name})
+        elif owner[row["id"]] == name and row["id"] not in asked:
+            asked.add(row["id"])
+            kept.append({**row, "split": "held_out", "source": name})
+    counts["train"], counts["held_out"] = len(kept) - len(asked), len(asked)
+    counts["no_answer"] = sum(not row["answer"] for row in kept)
+    if len(kept) < len(rows):
+        counts[FURTHER] = len(rows) - len(kept)
+    return kept
+
+
+def _say_what_follows(chats: list[Any], name: str) -> None:
+    """Say how many chats go on after the last answer."""
+    go_on = sum(messages_of(chat, name)[-1]["role"] != "assistant" for chat in chats)
+    if go_on:
+        log.warning("data: %s: %d of %d chats go on after the assistant's last turn; that turn is the completion, and "
+                    "what follows it is left out", name, go_on, len(chats))  # fmt: skip
+
+
+def _say_what_repeats(rows: list[dict[str, Any]], further: int) -> None:
+    """Say how many prompts have several completions, and how many of these disagree about the answer."""
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row["id"], []).append(row["answer"])
+    several = [given for given in answers.values() if len(given) > 1]
+    if several:
+        log.info("data: %d training prompts have several completions, %d rows in all: SFT trains on each, GRPO asks "
+                 "each prompt once", len(several), sum(map(len, several)))  # fmt: skip
+    if further:
+        log.info("data: %d further completions of held-out prompts are left out: a model is asked each once", further)
+    differ = sum(len(set(given)) > 1 for given in several)
+    if differ:
+        log.warning("data: the completions of %d prompts have different answers; GRPO's rewards go by the first row's",
+                    differ)  # fmt: skip
 
 
 def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":

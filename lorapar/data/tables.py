@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .messages import CHATS, is_chat
 
 FILE_FORMS = (".jsonl", ".json", ".csv", ".parquet", ".ndjson", ".tsv", ".arrow")
 # Suffixes behind those, and pyarrow's names of them.
@@ -174,7 +175,7 @@ def _json_rows(text: str, path: Path, lines: bool) -> list[Any]:
 def _rows_within(whole: dict[str, Any], path: Path, lines: bool) -> list[Any]:
     """The rows of a file that is one object: those under its one key with a list of objects, else itself."""
     tables = {key: value for key, value in whole.items() if _is_table(value)}
-    if any(is_chat(value) for value in tables.values()) or (lines and len(whole) > 1):
+    if any(key in CHATS or is_chat(value) for key, value in tables.items()) or (lines and len(whole) > 1):
         return [whole]
     if len(tables) == 1 and "tools" not in tables:
         return next(iter(tables.values()))
@@ -188,11 +189,6 @@ def _rows_within(whole: dict[str, Any], path: Path, lines: bool) -> list[Any]:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(item, dict) for item in value)
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a value is a list of messages: objects that say who speaks."""
-    return _is_table(value) and all("role" in item or "from" in item for item in value)
 
 
 def _parses(line: str) -> bool:

@@ -27,7 +27,6 @@ from .panel import (
     Panel,
     Rows,
     check_context,
-    check_ids,
     empty_votes,
     examples,
     missing,
@@ -63,13 +62,12 @@ def ask(
         there is not asked again. local: the votes of voters that need no asking. tokenizer: counts tokens where a
         teacher's context is known.
 
-    Raises InputError where two rows have one id, a row is too long, no teacher can be reached, too few voters are left
+    Raises InputError where a row is too long, no teacher can be reached, too few voters are left
     or the budget is spent. By then every vote that has arrived is in the store, and the same call resumes from there.
     """
     if not isinstance(store, VoteStore):
         with VoteStore(store) as opened:
             return ask(panel, rows, opened, local, tokenizer)
-    check_ids(rows)
     return asyncio.run(_Asking(panel, rows, store, local or {}).run(tokenizer))
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..errors import InputError
 from ..files import sha256_json
 from ..recipe.checks import check_label
@@ -173,18 +171,6 @@ def examples(rows: Rows) -> Iterator[Example]:
     """The rows as teachers see them, one at a time."""
     for index, row in enumerate(rows):
         yield Example(index, str(row["id"]), *question_and_answer(row))
-
-
-def check_ids(rows: Rows) -> None:
-    """InputError where two rows have one id."""
-    hashes = array("Q")  # 8 bytes a row, where a set of the ids would take a hundred
-    for row in rows:
-        hashes.append(int.from_bytes(hashlib.blake2b(str(row["id"]).encode(), digest_size=8).digest(), "little"))
-    ordered = np.sort(np.frombuffer(hashes, dtype=np.uint64)) if hashes else np.empty(0, np.uint64)
-    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if twice:
-        ids = (str(row["id"]) for row, number in zip(rows, hashes) if number in twice)
-        raise InputError(f"label: two rows have the id {next(ids)!r}; each needs one of its own")
 
 
 def missing(panel: Panel, rows: Rows, store: VoteStore | None) -> dict[str, int]:

@@ -7,7 +7,6 @@
 
 import csv
 import io
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def write_review(path: Path, rows: Iterable[Mapping[str, Any]], voters: list[str
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
     # A long row exceeds csv's own limit of 131,072 letters a cell.
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
     for column in ("id", CORRECTED):
         if column not in (reader.fieldnames or []):

@@ -195,13 +195,15 @@ def write_split(
         raise InputError(f"{store_at}: no such file; run label first, which asks the teachers")
     members = panel.members if panel else []
     with VoteStore(store_at, read_only=True) if panel else nullcontext() as store:
-        split = []
+        split, listed = [], set()
         for example in examples(rows):
             stored = {member.name: store.get(member.key(example)) for member in members} if store else {}
             votes = {name: given[example.index] for name, given in local.items()}
             votes |= {name: vote.vote if vote else None for name, vote in stored.items()}
             system, agreement, by = decide(votes, recipe.label.ties, recipe.label.weights)
-            if len(set(votes.values()) - {None}) != 1:
+            # A correction is of a prompt, and of all its completions.
+            if len(set(votes.values()) - {None}) != 1 and example.id not in listed:
+                listed.add(example.id)
                 reasons = {name: vote.reason or vote.outcome for name, vote in stored.items() if vote}
                 split.append({"id": example.id, "question": example.question, "answer": example.answer,
                               "system": system or "dropped", "agreement": f"{agreement:.2f}", "decided_by": by,

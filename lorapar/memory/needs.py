@@ -77,12 +77,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split."""
+    """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split.
+
+    id: of its prompt, which other rows may have too; None: a prompt of its own."""
 
     prompt: int
     whole: int
     system: int | None = None
     split: str | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any
     for row in taken:
         ids, n_prompt = encode(row, tokenizer)
         # Of rows without labels, a column of that name may say anything.
-        found.append(Row(n_prompt, len(ids), None if rows is None else row.get("system"), row.get("split")))
+        system = None if rows is None else row.get("system")
+        found.append(Row(n_prompt, len(ids), system, row.get("split"), row.get("id")))
     prompt, whole = max(row.prompt for row in found), max(row.whole for row in found)
     return Lengths(min(prompt, longest_prompt or prompt), whole, "its data", tuple(found))
 

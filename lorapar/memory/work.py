@@ -242,6 +242,8 @@ def grpo_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
     if lengths.rows is None and setting("max_steps") <= 0:
         return Work("grpo", unknown=UNCOUNTED)
     rows = _rows(lengths, config.systems, math.lcm(accumulated, held_for) // held_for * prompts)
+    # Each prompt is asked once.
+    rows = list({row.id or i: row for i, row in reversed(list(enumerate(rows)))}.values())[::-1]
     batches = len(rows) // prompts * held_for
     steps, share = training_steps(config, batches)
     # A generation's prompts are padded to the longest.

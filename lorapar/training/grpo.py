@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
-from ..data.labels import rows_of
+from ..data.labels import once_a_prompt, rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
 from ..errors import InputError, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
@@ -257,7 +257,8 @@ def grpo(
     check_engine(config, given_form(model.config))
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
     watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise)
-    rows = rows_of(dataset, systems)
+    labelled = rows_of(dataset, systems)
+    rows = once_a_prompt(labelled)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
@@ -272,6 +273,8 @@ def grpo(
     trainer.longest_first, trainer.watch = longest_first, watch
     reference = "the adapter as this stage received it" if config.beta else "none (beta is 0)"
     log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
+    if len(rows) < len(labelled):
+        log.info("grpo: %d further completions of these prompts are not used", len(labelled) - len(rows))
     trained = train(trainer, partition, "grpo", len(examples), resume)
     trained.rollout_seconds = trainer.rollout_seconds
     return trainer, trained

@@ -134,9 +134,7 @@ def test_columns_are_mapped_and_missing_ones_named(tmp_path, tokenizer):
     assert [turn["content"] for turn in row["prompt"]] == ["You are terse.", "What, is 1+1?"]
     assert (row["answer"], row["original_id"]) == ("2", "x7")
     there = "problem, solution, persona, id"
-    assert f"no column prompt, question or messages; map one of {there}" in load_error(tokenizer, path)
     assert f"has no column 'problm'; it has {there}" in load_error(tokenizer, path, columns={"prompt": "problm"})
-    assert "no column completion or answer" in load_error(tokenizer, path, columns={"prompt": "problem"})
     assert "unknown key 'promt'; allowed: prompt" in load_error(tokenizer, path, columns={"promt": "problem"})
 
 

@@ -89,11 +89,12 @@ def test_names_and_teachers_come_once():
         panel({"model": "a", "reserve": True}, {"model": "b"})
 
 
-def test_ids_come_once(tmp_path: Path, monkeypatch):
+def test_completions_of_one_prompt_are_asked_about_one_by_one(tmp_path: Path, monkeypatch):
     panel, teachers = stubs(monkeypatch, {"a": 1})
-    with pytest.raises(InputError, match="two rows have the id '000001'"):
-        ask(panel, [*rows_of(3), *rows_of(1, start=1)], tmp_path / "v.sqlite")
-    assert not teachers["a"].calls
+    rows = rows_of(3)
+    other = {**rows[1], "completion": "another way"}
+    assert list(ask(panel, [*rows, other], tmp_path / "v.sqlite")["a"]) == [1, 1, 1, 1]
+    assert teachers["a"].calls.total() == 4
 
 
 def test_before_the_first_call_an_endpoint_is_looked_at(tmp_path: Path, monkeypatch):

@@ -1,0 +1,103 @@
+"""A chat as a list of messages {role, content}, whatever names a data set gives to roles and keys.
+
+    {from: human, value: ...}      →  {role: user, content: ...}
+    {from: gpt, value: ...}        →  {role: assistant, content: ...}
+    {content: [{type: text, ...}]} →  {content: the texts, joined as chat templates write them}
+
+What is not certain is refused by its name, because a role taken for another trains the model on the wrong words.
+"""
+
+import json
+from typing import Any
+
+from ..errors import InputError
+
+# The columns that hold chats.
+CHATS = ("messages", "conversations", "conversation")
+# Who speaks, by the names that data sets use. The last three are roles of some chat templates.
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response", "tool_result"), "tool"),
+    **{role: role for role in ("developer", "ipython", "environment")},
+}
+# What a tool is called with, as JSON text.
+CALLS = ("function_call", "tool_call")
+SPEAKER_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+TEXT_BLOCKS = ("text", "input_text", "output_text")
+
+
+def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """A chat's messages, without the empty keys that a columnar file adds to each; InputError, at `where`, for others.
+
+    value: a list of messages, one message, or the JSON text of these.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InputError(f"{where} is text, expected a list of messages ({{role, content}}) or its JSON") from None
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise InputError(f"{where} is not a list of messages ({{role, content}})")
+    return [_message(message, where) for message in value]
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is messages: objects that say who speaks, or the JSON text of such."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and any(key in item for key in SPEAKER_KEYS) for item in value)
+
+
+def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
+    message = {key: item for key, item in given.items() if item is not None}
+    speaker = next((key for key in SPEAKER_KEYS if key in message), None)
+    if speaker is None:
+        raise InputError(f"{where} has a message without a role; its keys: {', '.join(map(str, message))}")
+    said = str(message.pop(speaker))
+    text = next((message.pop(key) for key in TEXT_KEYS if key in message), "")
+    if said.casefold() in CALLS:
+        return {**message, "role": "assistant", "content": "", "tool_calls": _calls(text, said, where)}
+    # OpenAI's older role of a tool's result; as a speaker it is a call in some data sets and a result in others.
+    role = said if (speaker, said) == ("role", "function") else ROLES.get(said.casefold())
+    if role is None:
+        known = ", ".join((*ROLES, *CALLS))
+        raise InputError(f"{where} has a message of the role {said!r}; known: {known}; rename it in the data")
+    return {"role": role, "content": _content(text, where), **message}
+
+
+def _content(given: Any, where: str) -> str:
+    """A message's text: as it is, or the texts of its blocks, one after another."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        raise InputError(f"{where} has a message whose content is no text but a {type(given).__name__}")
+    texts = []
+    for block in given:
+        kind = block.get("type", "text") if isinstance(block, dict) else "text"
+        text = block.get("text") if isinstance(block, dict) else block
+        if kind not in TEXT_BLOCKS or not isinstance(text, str):
+            raise InputError(f"{where} has a message with a block of the type {kind!r}, expected text alone: "
+                             "{type: text, text: ...}; leave such rows out")  # fmt: skip
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(given: Any, said: str, where: str) -> list[dict[str, Any]]:
+    """The calls of a message that is nothing else: an object {name, arguments}, a list of such, or its JSON text."""
+    try:
+        calls = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        calls = None
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and "name" in c for c in calls):
+        raise InputError(f"{where} has a message of the role {said!r} that is no JSON of {{name, arguments}}")
+    return [{"type": "function", "function": call} for call in calls]

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 from ..data.labels import put_aside, rows_of
 from ..data.rows import load_rows
 from ..data.tables import local_files
+from ..data.tokens import check_below, encode
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
+from ..model.load import load_config
 from ..recipe.sections import Recipe
 from ..stage import LABELS, Facts, Run, Stage
 from .agreement import fleiss_kappa
@@ -41,6 +43,7 @@ def label_stage(run: Run) -> Facts:
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
     check_corrections(corrections, rows)
+    check_tokens(run, rows)
     votes, facts = local_votes(run, rows), {}
     if panel is not None:
         from_teachers, facts = ask_panel(panel, rows, votes, folder, run.tokenizer)
@@ -57,6 +60,19 @@ def label_stage(run: Run) -> Facts:
         **decided_otherwise(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
     }
+
+
+def check_tokens(run: Run, rows: "Dataset") -> None:
+    """InputError for a row with a token that the model has no embedding for, before anybody is asked about it."""
+    tokenizer = run.tokenizer
+    # Only an added token can lie beyond the embedding.
+    highest = max(tokenizer.get_added_vocab().values(), default=0)
+    if highest < tokenizer.vocab_size:
+        return
+    embeddings = load_config(run.recipe.model).get_text_config().vocab_size
+    for row in rows if highest >= embeddings else ():
+        ids = encode(row, tokenizer)[0]  # pyright: ignore[reportArgumentType]
+        check_below(embeddings, ids, tokenizer, f"{row['source']}: row {row['id']}")  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _decided(

@@ -2,17 +2,19 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ..data.answers import is_correct
+from ..data.columns import is_blank
 from ..data.tokens import prompt_ids
 from ..errors import InputError, suggestion
 from ..model.generate import answer_greedily
 from ..progress import Progress
 from .rules import Operations, ReasoningSteps
-from .voting import Voter
+from .voting import COLUMN, Voter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,11 +57,12 @@ class Probe:
 
 
 class Column:
-    """The label in a column of the data: 1 or 2, "System1", "system 2", "S1", ...; an empty cell is no vote."""
+    """The label in a column of the data: 1 or 2 in any form of a number, "System1", "system 2", "S1", ...; an empty
+    cell is no vote."""
 
     def __init__(self, column: str):
         self.column = column
-        self.name = f"column:{column}"
+        self.name = f"{COLUMN}{column}"
 
     def vote(self, rows: "Dataset") -> list[int | None]:
         if self.column not in rows.column_names:
@@ -67,17 +70,31 @@ class Column:
                 f"label.column: the rows have no column {self.column!r}; they have {', '.join(rows.column_names)}"
             )
         votes: list[int | None] = []
-        for row_id, value in zip(rows["id"], rows[self.column]):
-            match = re.fullmatch(r"(?:s|system)?[\s_-]*([12])(?:\.0)?", str(value).strip().casefold())
-            # NaN, a columnar file's empty cell, is the one value that differs from itself.
-            empty = value is None or value != value or not str(value).strip()
-            if match is None and not empty:
+        for index, value in enumerate(rows[self.column]):
+            label = _label(value)
+            if label is None and not is_blank(value):
+                counts = Counter(repr(other) for other in rows[self.column] if not is_blank(other))
+                there = ", ".join(f"{other:.40} ({count})" for other, count in counts.most_common(6))
                 raise InputError(
-                    f"label.column: {self.column!r} of row {row_id} is {value!r}; "
-                    "allowed: 1, 2, System1, System2, S1, S2"
+                    f"label.column: {self.column!r} of row {rows['id'][index]} is {value!r:.60}; allowed: 1, 2, "
+                    f"System1, System2, S1, S2; the column has {there}: write 1 in place of what means System 1 "
+                    "(answered immediately), 2 of what means System 2 (worked out)"
                 )
-            votes.append(int(match[1]) if match else None)
+            votes.append(label)
         return votes
+
+
+def _label(value: Any) -> int | None:
+    """1 or 2 where a cell says so beyond doubt. True is no 1: a column of yes and no does not say which system."""
+    text = str(value).strip().casefold()
+    system = re.fullmatch(r"(?:s|sys|system)[\s_-]*([12])(?:\.0+)?", text)
+    if system:
+        return int(system[1])
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number in (1, 2) else None
 
 
 class Random:

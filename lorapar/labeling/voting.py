@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TIES = ("system1", "system2", "drop", "ask")
+COLUMN = "column:"  # what the name of a voter that reads labels from a column begins with
 LABEL_COLUMNS = ("system", "votes", "agreement", "teachers", "decided_by")
 
 
@@ -35,7 +36,8 @@ def label(
     Args:
         teachers: voters of any kind. votes: votes cast already, by the voter's name; that voter is not asked again.
         ties: what becomes of a row with equal weight for both systems, or with no vote: "system1", "system2", or left
-        out of the data ("drop"); "ask" is "system2" where the reserves have not broken the tie.
+        out of the data ("drop"); "ask" is "system2" where the reserves have not broken the tie. Where a column
+        of labels is the only voter, a row without a label is refused, unless it is to be dropped.
         weights: of a voter's vote, else 1. corrections: a person's labels by `id`, which override the votes.
 
     `agreement` is the majority's share of the cast votes, by weight: 0.5 at a tie, 0 where no vote was cast. Labels
@@ -70,6 +72,8 @@ def labelled_and_dropped(
 
     corrected = corrections or {}
     ids = check_corrections(corrected, dataset) if corrected else []
+    if ties != "drop" and all(name.startswith(COLUMN) for name in cast):
+        _check_labels(cast, dataset, corrected)
     systems, agreements, decided, by_row = [], [], [], []
     for index in range(len(dataset)):
         of_row = {name: given[index] for name, given in cast.items()}
@@ -101,6 +105,19 @@ def labelled_and_dropped(
     with_label = [index for index, system in enumerate(systems) if system]
     dropped = [index for index, system in enumerate(systems) if not system]
     return labelled.select(with_label), labelled.select(dropped)
+
+
+def _check_labels(cast: Mapping[str, Sequence[int | None]], dataset: "Dataset", corrected: Mapping[str, int]) -> None:
+    """InputError where nothing says which system a row has: its label is not there, and nobody else votes."""
+    empty = [row_id for row_id, *votes in zip(dataset["id"], *cast.values())
+             if not any(votes) and str(row_id) not in corrected]  # fmt: skip
+    if empty:
+        name = next(iter(cast)).removeprefix(COLUMN)
+        raise InputError(
+            f"label.column: {name!r} is empty in {len(empty)} of {len(dataset)} rows, first in row {empty[0]}; fill it "
+            "in, leave such rows out with label.ties: drop, or have others vote on them: label.voters: "
+            f'[{{name: column, column: {name}}}, operations] with label.weights: {{"{COLUMN}{name}": 2}}'
+        )
 
 
 def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> list[str]:

@@ -1,5 +1,7 @@
 """Data as people have it: the forms of rows that are read without settings, and what is refused, with what to do."""
 
+import csv
+import io
 import json
 import logging
 import re
@@ -7,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
+from lorapar.data.labels import once_a_prompt, put_aside
 from lorapar.data.rows import load_rows
 from lorapar.errors import InputError
+from lorapar.files import read_jsonl
 from lorapar.recipe.sections import DataConfig, SourceConfig
-from tests.tiny import chat_tokenizer, tiny_tokenizer
+from tests.tiny import chat_tokenizer, tiny_model, tiny_tokenizer
+
+from .driver import lorapar, recipe_values, records, refused, skipped, succeeds, write_recipe
 
 CHAT, PLAIN = chat_tokenizer(), tiny_tokenizer()
 LONG = "First this, then that. " * 4  # too long to be an answer by itself
@@ -385,3 +392,88 @@ def test_a_prompt_of_several_sources_is_on_one_side(tmp_path: Path):
     kept = sum(counts["train"] + counts["held_out"] for counts in report.values())
     left = sum(c["duplicates"] + c.get("further_completions_of_held_out", 0) for c in report.values())
     assert (kept, kept + left) == (len(loaded), 16 + 30 + 2)
+
+
+# Runs
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_label(tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>", "<other>"])
+    tiny_model(vocabulary=259).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1), "kind": 1 + i % 2} for i in range(12)]
+    values = {**recipe_values(tmp_path / "model"), "label": {"column": "kind"}}
+    beyond = "the token '<other>' (259) is none of the model's 259"
+    for i, (text, says) in enumerate((("<new>", None), ("<other>", beyond))):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "prompt": f"{text} 1 + 1 ="}]))
+        values["data"] = {"sources": [str(path)], "held_out": 2}
+        command = "label", write_recipe(tmp_path / f"{i}.yaml", values), "--output_dir", tmp_path / f"run{i}"
+        if says is None:
+            succeeds(*command)
+        else:
+            refused(*command, says=(f"{i}.jsonl: row ", says))
+
+
+def test_a_run_on_several_completions_asks_each_prompt_once(tiny_folder: Path, tmp_path: Path, no_pictures):
+    kinds = [1, 2] * 8
+    rows = [{"conversations": [said("human", f"q{i} ="), said("gpt", f"way {way}: {i}")], "kind": kinds[i]}
+            for i in range(16) for way in range(3)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = recipe_values(tiny_folder)
+    values["model"]["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    values |= {"label": {"column": "kind"}, "data": {"sources": [str(tmp_path / "*.jsonl")], "held_out": 4}}
+    for stage in ("sft", "grpo"):
+        values[stage] |= {"max_steps": 1, "save_steps": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    log = succeeds("run", recipe, "--output_dir", tmp_path / "run")
+    assert "48 read, 0 duplicates, 0 too_long, 36 train, 4 held_out, 0 no_answer, 8 further_completions" in log
+    labelled = read_jsonl(tmp_path / "run" / "labels.jsonl")
+    of_grpo = {row["id"] for row in labelled if row["split"] == "train" and row["system"] == 2}
+    assert f"grpo: {len(of_grpo)} prompts, reference" in log
+    assert f"grpo: {2 * len(of_grpo)} further completions of these prompts are not used" in log
+    assert records(tmp_path / "run")["sft"]["rows"] == 3 * (12 - len(of_grpo))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["n"]["all"] == 4
+    plan = lorapar("plan", recipe)[1]
+    assert re.search(rf"grpo +{len(of_grpo)} ", plan), plan
+    # A file that is added to the pattern changes what is read.
+    assert skipped(succeeds("label", recipe, "--output_dir", tmp_path / "run")) == ["label"]
+    (tmp_path / "more.jsonl").write_text(json.dumps({**rows[0], "kind": 2}) + "\n")
+    assert skipped(succeeds("label", recipe, "--output_dir", tmp_path / "run")) == []
+
+
+def test_a_prompt_of_both_systems_is_put_aside_whole():
+    rows = [{"id": f"{i // 2}", "prompt": "p", "completion": f"{i}", "system": 1 + i % 2, "split": "train"}
+            for i in range(8)]  # fmt: skip
+    rest, aside = put_aside(Dataset.from_list(rows), 1, 2)
+    assert (len(rest), len(aside), set(aside["system"])) == (4, 2, {1})
+    assert not set(rest["id"]) & set(aside["id"])
+    assert once_a_prompt(rest)["completion"] == [rest[0]["completion"], rest[2]["completion"]]
+    assert once_a_prompt(rest.remove_columns("id")).num_rows == 4
+
+
+def test_a_review_lists_a_prompt_once(tiny_folder: Path, tmp_path: Path):
+    works = ["1 + 1 = 2", "1 + 1 = 2. 2 + 0 = 2. Then 2 + 0 = 2", "2"]
+    rows = [{"prompt": f"q{i}: 1 + 1 + 1", "completion": f"{work}\n#### {i}"} for i in range(12) for work in works]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    voters = [{"name": "operations", "threshold": 0}, {"name": "steps", "threshold": 1}]
+    values = {**recipe_values(tiny_folder), "label": {"voters": voters}}
+    values["data"] = {"sources": [str(tmp_path / "rows.jsonl")], "held_out": 2}
+    command = "label", write_recipe(tmp_path / "r.yaml", values), "--output_dir", tmp_path / "run"
+    succeeds(*command)
+    succeeds(*command, "--review")
+    path = tmp_path / "run" / "review.csv"
+    review = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    assert len({row["id"] for row in review}) == len(review) > 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, review[0])
+        writer.writeheader()
+        writer.writerows({**row, "corrected": "1"} for row in review[:6])
+    succeeds(*command)
+    labelled = read_jsonl(tmp_path / "run" / "labels.jsonl")
+    corrected = {row["id"] for row in review[:6]}
+    assert {row["system"] for row in labelled if row["id"] in corrected} == {1}

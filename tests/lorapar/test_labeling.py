@@ -2,9 +2,11 @@
 
 import collections
 import os
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from lorapar.data.rows import load_rows
@@ -141,8 +143,50 @@ def test_column_reads_labels_in_every_usual_form():
     rows = rows_of(*["a"] * 10, kind=values)
     assert Column("kind").vote(rows) == [1, 2, 1, 2, 1, 2, 1, 1, None, None]
     assert Column("kind").vote(rows_of("a", "b", "c", kind=[1.0, 2.0, float("nan")])) == [1, 2, None]
+    assert Column("kind").vote(rows_of(*"abcdefg", kind=["1.00", " 2 ", "01", "2e0", "sys 1", "S 2", "２"])) == (
+        [1, 2, 1, 2, 1, 2, 2]
+    )
     with pytest.raises(InputError, match="'kind' of row 0000000000000001 is 'fast'; allowed: 1, 2"):
         Column("kind").vote(rows_of("a", "b", kind=["1", "fast"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "there"),
+    [
+        (["fast", "slow", "slow"], "'fast'", "'slow' (2), 'fast' (1)"),
+        ([True, False, True], "True", "True (2), False (1)"),
+        ([0, 1, 0], "0", "0 (2), 1 (1)"),
+        (["1", "None", "n/a"], "'None'", "'1' (1), 'None' (1), 'n/a' (1)"),
+        ([1.0, 1.5, 2.0], "1.5", "1.0 (1), 1.5 (1), 2.0 (1)"),
+        (["System 3", "1 or 2", "12"], "'System 3'", "'System 3' (1)"),
+    ],
+)
+def test_labels_that_may_mean_either_system_are_refused_with_what_is_there(values, first, there):
+    with pytest.raises(InputError) as caught:
+        Column("kind").vote(rows_of("a", "b", "c", kind=values))
+    for says in (f"is {first}; allowed: 1, 2", f"the column has {there}", "write 1 in place of what means System 1"):
+        assert says in str(caught.value)
+
+
+def test_a_missing_label_is_no_system_2():
+    rows = rows_of("a", "3 + 4 + 5 = 12.\n#### 12", "c", kind=[1, None, 2])
+    with pytest.raises(InputError) as caught:
+        label(rows, [Column("kind")])
+    error = str(caught.value)
+    assert "label.column: 'kind' is empty in 1 of 3 rows, first in row 0000000000000001; fill it in" in error
+    # Each way out that the error names.
+    assert label(rows, [Column("kind")], ties="drop")["system"] == [1, 2]
+    voters = re.search(r"label.voters: (\[.*?\]) with label.weights: ({.*?})", error)
+    assert voters is not None
+    made, weights = make_voters(yaml.safe_load(voters[1])), yaml.safe_load(voters[2])
+    assert label(rows, made, weights=weights)["system"] == [1, 2, 2]
+    assert label(rows, [Column("kind")], corrections={"0000000000000001": 1})["system"] == [1, 1, 2]
+    # A rule that leaves a row without a vote is another matter: a tie's rule decides, as documented.
+    assert label(rows, [Fixed("p", [1, None, 2])])["system"] == [1, 2, 2]
+
+
+def test_a_column_that_is_not_there():
+    rows = rows_of("a", kind=["1"])
     with pytest.raises(InputError, match="no column 'knd'; they have id, prompt, completion, answer, kind"):
         Column("knd").vote(rows)
 

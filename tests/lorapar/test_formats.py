@@ -11,8 +11,10 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from lorapar.data.columns import COMPLETIONS, INPUTS, OUR_COLUMNS, PROMPTS, SYSTEMS
 from lorapar.data.labels import once_a_prompt, put_aside
 from lorapar.data.rows import load_rows
+from lorapar.data.tables import COMPRESSIONS, FILE_FORMS
 from lorapar.errors import InputError
 from lorapar.files import read_jsonl
 from lorapar.recipe.sections import DataConfig, SourceConfig
@@ -477,3 +479,44 @@ def test_a_review_lists_a_prompt_once(tiny_folder: Path, tmp_path: Path):
     labelled = read_jsonl(tmp_path / "run" / "labels.jsonl")
     corrected = {row["id"] for row in review[:6]}
     assert {row["system"] for row in labelled if row["id"] in corrected} == {1}
+
+
+# The page
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+BLOCK = r"```\w+ (\S+)\n((?:(?!```).)*)\n```\n\n{}\n\n```\w+\n(.*?)\n```"
+READ = re.findall(BLOCK.format("reads as"), PAGE, re.DOTALL)
+REFUSED_THERE = re.findall(BLOCK.format("is refused"), PAGE, re.DOTALL)
+
+
+def written(name: str, text: str, folder: Path, monkeypatch) -> DataConfig:
+    """The source of one of the page's examples, with the columns that the text before it maps."""
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    mapped = re.search(rf"With `data\.columns: (\{{[^`]*\}})`\n\n```\w+ {re.escape(name)}\n", PAGE)
+    return DataConfig([SourceConfig(name)], columns=yaml.safe_load(mapped[1]) if mapped else {}, held_out=0)
+
+
+@pytest.mark.parametrize(("name", "text", "reads"), READ, ids=[name for name, *_ in READ])
+def test_the_page_s_examples_read_as_it_says(name: str, text: str, reads: str, tmp_path: Path, monkeypatch):
+    expected = yaml.safe_load(reads)
+    config = written(name, text, tmp_path, monkeypatch)
+    row = load_rows(config, PLAIN if isinstance(expected["prompt"], str) else CHAT)[0][0]
+    assert {key: row[key] for key in ("prompt", "completion", "answer")} == expected
+    if isinstance(expected["prompt"], str):
+        chat = load_rows(config, CHAT)[0][0]
+        assert chat["prompt"] == [turn("user", expected["prompt"])]
+        assert chat["completion"] == [turn("assistant", expected["completion"])]
+
+
+@pytest.mark.parametrize(("name", "text", "says"), REFUSED_THERE, ids=[name for name, *_ in REFUSED_THERE])
+def test_what_the_page_says_is_refused_is_refused_so(name: str, text: str, says: str, tmp_path: Path, monkeypatch):
+    with pytest.raises(InputError) as caught:
+        load_rows(written(name, text, tmp_path, monkeypatch), CHAT)
+    assert str(caught.value) == says
+
+
+def test_every_example_of_the_page_is_tried_and_every_form_is_named_there():
+    assert len(READ) + len(REFUSED_THERE) == len(re.findall(r"^```\w+ \S+$", PAGE, re.MULTILINE)) >= 14
+    names = {*FILE_FORMS, *COMPRESSIONS, *PROMPTS, *COMPLETIONS, *OUR_COLUMNS, *INPUTS, *SYSTEMS, "conversations"}
+    assert [name for name in sorted(names) if f"`{name}`" not in PAGE and name not in PAGE] == []

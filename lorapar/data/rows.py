@@ -60,6 +60,8 @@ def _turns(
     held = next((name for name in names if "messages" in columns or isinstance(raw[name], dict | list)), None)
     held = columns["history"] if held is None and history else held
     if held is not None and not chat:
+        if held in names:
+            messages_of(raw[held], f"{where}: column {held!r}")
         raise InputError(f"{where}: column {held!r} holds messages, which data.chat: false does not allow; for a "
                          "tokenizer without a chat template, model.chat_template gives one")  # fmt: skip
     if "messages" in columns:
@@ -347,6 +349,10 @@ def to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
                  for name, values in columns.items()}  # fmt: skip
         return Dataset.from_dict(texts, features=Features(features))
     except (TypeError, ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        for name, row in ((name, row) for name in columns for row in rows):
+            if isinstance(row.get(name), int) and not -(2**63) <= row[name] < 2**63:
+                raise InputError(f"{row['source']}: row {row['id']}: column {name!r} is {row[name]}, more than 64 bits "
+                                 "hold; make it text") from None  # fmt: skip
         for name in columns:
             given = [row for row in rows if row.get(name) is not None]
             other = next((row for row in given if type(row[name]) is not type(given[0][name])), None)

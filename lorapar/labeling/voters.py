@@ -14,7 +14,7 @@ from ..errors import InputError, suggestion
 from ..model.generate import answer_greedily
 from ..progress import Progress
 from .rules import Operations, ReasoningSteps
-from .voting import COLUMN, Voter
+from .voting import COLUMN, Voter, beginning
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,8 +77,8 @@ class Column:
                 there = ", ".join(f"{other:.40} ({count})" for other, count in counts.most_common(6))
                 raise InputError(
                     f"label.column: {self.column!r} of row {rows['id'][index]} is {value!r:.60}; allowed: 1, 2, "
-                    f"System1, System2, S1, S2; the column has {there}: write 1 in place of what means System 1 "
-                    "(answered immediately), 2 of what means System 2 (worked out)"
+                    f"System1, System2, S1, S2 (its prompt: {beginning(rows[index])}); the column has {there}: write 1 "
+                    "in place of what means System 1 (answered immediately), 2 of what means System 2 (worked out)"
                 )
             votes.append(label)
         return votes

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..data.answers import text_of
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -109,15 +110,23 @@ def labelled_and_dropped(
 
 def _check_labels(cast: Mapping[str, Sequence[int | None]], dataset: "Dataset", corrected: Mapping[str, int]) -> None:
     """InputError where nothing says which system a row has: its label is not there, and nobody else votes."""
-    empty = [row_id for row_id, *votes in zip(dataset["id"], *cast.values())
+    empty = [index for index, (row_id, *votes) in enumerate(zip(dataset["id"], *cast.values()))
              if not any(votes) and str(row_id) not in corrected]  # fmt: skip
     if empty:
+        first = dataset[empty[0]]
         name = next(iter(cast)).removeprefix(COLUMN)
         raise InputError(
-            f"label.column: {name!r} is empty in {len(empty)} of {len(dataset)} rows, first in row {empty[0]}; fill it "
-            "in, leave such rows out with label.ties: drop, or have others vote on them: label.voters: "
-            f'[{{name: column, column: {name}}}, operations] with label.weights: {{"{COLUMN}{name}": 2}}'
+            f"label.column: {name!r} is empty in {len(empty)} of {len(dataset)} rows, first in row {first['id']} (its "
+            f"prompt: {beginning(first)}); fill it in, leave such rows out with label.ties: drop, or have others vote "
+            f"on them: label.voters: [{{name: column, column: {name}}}, operations] with label.weights: "
+            f'{{"{COLUMN}{name}": 2}}'
         )
+
+
+def beginning(row: Mapping[str, Any]) -> str:
+    """The first words of what a row's user asks, by which a person finds it."""
+    prompt = row["prompt"]
+    return f"{(prompt if isinstance(prompt, str) else text_of(prompt[-1:])).strip()!r:.40}"
 
 
 def check_corrections(corrections: Mapping[str, int], dataset: "Dataset") -> list[str]:

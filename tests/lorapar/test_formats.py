@@ -297,6 +297,11 @@ REFUSED = {
         {"question": "q", "answer": "1", "of": {"a": ["\ud83d"]}},
         "column 'of' has half of",
     ),
+    "a list that is no chat": ({"prompt": ["a", "b"], "completion": "c"}, "column 'prompt' is not a list of messages"),
+    "a number of more than 64 bits": (
+        {"prompt": "a", "completion": "c", "n": 10**30},
+        "column 'n' is 1000000000000000000000000000000, more than 64 bits hold; make it text",
+    ),
     "NUL": ({"question": "q", "answer": "1\0"}, "row 1: column 'answer' has a NUL character at character 1; remove it"),
 }  # fmt: skip
 
@@ -304,9 +309,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_certain_is_refused_in_one_line(case: str, tmp_path: Path):
     row, says = REFUSED[case]
-    error = error_of(tmp_path, row)
-    assert says in error
-    assert "rows.jsonl" in error
+    for tokenizer in (CHAT, PLAIN) if "messages" not in row and "conversations" not in row else (CHAT,):
+        error = error_of(tmp_path, row, tokenizer=tokenizer)
+        assert says in error or (tokenizer is PLAIN and "which data.chat: false does not allow" in error)
+        assert "rows.jsonl" in error
 
 
 def test_a_pair_of_surrogates_and_one_answer_in_a_list_are_read(tmp_path: Path):

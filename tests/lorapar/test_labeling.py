@@ -173,7 +173,7 @@ def test_a_missing_label_is_no_system_2():
     with pytest.raises(InputError) as caught:
         label(rows, [Column("kind")])
     error = str(caught.value)
-    assert "label.column: 'kind' is empty in 1 of 3 rows, first in row 0000000000000001; fill it in" in error
+    assert "label.column: 'kind' is empty in 1 of 3 rows, first in row 0000000000000001 (its prompt: 'How" in error
     # Each way out that the error names.
     assert label(rows, [Column("kind")], ties="drop")["system"] == [1, 2]
     voters = re.search(r"label.voters: (\[.*?\]) with label.weights: ({.*?})", error)

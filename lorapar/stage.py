@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.labels import load_labels, put_aside
+from .data.labels import eval_rows, load_labels, put_aside
 from .model.generate import set_stop_tokens
 from .model.load import load_model, load_tokenizer
 
@@ -57,8 +57,13 @@ class Run:
         """(the labelled rows without those that `grpo.watch_rows` puts aside, those); None where it puts none aside."""
         system = self.recipe.watched_system()
         return (
-            (self.labels(), None) if system is None else put_aside(self.labels(), system, self.recipe.grpo.watch_rows)
+            (self.labels(), None) if system is None else put_aside(self.labels(), [system], self.recipe.grpo.watch_rows)
         )
+
+    def rows_of_sft(self) -> "tuple[Dataset, Dataset | None]":
+        """(the labelled rows that stage 1 may train on, those that it evaluates on; None where it evaluates nothing)."""
+        rows, config = self.put_aside()[0], self.recipe.sft
+        return eval_rows(rows, config.systems, config.eval_rows) if config.evaluates() else (rows, None)
 
     def lengths(self) -> "Lengths":
         """Tokens of the longest labelled row and of the longest prompt, counted once."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 
@@ -11,6 +12,8 @@ from ..files import read_jsonl
 from .rows import TOLD, to_dataset, without_arrows_nulls
 from .sources import without_nulls
 
+# Evaluated on while stage 1 trains, at most, where the recipe does not say how many: each evaluation takes them all.
+EVAL_ROWS = 256
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
 
@@ -58,18 +61,20 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
     return dataset.select(keep)
 
 
-def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Dataset]:
-    """(the labelled rows without those put aside, those): the train rows of `system` with the `count` smallest digests
+def put_aside(
+    dataset: Dataset, systems: Sequence[int], count: int, key: str = "grpo.watch_rows"
+) -> tuple[Dataset, Dataset]:
+    """(the labelled rows without those put aside, those): the train rows of `systems` with the `count` smallest digests
     of their ids, whatever the rows' order. Rows of the same id stay together.
 
-    Raises InputError unless a train row of the system is left.
+    key: of the recipe, which asks for it. Raises InputError unless a train row of the systems is left.
     """
-    own = rows_of(dataset, [system])
+    own = rows_of(dataset, systems)
     ids = sorted(set(own["id"]), key=lambda name: hashlib.sha256(str(name).encode()).digest())
     if count >= len(ids):
         raise InputError(
-            f"grpo.watch_rows: got {count}, allowed: at most {len(ids) - 1}, since {len(ids)} train rows are labelled "
-            f"System {system} and stage 1 needs one"
+            f"{key}: got {count}, allowed: at most {len(ids) - 1}, since {len(ids)} train rows are labelled "
+            f"System {' or '.join(map(str, systems))} and stage 1 needs one"
         )
     chosen = set(ids[:count])
     aside = [
@@ -77,6 +82,18 @@ def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Datas
     ]
     taken = set(aside)
     return dataset.select([i for i in range(len(dataset)) if i not in taken]), dataset.select(aside)
+
+
+def eval_rows(dataset: Dataset, systems: Sequence[int], asked: int | float | None) -> tuple[Dataset, Dataset]:
+    """(the labelled rows without those that stage 1 evaluates on, those), by `put_aside`.
+
+    asked: `sft.eval_rows`, a number of rows or a share of the systems' train rows; None: a tenth, at most EVAL_ROWS.
+    """
+    count = asked
+    if not isinstance(asked, int):
+        own = len(set(rows_of(dataset, systems)["id"]))
+        count = max(1, min(round((asked or 0.1) * own), own if asked else EVAL_ROWS))
+    return put_aside(dataset, systems, cast(int, count), "sft.eval_rows")
 
 
 def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:

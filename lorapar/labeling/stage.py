@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..data.labels import put_aside, rows_of
+from ..data.labels import eval_rows, put_aside, rows_of
 from ..data.rows import load_rows
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
@@ -69,8 +69,11 @@ def _decided(
     for system in sorted(needed):
         rows_of(labelled, [system], "train")
     watched = recipe.watched_system()
+    left = labelled
     if watched is not None:
-        put_aside(labelled, watched, recipe.grpo.watch_rows)
+        left, _ = put_aside(labelled, [watched], recipe.grpo.watch_rows)
+    if "sft" in recipe.stages and recipe.sft.evaluates():
+        eval_rows(left, recipe.sft.systems, recipe.sft.eval_rows)
     return labelled, dropped
 
 

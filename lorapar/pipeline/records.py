@@ -20,6 +20,7 @@ from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED
 # Left out of a fingerprint where they are not set: folders made before these keys still hold.
 LATER_KEYS = {
     "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
+    "sft": ("eval_rows", "early_stopping_patience"),
     "grpo": ("watch_rows",),
     "partition": ("system1_cost",),
 }

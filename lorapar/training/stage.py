@@ -31,6 +31,7 @@ from ..stage import (
     rows_put_aside,
     weights_of,
 )
+from .best import check_evaluation
 from .trainer import StageName, save_stage
 from .watching import WATCHED, check_watching
 
@@ -43,9 +44,11 @@ def sft_stage(run: Run) -> Facts:
     set_seed(run.recipe.seed)
     section, config = run.recipe.sft, trainer_config(run, "sft")
     model, tokenizer, partition = _to_train(run, "sft")
+    rows, evaluated = run.rows_of_sft()
     trainer, trained = sft(
-        model, tokenizer, run.put_aside()[0], partition, config, section.systems, resume=True,
+        model, tokenizer, rows, partition, config, section.systems, resume=True,
         longest_first=section.longest_first, micro_batch_tokens=section.micro_batch_tokens,
+        eval_dataset=evaluated, early_stopping_patience=section.early_stopping_patience,
     )  # fmt: skip
     return _finish(run, "sft", trainer, trained)
 
@@ -97,6 +100,7 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
         "resumed_from": trained.resumed_from,
         **({"rollout_seconds": round(trained.rollout_seconds, 3)} if name == "grpo" else {}),
         **({"watched": trained.watched} if trained.watched else {}),
+        **({"best": trained.best} if trained.best else {}),
     }
 
 
@@ -130,6 +134,8 @@ def trainer_config(run: Run, name: StageName) -> Any:
 
 def check(run: Run, name: StageName) -> None:
     """Make the trainer's configuration, and find the rewards."""
+    if name == "sft":
+        check_evaluation(run.recipe.sft.setting, run.recipe.sft.early_stopping_patience)
     config = trainer_config(run, name)
     if name == "grpo":
         from .grpo import check_engine
@@ -149,7 +155,7 @@ def discard(run: Run, name: StageName) -> None:
     losses = run.folder / name / WATCHED
     if not checkpoints and not losses.exists():
         return
-    rows = rows_of(run.put_aside()[0], getattr(run.recipe, name).systems)
+    rows = rows_of(run.rows_of_sft()[0] if name == "sft" else run.put_aside()[0], getattr(run.recipe, name).systems)
     if name == "sft":
         from .sft import examples_that_fit
 

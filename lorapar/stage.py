@@ -61,7 +61,7 @@ class Run:
         )
 
     def rows_of_sft(self) -> "tuple[Dataset, Dataset | None]":
-        """(the labelled rows that stage 1 may train on, those that it evaluates on; None where it evaluates nothing)."""
+        """(the labelled rows that stage 1 may train on, those that it evaluates on; None where it does not)."""
         rows, config = self.put_aside()[0], self.recipe.sft
         return eval_rows(rows, config.systems, config.eval_rows) if config.evaluates() else (rows, None)
 

@@ -169,9 +169,9 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
     strategy = values.get("eval_strategy")
     if stage == "grpo" and (getattr(strategy, "value", strategy) not in (None, "no") or values.get("eval_on_start")):
         key = "eval_on_start" if values.get("eval_on_start") else "eval_strategy"
-        raise InputError(f"grpo.{key}: got {getattr(values[key], 'value', values[key])!r}, but stage 2 rolls out nothing "
-                         "beside its own prompts; leave it out: grpo.watch_rows watches System 1's loss at each "
-                         "checkpoint, and the stage evaluate answers the held-out rows")  # fmt: skip
+        raise InputError(f"grpo.{key}: got {getattr(values[key], 'value', values[key])!r}, but stage 2 rolls out "
+                         "nothing beside its own prompts; leave it out: grpo.watch_rows watches System 1's loss at "
+                         "each checkpoint, and the stage evaluate answers the held-out rows")  # fmt: skip
     if stage == "grpo" and values.get("load_best_model_at_end"):
         raise InputError("grpo.load_best_model_at_end: got true, expected false; grpo.watch_rows chooses among "
                          "stage 2's checkpoints")  # fmt: skip

@@ -40,7 +40,7 @@ def check_evaluation(setting: Callable[[str], Any], patience: int | None) -> Non
             f"{evaluated}, as sft.eval_strategy, or best, with load_best_model_at_end")  # fmt: skip
     require(evaluated != "no" or patience is None, "sft.early_stopping_patience", patience, f"nothing {needs}")
     require(best or patience is None, "sft.early_stopping_patience", patience,
-            "nothing unless sft.load_best_model_at_end is true: the last checkpoint is one that was no better")  # fmt: skip
+            "nothing unless sft.load_best_model_at_end is true: the last one is no better")  # fmt: skip
     metric = setting("metric_for_best_model")
     if metric is not None and evaluated != "no":
         allowed = ", ".join(f"eval_{name}" for name in METRICS)

@@ -68,7 +68,7 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
         return metrics
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any):
-        """One batch of an evaluation, in the parts that training takes: the mean over its tokens as if it were whole."""
+        """One batch of an evaluation, in the parts that training takes: the mean over all its tokens."""
         parts = micro_batches(inputs, self.micro_batch_tokens)
         if len(parts) == 1 or not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
@@ -119,8 +119,8 @@ def examples_that_fit(
 ) -> Dataset:
     """`input_ids` and `labels` of the rows of at most `max_length` tokens, by the tokens that scoring takes.
 
-    whole: the prompt's tokens carry a loss too. what: the rows, for the error. Raises InputError where no row is as short as that, or a row holds a
-    token that `model` lacks.
+    whole: the prompt's tokens carry a loss too. what: the rows, for the error. Raises InputError where no row is as
+    short as that, or a row holds a token that `model` lacks.
     """
     encoded = [encode(rows[i], tokenizer) for i in range(len(rows))]
     for i, (ids, _) in enumerate(encoded if model is not None else ()):

@@ -21,7 +21,7 @@ from lorapar.pipeline.records import fingerprint
 from lorapar.recipe.reading import load_recipe, parse
 from lorapar.stage import Run
 from lorapar.training.best import best_step
-from tests.lorapar.driver import in_child, kill_at_step, records, recipe_values, refused, skipped, succeeds
+from tests.lorapar.driver import in_child, kill_at_step, recipe_values, records, refused, skipped, succeeds
 from tests.lorapar.test_adapter import config, random_partition
 from tests.lorapar.test_training import ROWS, grpo_config, letters, losses, sft_config
 from tests.lorapar.test_watching import LABELLED

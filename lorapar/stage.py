@@ -108,10 +108,21 @@ def no_inputs(run: Run) -> Facts:
     return {}
 
 
-def rows_put_aside(run: Run) -> Facts:
-    """What decides which rows are put aside, for the stages that do not use them."""
+def tokens_learned(run: Run) -> Facts:
+    """What decides, beside the labelled rows, which rows a stage scores or trains on, and which of their tokens."""
     system = run.recipe.watched_system()
-    return {} if system is None else {"put_aside": {"system": system, "rows": run.recipe.grpo.watch_rows}}
+    aside = {} if system is None else {"put_aside": {"system": system, "rows": run.recipe.grpo.watch_rows}}
+    return {**aside, **_loss(run)}
+
+
+def tokens_watched(run: Run) -> Facts:
+    """As `tokens_learned`, for the stage that watches rows: its own section says which."""
+    return {} if run.recipe.watched_system() is None else _loss(run)
+
+
+def _loss(run: Run) -> Facts:
+    # Left out where it is what it was before the key was there.
+    return {} if run.recipe.data.loss == "last" else {"loss": run.recipe.data.loss}
 
 
 @dataclass(frozen=True)

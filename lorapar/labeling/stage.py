@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..data.labels import eval_rows, put_aside, rows_of
 from ..data.rows import load_rows
+from ..data.turns import labelled as labelled_tokens
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
 from ..recipe.sections import Recipe
@@ -39,6 +40,10 @@ def label_stage(run: Run) -> Facts:
     rows, counts = load_rows(recipe.data, run.tokenizer)
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
+    if recipe.data.loss != "last":
+        # Before teachers are paid for rows whose turns cannot be told apart.
+        for row in cast("Sequence[dict[str, Any]]", rows):
+            labelled_tokens(row, run.tokenizer, recipe.data.loss)
     check_corrections(corrections, rows)
     votes, facts = local_votes(run, rows), {}
     if panel is not None:

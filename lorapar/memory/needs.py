@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ..data.rows import load_rows
-from ..data.tokens import encode
+from ..data.tokens import IGNORED, encode
+from ..data.turns import labelled
 from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
@@ -77,12 +78,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split."""
+    """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split.
+
+    learned: tokens that carry a loss, where those are not the completion's."""
 
     prompt: int
     whole: int
     system: int | None = None
     split: str | None = None
+    learned: int | None = None
+
+    @property
+    def answers(self) -> int:
+        """Tokens that carry a loss."""
+        return self.whole - self.prompt if self.learned is None else self.learned
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,11 @@ def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any
     found = []
     for row in taken:
         ids, n_prompt = encode(row, tokenizer)
+        learned = None
+        if recipe.data.loss == "assistant":
+            learned = sum(label != IGNORED for label in labelled(row, tokenizer, recipe.data.loss)[1])
         # Of rows without labels, a column of that name may say anything.
-        found.append(Row(n_prompt, len(ids), None if rows is None else row.get("system"), row.get("split")))
+        found.append(Row(n_prompt, len(ids), None if rows is None else row.get("system"), row.get("split"), learned))
     prompt, whole = max(row.prompt for row in found), max(row.whole for row in found)
     return Lengths(min(prompt, longest_prompt or prompt), whole, "its data", tuple(found))
 

@@ -152,7 +152,7 @@ def _scoring(stage: str, systems: Sequence[int], recipe: Recipe, lengths: Length
         return Work(stage, unknown=UNCOUNTED)
     parts = [_drawn(_rows(lengths, [system], config.examples or 0), config.examples, recipe.seed) for system in systems]
     why = (*_why(lengths), *(["it stops where the selection is stable"] if config.until_stable is not None else []))
-    trained = sum((Passes(row.whole, row.whole**2, row.whole - row.prompt) for part in parts for row in part), Passes())
+    trained = sum((Passes(row.whole, row.whole**2, row.answers) for part in parts for row in part), Passes())
     batches = sum(math.ceil(len(part) / config.batch_size) for part in parts)
     return Work(stage, sum(map(len, parts)), batches, trained=trained, at_most=why)
 
@@ -185,7 +185,7 @@ def sft_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
         # Laid end to end, rows have no padding and attend to themselves alone.
         each = part if setting("padding_free") else [max(part)] * len(part)
         once += Passes(sum(each), sum(width**2 for width in each))
-    answers = sum(row.whole - (0 if setting("completion_only_loss") is False else row.prompt) for row in rows)
+    answers = sum(row.whole if setting("completion_only_loss") is False else row.answers for row in rows)
     why = (*_why(lengths), *([PUT_ASIDE] if recipe.grpo.watch_rows else []))
     trained = (once + Passes(logits=answers)).times(share)
     return Work(

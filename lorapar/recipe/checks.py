@@ -78,6 +78,9 @@ def check_values(recipe: Recipe) -> None:
     require(not math.isinf(cost), "partition.system1_cost", cost, "a finite number")
     require(recipe.partition.selection != "all" or not cost, "partition.system1_cost", cost, NO_COST)
     check_renew(recipe)
+    whole = recipe.sft.trainer.get("completion_only_loss") is False
+    require(recipe.data.loss == "last" or not whole, "sft.completion_only_loss", False,
+            f"nothing beside data.loss: {recipe.data.loss}")  # fmt: skip
     share = recipe.sft.eval_rows
     require(not isinstance(share, float) or share < 1, "sft.eval_rows", share, "a number of rows, or a share below 1")
     base = recipe.lora.get("base")
@@ -176,8 +179,8 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
         raise InputError("grpo.load_best_model_at_end: got true, expected false; grpo.watch_rows chooses among "
                          "stage 2's checkpoints")  # fmt: skip
     if values.get("assistant_only_loss"):
-        raise InputError(f"{stage}.assistant_only_loss: got true; only a row's completion is scored and trained on; "
-                         "leave it out")  # fmt: skip
+        raise InputError(f"{stage}.assistant_only_loss: got true, which one stage alone would use; set data.loss: "
+                         "assistant, which holds for scoring and training, and leave it out")  # fmt: skip
 
 
 def check_label(label: LabelConfig) -> None:

@@ -25,7 +25,8 @@ import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
 from ..data.rows import without_arrows_nulls
-from ..data.tokens import IGNORED, check_columns, encode
+from ..data.tokens import IGNORED, check_columns
+from ..data.turns import Turns, labelled
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
@@ -51,15 +52,20 @@ class Example(NamedTuple):
         return sum(target != IGNORED for target in self.targets)
 
 
-def read_examples(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> list[Example]:
-    """Tokens and targets of every row; InputError for one without answer tokens or longer than `max_length`."""
+def read_examples(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None, turns: Turns = "last"
+) -> list[Example]:
+    """Tokens and targets of every row; InputError for one without answer tokens or longer than `max_length`.
+
+    turns: whose tokens are targets, those of the last answer or of every turn of the assistant (data/turns.py).
+    """
     return [
-        _read(row, str(row.get("id", number)), tokenizer, max_length)
+        _read(row, str(row.get("id", number)), tokenizer, max_length, turns)
         for number, row in enumerate(without_arrows_nulls(rows))
     ]
 
 
-def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | None) -> Example:
+def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | None, turns: Turns) -> Example:
     row = {**row, "id": name}
     if "input_ids" in row:
         check_columns(row, ("labels",))
@@ -71,8 +77,7 @@ def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | N
         if strange:
             raise InputError(f"row {name}: label {strange[0]}, expected a token or {IGNORED}")
     else:
-        ids, n_prompt = encode(row, tokenizer)
-        labels = [IGNORED] * n_prompt + ids[n_prompt:]
+        ids, labels = labelled(row, tokenizer, turns)
     # Position t predicts token t + 1, so the first token's label never counts.
     example = Example(name, ids, [*labels[1:], IGNORED])
     if example.answers == 0:

@@ -18,10 +18,11 @@ import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
 from ..data.tokens import check_known
+from ..data.turns import Turns
 from ..errors import InputError, require
 from ..progress import Progress
 from ..recipe.checks import check_value
-from ..recipe.sections import ScoreConfig
+from ..recipe.sections import DataConfig, ScoreConfig
 from .batches import (
     FP16_LOSS_SCALE,
     ScoredBatches,
@@ -55,6 +56,7 @@ def score(
     checkpoint: Path | None = None,
     on_batch: Callable[[RunningSums], None] = lambda sums: None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    turns: Turns = "last",
 ) -> Scores:
     """Score the attached adapter's elements on one system's rows.
 
@@ -72,6 +74,8 @@ def score(
         loss: of a model that is no causal language model (a classifier, an encoder, a Sequential): `loss(model, row)`
             returns the loss of one row, a tensor of one element. The dataset's rows are then whatever it reads, taken
             one at a time; tokenizer and batch_size are not used, max_length and checkpoint are refused.
+        turns: whose tokens carry the loss of a conversation: "last", the completion's; "assistant", those of every turn
+            of the assistant. Rows of input_ids and labels say it themselves.
 
     Returns `Scores`, zero on a twin's rows; `metadata` says how many examples it took and, under `until_stable`, the
     looks. Dropout is off, prompt tokens carry no loss, the base gets no gradient and nothing is written. Raises
@@ -80,13 +84,14 @@ def score(
     """
     for name, value in {"batch_size": batch_size, "method": method, "until_stable": until_stable}.items():
         check_value(ScoreConfig, name, value)
+    check_value(DataConfig, "loss", turns)
     if loss is not None:
         for name, value in {"max_length": max_length, "checkpoint": checkpoint}.items():
             require(value is None, name, value, "None beside a loss, which reads the rows as they are")
     with contextlib.ExitStack() as stack:
         examples: list[Any]
         if loss is None:
-            examples = read_examples(dataset, tokenizer, max_length)
+            examples = read_examples(dataset, tokenizer, max_length, turns)
             names = [example.name for example in examples]
         else:
             examples = list(dataset)

@@ -22,6 +22,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from ..adapter.merging import merged_parameters
 from ..data.labels import rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
+from ..data.turns import Turns
 from ..errors import InputError, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.quantised import given_form
@@ -206,13 +207,14 @@ def check_engine(config: GRPOConfig, base: str | None) -> None:
 
 
 def _watch(
-    model: PeftModel, tokenizer: Any, rows: Dataset, config: GRPOConfig, systems: Sequence[int], rise: float
-) -> LossWatch:
+    model: PeftModel, tokenizer: Any, rows: Dataset, config: GRPOConfig, systems: Sequence[int], rise: float,
+    turns: Turns,
+) -> LossWatch:  # fmt: skip
     check_watching(config)
     require(len(rows) > 0, "watched", "no rows", "at least one row, or None")
     others = [system for system in (1, 2) if system not in systems]
     require(bool(others), "systems", list(systems), "one system beside watched rows, which are of the other")
-    examples = read_examples(cast(Any, rows), tokenizer, None)
+    examples = read_examples(cast(Any, rows), tokenizer, None, turns)
     for example in examples:
         check_known(example.ids, model, tokenizer, example.name)
     return LossWatch(Path(cast(str, config.output_dir)), examples, others[0], rise)
@@ -233,6 +235,7 @@ def grpo(
     activation_offloading: bool = False,
     watched: Dataset | None = None,
     watch_rise: float = 0.1,
+    watched_turns: Turns = "last",
 ) -> tuple[PartitionedGRPOTrainer, Trained]:
     """Train the partition's "grpo" elements of `model` in place on the prompts of `systems`.
 
@@ -250,13 +253,14 @@ def grpo(
             computed before the first step and at each checkpoint, and the model ends as one of the checkpoints
             (watching.py has the rule; `Trained.watched` says which). Training itself is not changed.
         watch_rise: by how much that loss may rise above its value at the start, in nats an answer token.
+        watched_turns: whose tokens that loss is of, as `turns` of `lorapar.sft`.
 
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
-    watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise)
+    watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise, watched_turns)
     rows = rows_of(dataset, systems)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(

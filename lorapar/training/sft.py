@@ -13,12 +13,13 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 
 from ..data.labels import rows_of
 from ..data.rows import without_arrows_nulls
-from ..data.tokens import IGNORED, check_known, encode
-from ..errors import InputError
+from ..data.tokens import IGNORED, check_known
+from ..data.turns import Turns, labelled
+from ..errors import InputError, require
 from ..memory.switches import default_micro_batch_tokens
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
-from ..recipe.sections import SFTStageConfig
+from ..recipe.sections import DataConfig, SFTStageConfig
 from .answer_head import score_answers_alone
 from .best import EarlyStopping, check_evaluation, evaluates
 from .rehearsal import longest, rehearsing
@@ -115,21 +116,22 @@ def examples_that_fit(
     max_length: int | None,
     model: Any = None,
     whole: bool = False,
+    turns: Turns = "last",
     what: str = "every row",
 ) -> Dataset:
     """`input_ids` and `labels` of the rows of at most `max_length` tokens, by the tokens that scoring takes.
 
-    whole: the prompt's tokens carry a loss too. what: the rows, for the error. Raises InputError where no row is as
-    short as that, or a row holds a token that `model` lacks.
+    whole: the prompt's tokens carry a loss too; turns: else whose do (data/turns.py). what: the rows, for the error.
+    Raises InputError where no row is as short as that, or a row holds a token that `model` lacks.
     """
-    encoded = [encode(rows[i], tokenizer) for i in range(len(rows))]
+    encoded = [labelled(rows[i], tokenizer, turns) for i in range(len(rows))]
     for i, (ids, _) in enumerate(encoded if model is not None else ()):
         check_known(ids, model, tokenizer, str(rows[i].get("id", i)))
-    fits = [(ids, n) for ids, n in encoded if max_length is None or len(ids) <= max_length]
+    fits = [(ids, labels) for ids, labels in encoded if max_length is None or len(ids) <= max_length]
     if not fits:
         shortest = min(len(ids) for ids, _ in encoded)
         raise InputError(f"sft.max_length: got {max_length}, shorter than {what} ({shortest} tokens)")
-    labels = [ids if whole else [IGNORED] * n_prompt + ids[n_prompt:] for ids, n_prompt in fits]
+    labels = [ids if whole else labels for ids, labels in fits]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in fits], "labels": labels})
 
 
@@ -145,6 +147,7 @@ def sft(
     micro_batch_tokens: int | Literal["auto"] | None = "auto",
     eval_dataset: Dataset | None = None,
     early_stopping_patience: int | None = None,
+    turns: Turns = "last",
 ) -> tuple[PartitionedSFTTrainer, Trained]:
     """Train the partition's "sft" elements of `model` in place on the rows of `systems`.
 
@@ -160,6 +163,8 @@ def sft(
             system and split; none of them should be in `dataset`. With `load_best_model_at_end` the model ends as the
             checkpoint with the best `metric_for_best_model`; `Trained.best` says which.
         early_stopping_patience: stop once so many evaluations in a row were no better than the best one; None: do not.
+        turns: whose tokens carry the loss of a conversation: "last", the completion's; "assistant", those of every turn
+            of the assistant.
         longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
 
     Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
@@ -168,14 +173,16 @@ def sft(
     check_trainer_keys("sft", vars(config))
     check_evaluation(lambda name: getattr(config, name), early_stopping_patience)
     check_value(SFTStageConfig, "early_stopping_patience", early_stopping_patience)
+    check_value(DataConfig, "loss", turns)
     rows, whole = rows_of(dataset, systems), config.completion_only_loss is False
-    examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole)
+    require(turns == "last" or not whole, "sft.completion_only_loss", False, "nothing beside data.loss: assistant")
+    examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole, turns)
     evaluated = None
     if evaluates(config):
         if eval_dataset is None or not len(eval_dataset):
             raise InputError("eval_dataset: got no rows, expected those that sft.eval_strategy evaluates")
         evaluated = examples_that_fit(
-            without_arrows_nulls(eval_dataset), tokenizer, config.max_length, model, whole, "every row put aside"
+            without_arrows_nulls(eval_dataset), tokenizer, config.max_length, model, whole, turns, "every row put aside"
         )
         log.info("sft: %d rows to train on, %d to evaluate", len(examples), len(evaluated))
     trainer = PartitionedSFTTrainer(

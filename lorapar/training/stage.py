@@ -26,9 +26,9 @@ from ..stage import (
     Stage,
     adapter_files,
     is_main_process,
-    no_inputs,
     partition_of,
-    rows_put_aside,
+    tokens_learned,
+    tokens_watched,
     weights_of,
 )
 from .best import check_evaluation
@@ -48,7 +48,7 @@ def sft_stage(run: Run) -> Facts:
     trainer, trained = sft(
         model, tokenizer, rows, partition, config, section.systems, resume=True,
         longest_first=section.longest_first, micro_batch_tokens=section.micro_batch_tokens,
-        eval_dataset=evaluated, early_stopping_patience=section.early_stopping_patience,
+        eval_dataset=evaluated, early_stopping_patience=section.early_stopping_patience, turns=run.recipe.data.loss,
     )  # fmt: skip
     return _finish(run, "sft", trainer, trained)
 
@@ -64,7 +64,7 @@ def grpo_stage(run: Run) -> Facts:
         model, tokenizer, rows, partition, config, rewards, section.systems, resume=True,
         longest_first=section.longest_first, rollout_batch_size=section.rollout_batch_size,
         logprob_tokens=section.logprob_tokens, activation_offloading=section.activation_offloading,
-        watched=watched, watch_rise=section.watch_rise,
+        watched=watched, watch_rise=section.watch_rise, watched_turns=run.recipe.data.loss,
     )  # fmt: skip
     return _finish(run, "grpo", trainer, trained)
 
@@ -159,7 +159,7 @@ def discard(run: Run, name: StageName) -> None:
     if name == "sft":
         from .sft import examples_that_fit
 
-        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
+        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length, turns=run.recipe.data.loss)
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)
@@ -174,8 +174,7 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         sections=(*ADAPTED, name, "seed"),
         reads=(LABELS, partition_of(recipe, name), weights_of(before(recipe, name))),
         writes=adapter_files(name),
-        # The section grpo says it by itself.
-        inputs=rows_put_aside if name == "sft" else no_inputs,
+        inputs=tokens_learned if name == "sft" else tokens_watched,
         check=lambda run: check(run, name),
         discard=lambda run: discard(run, name),
         trains=True,

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data.labels import eval_rows, load_labels, put_aside
+from .data.rows import load_rows
 from .model.generate import set_stop_tokens
-from .model.load import load_model, load_tokenizer
+from .model.load import load_config, load_model, load_tokenizer
+from .model.positions import positions_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +46,15 @@ class Run:
     def tokenizer(self) -> Any:
         """The model's tokenizer, shared by the stages. Trainers modify theirs, so the training stages copy this one."""
         return load_tokenizer(self.recipe.model)
+
+    @functools.cached_property
+    def positions(self) -> int | None:
+        """The tokens that the model has positions for, by its configuration alone; None: no limit."""
+        return positions_of(load_config(self.recipe.model))
+
+    def load_rows(self) -> "tuple[Dataset, dict[str, dict[str, int]]]":
+        """Every source's rows that the model has positions for, and what became of them (`data.rows.load_rows`)."""
+        return load_rows(self.recipe.data, self.tokenizer, self.positions)
 
     def labels(self) -> "Dataset":
         """The labelled rows, read and checked once; read again only where the file has changed since."""

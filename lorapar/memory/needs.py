@@ -21,6 +21,7 @@ from ..data.rows import load_rows
 from ..data.tokens import IGNORED, encode
 from ..data.turns import labelled
 from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
+from ..model.positions import positions_of
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
 from .process import resident_bytes
@@ -116,7 +117,9 @@ def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any
         counted = None if None in sizes else (Row(prompt, whole),) * sum(size or 0 for size in sizes)
         return Lengths(prompt, whole, "the recipe's limits, as its data is not on this machine", counted)
     tokenizer = tokenizer or load_tokenizer(recipe.model)
-    taken: Any = load_rows(recipe.data, tokenizer)[0] if rows is None else rows
+    taken: Any = rows
+    if rows is None:
+        taken = load_rows(recipe.data, tokenizer, positions_of(load_config(recipe.model)))[0]
     found = []
     for row in taken:
         ids, n_prompt = encode(row, tokenizer)

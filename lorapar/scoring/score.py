@@ -20,6 +20,7 @@ from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layer
 from ..data.tokens import check_known
 from ..data.turns import Turns
 from ..errors import InputError, require
+from ..model.positions import positions_of
 from ..progress import Progress
 from ..recipe.checks import check_value
 from ..recipe.sections import DataConfig, ScoreConfig
@@ -27,6 +28,7 @@ from .batches import (
     FP16_LOSS_SCALE,
     ScoredBatches,
     add_gradients,
+    check_lengths,
     packs_examples,
     plan_batches,
     read_examples,
@@ -66,7 +68,7 @@ def score(
         batch_size: examples a step; changes speed and memory, not the result. A model that mixes a batch's examples, or
             runs a layer twice, is scored one example at a time; a line in the log says so.
         method: "taylor": I = |gφ − ½Fφ²|; "first_order": |gφ|; "random": taylor's values at shuffled places.
-        max_length: rows with more tokens are refused (InputError), never cut; None: no limit.
+        max_length: rows with more tokens are refused (InputError), never cut; None: no limit but the model's positions.
         until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
             examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
         checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
@@ -97,6 +99,9 @@ def score(
             examples = list(dataset)
             names = [str(row.get("id", i) if isinstance(row, Mapping) else i) for i, row in enumerate(examples)]
         require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+        if loss is None:
+            positions = positions_of(getattr(model, "config", None))
+            check_lengths(examples, positions, "the model's positions", "leave them out")
         for example in examples if loss is None else ():
             check_known(example.ids, model, tokenizer, example.name)
         layers = stack.enter_context(scoring(model))

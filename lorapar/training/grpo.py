@@ -25,6 +25,7 @@ from ..data.tokens import check_known, prompt_ids, row_kwargs
 from ..data.turns import Turns
 from ..errors import InputError, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
+from ..model.positions import positions_of
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
@@ -220,6 +221,28 @@ def _watch(
     return LossWatch(Path(cast(str, config.output_dir)), examples, others[0], rise)
 
 
+def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int | None) -> tuple[Dataset, int]:
+    """(the rows whose prompt leaves room for a whole completion, how many do not); the log says how many, and why."""
+    given = config.vllm_max_model_length if config.use_vllm else None
+    limit = min((n for n in (positions, given) if n is not None), default=None)
+    new = config.max_completion_length
+    if limit is None or new is None:
+        return rows, 0
+    kwargs: Any = config.chat_template_kwargs or {}
+    lengths = [
+        len(prompt_ids({**row, "chat_template_kwargs": {**kwargs, **row_kwargs(row)}}, tokenizer)) for row in rows
+    ]
+    keep = [i for i, length in enumerate(lengths) if length + new <= limit]
+    what = f"grpo.max_completion_length: {new} tokens behind the prompt are more than the {limit} that the model takes"
+    if not keep:
+        raise InputError(f"{what}, for each of {len(rows)} rows; lower it to at most {max(limit - min(lengths), 0)}")
+    if len(keep) < len(rows):
+        log.warning("grpo: %d of %d rows left out: %s; lower it to keep them (the longest prompt has %d tokens)",
+                    len(rows) - len(keep), len(rows), what, max(lengths))  # fmt: skip
+        rows = rows.select(keep)
+    return rows, len(lengths) - len(keep)
+
+
 def grpo(
     model: PeftModel,
     tokenizer: Any,
@@ -255,6 +278,7 @@ def grpo(
         watch_rise: by how much that loss may rise above its value at the start, in nats an answer token.
         watched_turns: whose tokens that loss is of, as `turns` of `lorapar.sft`.
 
+    Rows whose prompt leaves the model no positions for a whole completion are left out; the log says how many.
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("grpo", vars(config))
@@ -262,6 +286,7 @@ def grpo(
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
     watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise, watched_turns)
     rows = rows_of(dataset, systems)
+    rows, left_out = _with_room(rows, tokenizer, config, positions_of(model.config))
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
@@ -278,4 +303,5 @@ def grpo(
     log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
     trained = train(trainer, partition, "grpo", len(examples), resume)
     trained.rollout_seconds = trainer.rollout_seconds
+    trained.left_out = {"no_room_for_a_completion": left_out} if left_out else {}
     return trainer, trained

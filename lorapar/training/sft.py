@@ -17,6 +17,7 @@ from ..data.tokens import IGNORED, check_known
 from ..data.turns import Turns, labelled
 from ..errors import InputError, require
 from ..memory.switches import default_micro_batch_tokens
+from ..model.positions import positions_of
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
 from ..recipe.sections import DataConfig, SFTStageConfig
@@ -118,19 +119,32 @@ def examples_that_fit(
     whole: bool = False,
     turns: Turns = "last",
     what: str = "every row",
+    say: str = "",
 ) -> Dataset:
     """`input_ids` and `labels` of the rows of at most `max_length` tokens, by the tokens that scoring takes.
 
-    whole: the prompt's tokens carry a loss too; turns: else whose do (data/turns.py). what: the rows, for the error.
-    Raises InputError where no row is as short as that, or a row holds a token that `model` lacks.
+    whole: the prompt's tokens carry a loss too; turns: else whose do (data/turns.py). what: the rows, for the error;
+    say: what for, where the log is to say how many are left out. With a `model`, its positions are a limit too. Raises
+    InputError where no row is as short as that, or a row holds a token that `model` lacks.
     """
     encoded = [labelled(rows[i], tokenizer, turns) for i in range(len(rows))]
     for i, (ids, _) in enumerate(encoded if model is not None else ()):
         check_known(ids, model, tokenizer, str(rows[i].get("id", i)))
-    fits = [(ids, labels) for ids, labels in encoded if max_length is None or len(ids) <= max_length]
+    positions = None if model is None else positions_of(model.config)
+    limit = min((n for n in (max_length, positions) if n is not None), default=None)
+    fits = [(ids, labels) for ids, labels in encoded if limit is None or len(ids) <= limit]
+    longer = len(encoded) - len(fits)
+    if longer and say:
+        longest = max(len(ids) for ids, _ in encoded)
+        keep = f"sft.max_length: {limit} tokens; raise it to keep them"
+        if limit != max_length:
+            keep = f"the model's positions: {limit} tokens; no key changes that"
+        log.warning("sft: %d of %d rows to %s on left out: longer than %s (the longest has %d)", longer, len(encoded),
+                    say, keep, longest)  # fmt: skip
     if not fits:
         shortest = min(len(ids) for ids, _ in encoded)
-        raise InputError(f"sft.max_length: got {max_length}, shorter than {what} ({shortest} tokens)")
+        at = "sft.max_length: got" if limit == max_length else "model.name: its positions are"
+        raise InputError(f"{at} {limit}, shorter than {what} ({shortest} tokens)")
     labels = [ids if whole else labels for ids, labels in fits]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in fits], "labels": labels})
 
@@ -167,7 +181,8 @@ def sft(
             of the assistant.
         longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
 
-    Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
+    Rows longer than `config.max_length` or the model's positions are left out, not cut (TRL cuts them in silence); the
+    log says how many, and `Trained.left_out`.
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("sft", vars(config))
@@ -176,13 +191,20 @@ def sft(
     check_value(DataConfig, "loss", turns)
     rows, whole = rows_of(dataset, systems), config.completion_only_loss is False
     require(turns == "last" or not whole, "sft.completion_only_loss", False, "nothing beside data.loss: assistant")
-    examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole, turns)
+    examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole, turns, say="train")
     evaluated = None
     if evaluates(config):
         if eval_dataset is None or not len(eval_dataset):
             raise InputError("eval_dataset: got no rows, expected those that sft.eval_strategy evaluates")
         evaluated = examples_that_fit(
-            without_arrows_nulls(eval_dataset), tokenizer, config.max_length, model, whole, turns, "every row put aside"
+            without_arrows_nulls(eval_dataset),
+            tokenizer,
+            config.max_length,
+            model,
+            whole,
+            turns,
+            "every row put aside",
+            "evaluate",
         )
         log.info("sft: %d rows to train on, %d to evaluate", len(examples), len(evaluated))
     trainer = PartitionedSFTTrainer(

@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations  # py
 from ..adapter.attach import load_adapter
 from ..adapter.layers import lora_parameters
 from ..data.labels import rows_of
-from ..errors import InputError
+from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
@@ -141,6 +141,10 @@ def check(run: Run, name: StageName) -> None:
         from .grpo import check_engine
 
         check_engine(config, run.recipe.lora.get("base"))
+        positions, new = run.positions, config.max_completion_length
+        if positions is not None and new is not None:
+            require(new < positions, "grpo.max_completion_length", new,
+                    f"less than the model's {positions} positions, which a prompt takes some of")  # fmt: skip
         if run.recipe.grpo.watch_rows:
             check_watching(config)
         resolve_rewards(run.recipe.grpo.rewards)

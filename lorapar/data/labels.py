@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from datasets import Dataset
 
@@ -89,11 +88,15 @@ def eval_rows(dataset: Dataset, systems: Sequence[int], asked: int | float | Non
 
     asked: `sft.eval_rows`, a number of rows or a share of the systems' train rows; None: a tenth, at most EVAL_ROWS.
     """
-    count = asked
-    if not isinstance(asked, int):
-        own = len(set(rows_of(dataset, systems)["id"]))
-        count = max(1, min(round((asked or 0.1) * own), own if asked else EVAL_ROWS))
-    return put_aside(dataset, systems, cast(int, count), "sft.eval_rows")
+    own = len(set(rows_of(dataset, systems)["id"]))
+    return put_aside(dataset, systems, rows_asked(asked, own), "sft.eval_rows")
+
+
+def rows_asked(asked: int | float | None, own: int) -> int:
+    """How many of `own` rows `sft.eval_rows` puts aside."""
+    if isinstance(asked, int):
+        return asked
+    return max(1, min(round((asked or 0.1) * own), own if asked else EVAL_ROWS))
 
 
 def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:

@@ -241,6 +241,13 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         return Need(stage, model.weights, adapters, 16 * model.elements, 0, activations, logits, workspace, unknown)
     step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
     (activations, unknown), logits = _activations(model, step), _head(model, step.rows * step.tokens)
+    if stage == "sft" and recipe.sft.evaluates():
+        # A forward alone, of which checkpointing's memory is the nearest that is simulated, and no less.
+        evaluation = _evaluation_step(recipe, step, model.device)
+        if evaluation.rows > step.rows:
+            more, why = _activations(model, evaluation)
+            activations, unknown = max(activations, more), unknown or why
+            logits = max(logits, _head(model, evaluation.rows * evaluation.tokens))
     if stage == "grpo":
         setting = recipe.grpo.setting
         per_step = setting("steps_per_generation") or setting("gradient_accumulation_steps")
@@ -266,6 +273,14 @@ def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:
     budget = default_micro_batch_tokens(device) if budget == "auto" else budget
     rows = rows if budget is None else max(1, min(rows, budget // tokens))
     return TrainingStep(rows, tokens, checkpointing(recipe.sft, device), setting("activation_offloading"))
+
+
+def _evaluation_step(recipe: Recipe, step: TrainingStep, device: str) -> TrainingStep:
+    """A batch of stage 1's evaluations, in the parts that training takes."""
+    rows, budget = recipe.sft.setting("per_device_eval_batch_size"), recipe.sft.micro_batch_tokens
+    budget = default_micro_batch_tokens(device) if budget == "auto" else budget
+    rows = rows if budget is None else max(1, min(rows, budget // step.tokens))
+    return TrainingStep(rows, step.tokens, checkpointing=True)
 
 
 def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:

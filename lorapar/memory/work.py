@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.labels import rows_asked
 from ..errors import InputError
 from ..recipe.sections import Recipe, StageConfig
 from .needs import Lengths, Model, Row, cache_bytes, completion_tokens, max_length, stages_with_model
@@ -188,10 +189,28 @@ def sft_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
     answers = sum(row.whole if setting("completion_only_loss") is False else row.answers for row in rows)
     why = (*_why(lengths), *([PUT_ASIDE] if recipe.grpo.watch_rows else []))
     trained = (once + Passes(logits=answers)).times(share)
+    evaluated = Passes()
+    if config.evaluates() and rows:
+        aside = rows_asked(config.eval_rows, len(rows))
+        each = Passes(_mean([row.whole for row in rows]), _mean([row.whole**2 for row in rows]),
+                      _mean([row.answers for row in rows]))  # fmt: skip
+        evaluated = each.times(aside * _evaluations(config, steps))
+        why = (*why, f"{aside} of its rows are put aside to be evaluated, which is counted as forward")
+    if config.early_stopping_patience is not None:
+        why = (*why, "it may stop early")
     return Work(
-        "sft", None if lengths.rows is None else len(rows), steps, trained=trained,
+        "sft", None if lengths.rows is None else len(rows), steps, evaluated, trained=trained,
         recomputes=checkpointing(config, model.device), remade=model.device == "cuda", at_most=why,
     )  # fmt: skip
+
+
+def _evaluations(config: StageConfig, steps: int) -> int:
+    """How often stage 1 evaluates, as transformers does."""
+    strategy = config.setting("eval_strategy")
+    if getattr(strategy, "value", strategy) == "epoch":
+        return math.ceil(config.setting("num_train_epochs"))
+    every = config.setting("eval_steps") or config.setting("logging_steps")
+    return math.ceil(steps / max(every if every >= 1 else math.ceil(steps * every), 1))
 
 
 def training_steps(config: StageConfig, batches: int) -> tuple[int, float]:

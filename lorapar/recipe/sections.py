@@ -254,8 +254,8 @@ class SFTStageConfig(StageConfig):
 
     def evaluates(self) -> bool:
         """Whether the stage evaluates while it trains."""
-        strategy = self.setting("eval_strategy")
-        return getattr(strategy, "value", strategy) not in (None, "no") or bool(self.setting("eval_on_start"))
+        strategy = self.trainer.get("eval_strategy")
+        return getattr(strategy, "value", strategy) not in (None, "no") or bool(self.trainer.get("eval_on_start"))
 
 
 @dataclass

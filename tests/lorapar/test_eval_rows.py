@@ -16,6 +16,8 @@ from lorapar import InputError
 from lorapar.adapter.layers import lora_parameters
 from lorapar.data.labels import EVAL_ROWS, eval_rows, load_labels, put_aside
 from lorapar.data.tokens import encode
+from lorapar.memory.needs import Lengths, Row, describe, need
+from lorapar.memory.work import sft_work
 from lorapar.pipeline.order import stages_of
 from lorapar.pipeline.records import fingerprint
 from lorapar.recipe.reading import load_recipe, parse
@@ -280,6 +282,22 @@ def test_the_word_no_is_not_false():
 
 
 # Through the stages
+
+
+def test_the_plan_counts_evaluations(changed_recipe):
+    """With the memory of their batches, and the tokens that they take."""
+    rows = tuple(Row(5, 8, 1, "train") for _ in range(40))
+    keys = {"max_steps": 8, "micro_batch_tokens": None, "per_device_train_batch_size": 1}
+    given = [
+        load_recipe(changed_recipe(sft={**keys, **more}))
+        for more in ({}, {**EVALUATING, "eval_steps": 2, "save_steps": 2, "per_device_eval_batch_size": 64})
+    ]
+    lengths = Lengths(5, 8, "a test", rows)
+    plain, evaluating = (need(recipe, lengths, "sft") for recipe in given)
+    assert evaluating.activations > 4 * plain.activations
+    without, with_them = (sft_work(recipe, lengths, describe(recipe)) for recipe in given)
+    assert (without.forward.tokens, with_them.forward.tokens) == (0, 4 * 4 * 8)
+    assert with_them.trained == without.trained
 
 
 def test_a_folder_made_before_these_keys_still_holds(changed_recipe, tiny_folder):

@@ -331,7 +331,7 @@ def test_a_kept_checkpoint_that_is_gone_is_named(tmp_path, monkeypatch):
         ({"save_total_limit": 2}, "grpo.save_total_limit: got 2, expected null beside grpo.watch_rows"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
-            "grpo.load_best_model_at_end: got True, expected false beside grpo.watch_rows",
+            "grpo.eval_strategy: got 'steps'",
         ),
     ],
 )

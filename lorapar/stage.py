@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.labels import load_labels, put_aside
+from .data.labels import eval_rows, load_labels, put_aside
+from .data.rows import load_rows
 from .model.generate import set_stop_tokens
-from .model.load import load_model, load_tokenizer
+from .model.load import load_config, load_model, load_tokenizer
+from .model.positions import positions_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +47,15 @@ class Run:
         """The model's tokenizer, shared by the stages. Trainers modify theirs, so the training stages copy this one."""
         return load_tokenizer(self.recipe.model)
 
+    @functools.cached_property
+    def positions(self) -> int | None:
+        """The tokens that the model has positions for, by its configuration alone; None: no limit."""
+        return positions_of(load_config(self.recipe.model))
+
+    def load_rows(self) -> "tuple[Dataset, dict[str, dict[str, int]]]":
+        """Every source's rows that the model has positions for, and what became of them (`data.rows.load_rows`)."""
+        return load_rows(self.recipe.data, self.tokenizer, self.positions)
+
     def labels(self) -> "Dataset":
         """The labelled rows, read and checked once; read again only where the file has changed since."""
         path = self.folder / LABELS
@@ -57,8 +68,13 @@ class Run:
         """(the labelled rows without those that `grpo.watch_rows` puts aside, those); None where it puts none aside."""
         system = self.recipe.watched_system()
         return (
-            (self.labels(), None) if system is None else put_aside(self.labels(), system, self.recipe.grpo.watch_rows)
+            (self.labels(), None) if system is None else put_aside(self.labels(), [system], self.recipe.grpo.watch_rows)
         )
+
+    def rows_of_sft(self) -> "tuple[Dataset, Dataset | None]":
+        """(the labelled rows that stage 1 may train on, those that it evaluates on; None where it does not)."""
+        rows, config = self.put_aside()[0], self.recipe.sft
+        return eval_rows(rows, config.systems, config.eval_rows) if config.evaluates() else (rows, None)
 
     def lengths(self) -> "Lengths":
         """Tokens of the longest labelled row and of the longest prompt, counted once."""
@@ -103,10 +119,21 @@ def no_inputs(run: Run) -> Facts:
     return {}
 
 
-def rows_put_aside(run: Run) -> Facts:
-    """What decides which rows are put aside, for the stages that do not use them."""
+def tokens_learned(run: Run) -> Facts:
+    """What decides, beside the labelled rows, which rows a stage scores or trains on, and which of their tokens."""
     system = run.recipe.watched_system()
-    return {} if system is None else {"put_aside": {"system": system, "rows": run.recipe.grpo.watch_rows}}
+    aside = {} if system is None else {"put_aside": {"system": system, "rows": run.recipe.grpo.watch_rows}}
+    return {**aside, **_loss(run)}
+
+
+def tokens_watched(run: Run) -> Facts:
+    """As `tokens_learned`, for the stage that watches rows: its own section says which."""
+    return {} if run.recipe.watched_system() is None else _loss(run)
+
+
+def _loss(run: Run) -> Facts:
+    # Left out where it is what it was before the key was there.
+    return {} if run.recipe.data.loss == "last" else {"loss": run.recipe.data.loss}
 
 
 @dataclass(frozen=True)

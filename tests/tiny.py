@@ -46,7 +46,7 @@ def tiny_model(seed: int = 0, vocabulary: int = 258) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=8192,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,

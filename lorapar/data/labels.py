@@ -11,6 +11,8 @@ from ..files import read_jsonl
 from .rows import TOLD, to_dataset, without_arrows_nulls
 from .tables import without_nulls
 
+# Evaluated on while stage 1 trains, at most, where the recipe does not say how many: each evaluation takes them all.
+EVAL_ROWS = 256
 LABELLED_COLUMNS = ("id", "prompt", "completion", "answer", "split", "source", "system")
 
 
@@ -58,19 +60,21 @@ def rows_of(dataset: Dataset, systems: Sequence[int], split: str = "train") -> D
     return dataset.select(keep)
 
 
-def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Dataset]:
-    """(the labelled rows without those put aside, those): the train rows of `system` with the `count` smallest digests
+def put_aside(
+    dataset: Dataset, systems: Sequence[int], count: int, key: str = "grpo.watch_rows"
+) -> tuple[Dataset, Dataset]:
+    """(the labelled rows without those put aside, those): the train rows of `systems` with the `count` smallest digests
     of their ids, whatever the rows' order. Rows of the same id stay together; of a prompt that has rows of both
-    systems, the other's are in neither.
+    systems, those of a system that is not asked for are in neither.
 
-    Raises InputError unless a train row of the system is left.
+    key: of the recipe, which asks for it. Raises InputError unless a train row of the systems is left.
     """
-    own = rows_of(dataset, [system])
+    own = rows_of(dataset, systems)
     ids = sorted(set(own["id"]), key=lambda name: hashlib.sha256(str(name).encode()).digest())
     if count >= len(ids):
         raise InputError(
-            f"grpo.watch_rows: got {count}, allowed: at most {len(ids) - 1}, since {len(ids)} train rows are labelled "
-            f"System {system} and stage 1 needs one"
+            f"{key}: got {count}, allowed: at most {len(ids) - 1}, since {len(ids)} train rows are labelled "
+            f"System {' or '.join(map(str, systems))} and stage 1 needs one"
         )
     chosen = set(ids[:count])
     aside = [
@@ -78,13 +82,29 @@ def put_aside(dataset: Dataset, system: int, count: int) -> tuple[Dataset, Datas
     ]
     taken, of_system = set(aside), dataset["system"]
     rest = dataset.select([i for i in range(len(dataset)) if i not in taken])
-    return rest, dataset.select([i for i in aside if of_system[i] == system])
+    return rest, dataset.select([i for i in aside if of_system[i] in systems])
 
 
 def once_a_prompt(dataset: Dataset) -> Dataset:
     """The first row of each `id`, which is that of a prompt; all rows where there is no such column."""
     first = {name: i for i, name in reversed(list(enumerate(dataset["id"])))} if "id" in dataset.column_names else {}
     return dataset.select(sorted(first.values())) if first and None not in first else dataset
+
+
+def eval_rows(dataset: Dataset, systems: Sequence[int], asked: int | float | None) -> tuple[Dataset, Dataset]:
+    """(the labelled rows without those that stage 1 evaluates on, those), by `put_aside`.
+
+    asked: `sft.eval_rows`, a number of rows or a share of the systems' train rows; None: a tenth, at most EVAL_ROWS.
+    """
+    own = len(set(rows_of(dataset, systems)["id"]))
+    return put_aside(dataset, systems, rows_asked(asked, own), "sft.eval_rows")
+
+
+def rows_asked(asked: int | float | None, own: int) -> int:
+    """How many of `own` rows `sft.eval_rows` puts aside."""
+    if isinstance(asked, int):
+        return asked
+    return max(1, min(round((asked or 0.1) * own), own if asked else EVAL_ROWS))
 
 
 def drawn(dataset: Dataset, system: int, count: int | None, seed: int) -> Dataset:

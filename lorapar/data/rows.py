@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import string
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -21,7 +22,7 @@ from .columns import columns_line, find_columns, is_blank
 from .messages import messages_of
 from .sources import read_source
 from .tables import without_nulls
-from .tokens import prompt_ids
+from .tokens import encode, prompt_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +42,9 @@ TAKEN_COLUMNS = (
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 # A completion of up to this many characters on one line is taken as the final answer itself.
 SHORT_ANSWER = 64
+# Tokens that a chat template writes beside what the messages say, at most: its system prompt, how to call tools.
+TEMPLATES_OWN = 2048
+log = logging.getLogger("lorapar")
 
 
 # One form
@@ -229,8 +233,19 @@ def _distinct_names(sources: list["SourceConfig"]) -> list[str]:
     return [f"{name} ({n + 1})" if n else name for name, n in zip(names, repeats)]
 
 
+def _too_long(row: dict[str, Any], tokenizer: Any, limit: int | None, positions: int | None) -> str:
+    """Why a row is left out for its tokens, and what would keep it; "" for one that is not."""
+    if limit is not None and len(prompt_ids(row, tokenizer)) > limit:
+        return f"their prompt is longer than data.max_prompt_length: {limit} tokens; raise it to keep them"
+    # A token holds a byte at least, and no template adds so many: few rows need be counted.
+    most = len(json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")) + TEMPLATES_OWN
+    if positions is not None and most > positions and len(encode(row, tokenizer)[0]) > positions:
+        return f"longer with their completion than the model's positions: {positions} tokens (model.name)"
+    return ""
+
+
 def load_rows(
-    config: "DataConfig", tokenizer: "PreTrainedTokenizerBase"
+    config: "DataConfig", tokenizer: "PreTrainedTokenizerBase", positions: int | None = None
 ) -> tuple["Dataset", dict[str, dict[str, int]]]:
     """Every source's rows as one data set, and a report of what became of them.
 
@@ -262,20 +277,25 @@ def load_rows(
     seen: set[tuple[str, str]] = set()
     owner: dict[str, str] = {}
     limit = config.max_prompt_length
+    left_out: Counter[str] = Counter()
     for name, _ in sorted(zip(names, shares), key=lambda pair: pair[1] is not True):  # stable: else in given order
         for row in formed[name]:
             said = row["id"], json.dumps(row["completion"], sort_keys=True, default=str)
             if said in seen:
                 report[name]["duplicates"] += 1
-            elif limit is not None and len(prompt_ids(row, tokenizer)) > limit:
+            elif why := _too_long(row, tokenizer, limit, positions):
                 report[name]["too_long"] += 1
+                left_out[why] += 1
             else:
                 seen.add(said)
                 owner.setdefault(row["id"], name)
                 distinct[name].append(row)
 
     if not any(distinct.values()):
-        raise InputError(f"data.max_prompt_length: {limit} tokens leave no row of {', '.join(names)}")
+        why = f"data.max_prompt_length: {limit} tokens" if limit is not None else f"model.name: {positions} positions"
+        raise InputError(f"{why} leave no row of {', '.join(names)}")
+    for why, count in left_out.items():
+        log.warning("data: %d of %d rows left out: %s", count, sum(map(len, formed.values())), why)
     held_out: set[str] = set()
     for name, share in zip(names, shares):
         own = [row_id for row_id, of in owner.items() if of == name]

@@ -43,7 +43,7 @@ def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> lis
     row = parted(row)
     if isinstance(row["prompt"], str):
         return _asked_plainly(row, tokenizer)
-    return _ids(render(row["prompt"], row, tokenizer, add_generation_prompt=True), tokenizer)
+    return text_ids(render(row["prompt"], row, tokenizer, add_generation_prompt=True), tokenizer)
 
 
 def parted(row: dict[str, Any], needed: tuple[str, ...] = ("prompt",)) -> dict[str, Any]:
@@ -95,27 +95,39 @@ def encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         empty = completion in ("", eos)
         answer = completion if completion.endswith(eos) else completion + eos
         whole = _plain_ids(prompt + answer, tokenizer)
+        if whole[: len(asked)] != asked:
+            # Tokens merge across the boundary.
+            whole = asked + text_ids_behind(answer, tokenizer)
+        n_prompt = len(asked)
     else:
         if not prompt or completion[0].get("role") != "assistant":
             raise InputError(f"row {row.get('id', '(no id)')}: expected a prompt of at least one message, then an "
                              "assistant's")  # fmt: skip
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
-        text = render(prompt, row, tokenizer, add_generation_prompt=True)
-        answer = _chat_answer(row, text, tokenizer)
-        asked, whole = _ids(text, tokenizer), _ids(text + answer, tokenizer)
-    if whole[: len(asked)] != asked:
-        # Tokens merge across the boundary.
-        whole = asked + _ids_behind(answer, tokenizer)
-    if empty or len(whole) == len(asked):
+        whole, n_prompt = joined_ids(*chat_texts(row, tokenizer), tokenizer)
+    if empty or len(whole) == n_prompt:
         raise InputError(f"row {row.get('id', '(no id)')}: the completion has no tokens to learn from")
-    return whole, len(asked)
+    return whole, n_prompt
+
+
+def chat_texts(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """(a chat's prompt as generation sees it, what is trained on behind it) as text."""
+    asked = render(row["prompt"], row, tokenizer, add_generation_prompt=True)
+    return asked, _chat_answer(row, asked, tokenizer)
+
+
+def joined_ids(asked: str, answer: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], int]:
+    """(ids of a chat's two texts, number of the first's): those of the whole, where they begin with the first's own."""
+    ids, whole = text_ids(asked, tokenizer), text_ids(asked + answer, tokenizer)
+    # Else tokens merge across the boundary.
+    return whole if whole[: len(ids)] == ids else ids + text_ids_behind(answer, tokenizer), len(ids)
 
 
 def _chat_answer(row: dict[str, Any], asked: str, tokenizer: Any) -> str:
     """What follows the prompt `asked`: a completion as the chat template writes it, up to the end of its turn."""
     prompt, completion, name = row["prompt"], row["completion"], row.get("id", "(no id)")
     whole = render(prompt + completion, row, tokenizer)
-    thoughts = [_thought(turn) for turn in completion]
+    thoughts = [thought_of(turn) for turn in completion]
     thought = thoughts[0]
     tag = f"<{thought[0]}>" if thought and thought[0] else ""
     if whole.startswith(asked):
@@ -132,7 +144,7 @@ def _chat_answer(row: dict[str, Any], asked: str, tokenizer: Any) -> str:
             )
         alone = thought if len(completion) == 1 else None
         answer = _behind(asked[len(history) :], whole[len(history) :], alone, name, tokenizer)
-    _check_written(completion, thoughts, answer, name)
+    check_written(completion, thoughts, answer, name)
     token = turn_end_token(tokenizer)
     ends = [tokenizer.eos_token] if token is None else [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(token)]
     if not completion[-1].get("tool_calls") and not any(end in answer for end in ends if end):
@@ -140,7 +152,7 @@ def _chat_answer(row: dict[str, Any], asked: str, tokenizer: Any) -> str:
     return answer
 
 
-def _thought(turn: dict[str, Any]) -> tuple[str, str, str] | None:
+def thought_of(turn: dict[str, Any]) -> tuple[str, str, str] | None:
     """(tag, thought, the rest) of a message: in its content, or under a key of its own, with "" for a tag."""
     content = str(turn.get("content") or "")
     found = THOUGHT.match(content.lstrip())
@@ -150,7 +162,7 @@ def _thought(turn: dict[str, Any]) -> tuple[str, str, str] | None:
     return ("", str(apart), content) if apart else None
 
 
-def _check_written(completion: list[dict], thoughts: list[tuple[str, str, str] | None], answer: str, name: Any) -> None:
+def check_written(completion: list[dict], thoughts: list[tuple[str, str, str] | None], answer: str, name: Any) -> None:
     """Refuse an answer without a call that the row holds; warn of one without a thought or words that it holds."""
     said = [str(turn["content"]) for turn in completion if isinstance(turn.get("content"), str)]
     for turn, thought in zip(completion, thoughts):
@@ -193,7 +205,7 @@ def _behind(header: str, turn: str, thought: tuple[str, str, str] | None, name: 
         # The template leaves the thought out of a finished answer.
         inner = thought[1].lstrip(NEWLINE) if thought[0] else thought[1].strip() + NEWLINE
         return f"{inner}</{opened[1]}>\n\n{thought[2]}{turn_end(tokenizer)}"
-    shared = _shared_lines(header, turn)
+    shared = shared_lines(header, turn)
     missing, rest = header.removeprefix(shared), turn.removeprefix(shared)
     closed = CLOSE_TAG.search(missing)
     if closed and f"</{closed[1]}>" in rest:
@@ -208,7 +220,7 @@ def _behind(header: str, turn: str, thought: tuple[str, str, str] | None, name: 
     return rest
 
 
-def _shared_lines(one: str, other: str) -> str:
+def shared_lines(one: str, other: str) -> str:
     """What two texts begin with, up to the end of a line or a tag, so that no word is cut."""
     n = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
     return one[: max(one.rfind(mark, 0, n) for mark in "\n>") + 1]
@@ -231,7 +243,7 @@ def _warn_of_tools(what: str) -> None:
 
 def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: Any) -> str:
     """Messages as the chat template writes them, given the row's `tools` and `chat_template_kwargs`."""
-    tools, kwargs = _tools(row), row_kwargs(row)
+    tools, kwargs, options = _tools(row), row_kwargs(row), {"tokenize": False, **options}
     turns = [_apart(turn, tokenizer) if turn.get("role") == "assistant" else turn for turn in turns]
     if _takes_blocks(tokenizer, str(tokenizer.chat_template)):
         turns = [_in_blocks(turn) for turn in turns]
@@ -242,7 +254,7 @@ def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: An
         called = [_with_arguments(turn, as_text) for turn in turns]
         try:
             # Of an empty list some templates write a heading without tools.
-            return tokenizer.apply_chat_template(called, tokenize=False, tools=tools or None, **options, **kwargs)
+            return tokenizer.apply_chat_template(called, tools=tools or None, **options, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             refused = refused or error
     raise InputError(f"row {row.get('id', '(no id)')}: the chat template refuses its messages: {refused}") from refused
@@ -292,7 +304,7 @@ def _no_such(row: dict[str, Any], column: str, given: Any, expected: str) -> Inp
 def _apart(turn: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """A message with its thought under a key of its own, where the template writes an empty one ahead of one in the
     content."""
-    thought = _thought(turn)
+    thought = thought_of(turn)
     if thought is None or not thought[0] or not _doubles(tokenizer, str(tokenizer.chat_template), thought[0]):
         return turn
     return {**turn, "reasoning_content": thought[1].strip("\n"), "content": thought[2]}
@@ -375,6 +387,17 @@ def _turn_end(tokenizer: Any, template: str, eos: str | None) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=8)
+def _written_end(tokenizer: Any, template: str, eos: str | None) -> str:
+    content = [{"type": "text", "text": WORDS}] if _takes_blocks(tokenizer, template) else WORDS
+    return _probe(tokenizer, content).partition(WORDS)[2].partition(WORDS)[2]
+
+
+def written_end(tokenizer: Any) -> str:
+    """What the chat template writes after the words of a last answer; "" where that is nothing."""
+    return _written_end(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token)
+
+
 def turn_end(tokenizer: Any) -> str:
     """What the chat template writes after an assistant's words; "" without a template, or where that is nothing."""
     given = tokenizer.chat_template
@@ -390,20 +413,20 @@ def turn_end_token(tokenizer: Any) -> int | None:
     return min(found)[2] if found else None
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
+def text_ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _ids_behind(text: str, tokenizer: Any) -> list[int]:
+def text_ids_behind(text: str, tokenizer: Any) -> list[int]:
     """The ids of a text that follows another: SentencePiece begins a text with a space of its own."""
-    first = _ids(NEWLINE, tokenizer) if _begins_with_space(tokenizer) else []
-    ids = _ids(NEWLINE + text, tokenizer) if first else []
-    return ids[len(first) :] if first and ids[: len(first)] == first else _ids(text, tokenizer)
+    first = text_ids(NEWLINE, tokenizer) if _begins_with_space(tokenizer) else []
+    ids = text_ids(NEWLINE + text, tokenizer) if first else []
+    return ids[len(first) :] if first and ids[: len(first)] == first else text_ids(text, tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
 def _begins_with_space(tokenizer: Any) -> bool:
-    return tokenizer.decode(_ids("a", tokenizer) * 2) == "a a"
+    return tokenizer.decode(text_ids("a", tokenizer) * 2) == "a a"
 
 
 def _asked_plainly(row: dict[str, Any], tokenizer: Any) -> list[int]:

@@ -9,6 +9,7 @@ from ..data.tokens import prompt_ids
 from ..errors import InputError
 from ..model.generate import answer_greedily
 from ..model.load import load_model, load_tokenizer
+from ..model.positions import positions_of
 from ..recipe.sections import ModelConfig
 from .teacher import CallFailed, Reply
 
@@ -65,7 +66,7 @@ class LocalTeacher:
             message = re.sub(r"^model\.(\w+)", rf"{self.at}.\1", str(error))
             raise InputError(f"{message}; a teacher without base_url is a local model") from None
         if self.context is None:
-            self.context = getattr(self.model.config, "max_position_embeddings", None)
+            self.context = positions_of(self.model.config)
 
     async def ask(self, prompt: str) -> Reply:
         ids = self.tokens(prompt)

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..data.labels import put_aside, rows_of
-from ..data.rows import load_rows
+from ..data.labels import eval_rows, put_aside, rows_of
 from ..data.tables import local_files
 from ..data.tokens import check_below, encode
+from ..data.turns import labelled as labelled_tokens
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
 from ..model.load import load_config
@@ -39,9 +39,13 @@ def label_stage(run: Run) -> Facts:
     # First, so that a missing key or an unusable template is refused before a model is loaded.
     panel = panel_of(recipe, voter_names(recipe))
     corrections = corrections_of(recipe, folder)
-    rows, counts = load_rows(recipe.data, run.tokenizer)
+    rows, counts = run.load_rows()
     for source, count in counts.items():
         log.info("label: %s: %s", source, ", ".join(f"{n} {what}" for what, n in count.items()))
+    if recipe.data.loss != "last":
+        # Before teachers are paid for rows whose turns cannot be told apart.
+        for row in cast("Sequence[dict[str, Any]]", rows):
+            labelled_tokens(row, run.tokenizer, recipe.data.loss)
     check_corrections(corrections, rows)
     check_tokens(run, rows)
     votes, facts = local_votes(run, rows), {}
@@ -86,8 +90,11 @@ def _decided(
     for system in sorted(needed):
         rows_of(labelled, [system], "train")
     watched = recipe.watched_system()
+    left = labelled
     if watched is not None:
-        put_aside(labelled, watched, recipe.grpo.watch_rows)
+        left, _ = put_aside(labelled, [watched], recipe.grpo.watch_rows)
+    if "sft" in recipe.stages and recipe.sft.evaluates():
+        eval_rows(left, recipe.sft.systems, recipe.sft.eval_rows)
     return labelled, dropped
 
 
@@ -97,7 +104,7 @@ def labelled_alone(run: Run) -> "Dataset | None":
     if label.teachers or (label.column is None and any(map(asks_model, label.voters or []))):
         return None
     corrections = corrections_of(run.recipe, run.folder)
-    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    rows, _ = run.load_rows()
     check_corrections(corrections, rows)
     return _decided(run.recipe, rows, local_votes(run, rows), corrections)[0]
 
@@ -107,14 +114,14 @@ def dry_run(run: Run) -> str:
     panel = panel_of(run.recipe, voter_names(run.recipe))
     if panel is None:
         return "No call remains: the recipe has no teachers."
-    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    rows, _ = run.load_rows()
     return what_remains(panel, rows, run.folder, run.tokenizer)
 
 
 def review(run: Run) -> Path:
     """Write the rows on which the votes so far differ as a CSV for a person; nobody is asked."""
     panel = panel_of(run.recipe, voter_names(run.recipe))
-    rows, _ = load_rows(run.recipe.data, run.tokenizer)
+    rows, _ = run.load_rows()
     path, count = write_split(run.recipe, rows, local_votes(run, rows), panel, run.folder)
     log.info("label: %d rows to review in %s; write 1 or 2 under corrected and run label again", count, path)
     return path

@@ -313,7 +313,8 @@ def _at_most(recipe: Recipe, lengths: Lengths, model: Model) -> int:
     """More than any stage can need: a hundred numbers a hidden unit, token and layer, and logits at every position."""
     text = model.config.get_text_config()
     trained = [getattr(recipe, stage).setting("per_device_train_batch_size") for stage in recipe.stages]
-    batches = [recipe.score.batch_size, recipe.evaluate.batch_size, *trained]
+    evaluated = [recipe.sft.setting("per_device_eval_batch_size")] if recipe.sft.evaluates() else []
+    batches = [recipe.score.batch_size, recipe.evaluate.batch_size, *trained, *evaluated]
     new = max(recipe.evaluate.max_new_tokens, completion_tokens(recipe))
     tokens = max(batches) * (lengths.whole + new)
     more = 100 * text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size

@@ -18,8 +18,10 @@ from torch import nn
 
 from ..data.rows import load_rows
 from ..data.tables import local_files
-from ..data.tokens import encode
+from ..data.tokens import IGNORED, encode
+from ..data.turns import labelled
 from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
+from ..model.positions import positions_of
 from ..model.quantised import given_form
 from ..recipe.sections import Recipe, SourceConfig
 from .process import resident_bytes
@@ -79,13 +81,20 @@ class Model:
 class Row:
     """Tokens of a row's prompt, and of the whole row. None: the row may have either system, or be in either split.
 
-    id: of its prompt, which other rows may have too; None: a prompt of its own."""
+    id: of its prompt, which other rows may have too; None: a prompt of its own.
+    learned: tokens that carry a loss, where those are not the completion's."""
 
     prompt: int
     whole: int
     system: int | None = None
     split: str | None = None
     id: str | None = None
+    learned: int | None = None
+
+    @property
+    def answers(self) -> int:
+        """Tokens that carry a loss."""
+        return self.whole - self.prompt if self.learned is None else self.learned
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,18 @@ def lengths_of(recipe: Recipe, rows: Iterable[Any] | None = None, tokenizer: Any
         counted = None if None in sizes else (Row(prompt, whole),) * sum(size or 0 for size in sizes)
         return Lengths(prompt, whole, "the recipe's limits, as its data is not on this machine", counted)
     tokenizer = tokenizer or load_tokenizer(recipe.model)
-    taken: Any = load_rows(recipe.data, tokenizer)[0] if rows is None else rows
+    taken: Any = rows
+    if rows is None:
+        taken = load_rows(recipe.data, tokenizer, positions_of(load_config(recipe.model)))[0]
     found = []
     for row in taken:
         ids, n_prompt = encode(row, tokenizer)
+        learned = None
+        if recipe.data.loss == "assistant":
+            learned = sum(label != IGNORED for label in labelled(row, tokenizer, recipe.data.loss)[1])
         # Of rows without labels, a column of that name may say anything.
         system = None if rows is None else row.get("system")
-        found.append(Row(n_prompt, len(ids), system, row.get("split"), row.get("id")))
+        found.append(Row(n_prompt, len(ids), system, row.get("split"), row.get("id"), learned))
     prompt, whole = max(row.prompt for row in found), max(row.whole for row in found)
     return Lengths(min(prompt, longest_prompt or prompt), whole, "its data", tuple(found))
 
@@ -230,6 +244,13 @@ def need(recipe: Recipe, lengths: Lengths, stage: str) -> Need:
         return Need(stage, model.weights, adapters, 16 * model.elements, 0, activations, logits, workspace, unknown)
     step = sft_step(recipe, lengths, model.device) if stage == "sft" else grpo_step(recipe, lengths, model.device)
     (activations, unknown), logits = _activations(model, step), _head(model, step.rows * step.tokens)
+    if stage == "sft" and recipe.sft.evaluates():
+        # A forward alone, of which checkpointing's memory is the nearest that is simulated, and no less.
+        evaluation = _evaluation_step(recipe, step, model.device)
+        if evaluation.rows > step.rows:
+            more, why = _activations(model, evaluation)
+            activations, unknown = max(activations, more), unknown or why
+            logits = max(logits, _head(model, evaluation.rows * evaluation.tokens))
     if stage == "grpo":
         setting = recipe.grpo.setting
         per_step = setting("steps_per_generation") or setting("gradient_accumulation_steps")
@@ -255,6 +276,14 @@ def sft_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:
     budget = default_micro_batch_tokens(device) if budget == "auto" else budget
     rows = rows if budget is None else max(1, min(rows, budget // tokens))
     return TrainingStep(rows, tokens, checkpointing(recipe.sft, device), setting("activation_offloading"))
+
+
+def _evaluation_step(recipe: Recipe, step: TrainingStep, device: str) -> TrainingStep:
+    """A batch of stage 1's evaluations, in the parts that training takes."""
+    rows, budget = recipe.sft.setting("per_device_eval_batch_size"), recipe.sft.micro_batch_tokens
+    budget = default_micro_batch_tokens(device) if budget == "auto" else budget
+    rows = rows if budget is None else max(1, min(rows, budget // step.tokens))
+    return TrainingStep(rows, step.tokens, checkpointing=True)
 
 
 def grpo_step(recipe: Recipe, lengths: Lengths, device: str) -> TrainingStep:

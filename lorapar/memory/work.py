@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.labels import rows_asked
 from ..errors import InputError
 from ..recipe.sections import Recipe, StageConfig
 from .needs import Lengths, Model, Row, cache_bytes, completion_tokens, max_length, stages_with_model
@@ -152,7 +153,7 @@ def _scoring(stage: str, systems: Sequence[int], recipe: Recipe, lengths: Length
         return Work(stage, unknown=UNCOUNTED)
     parts = [_drawn(_rows(lengths, [system], config.examples or 0), config.examples, recipe.seed) for system in systems]
     why = (*_why(lengths), *(["it stops where the selection is stable"] if config.until_stable is not None else []))
-    trained = sum((Passes(row.whole, row.whole**2, row.whole - row.prompt) for part in parts for row in part), Passes())
+    trained = sum((Passes(row.whole, row.whole**2, row.answers) for part in parts for row in part), Passes())
     batches = sum(math.ceil(len(part) / config.batch_size) for part in parts)
     return Work(stage, sum(map(len, parts)), batches, trained=trained, at_most=why)
 
@@ -185,13 +186,31 @@ def sft_work(recipe: Recipe, lengths: Lengths, model: Model) -> Work:
         # Laid end to end, rows have no padding and attend to themselves alone.
         each = part if setting("padding_free") else [max(part)] * len(part)
         once += Passes(sum(each), sum(width**2 for width in each))
-    answers = sum(row.whole - (0 if setting("completion_only_loss") is False else row.prompt) for row in rows)
+    answers = sum(row.whole if setting("completion_only_loss") is False else row.answers for row in rows)
     why = (*_why(lengths), *([PUT_ASIDE] if recipe.grpo.watch_rows else []))
     trained = (once + Passes(logits=answers)).times(share)
+    evaluated = Passes()
+    if config.evaluates() and rows:
+        aside = rows_asked(config.eval_rows, len(rows))
+        each = Passes(_mean([row.whole for row in rows]), _mean([row.whole**2 for row in rows]),
+                      _mean([row.answers for row in rows]))  # fmt: skip
+        evaluated = each.times(aside * _evaluations(config, steps))
+        why = (*why, f"{aside} of its rows are put aside to be evaluated, which is counted as forward")
+    if config.early_stopping_patience is not None:
+        why = (*why, "it may stop early")
     return Work(
-        "sft", None if lengths.rows is None else len(rows), steps, trained=trained,
+        "sft", None if lengths.rows is None else len(rows), steps, evaluated, trained=trained,
         recomputes=checkpointing(config, model.device), remade=model.device == "cuda", at_most=why,
     )  # fmt: skip
+
+
+def _evaluations(config: StageConfig, steps: int) -> int:
+    """How often stage 1 evaluates, as transformers does."""
+    strategy = config.setting("eval_strategy")
+    if getattr(strategy, "value", strategy) == "epoch":
+        return math.ceil(config.setting("num_train_epochs"))
+    every = config.setting("eval_steps") or config.setting("logging_steps")
+    return math.ceil(steps / max(every if every >= 1 else math.ceil(steps * every), 1))
 
 
 def training_steps(config: StageConfig, batches: int) -> tuple[int, float]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.tokens import turn_end_token
+from ..errors import InputError
+from .positions import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,27 +59,31 @@ def answer_greedily(
     """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
     `ids` are the prompts' tokens, a generation prompt included (`data.tokens.prompt_ids`); any of `stop_tokens` ends an
-    answer. Prompts of like length share a batch, padded on the left; `on_batch` hears how many each batch held.
-    `stopped`, asked after every token, ends it with what is there by then. The model's mode is left as it was.
+    answer, and so does the model's last position. Prompts of like length share a batch, padded on the left; `on_batch`
+    hears how many each batch held. `stopped`, asked after every token, ends it with what is there by then. The model's
+    mode is left as it was. Raises InputError for a prompt that takes all of the model's positions.
     """
     stops = stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+    positions = positions_of(getattr(model, "config", None))
+    longest = max((len(prompt) for prompt in ids), default=0)
+    if positions is not None and longest >= positions:
+        raise InputError(f"a prompt has {longest} tokens, and the model's {positions} positions leave none to answer")
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     answers = [""] * len(ids)
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
+        for batch in _batches(order, [len(prompt) for prompt in ids], max_new_tokens, batch_size, positions):
             if stopped():
                 break
-            batch = order[start : start + batch_size]
             width = max(len(ids[i]) for i in batch)
             padded = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
             produced = model.generate(
                 input_ids=padded,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens if positions is None else min(max_new_tokens, positions - width),
                 stopping_criteria=[lambda seen, *_, **__: torch.full((len(seen),), stopped(), device=seen.device)],
                 do_sample=False,
                 eos_token_id=stops or None,
@@ -95,6 +101,20 @@ def answer_greedily(
     finally:
         model.train(training)
     return answers
+
+
+def _batches(order: list[int], lengths: list[int], new: int, size: int, positions: int | None) -> list[list[int]]:
+    """Prompts in batches of `size`, in this order, the longest first; those that leave less than `new` positions beside
+    others of their length alone, so that none cuts another's answer."""
+    limit = float("inf") if positions is None else positions - new
+    batches: list[list[int]] = []
+    for i in order:
+        first = lengths[batches[-1][0]] if batches else -1
+        if batches and len(batches[-1]) < size and (first == lengths[i] or first <= limit):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def until(ids: list[int], stops: list[int]) -> list[int]:

@@ -20,6 +20,7 @@ from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED
 # Left out of a fingerprint where they are not set: folders made before these keys still hold.
 LATER_KEYS = {
     "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
+    "sft": ("eval_rows", "early_stopping_patience"),
     "grpo": ("watch_rows",),
     "partition": ("system1_cost",),
 }
@@ -34,6 +35,8 @@ def fingerprint(stage: Stage, run: Run) -> str:
     values = recipe.as_dict()
     for name in ("score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
+    # The stages that learn from tokens say it by themselves; labels are the same.
+    del values["data"]["loss"]
     # It shows in which stages there are and which files they read, and the stages before are the same without it.
     del values["score"]["renew"]
     for name, later in LATER_KEYS.items():

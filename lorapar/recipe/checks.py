@@ -78,6 +78,11 @@ def check_values(recipe: Recipe) -> None:
     require(not math.isinf(cost), "partition.system1_cost", cost, "a finite number")
     require(recipe.partition.selection != "all" or not cost, "partition.system1_cost", cost, NO_COST)
     check_renew(recipe)
+    whole = recipe.sft.trainer.get("completion_only_loss") is False
+    require(recipe.data.loss == "last" or not whole, "sft.completion_only_loss", False,
+            f"nothing beside data.loss: {recipe.data.loss}")  # fmt: skip
+    share = recipe.sft.eval_rows
+    require(not isinstance(share, float) or share < 1, "sft.eval_rows", share, "a number of rows, or a share below 1")
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
@@ -164,9 +169,18 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
                 f"{stage}.generation_kwargs.{name}: not allowed; every stage stops at the same tokens: "
                 "model.eos_token, those of generation_config.json, and the one that ends a turn in the chat template"
             )
+    strategy = values.get("eval_strategy")
+    if stage == "grpo" and (getattr(strategy, "value", strategy) not in (None, "no") or values.get("eval_on_start")):
+        key = "eval_on_start" if values.get("eval_on_start") else "eval_strategy"
+        raise InputError(f"grpo.{key}: got {getattr(values[key], 'value', values[key])!r}, but stage 2 rolls out "
+                         "nothing beside its own prompts; leave it out: grpo.watch_rows watches System 1's loss at "
+                         "each checkpoint, and the stage evaluate answers the held-out rows")  # fmt: skip
+    if stage == "grpo" and values.get("load_best_model_at_end"):
+        raise InputError("grpo.load_best_model_at_end: got true, expected false; grpo.watch_rows chooses among "
+                         "stage 2's checkpoints")  # fmt: skip
     if values.get("assistant_only_loss"):
-        raise InputError(f"{stage}.assistant_only_loss: got true; only a row's completion is scored and trained on; "
-                         "leave it out")  # fmt: skip
+        raise InputError(f"{stage}.assistant_only_loss: got true, which one stage alone would use; set data.loss: "
+                         "assistant, which holds for scoring and training, and leave it out")  # fmt: skip
 
 
 def check_label(label: LabelConfig) -> None:

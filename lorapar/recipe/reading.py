@@ -146,6 +146,9 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
         if key in values:
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
                              "output_dir and seed are top-level keys")  # fmt: skip
+    # YAML reads the word no as false.
+    strategies = ("eval_strategy", "save_strategy", "logging_strategy")
+    values = {key: "no" if key in strategies and value is False else value for key, value in values.items()}
     check_trainer_keys(stage, values)
     hints = typing.get_type_hints(config_class)
     trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}

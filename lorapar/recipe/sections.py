@@ -69,6 +69,9 @@ class DataConfig:
     system_prompt: str | None = key(None, "put before every prompt")
     chat: bool | None = key(None, "use the chat template; by default where the tokenizer has one")
     held_out: int | float = key(0.1, "rows of each source kept for evaluation: a number, or a share")
+    loss: Literal["last", "assistant"] = key(
+        "last", "which turns of a conversation are scored and trained on: the last answer, or all of the assistant's"
+    )
     max_prompt_length: int | None = key(None, "tokens; rows with a longer prompt are left out", at_least=1)
     seed: int = key(0, "of the split into training and held-out rows")
 
@@ -222,7 +225,14 @@ class StageConfig:
 
 @dataclass
 class SFTStageConfig(StageConfig):
-    """Stage 1, supervised."""
+    """Stage 1, supervised.
+
+    With `eval_strategy: steps` or `epoch` the stage evaluates while it trains, on `eval_rows` of its own train rows,
+    which it then does not train on: those with the smallest hash of their id, whatever their order. Scoring uses them
+    as before, so scores and partition are the same with or without; the rows of `data.held_out` are for the stage
+    `evaluate` alone. `load_best_model_at_end: true` keeps the checkpoint with the best `metric_for_best_model`
+    (`eval_loss` by default), and `early_stopping_patience` stops training once it no longer improves.
+    """
 
     config_class: ClassVar[str] = "SFTConfig"
 
@@ -233,6 +243,19 @@ class SFTStageConfig(StageConfig):
         "the whole batch on a GPU and for models whose loss cannot be split over a batch; null: the whole batch",
         at_least=1, changes_result=False,
     )  # fmt: skip
+    eval_rows: int | float | None = key(
+        None, "rows put aside where eval_strategy is set: a number, or a share below 1; null: a tenth, at most 256",
+        more_than=0,
+    )  # fmt: skip
+    early_stopping_patience: int | None = key(
+        None, "stop once so many evaluations in a row were no better than the best; takes load_best_model_at_end",
+        at_least=1,
+    )  # fmt: skip
+
+    def evaluates(self) -> bool:
+        """Whether the stage evaluates while it trains."""
+        strategy = self.trainer.get("eval_strategy")
+        return getattr(strategy, "value", strategy) not in (None, "no") or bool(self.trainer.get("eval_on_start"))
 
 
 @dataclass

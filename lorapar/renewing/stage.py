@@ -20,7 +20,7 @@ from ..stage import (
     Facts,
     Run,
     Stage,
-    rows_put_aside,
+    tokens_learned,
     weights_of,
 )
 from .renew import SYSTEM_OF, renew
@@ -42,6 +42,7 @@ def renew_stage(run: Run) -> Facts:
     scores = score(
         model, run.tokenizer, drawn(run.put_aside()[0], system, config.examples, recipe.seed), config.batch_size,
         config.method, config.max_length, recipe.seed, config.until_stable, recipe.partition.theta, folder / SUMS,
+        turns=recipe.data.loss,
     )  # fmt: skip
     both = list(load_scores(folder / SCORES))
     both[system - 1] = scores
@@ -72,6 +73,6 @@ def stage(recipe: Recipe) -> Stage:
         sections=(*ADAPTED, "score", "seed", *stop),
         reads=(LABELS, SCORES, PARTITION, weights_of(recipe.stages[0])),
         writes=(SCORES_RENEWED, PARTITION_RENEWED),
-        inputs=rows_put_aside,
+        inputs=tokens_learned,
         discard=discard,
     )

@@ -25,7 +25,8 @@ import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
 from ..data.rows import without_arrows_nulls
-from ..data.tokens import IGNORED, check_columns, encode
+from ..data.tokens import IGNORED, check_columns
+from ..data.turns import Turns, labelled
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
@@ -51,15 +52,21 @@ class Example(NamedTuple):
         return sum(target != IGNORED for target in self.targets)
 
 
-def read_examples(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> list[Example]:
-    """Tokens and targets of every row; InputError for one without answer tokens or longer than `max_length`."""
-    return [
-        _read(row, str(row.get("id", number)), tokenizer, max_length)
-        for number, row in enumerate(without_arrows_nulls(rows))
-    ]
+def read_examples(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None, turns: Turns = "last"
+) -> list[Example]:
+    """Tokens and targets of every row; InputError for one without answer tokens, and where some exceed `max_length`.
+
+    turns: whose tokens are targets, those of the last answer or of every turn of the assistant (data/turns.py).
+    """
+    numbered = enumerate(without_arrows_nulls(rows))
+    examples = [_read(row, str(row.get("id", number)), tokenizer, turns) for number, row in numbered]
+    check_lengths(examples, max_length, "score.max_length", "raise it, or leave out long prompts by "
+                  "data.max_prompt_length")  # fmt: skip
+    return examples
 
 
-def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | None) -> Example:
+def _read(row: Mapping[str, Any], name: str, tokenizer: Any, turns: Turns) -> Example:
     row = {**row, "id": name}
     if "input_ids" in row:
         check_columns(row, ("labels",))
@@ -71,15 +78,21 @@ def _read(row: Mapping[str, Any], name: str, tokenizer: Any, max_length: int | N
         if strange:
             raise InputError(f"row {name}: label {strange[0]}, expected a token or {IGNORED}")
     else:
-        ids, n_prompt = encode(row, tokenizer)
-        labels = [IGNORED] * n_prompt + ids[n_prompt:]
+        ids, labels = labelled(row, tokenizer, turns)
     # Position t predicts token t + 1, so the first token's label never counts.
     example = Example(name, ids, [*labels[1:], IGNORED])
     if example.answers == 0:
         raise InputError(f"row {name}: no answer tokens; a completion must not be empty")
-    if max_length is not None and len(ids) > max_length:
-        raise InputError(f"row {name}: {len(ids)} tokens, more than score.max_length {max_length}")
     return example
+
+
+def check_lengths(examples: list[Example], limit: int | None, what: str, remedy: str) -> None:
+    """InputError where examples are longer than `limit` tokens: the longest, and how many there are."""
+    longer = [example for example in examples if limit is not None and len(example.ids) > limit]
+    if longer:
+        longest = max(longer, key=lambda example: len(example.ids))
+        raise InputError(f"row {longest.name}: {len(longest.ids)} tokens, more than {what} {limit} ({len(longer)} of "
+                         f"{len(examples)} rows are longer); {remedy}")  # fmt: skip
 
 
 def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: bool) -> list[list[int]]:

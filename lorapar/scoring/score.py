@@ -18,14 +18,17 @@ import lorapar_kernels as lk
 
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
 from ..data.tokens import check_known
+from ..data.turns import Turns
 from ..errors import InputError, require
+from ..model.positions import positions_of
 from ..progress import Progress
 from ..recipe.checks import check_value
-from ..recipe.sections import ScoreConfig
+from ..recipe.sections import DataConfig, ScoreConfig
 from .batches import (
     FP16_LOSS_SCALE,
     ScoredBatches,
     add_gradients,
+    check_lengths,
     packs_examples,
     plan_batches,
     read_examples,
@@ -55,6 +58,7 @@ def score(
     checkpoint: Path | None = None,
     on_batch: Callable[[RunningSums], None] = lambda sums: None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    turns: Turns = "last",
 ) -> Scores:
     """Score the attached adapter's elements on one system's rows.
 
@@ -64,7 +68,7 @@ def score(
         batch_size: examples a step; changes speed and memory, not the result. A model that mixes a batch's examples, or
             runs a layer twice, is scored one example at a time; a line in the log says so.
         method: "taylor": I = |gφ − ½Fφ²|; "first_order": |gφ|; "random": taylor's values at shuffled places.
-        max_length: rows with more tokens are refused (InputError), never cut; None: no limit.
+        max_length: rows with more tokens are refused (InputError), never cut; None: no limit but the model's positions.
         until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
             examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
         checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
@@ -72,6 +76,8 @@ def score(
         loss: of a model that is no causal language model (a classifier, an encoder, a Sequential): `loss(model, row)`
             returns the loss of one row, a tensor of one element. The dataset's rows are then whatever it reads, taken
             one at a time; tokenizer and batch_size are not used, max_length and checkpoint are refused.
+        turns: whose tokens carry the loss of a conversation: "last", the completion's; "assistant", those of every turn
+            of the assistant. Rows of input_ids and labels say it themselves.
 
     Returns `Scores`, zero on a twin's rows; `metadata` says how many examples it took and, under `until_stable`, the
     looks. Dropout is off, prompt tokens carry no loss, the base gets no gradient and nothing is written. Raises
@@ -80,18 +86,22 @@ def score(
     """
     for name, value in {"batch_size": batch_size, "method": method, "until_stable": until_stable}.items():
         check_value(ScoreConfig, name, value)
+    check_value(DataConfig, "loss", turns)
     if loss is not None:
         for name, value in {"max_length": max_length, "checkpoint": checkpoint}.items():
             require(value is None, name, value, "None beside a loss, which reads the rows as they are")
     with contextlib.ExitStack() as stack:
         examples: list[Any]
         if loss is None:
-            examples = read_examples(dataset, tokenizer, max_length)
+            examples = read_examples(dataset, tokenizer, max_length, turns)
             names = [example.name for example in examples]
         else:
             examples = list(dataset)
             names = [str(row.get("id", i) if isinstance(row, Mapping) else i) for i, row in enumerate(examples)]
         require(len(examples) > 0, "dataset", "no rows", "at least one row to score")
+        if loss is None:
+            positions = positions_of(getattr(model, "config", None))
+            check_lengths(examples, positions, "the model's positions", "leave them out")
         for example in examples if loss is None else ():
             check_known(example.ids, model, tokenizer, example.name)
         layers = stack.enter_context(scoring(model))

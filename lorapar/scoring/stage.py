@@ -11,7 +11,7 @@ from ..data.labels import drawn
 from ..files import atomic_folder
 from ..model.quantised import QUANTISED, quantisation
 from ..recipe.sections import Recipe
-from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files, no_inputs, rows_put_aside
+from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files, no_inputs, tokens_learned
 from .score import score
 from .scores import facts_of, save_scores
 
@@ -33,7 +33,7 @@ def score_stage(run: Run) -> Facts:
         rows = drawn(labels, system, config.examples, recipe.seed)
         scores = score(
             model, run.tokenizer, rows, config.batch_size, config.method, config.max_length, recipe.seed,
-            config.until_stable, recipe.partition.theta, folder / SUMS.format(system),
+            config.until_stable, recipe.partition.theta, folder / SUMS.format(system), turns=recipe.data.loss,
         )  # fmt: skip
         both.append(scores)
         facts |= facts_of(scores, system)
@@ -72,7 +72,7 @@ def stage(recipe: Recipe) -> Stage:
         sections=(*ADAPTED, "score", "seed", *stop),
         reads=(LABELS,),
         writes=(*adapter_files("start"), *([SCORES] if scored else [])),
-        inputs=rows_put_aside if scored else no_inputs,
+        inputs=tokens_learned if scored else no_inputs,
         check=check,
         discard=discard,
     )

@@ -22,8 +22,10 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from ..adapter.merging import merged_parameters
 from ..data.labels import once_a_prompt, rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
+from ..data.turns import Turns
 from ..errors import InputError, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
+from ..model.positions import positions_of
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
@@ -206,16 +208,39 @@ def check_engine(config: GRPOConfig, base: str | None) -> None:
 
 
 def _watch(
-    model: PeftModel, tokenizer: Any, rows: Dataset, config: GRPOConfig, systems: Sequence[int], rise: float
-) -> LossWatch:
+    model: PeftModel, tokenizer: Any, rows: Dataset, config: GRPOConfig, systems: Sequence[int], rise: float,
+    turns: Turns,
+) -> LossWatch:  # fmt: skip
     check_watching(config)
     require(len(rows) > 0, "watched", "no rows", "at least one row, or None")
     others = [system for system in (1, 2) if system not in systems]
     require(bool(others), "systems", list(systems), "one system beside watched rows, which are of the other")
-    examples = read_examples(cast(Any, rows), tokenizer, None)
+    examples = read_examples(cast(Any, rows), tokenizer, None, turns)
     for example in examples:
         check_known(example.ids, model, tokenizer, example.name)
     return LossWatch(Path(cast(str, config.output_dir)), examples, others[0], rise)
+
+
+def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int | None) -> tuple[Dataset, int]:
+    """(the rows whose prompt leaves room for a whole completion, how many do not); the log says how many, and why."""
+    given = config.vllm_max_model_length if config.use_vllm else None
+    limit = min((n for n in (positions, given) if n is not None), default=None)
+    new = config.max_completion_length
+    if limit is None or new is None:
+        return rows, 0
+    kwargs: Any = config.chat_template_kwargs or {}
+    lengths = [
+        len(prompt_ids({**row, "chat_template_kwargs": {**kwargs, **row_kwargs(row)}}, tokenizer)) for row in rows
+    ]
+    keep = [i for i, length in enumerate(lengths) if length + new <= limit]
+    what = f"grpo.max_completion_length: {new} tokens behind the prompt are more than the {limit} that the model takes"
+    if not keep:
+        raise InputError(f"{what}, for each of {len(rows)} rows; lower it to at most {max(limit - min(lengths), 0)}")
+    if len(keep) < len(rows):
+        log.warning("grpo: %d of %d rows left out: %s; lower it to keep them (the longest prompt has %d tokens)",
+                    len(rows) - len(keep), len(rows), what, max(lengths))  # fmt: skip
+        rows = rows.select(keep)
+    return rows, len(lengths) - len(keep)
 
 
 def grpo(
@@ -233,6 +258,7 @@ def grpo(
     activation_offloading: bool = False,
     watched: Dataset | None = None,
     watch_rise: float = 0.1,
+    watched_turns: Turns = "last",
 ) -> tuple[PartitionedGRPOTrainer, Trained]:
     """Train the partition's "grpo" elements of `model` in place on the prompts of `systems`.
 
@@ -250,15 +276,18 @@ def grpo(
             computed before the first step and at each checkpoint, and the model ends as one of the checkpoints
             (watching.py has the rule; `Trained.watched` says which). Training itself is not changed.
         watch_rise: by how much that loss may rise above its value at the start, in nats an answer token.
+        watched_turns: whose tokens that loss is of, as `turns` of `lorapar.sft`.
 
+    Rows whose prompt leaves the model no positions for a whole completion are left out; the log says how many.
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
-    watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise)
+    watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise, watched_turns)
     labelled = rows_of(dataset, systems)
-    rows = once_a_prompt(labelled)
+    once = once_a_prompt(labelled)
+    rows, left_out = _with_room(once, tokenizer, config, positions_of(model.config))
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
@@ -273,8 +302,9 @@ def grpo(
     trainer.longest_first, trainer.watch = longest_first, watch
     reference = "the adapter as this stage received it" if config.beta else "none (beta is 0)"
     log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
-    if len(rows) < len(labelled):
-        log.info("grpo: %d further completions of these prompts are not used", len(labelled) - len(rows))
+    if len(once) < len(labelled):
+        log.info("grpo: %d further completions of these prompts are not used", len(labelled) - len(once))
     trained = train(trainer, partition, "grpo", len(examples), resume)
     trained.rollout_seconds = trainer.rollout_seconds
+    trained.left_out = {"no_room_for_a_completion": left_out} if left_out else {}
     return trainer, trained

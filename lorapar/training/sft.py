@@ -1,6 +1,7 @@
 """Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -11,15 +12,21 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from ..data.labels import rows_of
-from ..data.tokens import IGNORED, check_known, encode
-from ..errors import InputError
+from ..data.rows import without_arrows_nulls
+from ..data.tokens import IGNORED, check_known
+from ..data.turns import Turns, labelled
+from ..errors import InputError, require
 from ..memory.switches import default_micro_batch_tokens
+from ..model.positions import positions_of
 from ..partitioning.partition import Partition
-from ..recipe.checks import check_trainer_keys
+from ..recipe.checks import check_trainer_keys, check_value
+from ..recipe.sections import DataConfig, SFTStageConfig
 from .answer_head import score_answers_alone
+from .best import EarlyStopping, check_evaluation, evaluates
 from .rehearsal import longest, rehearsing
 from .trainer import PAPER, PartitionedTrainer, Trained, train
 
+log = logging.getLogger("lorapar")
 # transformers counts a step's tokens beforehand only for a model whose forward takes them (remote code may not, Gemma 4
 # and Qwen2.5-VL say no); without that count each part's loss would be a mean of its own. So is the balancing loss of a
 # mixture of experts.
@@ -53,6 +60,27 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Each pass over a data loader draws a number; training must go on as if nothing had been evaluated.
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
+        if "eval_loss" in metrics:
+            rows = len(cast(Dataset, self.eval_dataset))
+            log.info("sft: step %d: eval_loss %.4f, %d rows", self.state.global_step, metrics["eval_loss"], rows)
+        return metrics
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any):
+        """One batch of an evaluation, in the parts that training takes: the mean over all its tokens."""
+        parts = micro_batches(inputs, self.micro_batch_tokens)
+        if len(parts) == 1 or not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
+        counts = torch.tensor([int((part["labels"][:, 1:] != IGNORED).sum()) for part in parts])
+        losses: list[Tensor] = []
+        for part in parts:
+            losses.append(cast(Any, super().prediction_step(model, part, True, *args, **kw)[0]))
+        weights = (counts / counts.sum()).to(losses[0].device)
+        return (torch.stack(losses) * weights).sum(), None, None
+
     def rehearse(self, model: Any) -> None:
         rows = cast(Dataset, self.train_dataset)
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -84,21 +112,40 @@ def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, 
 
 
 def examples_that_fit(
-    rows: Dataset, tokenizer: Any, max_length: int | None, model: Any = None, whole: bool = False
+    rows: Dataset,
+    tokenizer: Any,
+    max_length: int | None,
+    model: Any = None,
+    whole: bool = False,
+    turns: Turns = "last",
+    what: str = "every row",
+    say: str = "",
 ) -> Dataset:
     """`input_ids` and `labels` of the rows of at most `max_length` tokens, by the tokens that scoring takes.
 
-    whole: the prompt's tokens carry a loss too. Raises InputError where no row is as short as that, or a row holds a
-    token that `model` lacks.
+    whole: the prompt's tokens carry a loss too; turns: else whose do (data/turns.py). what: the rows, for the error;
+    say: what for, where the log is to say how many are left out. With a `model`, its positions are a limit too. Raises
+    InputError where no row is as short as that, or a row holds a token that `model` lacks.
     """
-    encoded = [encode(rows[i], tokenizer) for i in range(len(rows))]
+    encoded = [labelled(rows[i], tokenizer, turns) for i in range(len(rows))]
     for i, (ids, _) in enumerate(encoded if model is not None else ()):
         check_known(ids, model, tokenizer, str(rows[i].get("id", i)))
-    fits = [(ids, n) for ids, n in encoded if max_length is None or len(ids) <= max_length]
+    positions = None if model is None else positions_of(model.config)
+    limit = min((n for n in (max_length, positions) if n is not None), default=None)
+    fits = [(ids, labels) for ids, labels in encoded if limit is None or len(ids) <= limit]
+    longer = len(encoded) - len(fits)
+    if longer and say:
+        longest = max(len(ids) for ids, _ in encoded)
+        keep = f"sft.max_length: {limit} tokens; raise it to keep them"
+        if limit != max_length:
+            keep = f"the model's positions: {limit} tokens; no key changes that"
+        log.warning("sft: %d of %d rows to %s on left out: longer than %s (the longest has %d)", longer, len(encoded),
+                    say, keep, longest)  # fmt: skip
     if not fits:
         shortest = min(len(ids) for ids, _ in encoded)
-        raise InputError(f"sft.max_length: got {max_length}, shorter than every row ({shortest} tokens)")
-    labels = [ids if whole else [IGNORED] * n_prompt + ids[n_prompt:] for ids, n_prompt in fits]
+        at = "sft.max_length: got" if limit == max_length else "model.name: its positions are"
+        raise InputError(f"{at} {limit}, shorter than {what} ({shortest} tokens)")
+    labels = [ids if whole else labels for ids, labels in fits]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in fits], "labels": labels})
 
 
@@ -112,6 +159,9 @@ def sft(
     resume: bool = False,
     longest_first: bool = True,
     micro_batch_tokens: int | Literal["auto"] | None = "auto",
+    eval_dataset: Dataset | None = None,
+    early_stopping_patience: int | None = None,
+    turns: Turns = "last",
 ) -> tuple[PartitionedSFTTrainer, Trained]:
     """Train the partition's "sft" elements of `model` in place on the rows of `systems`.
 
@@ -123,16 +173,46 @@ def sft(
         resume: go on from the last whole checkpoint there.
         micro_batch_tokens: the part of a batch that goes through the model at once, None: all of it. The losses and
             gradients are the same; "auto": 512 on a CPU, where batches gain no time, None on a GPU.
+        eval_dataset: rows that `config.eval_strategy` has evaluated while training goes on, all of them, whatever their
+            system and split; none of them should be in `dataset`. With `load_best_model_at_end` the model ends as the
+            checkpoint with the best `metric_for_best_model`; `Trained.best` says which.
+        early_stopping_patience: stop once so many evaluations in a row were no better than the best one; None: do not.
+        turns: whose tokens carry the loss of a conversation: "last", the completion's; "assistant", those of every turn
+            of the assistant.
         longest_first: take the longest rows once through forward and backward before the first step (rehearsal.py).
 
-    Rows longer than `config.max_length` are left out and counted, not cut (TRL cuts them in silence).
+    Rows longer than `config.max_length` or the model's positions are left out, not cut (TRL cuts them in silence); the
+    log says how many, and `Trained.left_out`.
     Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("sft", vars(config))
-    rows = rows_of(dataset, systems)
-    examples = examples_that_fit(rows, tokenizer, config.max_length, model, config.completion_only_loss is False)
-    trainer = PartitionedSFTTrainer(model=model, args=config, train_dataset=examples, processing_class=tokenizer)
+    check_evaluation(lambda name: getattr(config, name), early_stopping_patience)
+    check_value(SFTStageConfig, "early_stopping_patience", early_stopping_patience)
+    check_value(DataConfig, "loss", turns)
+    rows, whole = rows_of(dataset, systems), config.completion_only_loss is False
+    require(turns == "last" or not whole, "sft.completion_only_loss", False, "nothing beside data.loss: assistant")
+    examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole, turns, say="train")
+    evaluated = None
+    if evaluates(config):
+        if eval_dataset is None or not len(eval_dataset):
+            raise InputError("eval_dataset: got no rows, expected those that sft.eval_strategy evaluates")
+        evaluated = examples_that_fit(
+            without_arrows_nulls(eval_dataset),
+            tokenizer,
+            config.max_length,
+            model,
+            whole,
+            turns,
+            "every row put aside",
+            "evaluate",
+        )
+        log.info("sft: %d rows to train on, %d to evaluate", len(examples), len(evaluated))
+    trainer = PartitionedSFTTrainer(
+        model=model, args=config, train_dataset=examples, eval_dataset=evaluated, processing_class=tokenizer
+    )
     trainer.longest_first = longest_first
+    if early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(early_stopping_patience))
     adds_up = trainer.model_accepts_loss_kwargs and not trainer.aux_loss_enabled
     if micro_batch_tokens == "auto":
         device = next(model.parameters()).device.type

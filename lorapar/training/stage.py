@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations  # py
 from ..adapter.attach import load_adapter
 from ..adapter.layers import lora_parameters
 from ..data.labels import rows_of
-from ..errors import InputError
+from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
@@ -26,11 +26,12 @@ from ..stage import (
     Stage,
     adapter_files,
     is_main_process,
-    no_inputs,
     partition_of,
-    rows_put_aside,
+    tokens_learned,
+    tokens_watched,
     weights_of,
 )
+from .best import check_evaluation
 from .trainer import StageName, save_stage
 from .watching import WATCHED, check_watching
 
@@ -43,9 +44,11 @@ def sft_stage(run: Run) -> Facts:
     set_seed(run.recipe.seed)
     section, config = run.recipe.sft, trainer_config(run, "sft")
     model, tokenizer, partition = _to_train(run, "sft")
+    rows, evaluated = run.rows_of_sft()
     trainer, trained = sft(
-        model, tokenizer, run.put_aside()[0], partition, config, section.systems, resume=True,
+        model, tokenizer, rows, partition, config, section.systems, resume=True,
         longest_first=section.longest_first, micro_batch_tokens=section.micro_batch_tokens,
+        eval_dataset=evaluated, early_stopping_patience=section.early_stopping_patience, turns=run.recipe.data.loss,
     )  # fmt: skip
     return _finish(run, "sft", trainer, trained)
 
@@ -61,7 +64,7 @@ def grpo_stage(run: Run) -> Facts:
         model, tokenizer, rows, partition, config, rewards, section.systems, resume=True,
         longest_first=section.longest_first, rollout_batch_size=section.rollout_batch_size,
         logprob_tokens=section.logprob_tokens, activation_offloading=section.activation_offloading,
-        watched=watched, watch_rise=section.watch_rise,
+        watched=watched, watch_rise=section.watch_rise, watched_turns=run.recipe.data.loss,
     )  # fmt: skip
     return _finish(run, "grpo", trainer, trained)
 
@@ -97,6 +100,7 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
         "resumed_from": trained.resumed_from,
         **({"rollout_seconds": round(trained.rollout_seconds, 3)} if name == "grpo" else {}),
         **({"watched": trained.watched} if trained.watched else {}),
+        **({"best": trained.best} if trained.best else {}),
     }
 
 
@@ -130,11 +134,17 @@ def trainer_config(run: Run, name: StageName) -> Any:
 
 def check(run: Run, name: StageName) -> None:
     """Make the trainer's configuration, and find the rewards."""
+    if name == "sft":
+        check_evaluation(run.recipe.sft.setting, run.recipe.sft.early_stopping_patience)
     config = trainer_config(run, name)
     if name == "grpo":
         from .grpo import check_engine
 
         check_engine(config, run.recipe.lora.get("base"))
+        positions, new = run.positions, config.max_completion_length
+        if positions is not None and new is not None:
+            require(new < positions, "grpo.max_completion_length", new,
+                    f"less than the model's {positions} positions, which a prompt takes some of")  # fmt: skip
         if run.recipe.grpo.watch_rows:
             check_watching(config)
         resolve_rewards(run.recipe.grpo.rewards)
@@ -149,11 +159,11 @@ def discard(run: Run, name: StageName) -> None:
     losses = run.folder / name / WATCHED
     if not checkpoints and not losses.exists():
         return
-    rows = rows_of(run.put_aside()[0], getattr(run.recipe, name).systems)
+    rows = rows_of(run.rows_of_sft()[0] if name == "sft" else run.put_aside()[0], getattr(run.recipe, name).systems)
     if name == "sft":
         from .sft import examples_that_fit
 
-        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length)
+        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length, turns=run.recipe.data.loss)
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)
@@ -168,8 +178,7 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         sections=(*ADAPTED, name, "seed"),
         reads=(LABELS, partition_of(recipe, name), weights_of(before(recipe, name))),
         writes=adapter_files(name),
-        # The section grpo says it by itself.
-        inputs=rows_put_aside if name == "sft" else no_inputs,
+        inputs=tokens_learned if name == "sft" else tokens_watched,
         check=lambda run: check(run, name),
         discard=lambda run: discard(run, name),
         trains=True,

@@ -30,6 +30,7 @@ from ..files import read_json, why_not_whole, write_json
 from ..memory.process import give_back_large_blocks
 from ..partitioning.partition import Partition
 from ..progress import TrainingProgress
+from .best import keep_best
 from .optimizer import PartitionedAdamW
 from .watching import WATCHED, LossWatch
 
@@ -64,6 +65,7 @@ class Trained:
     left_out: dict[str, int] = field(default_factory=dict)
     rollout_seconds: float = 0.0
     watched: dict[str, Any] | None = None  # what a `LossWatch` saw, and the step that it kept
+    best: dict[str, Any] | None = None  # which checkpoint `load_best_model_at_end` kept
 
 
 class PartitionedTrainer(Trainer):
@@ -139,7 +141,7 @@ class PartitionedTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         if self.watch is not None and self.state.global_step == 0:
@@ -150,6 +152,9 @@ class PartitionedTrainer(Trainer):
         if self.watch is not None:
             self.watch.measure(self)
         super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """`train` does it, from the checkpoints as they are then (best.py)."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -189,6 +194,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
     if trainer.is_world_process_zero():
         note_choices(output_dir)
     watched = None if watch is None else watch.keep(trainer)
+    best = keep_best(trainer) if trainer.args.load_best_model_at_end else None
     optimizer = cast(Any, trainer.optimizer)
     optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
     return Trained(
@@ -198,6 +204,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
         rows=rows,
         resumed_from=checkpoint.name if checkpoint else None,
         watched=watched,
+        best=best,
     )
 
 

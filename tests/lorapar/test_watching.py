@@ -80,32 +80,32 @@ def scripted(monkeypatch, losses):
 
 
 def test_the_rows_put_aside_are_of_the_system_and_do_not_depend_on_the_order():
-    rest, aside = put_aside(LABELLED, 1, 5)
+    rest, aside = put_aside(LABELLED, [1], 5)
     assert {(row["system"], row["split"]) for row in aside} == {(1, "train")}  # type: ignore[call-overload]
     assert len(set(aside["id"])) == 5
     assert sorted([*rest["id"], *aside["id"]]) == sorted(LABELLED["id"])
-    shuffled = put_aside(LABELLED.shuffle(seed=3), 1, 5)
+    shuffled = put_aside(LABELLED.shuffle(seed=3), [1], 5)
     assert sorted(shuffled[1]["id"]) == sorted(aside["id"])
     # More rows are these and others; the other system's are its own.
-    assert set(put_aside(LABELLED, 1, 8)[1]["id"]) > set(aside["id"])
-    assert not set(put_aside(LABELLED, 2, 5)[1]["id"]) & set(aside["id"])
+    assert set(put_aside(LABELLED, [1], 8)[1]["id"]) > set(aside["id"])
+    assert not set(put_aside(LABELLED, [2], 5)[1]["id"]) & set(aside["id"])
     assert list(rest["id"]) == [name for name in LABELLED["id"] if name not in aside["id"]]
 
 
 def test_rows_of_one_id_stay_together():
     twice = Dataset.from_list([{**row, "id": f"{i // 2:02}", "split": "train"} for i, row in enumerate(ROWS)])  # type: ignore[dict-item]
-    rest, aside = put_aside(twice, 1, 4)
+    rest, aside = put_aside(twice, [1], 4)
     assert not set(rest["id"]) & set(aside["id"])
     held_out = twice.select(range(2)).remove_columns("split").add_column("split", ["held_out"] * 2)  # type: ignore[call-arg]
-    _, aside = put_aside(concatenate_datasets([twice, held_out]), 1, 20)
+    _, aside = put_aside(concatenate_datasets([twice, held_out]), [1], 20)
     assert set(aside["split"]) == {"train"}
 
 
 def test_too_few_rows_are_refused():
     own = sum(row["system"] == 2 and row["split"] == "train" for row in LABELLED)  # type: ignore[call-overload]
-    assert len(put_aside(LABELLED, 2, own - 1)[1]) == own - 1
+    assert len(put_aside(LABELLED, [2], own - 1)[1]) == own - 1
     with pytest.raises(InputError, match=f"grpo.watch_rows: got {own}, allowed: at most {own - 1}, since {own} train"):
-        put_aside(LABELLED, 2, own)
+        put_aside(LABELLED, [2], own)
 
 
 # The loss
@@ -331,7 +331,7 @@ def test_a_kept_checkpoint_that_is_gone_is_named(tmp_path, monkeypatch):
         ({"save_total_limit": 2}, "grpo.save_total_limit: got 2, expected null beside grpo.watch_rows"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
-            "grpo.load_best_model_at_end: got True, expected false beside grpo.watch_rows",
+            "grpo.eval_strategy: got 'steps'",
         ),
     ],
 )

@@ -43,7 +43,7 @@ SHORT_ANSWER = 64
 def _find_columns(rows: list[dict[str, Any]], config: "DataConfig", source: "SourceConfig") -> dict[str, str]:
     """Our column → the source's column: as mapped, else by TRL's names, else question and answer."""
     if source.name.startswith("reasoning_gym:"):
-        return {"prompt": "question", "completion": "answer", "answer": "answer"}
+        return {"prompt": "question", "completion": "completion", "answer": "answer"}
     there = list({name: None for row in rows for name in row})
     listed = ", ".join(there)
     for ours, theirs in config.columns.items():

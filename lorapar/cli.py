@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import InputError, OutOfMemory, not_installed
+from .errors import InputError, StageFailed, not_installed
 
 if TYPE_CHECKING:
     from .recipe.sections import Recipe
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"lorapar: error: {error}", file=sys.stderr)
         return 2
-    except OutOfMemory as error:
+    except StageFailed as error:
         print(f"lorapar: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -48,5 +48,23 @@ def not_installed(what: str, extra: str) -> str:
     return f"{what} is not installed; pip install 'lorapar[{extra}]'"
 
 
-class OutOfMemory(RuntimeError):
-    """A stage ran out of memory; the message says what would lower its need. What was written before stays."""
+class StageFailed(RuntimeError):
+    """A failure at work that a single line explains; the command line prints the line alone (exit status 1).
+
+    What was written before stays, and `run.log` has the whole traceback.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+class OutOfMemory(StageFailed):
+    """A stage ran out of memory; the message says what would lower its need."""
+
+
+class RewardFailed(StageFailed):
+    """A reward function, or a metric, failed or did not return a number for each completion."""
+
+
+class NothingLearned(StageFailed):
+    """A stage had nothing to learn from, such as rewards that were equal in every group."""

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
-from .errors import InputError
+from .errors import InputError, StageFailed
 
 log = logging.getLogger("lorapar")
 RUN_LOCK = ".run.log.lock"  # beside run.log; stays there, and means nothing once its process has ended
@@ -96,7 +96,9 @@ def _logging(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "stopped: %r", (error,), None))
+        # The terminal has one line of what is said in one, and the rest is for whoever looks for its cause.
+        trace = sys.exc_info() if isinstance(error, StageFailed) else None
+        file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "stopped: %r", (error,), trace))
         raise
     finally:
         for logger in libraries:

@@ -57,6 +57,7 @@ class TrainingProgress(TrainerCallback):
         self.what = what
         self.progress: Progress | None = None
         self.facts: dict[str, str] = {}
+        self.logged = self.unrewarded = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -65,7 +66,14 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         for key, name in self.SHOWN:
             if logs and key in logs:
-                self.facts[name] = f"{float(logs[key]):.3g}"
+                # TRL logs None where no completion of the steps got a reward.
+                self.facts[name] = "none" if logs[key] is None else f"{float(logs[key]):.3g}"
+        if logs and "reward" in logs:
+            self.logged += 1
+            self.unrewarded += logs["reward"] is None
+            if logs["reward"] is None and self.unrewarded == 1 and state.is_world_process_zero:
+                log.warning("%s: step %d: every reward was None or nan, so it taught nothing", self.what,
+                            state.global_step)  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
@@ -74,3 +82,6 @@ class TrainingProgress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.__exit__()
+            if self.unrewarded:
+                log.warning("%s: every reward was None or nan in %d of %d logged steps", self.what, self.unrewarded,
+                            self.logged)  # fmt: skip

@@ -20,6 +20,10 @@ class FrozenElementsChanged(RuntimeError):
     """A stage wrote something it was to leave alone, or moved nothing at all."""
 
 
+class NothingMoved(FrozenElementsChanged):
+    """Not one active element of a stage moved."""
+
+
 @dataclass
 class Snapshot:
     """What a model held before a stage: the LoRA elements themselves, and a checksum of every other parameter."""
@@ -61,7 +65,7 @@ def verify(
     Returns counts: "active" elements, those of them that "moved", "tensors" with active elements, and "tensors_moved",
     those in which one moved. A tensor without any is named in a warning: it never got a gradient, as an expert that no
     token reaches, or a tower without input. Raises FrozenElementsChanged where an inactive element or any other
-    parameter differs, or where not one active element moved.
+    parameter differs, NothingMoved where not one active element moved.
     """
     after = checksums(model)
     for name, checksum in before.others.items():
@@ -81,7 +85,7 @@ def verify(
         if active and not moved:
             still.append(name)
     if n_moved == 0:
-        raise FrozenElementsChanged(f"{stage}: not one of {n_active} active elements moved; nothing was trained")
+        raise NothingMoved(f"{stage}: not one of {n_active} active elements moved; nothing was trained")
     if still:
         named = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
         log.warning("%s: %d of %d tensors with active elements did not move, they never got a gradient: %s",

@@ -47,7 +47,7 @@ def find_columns(rows: Rows, config: "DataConfig", source: str) -> dict[str, str
     InputError, with the `data.columns` line to write, where the names there do not say it.
     """
     if source.startswith("reasoning_gym:"):
-        return {"prompt": "question", "completion": "answer", "answer": "answer"}
+        return {"prompt": "question", "completion": "completion", "answer": "answer"}
     there = list({name: None for row in rows for name in row})
     for ours, theirs in config.columns.items():
         if ours not in OUR_COLUMNS:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, not_installed, suggestion
 from .tables import ALLOWED, form_of, local_files, local_path, read_table, without_nulls
+from .task_scores import BY_OPTIONS, EXAMPLES
 
 if TYPE_CHECKING:
     from ..recipe.sections import SourceConfig
@@ -64,19 +65,28 @@ def _make_reasoning_gym(source: "SourceConfig") -> list[dict[str, Any]]:
             raise InputError(f"data.sources: {task} does not take config {options}: {error}") from error
         for position in range(count):
             entry = entries[position]
-            if entry["answer"] is None:
-                raise InputError(f"data.sources: reasoning_gym's {task} gives no single answer (row {position})")
-            # The metadata of two tasks have nothing in common, so they stay JSON text.
-            metadata = json.dumps(entry["metadata"], default=str)
-            rows.append(
-                {
-                    "question": entry["question"],
-                    "answer": str(entry["answer"]),
-                    "task": task,
-                    "metadata": metadata,
-                }
-            )
+            answer = _right_answer(task, entry)
+            if answer is None:
+                raise InputError(f"data.sources: reasoning_gym's {task} gives no right answer (row {position})")
+            row = {
+                "question": entry["question"],
+                "completion": answer,
+                "answer": answer,
+                "task": task,
+                # The metadata of two tasks have nothing in common, so they stay JSON text.
+                "metadata": json.dumps(entry["metadata"], default=str),
+            }
+            needed = bool(options) and task in BY_OPTIONS
+            rows.append(row | ({"task_config": json.dumps(options, sort_keys=True)} if needed else {}))
     return rows
+
+
+def _right_answer(task: str, entry: dict[str, Any]) -> str | None:
+    """The task's answer, else the example of one that it gives, else None."""
+    answer = entry["answer"]
+    if answer is None:
+        answer = entry["metadata"].get(EXAMPLES.get(task, ""))
+    return json.dumps(answer) if isinstance(answer, dict | list) else None if answer is None else str(answer)
 
 
 def read_source(source: "SourceConfig") -> list[tuple[str, dict[str, Any]]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ..data.answers import is_correct
 from ..data.columns import is_blank
+from ..data.task_scores import is_right
 from ..data.tokens import prompt_ids
 from ..errors import InputError, suggestion
 from ..model.generate import answer_greedily
@@ -52,7 +52,7 @@ class Probe:
             )
         votes: list[int | None] = [None] * len(rows)
         for index, text in zip(asked, given):
-            votes[index] = 1 if is_correct(text, rows[index]["answer"]) else 2
+            votes[index] = 1 if is_right(text, rows[index]) else 2
         return votes
 
 

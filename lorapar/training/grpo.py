@@ -9,30 +9,34 @@ import functools
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..adapter.merging import merged_parameters
+from ..adapter.proof import NothingMoved
 from ..data.labels import once_a_prompt, rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
 from ..data.turns import Turns
-from ..errors import InputError, not_installed, require
+from ..errors import InputError, NothingLearned, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.positions import positions_of
 from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
 from ..recipe.sections import GRPOStageConfig
+from ..rewards import CheckedReward, Reward, check_answers, checked
 from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
+from .tally import RewardTally
 from .trainer import PAPER, PartitionedTrainer, Trained, train
 from .watching import LossWatch, check_watching
 
@@ -74,6 +78,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         self._rows: list[dict[str, Any]] = []  # of the batch that is generated
         self.rollout_batch_size = rollout_batch_size
         self.rollout_seconds = 0.0
+        # A reward given as a model is TRL's to call.
+        self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
+        self.tally = RewardTally()
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
         score_answers_alone(cast(Any, made.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
@@ -111,7 +118,22 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
         texts = [self._without_end(made, ids) for made, ids in zip(completions, completion_ids_list)]
-        return super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+        if cast(nn.Module, self.model).training:
+            apart = self.multi_objective_aggregation == "normalize_then_sum"
+            self.tally.add(rewards, self.reward_weights, self.num_generations, apart)
+            if self.is_world_process_zero():
+                self.tally.warn_early(self.stage, self.remedies())
+        return rewards
+
+    def remedies(self) -> str:
+        """What may make the rewards of a group differ."""
+        return (
+            f"a higher grpo.temperature (now {self.temperature:g}) or more grpo.num_generations (now "
+            f"{self.num_generations}), so that completions differ; a grpo.max_completion_length (now "
+            f"{self.max_completion_length}) that lets them end; easier rows, or harder ones; rewards with more steps "
+            "than right and wrong (closeness, tags, task_score)"
+        )
 
     def _without_end(self, made: Any, ids: list[int]) -> Any:
         """A completion, text or messages, without what ended it: decoding leaves out special tokens alone."""
@@ -243,13 +265,34 @@ def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int
     return rows, len(lengths) - len(keep)
 
 
+def check_rewards(rows: Dataset, rewards: Sequence[Reward]) -> None:
+    """Say how many prompts have no answer for the rewards that need one; InputError where none has."""
+    names = {getattr(reward, "__name__", str(reward)): reward for reward in rewards}
+    check_answers(names, rows, "grpo.rewards", "prompts")
+
+
+def _say_rewards(trainer: PartitionedGRPOTrainer) -> None:
+    """What of the rewards taught nothing, where something did not."""
+    tally = trainer.tally
+    for reward in trainer.reward_funcs:
+        if isinstance(reward, CheckedReward) and reward.not_finite:
+            log.warning("grpo: %d values of %s were nan or infinite and counted as None", reward.not_finite,
+                        reward.name)  # fmt: skip
+    if tally.all_equal:
+        log.warning("grpo: %s, so there was no gradient and no more than weight decay moved the weights; try %s",
+                    tally.said(), trainer.remedies())  # fmt: skip
+    elif tally.equal:
+        log.info("grpo: in %d of %d groups the completions' rewards were equal, so these taught nothing",
+                 tally.equal, tally.groups)  # fmt: skip
+
+
 def grpo(
     model: PeftModel,
     tokenizer: Any,
     dataset: Dataset,
     partition: Partition,
     config: GRPOConfig,
-    rewards: Sequence[Callable[..., list[float | None]]],
+    rewards: Sequence[Reward],
     systems: Sequence[int] = (2,),
     resume: bool = False,
     longest_first: bool = True,
@@ -279,7 +322,8 @@ def grpo(
         watched_turns: whose tokens that loss is of, as `turns` of `lorapar.sft`.
 
     Rows whose prompt leaves the model no positions for a whole completion are left out; the log says how many.
-    Returns the trainer and what it did; raises InputError, or FrozenElementsChanged where the proof at the end fails.
+    Returns the trainer and what it did. Raises InputError; RewardFailed where a reward function fails; NothingLearned
+    where every group's rewards were equal and nothing moved; FrozenElementsChanged where the proof at the end fails.
     """
     check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
@@ -288,6 +332,7 @@ def grpo(
     labelled = rows_of(dataset, systems)
     once = once_a_prompt(labelled)
     rows, left_out = _with_room(once, tokenizer, config, positions_of(model.config))
+    check_rewards(rows, rewards)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
@@ -304,7 +349,14 @@ def grpo(
     log.info("grpo: %d prompts, reference model: %s", len(examples), reference)
     if len(once) < len(labelled):
         log.info("grpo: %d further completions of these prompts are not used", len(labelled) - len(once))
-    trained = train(trainer, partition, "grpo", len(examples), resume)
+    try:
+        trained = train(trainer, partition, "grpo", len(examples), resume)
+    except NothingMoved as error:
+        if not trainer.tally.all_equal:
+            raise
+        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said()}, so there was no gradient; try "
+                             f"{trainer.remedies()}") from error  # fmt: skip
+    _say_rewards(trainer)
     trained.rollout_seconds = trainer.rollout_seconds
     trained.left_out = {"no_room_for_a_completion": left_out} if left_out else {}
     return trainer, trained

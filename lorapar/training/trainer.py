@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,6 +39,8 @@ StageName = Literal["sft", "grpo"]
 CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
+# Of each process of a run.
+RANDOM_STATE = "rng_state{}.pth"
 PAPER = {
     "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
     "id": "2507.20999",
@@ -151,6 +153,14 @@ class PartitionedTrainer(Trainer):
             self.watch.measure(self)
         super()._save_checkpoint(*args, **kwargs)
 
+    def checkpoint_files(self) -> list[str]:
+        """The files without which this process cannot go on from a checkpoint as if it had not been stopped."""
+        return [*CHECKPOINT_FILES, RANDOM_STATE.format(self._process())]
+
+    def _process(self) -> str:
+        """How transformers tells apart the files that each process of a distributed launch writes."""
+        return f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # Before the checkpoint is complete, so that a resumed run never uses other products.
@@ -180,7 +190,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
     output_dir = Path(cast(str, trainer.args.output_dir))
     watch = trainer.watch
     judged = None if watch is None else watch.recorded()
-    checkpoint = last_checkpoint(output_dir, partition, judged) if resume else None
+    checkpoint = last_checkpoint(output_dir, partition, trainer.checkpoint_files(), judged) if resume else None
     if watch is not None:
         watch.go_on_from(None if checkpoint is None else step_of(checkpoint))
     if resume:
@@ -227,9 +237,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def last_checkpoint(output_dir: Path, partition: Partition, judged: Collection[int] | None = None) -> Path | None:
+def last_checkpoint(
+    output_dir: Path, partition: Partition, files: Sequence[str], judged: Collection[int] | None = None
+) -> Path | None:
     """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition.
 
+    files: those that it must hold.
     judged: the steps whose loss is on file, where losses are watched: no other checkpoint is gone on from.
     """
     there = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
@@ -238,7 +251,7 @@ def last_checkpoint(output_dir: Path, partition: Partition, judged: Collection[i
             log.info("%s: its loss is not in %s, passed over", folder, WATCHED)
             continue
         # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
-        faults = [fault for fault in (why_not_whole(folder / name) for name in CHECKPOINT_FILES) if fault]
+        faults = [fault for fault in (why_not_whole(folder / name) for name in files) if fault]
         if faults:
             log.info("%s: not whole (%s), passed over", folder, faults[0])
             continue

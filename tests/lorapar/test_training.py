@@ -16,7 +16,7 @@ from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.adapter.proof import FrozenElementsChanged
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
-from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices
+from lorapar.training.trainer import CHECKPOINT_FILES, CHOICES, last_checkpoint, save_stage, take_choices
 from lorapar_kernels import lora_product
 from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -313,12 +313,12 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     model, made = fresh()
     keys = dict(save_strategy="steps", save_steps=2)
     lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys))
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-4"
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:40])
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
     state.unlink()
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
 
 
 def test_saved_stage_holds_only_what_vllm_and_peft_know(tmp_path, tiny_folder):

@@ -162,6 +162,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, *rest: Any, **kw: Any
     ) -> tuple[Any, Any]:
+        if not self.use_vllm:
+            # Drawing a token of probabilities that are not finite ends a GPU's process without a word of the cause.
+            self.check_finite(prompt_ids[0][:64])
         began = time.perf_counter()
         # vLLM schedules by itself what it holds at once.
         at_once = len(prompt_ids) if self.use_vllm else self.rollout_batch_size or len(prompt_ids)
@@ -172,6 +175,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
             completions += made
         self.rollout_seconds += time.perf_counter() - began
         return completions, logprobs
+
+    def some_tokens(self) -> list[int]:
+        return self._prompt_ids(cast(Dataset, self.train_dataset)[0])[:64]
 
     def rehearse(self, model: Any) -> None:
         """The longest prompts with completions of `max_completion_length`: a rollout, and one batch's gradients."""

@@ -10,8 +10,10 @@ from the model that was trained is said.
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
 from ..adapter.attach import save_adapter, take_over_products
-from ..adapter.layers import ADAPTER
+from ..adapter.layers import ADAPTER, lora_parameters
 from ..adapter.merging import PREFIX, merge_checkpoint, merged_weight
 from ..errors import InputError
 from ..files import atomic_folder, read_json, write_json
@@ -45,6 +47,13 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch
 # quickstart's stage 2, 0.56 (ours is 0.26 from PEFT's layers in fp32, PEFT's in bf16 0.60). Then the root mean square
 # decides, as a share of what the adapter does to the base's logits: 0.26 there, and 1 where the adapter is lost.
 SHARE = 0.4
+# A merged model is held in fp32 against the adapter in fp32, so that nothing but the rounding of its weights is between
+# them, and that by no more than this share of what the adapter does. From less than half of that on the share is said.
+MERGED_SHARE = 0.5
+SAID_SHARE = 0.2
+# A merged layer is as near to base + delta as rounding once is, and has its bits, but for the order of a sum.
+ROUNDED_ONCE = 1.05
+OTHER_BITS = 1e-4
 # In a mixture of experts, rounding moves the choice of an expert here and there, and with it a token's logits by any
 # amount. There it decides that every tensor is what it should be.
 HALF = (torch.float16, torch.bfloat16)
@@ -73,7 +82,9 @@ def export(
 
     Returns the largest logit differences, {"adapter": d, "merged": d}, in units of the logits' standard deviation; of
     a quantised base also "merged_from_trained", from the merged model to the trained one: what leaving 4 bits costs.
-    Raises ExportDiffers where one passes `TOLERANCE`, in half precision where it passes `SHARE` as well.
+    Raises ExportDiffers where one passes `TOLERANCE`, in half precision where it passes `SHARE` as well, and where the
+    adapter's tensors or the merged model's are others than they should be; InputError where `dtype` rounds so much of
+    the adapter away that the merged model would not be the trained one.
     """
     base = model.get_base_model()
     base_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
@@ -100,6 +111,7 @@ def export(
             take_over_products(plain)
         with plain.disable_adapter():
             without = _logits(plain, probe)
+        _check_adapter(model, plain)
         differences["adapter"] = _check("adapter", ours, _logits(plain, probe), base_dtype, without,
                                         lambda: _has_experts(base) and _same_adapter(model, plain))  # fmt: skip
     if merged and form is not None:
@@ -111,17 +123,22 @@ def export(
         target = dtype or base_dtype
         with atomic_folder(folder / "merged") as temporary:
             # In fp32, so that the sum is rounded once, to the dtype that is written.
-            whole = cast(Any, plain.to(torch.float32)).merge_and_unload(safe_merge=True).to(target)
+            plain = plain.to(torch.float32)
+            adapted = _with_and_without(plain, probe)
+            whole = cast(Any, plain).merge_and_unload(safe_merge=True).to(target)
             whole.generation_config.eos_token_id = stops or None
             whole.save_pretrained(str(temporary), safe_serialization=True)
+            del plain, whole
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
             write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
+            rounded = _check_merged_weights(model, back, target)
             differences["merged"] = _check(
                 "merged", ours, _logits(back, probe), max((target, base_dtype), key=_coarseness), without,
-                lambda: _has_experts(base) and _same_merged(model, back, target),
+                lambda: _has_experts(base),
             )  # fmt: skip
+            _check_nearer(adapted, back, probe, rounded)
     return differences
 
 
@@ -151,13 +168,16 @@ def _merge_original(
         adapted = PeftModel.from_pretrained(original, str(folder / "adapter"))
         back = _load_plain(str(temporary), dtype, {**source, "revision": None})
         logits = _logits(back, probe)
-        difference = _check("merged", _logits(adapted, probe), logits, dtype,
-                            same=lambda: _has_experts(original) and _same_merged(adapted, back, dtype))  # fmt: skip
+        rounded = _check_merged_weights(adapted, back, dtype)
+        difference = _check("merged", _logits(adapted, probe), logits, dtype, same=lambda: _has_experts(back))
+        wide = _with_and_without(adapted.to(torch.float32), probe)
+        del adapted, original
+        _check_nearer(wide, back, probe, rounded)
     from_trained = float((logits - ours.cpu()).abs().max() / ours.std())
     log.info(
         "export: merged from the original weights in %s (%d MB), not into the %s base, which would round base + delta "
         "to it anew; its logits are up to %.2g standard deviations from those of the model that was trained",
-        str(dtype).removeprefix("torch."), size // 10**6, form, from_trained,
+        _name(dtype), size // 10**6, form, from_trained,
     )  # fmt: skip
     return {"merged": difference, "merged_from_trained": from_trained}
 
@@ -240,22 +260,105 @@ def _scalings(model: nn.Module) -> dict[str, float]:
     return {name: layer.scaling[ADAPTER] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
+def _check_adapter(model: PeftModel, plain: PeftModel) -> None:
+    """ExportDiffers unless `plain` has the trained adapter: PEFT warns where it finds no weights, and goes on."""
+    theirs = dict(plain.named_parameters())
+    for name, tensor in lora_parameters(model).items():
+        if name not in theirs or not torch.equal(theirs[name].to(tensor), tensor):
+            raise ExportDiffers(f"adapter: loaded by PEFT, {name} is not as it was trained")
+    if _scalings(model) != _scalings(plain):
+        raise ExportDiffers("adapter: loaded by PEFT, its layers have another scaling than in training")
+
+
+@dataclass
+class Rounded:
+    """What rounding to `dtype` does to a merge: how many of the adapted elements stay as they were, from how many of
+    the layers it takes most of the delta, and whether the base's own weights are numbers of that dtype."""
+
+    dtype: torch.dtype
+    on_grid: bool
+    elements: int = 0
+    still: int = 0
+    layers: int = 0
+    lost: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"the adapter's change is below the spacing of {_name(self.dtype)} and rounded away in "
+            f"{self.still / self.elements:.0%} of the elements, and most of it in {self.lost} of {self.layers} layers"
+        )
+
+
 @torch.no_grad()
-def _same_merged(model: PeftModel, merged: Any, dtype: torch.dtype) -> bool:
-    """Whether a merged model's tensors are the base's with the adapter's deltas, but for the last bit of `dtype`."""
+def _check_merged_weights(model: PeftModel, merged: Any, dtype: torch.dtype) -> Rounded:
+    """ExportDiffers unless each tensor of a merged model is the base's with the adapter's delta, rounded once."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    found = Rounded(dtype, on_grid=True)
     for name, tensor in model.named_parameters():
         if ".lora_" in name:
             continue
+        plain_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        got = merged.get_parameter(plain_name).to(tensor.device)
+        base = tensor.to(dtype)
         layer = layers.get(name.removesuffix(".base_layer.weight"))
-        expected = tensor
-        if layer is not None:
-            a, b = (cast(Any, factors)[ADAPTER].weight for factors in (layer.lora_A, layer.lora_B))
-            expected = merged_weight(tensor, a, b, layer.scaling[ADAPTER])
-        got = merged.get_parameter(name.removeprefix(PREFIX).replace(".base_layer.", ".")).to(expected.device)
-        if not torch.allclose(got.float(), expected.to(dtype).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-30):
-            return False
-    return True
+        if layer is None:
+            if not torch.equal(got.float(), base.float()):
+                raise ExportDiffers(f"merged: {plain_name} is not the base's, and the adapter does not change it")
+            continue
+        a, b = (cast(Any, factors)[ADAPTER].weight for factors in (layer.lora_A, layer.lora_B))
+        wanted = merged_weight(tensor.float(), a, b, layer.scaling[ADAPTER])
+        rounded, delta = wanted.to(dtype), wanted - tensor.float()
+        error, least = (float((one.float() - wanted).norm()) for one in (got, rounded))
+        # fp32 sums in another order too.
+        wrong = error > ROUNDED_ONCE * least + 4 * torch.finfo(torch.float32).eps * float(wanted.norm())
+        if dtype in HALF:
+            others, changed = int((got != rounded).sum()), int((rounded != base).sum())
+            wrong |= others > 0.05 * changed + OTHER_BITS * got.numel() + 2
+        if wrong or not math.isfinite(error):
+            raise ExportDiffers(
+                f"merged: {plain_name} is not base + delta rounded to {_name(dtype)}: it is off by {error:.3g} (norm), "
+                f"where rounding explains {least:.3g} and the delta is {float(delta.norm()):.3g}"
+            )
+        kept = float(((rounded.float() - base.float()) * delta).sum())
+        found.elements += got.numel()
+        found.still += int(((rounded == base) & (delta != 0)).sum())
+        found.layers += 1
+        found.lost += kept < float(delta.square().sum()) / 2
+        found.on_grid &= torch.equal(base.float(), tensor.float())
+    return found
+
+
+def _with_and_without(model: PeftModel, probe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits with the adapter, logits of the base)"""
+    with model.disable_adapter():
+        base = _logits(model, probe)
+    return _logits(model, probe), base
+
+
+def _check_nearer(adapted: tuple[torch.Tensor, torch.Tensor], merged: Any, probe: torch.Tensor, found: Rounded) -> None:
+    """InputError where a merged model lies not much nearer to the adapter than the base does; `merged` becomes fp32."""
+    with_adapter, base = adapted
+    effect = float((with_adapter - base).norm())
+    share = 0.0
+    # Rounding moves the choice of experts, and logits by any amount with it; and what an adapter does may be less than
+    # the rounding of fp32. Then the weights alone decide.
+    if not _has_experts(merged) and effect > 1e-5 * float(with_adapter.norm()):
+        share = float((_logits(merged.to(torch.float32), probe) - with_adapter).norm()) / effect
+    name = _name(found.dtype)
+    # A base of more precision than is written is rounded itself, as it would be without an adapter.
+    if found.lost == found.layers or (share > MERGED_SHARE and found.on_grid):
+        of = f"; the logits move by {share:.0%} of what the adapter does" if share else ""
+        raise InputError(
+            f"export.dtype: {name} is too coarse to merge into: {found}{of}; set export.dtype: float32, or leave "
+            "export.merged out and use adapter/, which is written and whole"
+        )
+    if share > SAID_SHARE or found.lost:
+        log.warning("export: merged: rounding to %s moves the logits by %.0f %% of what the adapter does, and %s; "
+                    "export.dtype: float32 keeps all, as adapter/ does", name, 100 * share, found)  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(
@@ -278,13 +381,13 @@ def _check(
         if share <= SHARE:
             log.info(
                 "export: %s: a logit is %.2g standard deviations off by rounding to %s; in the root mean square it is "
-                "%.2g of what the adapter does", what, difference, str(dtype).removeprefix("torch."), share,
+                "%.2g of what the adapter does", what, difference, _name(dtype), share,
             )  # fmt: skip
             return difference
     if dtype in HALF and same():
         log.info(
             "export: %s: a logit is %.2g standard deviations off though every tensor is as it should be: rounding to "
-            "%s has moved the choice of experts", what, difference, str(dtype).removeprefix("torch."),
+            "%s has moved the choice of experts", what, difference, _name(dtype),
         )  # fmt: skip
         return difference
     raise ExportDiffers(

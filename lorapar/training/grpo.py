@@ -41,6 +41,8 @@ from .trainer import PAPER, PartitionedTrainer, Trained, train
 from .watching import LossWatch, check_watching
 
 log = logging.getLogger("lorapar")
+# In a checkpoint, of each process: the completions that it has generated and not yet trained on.
+ROLLOUTS = "rollouts{}.pt"
 # Ours, or the completion that GRPO makes itself; the rest reaches the rewards by name.
 NOT_FOR_REWARDS = ("completion", "split", "votes", "agreement", "teachers")
 
@@ -98,6 +100,36 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         else:
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
+    # Going on from a checkpoint. TRL would generate anew in the middle of a generation batch (steps_per_generation,
+    # num_iterations), and take the prompts of a later epoch in the order of the first.
+
+    def checkpoint_files(self) -> list[str]:
+        return [*super().checkpoint_files(), ROLLOUTS.format(self._process())]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # As each process's random numbers, and before the file that makes a checkpoint whole.
+        super()._save_rng_state(output_dir)
+        done = self._step % (cast(Any, self.args).steps_per_generation * self.num_iterations) == 0
+        state = {"step": self._step, "batches": None if done else self._buffered_inputs}
+        torch.save(state, Path(output_dir) / ROLLOUTS.format(self._process()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / ROLLOUTS.format(self._process())
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["batches"]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            for _ in range(kwargs["epoch"]):
+                next(iter(self._sampler), None)  # draws an epoch's order
+        super()._run_epoch(*args, **kwargs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         self._rows = inputs
         return super()._generate_and_score_completions(inputs)
@@ -154,6 +186,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, *rest: Any, **kw: Any
     ) -> tuple[Any, Any]:
+        if not self.use_vllm:
+            # Drawing a token of probabilities that are not finite ends a GPU's process without a word of the cause.
+            self.check_finite(prompt_ids[0][:64])
         began = time.perf_counter()
         # vLLM schedules by itself what it holds at once.
         at_once = len(prompt_ids) if self.use_vllm else self.rollout_batch_size or len(prompt_ids)
@@ -164,6 +199,9 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
             completions += made
         self.rollout_seconds += time.perf_counter() - began
         return completions, logprobs
+
+    def some_tokens(self) -> list[int]:
+        return self._prompt_ids(cast(Dataset, self.train_dataset)[0])[:64]
 
     def rehearse(self, model: Any) -> None:
         """The longest prompts with completions of `max_completion_length`: a rollout, and one batch's gradients."""

@@ -6,6 +6,7 @@ is "frozen". Here an inactive element has no moments and is never written (paper
 
 import hashlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class PartitionedAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise InputError(f"{name}: got {value}, expected at least 0")
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name}: got {value}, expected a finite number of at least 0")
         for name, value, allowed in (("moments", moments, MOMENTS), ("rounding", rounding, ROUNDING)):
             if value not in allowed:
                 raise InputError(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")

@@ -6,16 +6,18 @@ Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` →
 import contextlib
 import inspect
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import lorapar_kernels as lk
 
 from ..adapter.attach import check_options, save_adapter, take_over_products, with_our_layers
-from ..adapter.layers import ADAPTER, activate, masked_layers
+from ..adapter.layers import ADAPTER, activate, lora_parameters, masked_layers
 from ..adapter.proof import Snapshot, verify
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
@@ -40,6 +42,8 @@ StageName = Literal["sft", "grpo"]
 CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
+# Of each process of a run.
+RANDOM_STATE = "rng_state{}.pth"
 PAPER = {
     "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
     "id": "2507.20999",
@@ -99,6 +103,8 @@ class PartitionedTrainer(Trainer):
             take_over_products(made)
             if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
+        # It would log another number in the place of a loss that is not finite, and train on.
+        self.args.logging_nan_inf_filter = False
         if self.args.gradient_checkpointing and self.args.device.type == "cpu":
             give_back_large_blocks()
         for parameter, data in as_given.items():
@@ -148,13 +154,66 @@ class PartitionedTrainer(Trainer):
             self.watch.measure(self)
         super()._run_epoch(*args, **kwargs)
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        # The last word before the optimizer writes.
+        norm = super()._get_grad_norm(*args, **kwargs)
+        where = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        loss = float(self._tr_loss)
+        if not math.isfinite(loss):
+            raise self.diverged(where, f"the loss is {loss:g}")
+        # The loss scale of fp16 makes an infinite gradient now and then, whose step is left out.
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            raise self.diverged(where, f"the norm of the gradients is {float(norm):g}")
+        return norm
+
+    def diverged(self, where: str, what: str) -> InputError:
+        """The error that ends training on numbers that are not finite."""
+        if self.state.global_step == 0:
+            return InputError(
+                f"model.name: {self.stage}: {where}: {what} before anything was trained; look at the model's weights "
+                "and the rows for what is not finite, and use bfloat16 or float32 in place of float16 (model.dtype)"
+            )
+        args = self.args
+        return InputError(
+            f"{self.stage}.learning_rate: got {args.learning_rate:g}: {where}: {what} (learning rate there: "
+            f"{self._get_learning_rate():g}), and nothing of it is kept; try a lower learning_rate, more warmup_steps, "
+            f"or a max_grad_norm below {args.max_grad_norm:g}"
+        )
+
+    @torch.no_grad()
+    def check_finite(self, ids: Sequence[int]) -> None:
+        """InputError unless the model's logits of these tokens are finite: the last step's loss says nothing of what
+        that step has written."""
+        model = cast(nn.Module, self.model)
+        training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            logits = model(input_ids=torch.tensor([ids], device=self.args.device), use_cache=False).logits
+        model.train(training)
+        if not bool(logits.isfinite().all()):
+            raise self.diverged(f"after step {self.state.global_step}", "the model's logits are not finite")
+
+    def some_tokens(self) -> list[int]:
+        """A few tokens of the first row."""
+        raise NotImplementedError
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if not _finite(lora_parameters(cast(nn.Module, self.model)).values()):
+            raise self.diverged(f"after step {self.state.global_step}", "a weight of the adapter is not finite")
         if self.watch is not None:
             self.watch.measure(self)
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         """`train` does it, from the checkpoints as they are then (best.py)."""
+
+    def checkpoint_files(self) -> list[str]:
+        """The files without which this process cannot go on from a checkpoint as if it had not been stopped."""
+        return [*CHECKPOINT_FILES, RANDOM_STATE.format(self._process())]
+
+    def _process(self) -> str:
+        """How transformers tells apart the files that each process of a distributed launch writes."""
+        return f"_{self.args.process_index}" if self.args.world_size > 1 else ""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -166,6 +225,10 @@ class PartitionedTrainer(Trainer):
         write_json(folder / "lorapar.json", {"stage": self.stage, "partition": partition.hash})
 
 
+def _finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 def _trained(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     return {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
 
@@ -173,7 +236,8 @@ def _trained(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
 def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, rows: int, resume: bool) -> Trained:
     """Run `trainer` from its last whole checkpoint (where `resume`) to its end and verify the model.
 
-    Raises InputError where a checkpoint is of another partition, `FrozenElementsChanged` where the proof fails.
+    Raises InputError where a checkpoint is of another partition and where a loss, a gradient or the trained model is
+    not finite, `FrozenElementsChanged` where the proof fails.
     """
     trainer.partition, trainer.stage = partition, stage
     model = cast(PeftModel, trainer.model)
@@ -185,7 +249,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
     output_dir = Path(cast(str, trainer.args.output_dir))
     watch = trainer.watch
     judged = None if watch is None else watch.recorded()
-    checkpoint = last_checkpoint(output_dir, partition, judged) if resume else None
+    checkpoint = last_checkpoint(output_dir, partition, trainer.checkpoint_files(), judged) if resume else None
     if watch is not None:
         watch.go_on_from(None if checkpoint is None else step_of(checkpoint))
     if resume:
@@ -195,6 +259,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
         note_choices(output_dir)
     watched = None if watch is None else watch.keep(trainer)
     best = keep_best(trainer) if trainer.args.load_best_model_at_end else None
+    trainer.check_finite(trainer.some_tokens())
     optimizer = cast(Any, trainer.optimizer)
     optimizer = cast(PartitionedAdamW, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
     return Trained(
@@ -234,9 +299,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def last_checkpoint(output_dir: Path, partition: Partition, judged: Collection[int] | None = None) -> Path | None:
+def last_checkpoint(
+    output_dir: Path, partition: Partition, files: Sequence[str], judged: Collection[int] | None = None
+) -> Path | None:
     """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition.
 
+    files: those that it must hold.
     judged: the steps whose loss is on file, where losses are watched: no other checkpoint is gone on from.
     """
     there = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
@@ -245,9 +313,12 @@ def last_checkpoint(output_dir: Path, partition: Partition, judged: Collection[i
             log.info("%s: its loss is not in %s, passed over", folder, WATCHED)
             continue
         # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
-        faults = [fault for fault in (why_not_whole(folder / name) for name in CHECKPOINT_FILES) if fault]
+        faults = [fault for fault in (why_not_whole(folder / name) for name in files) if fault]
         if faults:
             log.info("%s: not whole (%s), passed over", folder, faults[0])
+            continue
+        if not _finite(load_file(folder / "adapter_model.safetensors").values()):
+            log.info("%s: its weights are not finite, passed over", folder)
             continue
         facts = read_json(folder / "lorapar.json")
         if facts["partition"] != partition.hash:

@@ -34,9 +34,9 @@ def losses(folder: Path, stage: str) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def assert_same_training(folder: Path, other: Path, stage: str) -> None:
+def assert_same_training(folder: Path, other: Path, stage: str, steps: int = 4) -> None:
     assert losses(folder, stage) == losses(other, stage)
-    assert len(losses(folder, stage)) == 4
+    assert len(losses(folder, stage)) == steps
     one, two = (load_file(f / stage / "adapter_model.safetensors") for f in (folder, other))
     assert one.keys() == two.keys()
     for name in one:
@@ -71,6 +71,33 @@ def test_kill_9_in_every_stage(recipe_file: Path, finished_run: Path, tmp_path: 
     metrics, uninterrupted = (json.loads((f / "metrics.json").read_text()) for f in (folder, finished_run))
     assert {key: metrics[key] for key in same} == {key: uninterrupted[key] for key in same}
     assert set(metrics["seconds"]) == set(ORDER) - {"report"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "killed", "resumed", "steps"),
+    [
+        ("grpo", {"steps_per_generation": 3}, 3, "checkpoint-2", 4),
+        # Two steps an epoch: in the second one, in the second pass over its completions.
+        ("grpo", {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 3,
+                  "per_device_train_batch_size": 64, "save_steps": 3}, 4, "checkpoint-3", 4),
+        ("sft", {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "save_steps": 3}, 4,
+         "checkpoint-3", 4),
+    ],
+)  # fmt: skip
+def test_a_stage_killed_anywhere_ends_bit_for_bit_as_one_that_was_not(
+    recipe_file: Path, finished_run: Path, tmp_path: Path, stage: str, keys: dict, killed: int, resumed: str, steps: int
+):
+    words = [word for key, value in keys.items() for word in (f"--{stage}.{key}", value)]
+    if stage == "grpo":
+        words += ["--grpo.max_completion_length", "2"]
+    whole, folder = (Path(shutil.copytree(finished_run, tmp_path / name)) for name in ("whole", "killed"))
+    succeeds(stage, recipe_file, "--update", *words, "--output_dir", whole)
+    command = stage, recipe_file, "--update", *words, "--output_dir", folder
+    code, log = in_child(driver.kill_at_step, (stage, killed), *command)
+    assert code == -signal.SIGKILL, log
+    succeeds(*command)
+    assert records(folder)[stage]["resumed_from"] == resumed
+    assert_same_training(folder, whole, stage, steps)
 
 
 def test_kill_9_between_two_batches_of_scoring(changed_recipe, tmp_path: Path):
@@ -112,6 +139,7 @@ def truncate(path: Path) -> None:
         ("trainer_state.json", truncate),
         ("optimizer.pt", truncate),
         ("optimizer.pt", Path.unlink),
+        ("rng_state.pth", truncate),
         ("scheduler.pt", Path.unlink),
         ("adapter_model.safetensors", truncate),
         ("lorapar_partition.safetensors", Path.unlink),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from trl import GRPOConfig, SFTConfig
 
 import lorapar
@@ -16,7 +17,7 @@ from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.adapter.proof import FrozenElementsChanged
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
-from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices
+from lorapar.training.trainer import CHECKPOINT_FILES, CHOICES, last_checkpoint, save_stage, take_choices
 from lorapar_kernels import lora_product
 from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -313,12 +314,12 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     model, made = fresh()
     keys = dict(save_strategy="steps", save_steps=2)
     lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys))
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-4"
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:40])
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
     state.unlink()
-    assert last_checkpoint(tmp_path, made).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
 
 
 def test_saved_stage_holds_only_what_vllm_and_peft_know(tmp_path, tiny_folder):
@@ -387,3 +388,53 @@ def test_dropout_is_in_the_layers_and_off_in_evaluation(tmp_path):
     model.eval()
     assert torch.equal(layer(x), layer(x))
     assert math.isclose(layer.lora_dropout["default"].p, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "where"),
+    [(1e30, 3, "step 2 of 3: the loss is nan"), (1e30, 1, "after step 1: the model's logits are not finite")],
+)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_learning_rate_that_ends_in_numbers_that_are_not_finite_is_named(tmp_path, stage, rate, steps, where):
+    model, made = fresh()
+    keys = dict(learning_rate=rate, max_steps=steps, logging_steps=100)
+    settings, rewards = (sft_config, []) if stage == "sft" else (grpo_config, [[letters]])
+    with pytest.raises(InputError) as refused:
+        getattr(lorapar, stage)(model, tiny_tokenizer(), ROWS, made, settings(tmp_path, **keys), *rewards)
+    # Stage 2 meets it where it generates.
+    where = "after step 1: the model's logits" if stage == "grpo" else where
+    assert str(refused.value).startswith(f"{stage}.learning_rate: got {rate:g}: {where}"), refused.value
+
+
+def test_one_gradient_that_is_not_a_number_ends_training_before_it_is_used(tmp_path):
+    model, made = fresh()
+    parameter = list(lora_parameters(model).values())[3]
+    seen = []
+    parameter.register_hook(lambda g: g * float("nan") if len(seen) == 2 else seen.append(0))
+    with pytest.raises(InputError, match="the norm of the gradients is nan"):
+        lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=6, max_grad_norm=0))
+    assert all(p.isfinite().all() for p in lora_parameters(model).values())
+
+
+def test_a_model_that_is_not_finite_is_not_blamed_on_the_learning_rate(tmp_path):
+    model, made = fresh()
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match=r"model.name: sft: step 1 of 3: the loss is nan before anything was trained"):
+        lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=3))
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_neither_written_nor_gone_on_from(tmp_path):
+    model, made = fresh()
+    keys = dict(save_strategy="steps", save_steps=1)
+    lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=2, **keys))
+    path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = float("inf")
+    save_file(weights, path)
+    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-1"
+    again, _ = fresh()
+    wild = sft_config(tmp_path / "wild", learning_rate=1e30, weight_decay=1e10, **keys)
+    with pytest.raises(InputError, match="after step 1: a weight of the adapter is not finite"):
+        lorapar.sft(again, tiny_tokenizer(), ROWS, made, wild)
+    assert not list(tmp_path.glob("wild/checkpoint-*"))

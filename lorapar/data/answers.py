@@ -64,6 +64,9 @@ def _normalised(text: str) -> str:
         text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text.strip())
     text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
     text = re.sub(r"^(?:the|a|an)\s+(?=\S)", "", text)
+    if "\n" in text:
+        # A grid's lines count, a column of spaces does not.
+        return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
     return " ".join(text.split())
 
 
@@ -316,12 +319,13 @@ def _same(given: str, gold: str, depth: int = 0) -> bool:
         return True
     if depth > 4:
         return False
-    numbers = _same_number(given, gold)
-    if numbers is not None:
-        return numbers
     (name, value), (gold_name, gold_value) = _named(given), _named(gold)
-    if (name or gold_name) and not (name and gold_name and name != gold_name) and (gold_name or not _relation(gold)):
-        return _same(value, gold_value, depth + 1)
+    if not (name and gold_name and name != gold_name):
+        numbers = _same_number(given, gold)
+        if numbers is not None:
+            return numbers
+        if (name and not _relation(gold)) or gold_name:
+            return _same(value, gold_value, depth + 1)
     members, gold_members = _members(given), _members(gold)
     if gold_members is None and _relation(gold):
         return _same_relation(given, gold, depth)
@@ -504,14 +508,14 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def _is_gold_whole(completion: str, gold: Gold) -> bool:
-    """True where a completion is the right answer and nothing else, or ends in its lines."""
+    """True where a completion is the right answer and nothing else, or its lines after a colon or an empty line."""
     text = spoken(completion)[-TAIL:].strip()
     if text == gold.text:
         return True
-    lines = gold.text.split("\n")
-    return len(lines) > 1 and [line.strip() for line in text.split("\n")[-len(lines) :]] == [
-        line.strip() for line in lines
-    ]
+    lines, given = gold.text.split("\n"), text.split("\n")
+    if len(lines) < 2 or len(given) <= len(lines) or not re.search(r":\W*$|^\W*$", given[-len(lines) - 1]):
+        return False
+    return [line.strip() for line in given[-len(lines) :]] == [line.strip() for line in lines]
 
 
 def _is_reading_right(reading: str, gold: Gold) -> bool:
@@ -541,6 +545,8 @@ def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
     """True where the shortest reading that has a number has the right one."""
     wanted, name = gold.number, _named(gold.mathematics)[0]
     assert wanted is not None
+    if sign in ("", "tag") and _is_grid(readings[0]):
+        return False
     for reading in reversed(readings):
         if DENIED.match(reading):
             return False
@@ -552,6 +558,12 @@ def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
         if re.search(r"\d", reading):
             return _is_other_form_right(reading, gold)
     return False
+
+
+def _is_grid(text: str) -> bool:
+    """True for several lines of numbers alone: a matrix or a list."""
+    lines = [line for line in text[-LONGEST:].split("\n") if line.strip()]
+    return len(lines) > 1 and all(re.fullmatch(r"[-+\d.,\s\[\]]*\d[-+\d.,\s\[\]]*", line) for line in lines)
 
 
 # A word in any script: two letters of an alphabet, one sign of others.

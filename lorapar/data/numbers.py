@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 # What is read of a line, and the longest number: Python refuses to read 4,300 digits.
-LONGEST_LINE, LONGEST_NUMBER = 1_000, 1_500
+LONGEST_LINE, LONGEST_NUMBER = 600, 500
 
 CURRENCY = r"(?:(?:US|R|C|A|HK)?\$|[€£¥₹]|(?:USD|EUR|GBP|CHF|JPY|INR|Rs\.?|RM)\s?)"
 DIGITS = r"(?:\d[\d,]*(?:\.\d+)*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"

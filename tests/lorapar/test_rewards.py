@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from lorapar.data import algebra
 from lorapar.data.answers import extract_answer, is_correct, marked_answer
 from lorapar.errors import InputError
 from lorapar.rewards import resolve_rewards
@@ -378,10 +379,72 @@ def test_wrong_answers_are_wrong(completion, answer):
     assert not is_correct(completion, answer)
 
 
-def test_powers_too_large_to_work_out_are_wrong_at_once():
-    began = time.monotonic()
-    assert not any(is_correct(text, "5") for text in ("10^99999999", "9^9^9^9", r"10^{10^{10}}", "99999!"))
-    assert time.monotonic() - began < 2
+# Repeated until a text is long, in the ways that patterns with nested repetition take for ever over.
+FRAGMENTS = [
+    "9", "a", " ", "\n", "-", "1,", "1.", "1/", "1 ", "(", "{", "[", "$", "*", "**", "_", "`", "```\n", "#", "####",
+    "#### 5\n", "<answer>", "<think>", "</think>", "\\boxed{", "\\boxed{1}, ", "\\text{", "\\frac{1}{", "\\sqrt{",
+    "answer is ", "answer:\n", "answer    ", "the answer is 5. ", "$a$ and ", "x = 1, ", "5 or ", "not ", "1e9", "2^",
+    "!", "½", "１", "1\u2009000", "<|im_end|>", "&", "\\\\", "(A) ", "seven ", "1'000", "1×", "\\pm", "x<", "f(", "|",
+    "x_{1}", "because ", "**a** ", "*a* ", "1{,}000", "10^{", "3:30 ", "<<1+1=2>>", "1e9\\[１option A ", "\\le1'000",
+    "\\frac_1^·", "or **\\frac{1}{", "-**a\u2009",
+]  # fmt: skip
+EXPENSIVE = [
+    "10^99999999", "9^9^9^9", r"10^{10^{10}}", "99999!", r"9^{(9^{9})}", r"(10)^{999x}", r"(9999999)!", r"{9999999}!",
+    r"\binom{10^{9}}{5\cdot 10^{8}}", r"999^{999\cdot 999\cdot 99}", r"((999^{999})^{999})^{999}", "2^{99 999}",
+    r"\exp(\exp(\exp(10)))", r"\sum_{k=1}^{99999999} \frac{1}{k^2}", r"\prod_{k=1}^{999999} k",
+    r"\int_0^1 \frac{\sin(x^{x^x})}{x^{x}+1} dx", r"(x+y+z+w)^{99}", r"\frac{1}{1+" * 20 + "1" + "}" * 20,
+    r"\sqrt{2+" * 30 + "2" + "}" * 30, "1e999999999", "1e-999999999", "x^" * 100 + "x", "-" * 300 + "x", "(x+1)" * 80,
+    "x^{999}" * 50, "9" * 380 + "x", "((x)!)!", "500!" * 30, "x/" * 190 + "x", "2^{-6000}x", "1/3^{999}+x",
+    "f(" * 40 + "x" + ")" * 40,
+    r"\log_2" * 60 + "x", r"\pm" * 60 + "1", "1,2," * 90 + "3", r"\cup" * 60 + "(1,2)", "0x" + "f" * 390, "9" * 4400,
+    "1e999", "{" * 390,
+]  # fmt: skip
+
+
+def is_fast(completion, answer):
+    """True where is_correct takes less than 50 ms, at best of three; what it says does not matter."""
+    for _ in range(3):
+        began = time.perf_counter()
+        is_correct(completion, answer)
+        if time.perf_counter() - began < 0.05:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("length", "every"), [(50_000, 1), (1_000_000, 6)])
+def test_long_texts_are_decided_within_50_ms(length, every):
+    for fragment in FRAGMENTS[::every]:
+        for form in ("{}", "answer is {}", r"\boxed{{{}}}", "<answer>{}5"):
+            text = form.format(fragment * (length // len(fragment)))
+            assert all(is_fast(text, answer) for answer in ("5", "x^2+1", "Paris")), (form, fragment)
+
+
+def test_expressions_that_take_for_ever_are_decided_in_milliseconds():
+    algebra.read.cache_clear()
+    for text in EXPENSIVE:
+        for answer in ("5", "x + 1", r"\frac{\pi}{2}", "1, 2", "(x+y+z+w)^{99}+1"):
+            began = time.perf_counter()
+            assert not is_correct(f"\\boxed{{{text}}}", answer)
+            assert not is_correct(f"The answer is {answer}", text) or text.strip() == answer
+            # Results are kept, so the first time is the one that counts: with room for a machine that is busy.
+            assert time.perf_counter() - began < 0.2, text
+
+
+def test_many_answers_a_second():
+    """The shape of GSM8K's solutions; on an idle core of a server about 15,000 a second."""
+    answers = [str(value) for value in range(7, 407)]
+    texts = [
+        f"Each day the ducks lay {answer} eggs and she eats 7, so {answer} - 7 = <<{answer}-7=1>>1 are for sale.\n" * 3
+        + f"She sells 2 * 9 = $<<2*9=18>>18 per day\nA: {answer}"
+        for answer in answers
+    ]
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert all(map(is_correct, texts, answers))
+        times.append(time.perf_counter() - began)
+    # 5,000 a second is what training asks for; a third of it is asked of a machine that does other work.
+    assert len(texts) / min(times) > 1_700
 
 
 def test_verdicts_are_the_same_in_every_thread():

@@ -97,6 +97,10 @@ GIVEN_CHOICE = re.compile(
 OTHER_CHOICE = re.compile(
     r"(?:\b(?:or|and)\b|[,/&;])\s*(?:option\s+|choice\s+)?\(?[A-Z]\)?(?![\w'])|\s\([A-Z]\)|\s[A-Z][.)](?=\s|$)"
 )
+NAMED_CHOICE = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|choose|pick|select)\s+([A-Z])\b(?!['’])")
+DENIAL = re.compile(
+    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot)\b|n['’]t\b", re.IGNORECASE
+)
 TRUTH = ("yes", "no", "true", "false")
 
 
@@ -105,7 +109,9 @@ def _choice(given: str, letter: str) -> bool:
     given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n")
     match = GIVEN_CHOICE.match(given)
     if match is None:
-        return False
+        # "I choose (B)", "so option D is correct": the only letter that is named.
+        named = {one or other for one, other in NAMED_CHOICE.findall(given[:LONGEST])}
+        return named == {letter.upper()} and DENIAL.search(given[:LONGEST]) is None
     chosen = match["round"] or match["square"] or match["bare"]
     rest = given[match.end() :]
     because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
@@ -144,6 +150,7 @@ def _mathematics(text: str) -> str:
         r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-z])|(?<!\\)\\[,!;: ]|\\q?quad(?![a-z])|~", " ", text
     )
     text = re.sub(r"(?<!\\)\\[()\[\]]|\$|\\\$", " ", text)
+    text = re.sub(r"(?<=\d)\s?x\s?(?=10\s?\^)", r"\\times ", text)
     text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text).replace("\\{", "{").replace("\\}", "}").replace("{,}", "")
     text = re.sub(r"\\(?:leq|leqslant|le)(?![a-z])", r"\\le", text)
     text = re.sub(r"\\(?:geq|geqslant|ge)(?![a-z])", r"\\ge", text)
@@ -313,12 +320,18 @@ def _same_number(given: str, gold: str) -> bool | None:
     return None if found is None else equal(found, wanted)
 
 
+FORMULA = re.compile(r"\b(?:and|or)\b|[\\^=+*/<>|(){}\[\],;:!_-]|\d\s?[a-zA-Z]")
+
+
 def _same(given: str, gold: str, depth: int = 0) -> bool:
     """True where two texts, as `_mathematics` leaves them, have the same value: numbers, lists, relations, algebra."""
-    if _tight(given) == _tight(gold) != "":
-        return True
     if depth > 4:
         return False
+    if not FORMULA.search(gold):
+        # Words and rows of numbers: their spaces count.
+        return bool(_same_number(given, gold))
+    if _tight(given) == _tight(gold) != "":
+        return True
     (name, value), (gold_name, gold_value) = _named(given), _named(gold)
     if not (name and gold_name and name != gold_name):
         numbers = _same_number(given, gold)
@@ -497,19 +510,19 @@ def is_correct(completion: str, answer: str) -> bool:
     gold = _gold(answer)
     if not gold.text:
         return False
-    found = find(completion)
+    said = spoken(completion)[-TAIL:]
+    found = find(said)
     if found is None:
         return False
-    if found.sign in ("", "tag") and _is_gold_whole(completion, gold):
+    if found.sign in ("", "tag") and _is_gold_whole(said.strip(), gold):
         return True
     if gold.number is not None:
         return _is_number_right(found.readings, found.sign, gold)
     return any(_is_reading_right(reading, gold) for reading in found.readings)
 
 
-def _is_gold_whole(completion: str, gold: Gold) -> bool:
+def _is_gold_whole(text: str, gold: Gold) -> bool:
     """True where a completion is the right answer and nothing else, or its lines after a colon or an empty line."""
-    text = spoken(completion)[-TAIL:].strip()
     if text == gold.text:
         return True
     lines, given = gold.text.split("\n"), text.split("\n")
@@ -568,6 +581,9 @@ def _is_grid(text: str) -> bool:
 
 # A word in any script: two letters of an alphabet, one sign of others.
 PROSE = re.compile(r"[^\W\d_]{2,}|[\u3040-\u9fff]")
+# Quotes, arrows and pictures around a number.
+AROUND = " \t\n\"'“”‘’`,;:→⇒∴✅✓🎉•"
+COMPARING = re.compile(r"[<>≤≥≠≢±]|!=|\\(?:leq?|geq?|neq?|lt|gt|pm)(?![a-z])")
 LETTER = re.compile(r"\d(?:[A-Za-z]|\s[a-fi-kn-rt-zA-Z])(?![A-Za-z\d]|\s[a-z]{2})")
 
 
@@ -575,9 +591,11 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
     if (sign == "boxed" or reading.count("$") > 1 or "\\" in reading) and LETTER.search(reading):
         # In a formula 3s and 5 m are products.
         return None
-    whole = whole_number(reading)
+    whole = whole_number(reading.strip(AROUND))
     if whole is not None:
         return whole
+    if COMPARING.search(reading) and not PROSE.search(re.sub(r"\\[a-zA-Z]+", " ", reading)):
+        return None
     prose = PROSE.search(re.sub(r"\\[a-zA-Z]+", " ", reading))
     comma = with_decimal_comma(reading) or (with_decimal_comma(reading, within=True) if prose and not sign else None)
     if comma is not None:
@@ -594,8 +612,11 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
             return None
         # "A: 18", and 1500 (1.5 × 10^3), which says the same twice.
         value, _, again = re.sub(r"^\s*[A-Za-z]\s*:", "", right).partition(" (")
-        number, repeated = whole_number(value), whole_number(again.removesuffix(")"))
-        return number if not again or (number and repeated and number.value == repeated.value) else None
+        number = whole_number(value.strip(AROUND))
+        if number is None or not again:
+            return number
+        repeated = _read(_mathematics(again.removesuffix(")")))
+        return number if repeated and algebra.same(repeated, ("number", number.value)) else None
     return read_number(reading, first=bool(sign))
 
 
@@ -610,7 +631,7 @@ def _is_other_form_right(reading: str, gold: Gold) -> bool:
     if len(reading) > LONGEST or wanted is None or _is_unworked(text, wanted.value.denominator == 1):
         return False
     mathematics = _mathematics(reading).rstrip("%").strip()
-    if _members(mathematics) is not None or re.search(r"[<>]|\\(?:le|ge|ne|pm)(?![a-z])", mathematics):
+    if _members(mathematics) is not None or COMPARING.search(mathematics):
         return False
     left, _, right = mathematics.rpartition("=")
     if EQUATION.search(left[-60:]):

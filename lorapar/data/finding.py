@@ -61,6 +61,8 @@ PROSE = {"", "text", "txt", "plaintext", "plain", "md", "markdown", "latex", "te
 CODE = re.compile(r"`([^`\n]+)`")
 # ** and * around words: not between the parts of 2**3, 2*x or 3 * 4.
 STRONG = re.compile(r"(?<![\w*)\]])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+)(?<!\s)\*\*(?![\w*(])")
+BOTH = re.compile(r"(?<![\w*)\]])\*\*\*(?=[^\s*])([^*\n]+)(?<!\s)\*\*\*(?![\w*(])")
+BULLET = re.compile(r"^[ \t]*\*[ \t]+", re.MULTILINE)
 EMPHASIS = re.compile(r"(?<![\w*)\]])\*(?=[^\s*])([^*\n]+)(?<!\s)\*(?![\w*(])")
 UNDERLINED = re.compile(r"(?<![\w\\])(__?)(?=[^\s_])([^_\n]+)(?<!\s)\1(?!\w)")
 STRUCK = re.compile(r"~~([^~\n]+)~~")
@@ -80,6 +82,9 @@ def without_markdown(text: str) -> str:
     if "*" in text:
         if "**" in text:
             text = "\n".join(_unwrapped(line) if line.lstrip()[:2] == "**" else line for line in text.split("\n"))
+        text = BULLET.sub("", text)
+        if "***" in text:
+            text = BOTH.sub(r"\1", text)
         if "**" in text:
             text = STRONG.sub(r"\1", text)
         text = EMPHASIS.sub(r"\1", text)
@@ -243,7 +248,8 @@ def _in_tag(text: str) -> str | None:
 
 DIGIT = re.compile(r"\d")
 ENDED = re.compile(r"(?<=[.!?$])\s+(?=[A-Z])")
-FORMULA = re.compile(r"\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]")
+# A dollar before a space or a digit closes nothing: $12 + $6.
+FORMULA = re.compile(r"\$(?=\S)([^$\n]*[^\s$])\$(?!\d)|\$([^$\n]*\\[^$\n]*)\$|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]")
 
 
 def _last_formula(line: str) -> str:
@@ -302,8 +308,8 @@ def _only_bold(raw: str) -> str:
 
 
 def find(text: str) -> Found | None:
-    """The answer that a text states; None where it states none."""
-    text = plain(spoken(text)[-TAIL:])
+    """The answer in what a text says (`spoken`); None where it states none."""
+    text = plain(text[-TAIL:])
     if "<" in text:
         text = TURN.split(text.strip(), maxsplit=1)[0]
     inner = _in_tag(text) if "<" in text else None
@@ -337,5 +343,5 @@ def extract_answer(text: str) -> str:
     An <answer> tag wins; else the last of "#### ...", \boxed{...} and "answer is ..." counts; else the last
     line with a digit in it, or the last line. Nothing in <think> counts.
     """
-    found = find(text)
+    found = find(spoken(text))
     return found.shortest if found else ""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 LONGEST_LINE, LONGEST_NUMBER = 600, 500
 
 CURRENCY = r"(?:(?:US|R|C|A|HK)?\$|[€£¥₹]|(?:USD|EUR|GBP|CHF|JPY|INR|Rs\.?|RM)\s?)"
-DIGITS = r"(?:\d[\d,]*(?:\.\d+)*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+DIGITS = r"(?:\d+(?:,\d+)*(?:\.\d+)*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
 NUMBER = re.compile(
     # A minus is a sign unless something stands before it that it could be taken from (10-3, 10 -3, (2)-3),
     # and a digit of a name or a unit (H2O, m2, m^2, x_1) is no number.
@@ -22,7 +22,7 @@ NUMBER = re.compile(
 )
 # 1/2 and 2 1/2 are one number.
 FRACTION = re.compile(
-    rf"(?:(?P<whole>{NUMBER.pattern})(?:\s+|\s+and\s+))?(?P<over>{NUMBER.pattern})\s?/\s?(?P<under>\d[\d,]*(?![\d.,]*[\w(/]))"
+    rf"(?:(?P<whole>{NUMBER.pattern})(?:\s+|\s+and\s+))?(?P<over>{NUMBER.pattern})\s?/\s?(?P<under>\d+(?:,\d+)*(?![\d.,]*[\w(/]))"
 )
 GROUPED = re.compile(r"\d{1,3}(?:,\d{2,3})*,\d{3}")
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,; !]|[\u00a0\u2009\u202f\u2007'’_]|\{,\}|,\\!\s?)\d{3})+)(?!\d)")
@@ -176,6 +176,10 @@ class _Match(NamedTuple):
     joined: bool
 
 
+# 3 times 5, log 5 and COVID-19 are no 5 and no 19.
+WORKED = re.compile(r"\b(?:log|ln|sin|cos|tan|sqrt|mod|choose|times|plus|divided by)\s*$|[A-Za-z]-$", re.IGNORECASE)
+
+
 def _at(text: str, match: re.Match) -> _Match | None:
     """The number at a match of NUMBER or FRACTION with what belongs to it: × 10^n, a scale, a percent sign, a unit."""
     groups = match.groupdict()
@@ -219,6 +223,8 @@ def _at(text: str, match: re.Match) -> _Match | None:
             r"(?:[\d)}]|(?<![A-Za-z])[A-Za-z]|\\[a-zA-Z]{2,20})\s*(?:[-+*/×÷^·]|\*\*)\s*[$€£({]*\s*$", before[-40:]
         )
         or re.match(r"\s*(?:[/×÷^·]\s*[\d(]|\*+\s*[\w(]|[+-]\s*[$€£]?[\d(\\]|[-+]\s*[a-zA-Z](?![a-zA-Z']))", after)
+        or WORKED.search(before[-20:])
+        or re.match(r"\s(?:mod|choose|times|plus|minus|over|divided by)\s+[\d(]|\s(?:squared|cubed)\b", after)
         # 3:30, 2020-01-05, f(5), 0x12, 5_2 and 1.2.3 are no numbers either.
         or re.search(r"\d\s*[:,]$|[\w]\($|\\[a-zA-Z]+\s*[({]?$|\{\s*$|[_^][{(]?$", before[-12:])
         or re.match(r":\d|,\d|_\{?\w|\.\d|!(?=\s*[=)])|\s?\\(?:sqrt|pi|frac|log|sin|cos|tan|ln)|\s?[πi√](?!\w)", after)
@@ -243,9 +249,11 @@ LINKED = re.compile(
 )
 OR = re.compile(r"\bor\b|/", re.IGNORECASE)
 DENIED = re.compile(
-    r"(?:\bnot|n't|\bnever|\bno longer|\bcannot be|\bneither|\bnor)\s+(?:[a-z]+\s+){0,3}[$€£]?\s?$", re.IGNORECASE
+    r"(?:\bnot|n't|\bnever|\bno longer|\bcannot be|\bneither|\bnor|\bbut|\bexcept"
+    r"|\b(?:other|more|less|fewer|greater) than)\s+(?:[a-z]+\s+){0,3}[$€£]?\s?$",
+    re.IGNORECASE,
 )
-COMPARED = re.compile(r"(?:[<>≤≥≠±≢]|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)\s*=?\s*[$€£(]*\s*$")
+COMPARED = re.compile(r"(?:[<>≤≥≠±≢]|!=|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)\s*=?\s*[$€£(]*\s*$")
 COMPARED_AFTER = re.compile(r"\s*(?:[<>≤≥≠±]|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)")
 LABEL = re.compile(r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?|[A-Za-z]\([a-z0-9]\))\s*=\s*")
 
@@ -292,7 +300,8 @@ def read_number(text: str, first: bool = False) -> Number | None:
     loose = LOOSE.search(text)
     if loose and len(text) - len(loose[0]) < 30 and not re.search(r"\d", text[: loose.start()] + text[loose.end() :]):
         text = text[: loose.start()] + loose[0].replace(" ", "") + text[loose.end() :]
-    *left, after = re.split(r"[=≈]", text)
+    text = re.sub(r"\b(?:minus|negative) (?=[$€£]?[\d.])", "-", text)
+    *left, after = re.split(r"(?<![<>!])[=≈]", text)
     if left and re.search(r"\d", after):
         if EQUATION.search(left[-1][-60:]):
             return None
@@ -320,13 +329,26 @@ def read_number(text: str, first: bool = False) -> Number | None:
         between = text[start:end]
         if len(between) <= 40 and (LINKED.fullmatch(between) or not between.strip() or OR.search(between)):
             return None
+    if WORD_BEFORE.search(before[-30:]) or WORD_AFTER.match(behind[:40]):
+        return None
     return chosen.number
 
 
+# five or 6, 5 or six
+NAMES = "|".join(WORDS)
+WORD_BEFORE = re.compile(rf"\b(?:{NAMES})\s+(?:or|to)\s*$", re.IGNORECASE)
+WORD_AFTER = re.compile(rf"\s*(?:[a-z]+\s+)?(?:or|to)\s+(?:{NAMES})\b", re.IGNORECASE)
+
+
+# A word of two letters or more, one letter that stands for a unit, or a letter of another alphabet; x is no unit.
+UNIT = (
+    r"(?:°?(?:[^\W\d_]{2,}(?:[-/'’][^\W\d_]+)*|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
+    r"|[^\W\d_a-zA-Z])(?:\^\{?-?\d\}?|[²³])?\.?|°)"
+)
 WHOLE = re.compile(
     rf"(?:{LABEL.pattern})?[(]?(?:{CURRENCY})?\s*(?:{FRACTION.pattern}|{NUMBER.pattern})"
     r"(?:\s?(?:×|x|\*)\s?10\s?(?:\^|\*\*)\s?[{(]?-?\d{1,3}[})]?|\^\{?-?\d{1,3}\}?)?[)]?"
-    r"\s*[$€£¥₹%]?\s*(?:(?:[^\W\d_]|[/°²³'’-])+(?:\^\{?-?\d\}?)?\.?\s*){0,3}"
+    rf"\s*[$€£¥₹%]?\s*(?:{UNIT}\s*){{0,3}}"
 )
 
 
@@ -334,6 +356,7 @@ def whole_number(text: str) -> Number | None:
     """The number that the whole of a text is, with at most a name, a currency, a percent sign and a unit around it."""
     text = without_latex(text[: LONGEST_LINE + 1]).strip().strip("$").rstrip(" .").strip()
     text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
+    text = re.sub(r"^(?:minus|negative) (?=[$€£]?[\d.])", "-", text, flags=re.IGNORECASE)
     if len(text) > LONGEST_LINE:
         return None
     if LOOSE.fullmatch(text):

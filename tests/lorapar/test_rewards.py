@@ -369,12 +369,131 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("completion", "answer"), RIGHT)
+# More of each kind, in the order of those above.
+MORE_RIGHT = [
+    ("The final answer is \\(\\boxed{18}\\).", "18"), ("Answer: $18", "18"), ("ANSWER: 18", "18"),
+    ("answer = 18", "18"), ("The answer is: 18 km.", "18"), ("The answer is approximately 18.", "18"),
+    ("The answer is about $18.", "18"), ("The correct answer is B", "B"), ("The correct answer is (B) 42.", "B"),
+    ("Answer: B", "B"), ("Answer: (C) Paris", "C"), ("**B**", "B"), ("**B.** Paris", "B"), ("**(B) Paris**", "B"),
+    ("The answer is **B**.", "B"), ("The answer is **B) Paris**.", "B"), ("b", "B"), ("(b)", "B"), ("B: Paris", "B"),
+    ("[B]", "B"), ("$B$", "B"), ("$\\boxed{\\text{B}}$", "B"), ("\\boxed{B. 42}", "B"), ("<answer>B</answer>", "B"),
+    ("<answer>(B)</answer>", "(B)"), ("The answer is option B.", "B"), ("I choose (B).", "B"),
+    ("So the correct choice is C.", "C"), ("Therefore, option (D) is correct.", "D"), ("#### B", "B"),
+    ("The answer is B: Paris", "B"), ("Choice B", "B"), ("The answer is yes", "Yes"), ("Yes", "yes"),
+    ("**Yes**", "yes"), ("<answer>No.</answer>", "no"), ("The statement is true. Answer: True", "True"),
+    ("The answer is No, since 3 > 2.", "no"), ("It's 5.", "5"), ("=5", "5"), ("= 5", "5"), ("x=5", "5"),
+    ("$x = 5$", "5"), ("$$5$$", "5"), ("\\[5\\]", "5"), ("\\(5\\)", "5"), ("5.", "5"), ("'5'", "5"), ("\"5\"", "5"),
+    ("`5`", "5"), ("5;", "5"), ("5,", "5"), ("(5).", "5"), ("[5]", "5"), ("{5}", "5"), ("5 (five)", "5"),
+    ("five (5)", "5"), ("$5 million", "5000000"), ("5.0", "5"), ("5.00", "5"), ("05", "5"), ("5e0", "5"),
+    ("5.", "5.0"), ("50 %", "50%"), ("50\\%", "50%"), ("fifty percent", "50%"), ("50 percent", "50%"), ("1/2", "50%"),
+    ("50%", "1/2"), ("-0.5", "-1/2"), ("−½", "-0.5"), ("-\\frac12", "-0.5"), ("- 1/2", "-0.5"),
+    ("\\frac{-1}{2}", "-0.5"), ("\\frac{1}{-2}", "-0.5"), ("1 1/2", "1.5"), ("1½", "1.5"), ("1 ½", "1.5"),
+    ("12,345.67", "12345.67"), ("12 345,67", "12345.67"), ("12.345,67", "12345.67"), ("1 234 567", "1234567"),
+    ("1,234,567.", "1234567"), ("1\u00a0234", "1234"), ("1\u2009234", "1234"), ("1’234", "1234"),
+    ("$1,234.50", "1234.5"), ("1.234.567,89", "1234567.89"), ("5 meters", "5"), ("5 m", "5"), ("5m", "5"),
+    ("5 kg", "5"), ("5kg", "5"), ("5 km/h", "5"), ("5 cm²", "5"), ("5 cm^2", "5"), ("5 square meters", "5"),
+    ("5°", "5"), ("5 °C", "5"), ("5 degrees", "5"), ("5 dollars", "$5"), ("€5", "5 euros"), ("5 USD", "$5"),
+    ("£5.00", "5"), ("5 hours", "5 hours"), ("5 h", "5 hours"), ("5 hours", "5 h"), ("60 mph", "60"), ("5th", "5"),
+    ("{1, 2}", "{2, 1}"), ("1 and 2", "1, 2"), ("$\\{1,2\\}$", "1,2"), ("1; 2", "1,2"), ("x=1, y=2", "x=1,y=2"),
+    ("y=2, x=1", "x=1,y=2"), ("(1, 2)", "(1,2)"), ("$(1,2)$", "(1, 2)"), ("\\left(1, \\frac12\\right)", "(1,0.5)"),
+    ("[1, 2]", "[1,2]"), ("\\boxed{[1, 2, 3]}", "[1,2,3]"), ("1, 2, and 3", "1,2,3"),
+    ("\\boxed{x = 1 \\text{ or } x = 2}", "1,2"), ("x = 1, 2", "1,2"), ("-1,1", "\\pm 1"), ("\\pm 1", "-1, 1"),
+    ("['a', 'b']", "[\"a\", \"b\"]"), ("[[1, 2], [3, 4]]", "[[1,2],[3,4]]"), ("apple, banana", "apple,banana"),
+    ("x^2 + 2x + 1", "(x+1)^2"), ("x**2 + 2*x + 1", "(x+1)**2"), ("3*x^2", "3x^2"), ("2xy", "2yx"),
+    ("\\frac{x}{2}", "x/2"), ("e^x", "e^{x}"), ("2\\sin x\\cos x", "\\sin 2x"), ("\\ln 4", "2\\ln 2"),
+    ("\\sqrt[3]{8}x", "2x"), ("1/x", "x^{-1}"), ("\\frac{\\sqrt2}{2}", "\\frac{1}{\\sqrt2}"), ("y = x + 1", "y=1+x"),
+    ("x < 3", "x<3"), ("x \\in (-\\infty, 3)", "x<3"), ("3 > x", "x < 3"), ("2 < x < 3", "(2,3)"), ("(2,3)", "2<x<3"),
+    ("x \\geq 3", "[3, \\infty)"), ("10^{100}", "10^{100}"), ("2^{10}", "2^{10}"),
+    ("\\frac{2}{3}\\pi", "\\frac{2\\pi}{3}"), ("120π", "120\\pi"), ("√2", "\\sqrt{2}"), ("2√3", "2\\sqrt{3}"),
+    ("x² + 1", "x^2+1"), ("-3.5*x**4/2 + C", "-1.75*x**4 + C"), ("New York", "new york"),
+    ("The answer is New York City.", "New York City"), ("\"Paris\"", "Paris"), ("Paris.", "Paris"),
+    ("the Paris", "Paris"), ("Answer: Paris (France)", "Paris (France)"),
+    ("It is called Paris.\nAnswer: Paris", "Paris"), ("Dr. Smith", "Dr. Smith"),
+    ("The answer is Dr. Smith.", "Dr. Smith"), ("The answer is 3 a.m.", "3 a.m."),
+    ("Answer: St. John's, Newfoundland", "St. John's, Newfoundland"),
+    ("The answer is mother-in-law.", "mother-in-law"), ("The answer is one, two, three", "one, two, three"),
+    ("The answer is to be or not to be", "to be or not to be"), ("The answer is not applicable", "not applicable"),
+    ("not applicable", "not applicable"), ("<think>x</think>\n\nThe answer is Paris.", "Paris"),
+    ("<think>\n\n</think>\n\n18", "18"), ("<think>18</think>The answer is $\\boxed{18}$", "18"),
+    ("thinking... done.\n18", "18"), ("Let me check: \\boxed{17}? No. \\boxed{18}", "18"),
+    ("First \\boxed{3}, so the total is \\boxed{18}", "18"), ("Thus x=\\boxed{3} and y=\\boxed{4}", "x=3,y=4"),
+    ("18\n", "18"), ("\n\n18\n\n", "18"), ("The total is 18 dollars ($18).", "18"), ("He has 18 left!", "18"),
+    ("Total = 12 + 6 = 18", "18"), ("12 + 6 = **18**", "18"), ("$12 + $6 = $18", "18"),
+    ("12 + 6 = 18 apples and he is happy", "18"), ("So, 3 × 6 = 18.", "18"), ("3*6=18", "18"),
+    ("The answer is 3*6=18.", "18"), ("The answer is 18 (3*6).", "18"), ("The answer is 18, not 17.", "18"),
+    ("The answer is 18 and not 17", "18"), ("The answer is 18 instead of 17.", "18"), ("The answer is 18", "18"),
+    ("1 hour and 30 minutes", "1 hour and 30 minutes"), ("2:30 PM", "2:30 PM"), ("2:30 pm", "2:30 PM"),
+    ("January 5, 2020", "January 5, 2020"), ("2020-01-05", "2020-01-05"), ("5 - 3 = 2", "2"), ("-5 + 3 = -2", "-2"),
+    ("= -2", "-2"), ("is -2.", "-2"), ("equals −2", "-2"), ("minus 2", "-2"), ("negative two", "-2"),
+    ("11/4", "2.75"), ("2 3/4", "11/4"), ("2\\frac34", "11/4"), ("2.75", "11/4"), ("1000000", "10^6"),
+    ("10^6", "1000000"), ("1e6", "1000000"), ("1 × 10⁶", "1000000"), ("1.2×10^{-3}", "0.0012"),
+    ("6.02e23", "6.02 \\times 10^{23}"), ("**Final Answer:** 18", "18"), ("**Final Answer: 18**", "18"),
+    ("### Final Answer: 18", "18"), ("## Answer: **18**", "18"), ("Final answer: **$18**", "18"), ("__18__", "18"),
+    ("_18_", "18"), ("***18***", "18"), ("* 18", "18"), ("→ 18", "18"), ("∴ 18", "18"), ("Answer → 18", "18"),
+    ("Answer: 18 ✅", "18"), ("🎉 18 🎉", "18"),
+]  # fmt: skip
+MORE_WRONG = [
+    ("The answer is 5 and 6", "6"), ("5,6", "6"), ("5;6", "6"), ("5|6", "6"), ("5 & 6", "6"), ("5 vs 6", "6"),
+    ("5~6", "6"), ("5-6", "6"), ("5…6", "6"), ("5 6", "6"), ("maybe 5, maybe 6", "6"), ("either 5 or 6", "5"),
+    ("It could be 5, 6 or 7", "7"), ("5 (or 6)", "5"), ("5 / 6", "6"), ("\\boxed{5,6}", "6"),
+    ("\\boxed{5 \\text{ or } 6}", "6"), ("<answer>5, 6</answer>", "6"), ("#### 5 or 6", "6"), ("#### 5, 6", "6"),
+    ("**5** or **6**", "6"), ("**5**, **6**", "6"), ("A: 5, B: 6", "6"), ("5 or six", "5"), ("one or two", "2"),
+    ("one or two", "1"), ("seven or 8", "8"), ("1 to 10", "10"), ("1..10", "10"), ("1–10", "10"),
+    ("from 1 to 10", "10"), ("between 1 and 10", "10"), ("1, 2, 3, 4, 5, 6, 7, 8, 9, 10", "10"),
+    ("at most 5 or 6", "6"), ("5 or -5", "5"), ("±5", "5"), ("+/-5", "5"), ("\\pm5", "5"), ("5 ± 1", "5"),
+    ("5 +- 1", "5"), ("> 5", "6"), (">5", "5"), ("< 5", "5"), ("≤5", "5"), ("≥ 5", "5"), ("≠ 5", "5"),
+    ("x != 5", "5"), ("!= 5", "5"), ("not equal to 5", "5"), ("never 5", "5"), ("anything but 5", "5"),
+    ("No number", "5"), ("unknown", "5"), ("5?? or 6??", "5"), ("B or C", "B"), ("B, C", "B"), ("B and C", "C"),
+    ("B/C", "B"), ("(B) or (C)", "B"), ("(B) (C)", "C"), ("A B C D", "B"), ("ABCD", "B"), ("A, B, C or D", "D"),
+    ("not B", "B"), ("The answer is not B", "B"), ("It isn't (B)", "B"), ("All of the above", "A"),
+    ("\\boxed{A, B}", "A"), ("A. B. C. D.", "A"), ("C", "B"), ("(C)", "B"), ("Bob", "B"), ("be", "B"), ("B2", "B"),
+    ("The answer is Because", "B"), ("The answer is A, B", "A"), ("yes and no", "no"), ("yes or no", "yes"),
+    ("no yes", "no"), ("maybe", "yes"), ("not yes", "yes"), ("Yes? No.", "yes"), ("Yes, no", "yes"),
+    ("True or False", "True"), ("not true", "true"), ("No, it's true", "true"), ("nope", "no"), ("1.000", "1000"),
+    ("1000", "1.000"), ("0.1", "0.01"), ("1e3", "1e4"), ("1e-3", "1e3"), ("10^3", "10^-3"), ("5%", "5000"),
+    ("0.05", "5"), ("5", "0.05"), ("50", "0.5"), ("2 1/2", "21/2"), ("21/2", "2 1/2"), ("1/2", "2/1"),
+    ("-1/2", "1/2"), ("1/-2", "1/2"), ("5 thousand", "5"), ("5k", "5"), ("$5M", "5"), ("5 hundred", "5"), ("6", "5"),
+    ("five hundred", "5"), ("five hundred", "500000"), ("twenty five", "20"), ("twenty five", "5"),
+    ("one third", "3"), ("half", "2"), ("5 billion", "5000000"), ("-5", "5"), ("5", "-5"), ("(-5)", "5"), ("−5", "5"),
+    ("minus 5", "5"), ("negative 5", "5"), ("5 below zero", "-6"), ("x=5", "y=5"), ("x5", "5"), ("5^x", "5"),
+    ("5a", "5"), ("x_5", "5"), ("5_x", "5"), ("log 5", "5"), ("\\log 5", "5"), ("\\sqrt5", "5"), ("\\sqrt{5}", "5"),
+    ("5\\sqrt2", "5"), ("5\\pi", "5"), ("5π", "5"), ("5i", "5"), ("5e", "5"), ("5!", "120"), ("sin(5)", "5"),
+    ("|5|", "-5"), ("5^2", "5"), ("5^2", "2"), ("5²", "5"), ("24", "5^2"), ("2^5", "5"), ("5 mod 3", "3"),
+    ("5 choose 3", "3"), ("\\binom{5}{3}", "3"), ("5:3", "3"), ("5:30", "30"), ("12/25/2020", "2020"),
+    ("v1.5", "1.5"), ("1.2.3", "1.2"), ("3D", "3"), ("R2D2", "2"), ("COVID-19", "19"), ("A4", "4"), ("0b101", "101"),
+    ("0xff", "0xfe"), ("#5", "6"), ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"), ("(1,2)", "[1,2]"), ("{1,2}", "(1,2)"),
+    ("1,2", "1,2,3"), ("1,2,3", "1,2"), ("1,1,2", "1,2,2"), ("[1,2]", "[2,1]"), ("1,2", "12"), ("12", "1,2"),
+    ("1 2", "12"), ("(1,2),(3,4)", "(1,3),(2,4)"), ("x=1,y=2", "x=2,y=1"), ("a, b, c", "a, c, b"),
+    ("apple, banana", "banana, apple"), ("[1, 2) ", "[1,2]"), ("(-\\infty,2]", "(-\\infty,2)"), ("x\\ge2", "x>2"),
+    ("x>2", "x<2"), ("2<x<3", "2<x\\le3"), ("x^2", "x^3"), ("2x", "x^2"), ("x+1", "x-1"), ("-x", "x"), ("x/y", "y/x"),
+    ("x^{2y}", "x^2y"), ("sin x", "cos x"), ("\\sin x", "\\cos x"), ("\\sin x", "\\sin y"), ("f(x+1)", "f(x)+1"),
+    ("f(2x)", "2f(x)"), ("\\ln x", "\\log_{10} x"), ("e^x", "x^e"), ("x^2 + C", "x^2"), ("x^2", "x^2 + C"),
+    ("\\frac{1}{2}x", "\\frac{1}{2x}"), ("(x+1)^2", "x^2+1"), ("\\sqrt{x+1}", "\\sqrt{x}+1"), ("2**x", "x**2"),
+    ("2*x**2", "2*x*2"), ("x**10", "x**1*10"), ("x*y", "x+y"), ("3.1415", "\\pi"), ("3.14", "\\pi"), ("22/7", "\\pi"),
+    ("1.41", "\\sqrt2"), ("y=2x", "y=3x"), ("y=2x", "x=2y"), ("x+y=1", "x+y=2"), ("0", "x-x+1"),
+    ("\\infty", "-\\infty"), ("1", "\\infty"), ("i", "-i"), ("3+4i", "3-4i"), ("3+4i", "4+3i"),
+    ("Paris, London", "Paris"), ("Paris and London", "London"), ("Paris/London", "Paris"), ("London", "Paris"),
+    ("Par is", "Paris"), ("Parisian", "Paris"), ("not Paris", "Paris"), ("no Paris", "Paris"),
+    ("Paris?? London", "Paris"), ("Either Paris or London", "London"), ("Paris. Or London.", "Paris"),
+    ("1 2 3", "1 3 2"), ("1 2\n3 4", "1 2\n4 3"), ("1 2 3 4", "1 2\n3 4"), ("abc", "ab c"), ("", ""), ("", "Paris"),
+    (" ", "5"), ("5", " "), ("a b", "b a"), ("<think>5</think>", "5"), ("<think>The answer is 5.", "5"),
+    ("<Think>5", "5"), ("<THINK>\\boxed{5}", "5"), ("<think>a</think><think>5", "5"), ("<reasoning>\\boxed{5}", "5"),
+    ("<thought>5</thought>6", "5"), ("[THINK]5", "5"), ("<|begin_of_thought|>5", "5"), ("◁think▷5", "5"),
+    ("#### 18\n#### 19", "18"), ("The answer is 18. The answer is 19.", "18"), ("\\boxed{18}\\boxed{19}", "19"),
+    ("18\n\n19", "18"), ("```\nx = 18\n```\nThe result is 19.", "18"), ("18 ~~19~~", "19"),
+    ("The answer is 19. I first thought 18.", "18"), ("\\boxed{-5}", "- 5 x^{5} - x"),
+    ("The answer is -5", "- 5 x^{5} - x"), ("E=1,F=2", "A=1,B=2"), ("3\n0\n0", "0"), ("1 2\n3 4\n5 6", "3 4\n5 6"),
+    ("3x^2 - 7x + 4", "4"), ("5x - 7y + 4 = 0", "0"), ("7(x+3)(x-3)", "7"), ("(10, 0), (0,0)", "0"), ("(-a,0)", "0"),
+    ("6\\pi+2", "2"), ("\\frac{\\sqrt6}3", "3"), ("3s^2", "3"), ("$\\left(\\frac{17}{4},0\\right)$", "4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("completion", "answer"), [*RIGHT, *MORE_RIGHT])
 def test_right_answers_are_right(completion, answer):
     assert is_correct(completion, answer)
 
 
-@pytest.mark.parametrize(("completion", "answer"), WRONG)
+@pytest.mark.parametrize(("completion", "answer"), [*WRONG, *MORE_WRONG])
 def test_wrong_answers_are_wrong(completion, answer):
     assert not is_correct(completion, answer)
 
@@ -402,11 +521,11 @@ EXPENSIVE = [
 
 
 def is_fast(completion, answer):
-    """True where is_correct takes less than 50 ms, at best of three; what it says does not matter."""
+    """True where is_correct takes less than 50 ms of a core, at best of three; what it says does not matter."""
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.thread_time()
         is_correct(completion, answer)
-        if time.perf_counter() - began < 0.05:
+        if time.thread_time() - began < 0.05:
             return True
     return False
 
@@ -423,11 +542,11 @@ def test_expressions_that_take_for_ever_are_decided_in_milliseconds():
     algebra.read.cache_clear()
     for text in EXPENSIVE:
         for answer in ("5", "x + 1", r"\frac{\pi}{2}", "1, 2", "(x+y+z+w)^{99}+1"):
-            began = time.perf_counter()
+            began = time.thread_time()
             assert not is_correct(f"\\boxed{{{text}}}", answer)
             assert not is_correct(f"The answer is {answer}", text) or text.strip() == answer
             # Results are kept, so the first time is the one that counts: with room for a machine that is busy.
-            assert time.perf_counter() - began < 0.2, text
+            assert time.thread_time() - began < 0.2, text
 
 
 def test_many_answers_a_second():
@@ -440,9 +559,9 @@ def test_many_answers_a_second():
     ]
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.thread_time()
         assert all(map(is_correct, texts, answers))
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began)
     # 5,000 a second is what training asks for; a third of it is asked of a machine that does other work.
     assert len(texts) / min(times) > 1_700
 

@@ -2,7 +2,7 @@
 PYTHON ?= python
 TEST = $(PYTHON) -m pytest
 
-.PHONY: test quick style types interpret pinned compile native sanitize bench peers
+.PHONY: test quick style types interpret pinned compile native sanitize bench peers verdicts
 
 ## what CI runs: style, types, every test (one compiles every kernel ahead of time), the kernels under the interpreter.
 ## A file's tests stay together, in WORKERS processes of one thread each: the models are too small for more threads.
@@ -55,6 +55,11 @@ sanitize:
 ## needs pip install -e '.[peers]'
 peers:
 	$(PYTHON) -m tests.peers.run
+
+## is_correct beside reasoning-gym's own scorers, over all tasks, and beside the solutions with verdicts that variables
+## name (tests/peers/verdicts.py); fails if a wrong answer is called right
+verdicts:
+	$(PYTHON) -m tests.peers.verdicts
 
 ## microbenchmarks and the comparison with the released script's way; writes bench/results/
 bench:

@@ -1,188 +1,298 @@
-"""Whether a completion's answer is right: how the answer is found in a text, and when two answers are the same.
+r"""Whether a completion's answer is right: when two answers are the same.
 
-It is decided in two steps: plain numbers and plain text by value, exactly and at once; LaTeX and algebra by
-math-verify. The paper's script compares by regular expression and misses right answers in another form.
+`finding.py` says where the answer stands. Two numbers are the same where their values are, exactly; two lists where
+their members are; two expressions where `algebra.py` finds them equal; all else is compared as text. A wrong answer
+that is called right teaches a model the mistake, so what offers several answers, leaves a sum to the reader or cannot
+be read is wrong.
 """
 
 import functools
-import logging
 import re
-import sys
-import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ..errors import InputError, not_installed
-
-# How the final answer is found
-
-ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
-HASHES = re.compile(r"####[ \t]*([^\n]*)")
-# "answer is 18 dollars, which ...": up to the end of the line, sentence or clause.
-STATED = re.compile(
-    r"\banswer(?:\s+is\b|\s*[:=])\s*:?\s*(?P<answer>[^\n]+?)"
-    r"(?=\s*(?:\n|\Z|[.!?;]\s|[.!?;]\Z|,\s+[a-z]|\s(?:because|since|which|when|after|as|so)\b))",
-    re.IGNORECASE,
+from . import algebra
+from .finding import (
+    ANSWER_TAG as ANSWER_TAG,
 )
-BOXED = re.compile(r"\\f?boxed\s*\{")
-
-
-def _boxed(text: str) -> list[tuple[int, str]]:
-    r"""(position, content) of each \boxed{...}, braces balanced; one that is never closed holds the rest."""
-    found = []
-    for match in BOXED.finditer(text):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        found.append((match.start(), text[match.end() : end - (depth == 0)]))
-    return found
-
-
-def marked_answer(text: str) -> str:
-    r"""What a sign for it marks as the answer: an <answer> tag, else the last of #### and \boxed{}; or ""."""
-    tags = ANSWER_TAG.findall(text)
-    if tags:
-        return marked_answer(tags[-1]) or tags[-1].strip()
-    found = _boxed(text) + [(match.start(), match[1]) for match in HASHES.finditer(text)]
-    return max(found)[1].strip() if found else ""
-
-
-def extract_answer(text: str) -> str:
-    r"""The final answer that the text states.
-
-    An <answer> tag wins; else the last of "#### ...", \boxed{...} and "answer is ..." counts; else the last
-    line with a digit in it, or the last line.
-    """
-    tags = ANSWER_TAG.findall(text)
-    if tags:
-        return extract_answer(tags[-1])
-    found = _boxed(text) + [(match.start(), match[1]) for match in HASHES.finditer(text)]
-    found += [(match.start(), match["answer"]) for match in STATED.finditer(text)]
-    if found:
-        return max(found)[1].strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if re.search(r"\d", line)), lines[-1] if lines else "")
-
-
-# Numbers
-
-NUMBER = re.compile(
-    # A minus is a sign unless something stands before it that it could be taken from (10-3, 10 -3, (2)-3),
-    # and a digit of a unit (m2, m^2) is no number.
-    r"(?:(?<![\d)\]%]\s)(?<![\w)\]%])[-+](?:[$€£]\s?)?)?"
-    r"(?<![a-z])(?<![a-z]\^)(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\w))?"
+from .finding import (
+    BOXED as BOXED,
 )
-# 1/2 and 2 1/2 are one number; longer sums of numbers are not, math-verify sees to those.
-FRACTION = re.compile(rf"(?:(?P<whole>{NUMBER.pattern})\s+)?(?P<over>{NUMBER.pattern})\s*/\s*(?P<under>\d[\d,]*)")
-GROUPED = re.compile(r"\d{1,3}(,\d{2,3})*,\d{3}")
-UNITS = (
-    *(
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+from .finding import (
+    HASHES as HASHES,
 )
-TENS = ("thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-WORDS = {word: value for value, word in enumerate(UNITS)} | {word: 10 * tens for tens, word in enumerate(TENS, start=3)}
+from .finding import (
+    STATED as STATED,
+)
+from .finding import (
+    TAIL,
+    find,
+    plain,
+    spoken,
+    without_markdown,
+)
+from .finding import (
+    extract_answer as extract_answer,
+)
+from .finding import (
+    marked_answer as marked_answer,
+)
+from .numbers import (
+    EQUATION,
+    Number,
+    equal,
+    read_number,
+    whole_number,
+    with_decimal_comma,
+)
+from .numbers import (
+    without_latex as without_latex,
+)
+
+# Longer answers are compared as text alone.
+LONGEST = 400
+
+# Text
 
 
-def without_latex(text: str) -> str:
-    r"""A text without the LaTeX that only dresses a number: \$, \%, {,}, \text{}, ^\circ, \( and \)."""
-    text = re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    for dress, plain in (
-        ("\\$", "$"),
-        ("\\%", "%"),
-        ("{,}", ","),
-        ("^\\circ", ""),
-        ("^{\\circ}", ""),
-        ("−", "-"),
-        ("–", "-"),
-    ):
-        text = text.replace(dress, plain)
-    return re.sub(r"\\[()\[\],!; ]", " ", text).strip()
+def _normalised(text: str) -> str:
+    r"""Text for comparing words: no case, no \text{}, quotes, articles, dollars around it or closing full stop."""
+    if "\\" in text:
+        text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s{0,3}\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text.strip())
+    text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
+    text = re.sub(r"^(?:the|a|an)\s+(?=\S)", "", text)
+    if "\n" in text:
+        # A grid's lines count, a column of spaces does not.
+        return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+    return " ".join(text.split())
 
 
-def _value(token: str) -> Fraction | None:
-    """The value of one number as NUMBER finds it; None where commas are no thousands' separators (1,5)."""
-    token = re.sub(r"[$€£\s]", "", token)
-    whole = re.split(r"[.eE]", token)[0].lstrip("+-")
-    if "," in whole and not GROUPED.fullmatch(whole):
-        return None
-    return Fraction(token.replace(",", ""))
-
-
-def last_number(text: str) -> tuple[Fraction, bool] | None:
-    """(the last number in the text, whether it is a percentage); what follows the last "=" if a number does.
-
-    None where there is none, or where the last is part of a sum that has not been worked out (5 + 2, 12/2).
-    """
-    after = re.split(r"[=≈]", text)[-1]
-    text = after if re.search(r"\d", after) else text
-    numbers = list(NUMBER.finditer(text))
-    if not numbers:
-        word = re.sub(r"[^a-z ]", "", text.casefold()).split()
-        return (Fraction(WORDS[word[0]]), False) if word and len(word) <= 2 and word[0] in WORDS else None
-    last = numbers[-1]
-    fraction = next((match for match in FRACTION.finditer(text) if match.end() >= last.end()), None)
-    if fraction is not None:
-        whole, over, under = (_value(fraction[name] or "0") for name in ("whole", "over", "under"))
-        if whole is None or over is None or not under or (over / under).denominator == 1:
-            return None
-        value = whole + (-over if (fraction["whole"] or "").strip().startswith("-") else over) / under
-        start, end = fraction.start(), fraction.end()
-    else:
-        value = _value(last[0])
-        start, end = last.start(), last.end()
-    joined = re.search(r"[\d)]\s*(?:[-+*/×÷^]|\*\*)\s*[$€£({]*$", text[:start]) or re.match(
-        r"\s*(?:[*/×÷^]|[-+]\s*[a-zA-Z](?![a-zA-Z']))", text[end:]
+def _tight(text: str) -> str:
+    r"""LaTeX for comparing letter by letter: one way to write \frac, \left, spaces and single braces."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mbox|textrm|mathbf|operatorname)\s{0,3}\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
+    text = re.sub(
+        r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-z])|(?<!\\)\\[,!;: ]|\\q?quad(?![a-z])|[\s$]|\\\$", "", text
     )
-    # 3:30 and 2020-01-05 are no numbers either.
-    if value is None or joined or re.search(r"\d\s*[:,]$", text[:start]) or re.match(r":\d", text[end:]):
-        return None
-    return value, bool(re.match(r"\s*(?:%|percent)", text[end:]))
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
+    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).replace("\\dots", "\\ldots")
+    text = re.sub(r"\\(le|ge|ne)q(?![a-z])", r"\\\1", text).replace("[bp]matrix", "matrix")
+    text = re.sub(r"\{[bp]matrix\}", "{matrix}", text)
+    return re.sub(r"^\\[(\[]|\\[)\]]$", "", text).rstrip(".")
 
 
-def _is_number(text: str) -> bool:
-    """True where the whole of a text is one number with at most a currency, a percent sign and a unit around
-    it."""
-    number = rf"(?:{FRACTION.pattern}|{NUMBER.pattern})"
-    return re.fullmatch(rf"[$€£]?\s*{number}\s*[$€£%]?\s*(?:[^\W\d]+\.?\s*){{0,3}}", text.rstrip(" .")) is not None
+# Choices: (B), B., B) Paris, option B
+
+CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:)]?")
+LABELLED = re.compile(r"\(?([A-Z])(?:\)|[.:])[.:]?\s+(\S.*)", re.DOTALL)
+GIVEN_CHOICE = re.compile(
+    r"(?:(?:[Tt]he\s+)?(?:correct\s+|final\s+|right\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter)\s*(?:is|:)?\s*)?"
+    r"(?:\((?P<round>[A-Za-z])\)|\[(?P<square>[A-Z])\]|(?P<bare>[A-Z])(?=[.:)]|\s*$|,?\s+(?:is|because|since|as|which|not)\b"
+    r"|\s+[-–—]\s|\s*\())",
+)
+OTHER_CHOICE = re.compile(
+    r"(?:\b(?:or|and)\b|[,/&;])\s*(?:option\s+|choice\s+)?\(?[A-Z]\)?(?![\w'])|\s\([A-Z]\)|\s[A-Z][.)](?=\s|$)"
+)
+NAMED_CHOICE = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|choose|pick|select)\s+([A-Z])\b(?!['’])")
+DENIAL = re.compile(
+    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot)\b|n['’]t\b", re.IGNORECASE
+)
+TRUTH = ("yes", "no", "true", "false")
 
 
-# Right or wrong
-
-# Powers that math-verify would spend minutes on: 10^99999, 9^9^9.
-HUGE_POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*\d{4,}|(?:\^|\*\*)[^+=]*(?:\^|\*\*)|\d!")
-LONGEST_EXPRESSION = 300
-
-
-def _is_expression(text: str) -> bool:
-    """True for digits, operators and single letters, with at least one operator; not for a date."""
+def _choice(given: str, letter: str) -> bool:
+    """True where a text chooses this letter and no other."""
+    given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n")
+    match = GIVEN_CHOICE.match(given)
+    if match is None:
+        # "I choose (B)", "so option D is correct": the only letter that is named.
+        named = {one or other for one, other in NAMED_CHOICE.findall(given[:LONGEST])}
+        return named == {letter.upper()} and DENIAL.search(given[:LONGEST]) is None
+    chosen = match["round"] or match["square"] or match["bare"]
+    rest = given[match.end() :]
+    because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
     return (
-        re.fullmatch(r"[\da-zA-Z\s(){}^*/×÷+\-.,=]+", text) is not None
-        and re.search(r"[A-Za-z]{2}|\d-\d+-\d", text) is None
-        and re.search(r"[\^*/×÷+\-=]", text) is not None
+        chosen.upper() == letter.upper() and OTHER_CHOICE.search(rest[: because.start()] if because else rest) is None
     )
 
 
-# A sum left to the reader: a number, an operator (but × 10^n) and a number; a root; a power of anything but
-# 10.
-UNWORKED = re.compile(
-    r"[\d)}]\s*(?:[-+*×÷]|\\(?:times|cdot|div)\b)\s*+(?!10\s*\^)[-({$]*\s*\d|\\sqrt|(?<!10)(?<=\d)\s*\^"
+def _truth(given: str, gold: str) -> bool:
+    """True where a text begins with this of yes, no, true, false, and takes it back nowhere."""
+    match = re.match(r"(yes|no|true|false)\b(?=\s*(?:$|[.,;:!—–]|-\s|\s(?:because|since|as)\b))", given, re.IGNORECASE)
+    if match is None or match[1].casefold() != gold:
+        return False
+    opposite = TRUTH[TRUTH.index(gold) ^ 1]
+    return re.search(rf"\b(?:{opposite}|or)\b", given[match.end() :], re.IGNORECASE) is None
+
+
+# Lists, sets, tuples, intervals
+
+PAIRS = {"(": ")", "[": "]", "{": "}"}
+SEPARATOR = re.compile(r",(?!\d{3}(?!\d)\s*(?:[,;)]|$))|;")
+
+
+def _mathematics(text: str) -> str:
+    r"""A text with the signs that delimit formulas gone, \left( as (, \{ as {, ∞, π, √ and ≤ as commands."""
+    text = text.strip()
+    if not text.isascii():
+        for sign, command in (("∞", "\\infty"), ("π", "\\pi "), ("√", "\\sqrt"), ("≤", "\\le "), ("≥", "\\ge "),
+                              ("≠", "\\ne "), ("∪", "\\cup "), ("∈", "\\in "), ("±", "\\pm "), ("²", "^2"),
+                              ("³", "^3"), ("−", "-"), ("–", "-"), ("θ", "\\theta "), ("°", "^\\circ ")):  # fmt: skip
+            text = text.replace(sign, command)
+    if "matrix" not in text and "array" not in text:
+        # Doubled by someone's escaping.
+        text = re.sub(r"\\\\(?=[a-zA-Z({[])", r"\\", text)
+    text = re.sub(
+        r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-z])|(?<!\\)\\[,!;: ]|\\q?quad(?![a-z])|~", " ", text
+    )
+    text = re.sub(r"(?<!\\)\\[()\[\]]|\$|\\\$", " ", text)
+    text = re.sub(r"(?<=\d)\s?x\s?(?=10\s?\^)", r"\\times ", text)
+    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text).replace("\\{", "{").replace("\\}", "}").replace("{,}", "")
+    text = re.sub(r"\\(?:leq|leqslant|le)(?![a-z])", r"\\le", text)
+    text = re.sub(r"\\(?:geq|geqslant|ge)(?![a-z])", r"\\ge", text)
+    text = re.sub(r"\\(?:lt)(?![a-z])", "<", re.sub(r"\\gt(?![a-z])", ">", text))
+    text = re.sub(r"\\(?:text|mathrm|textbf|mbox|textrm)\s{0,3}\{\s*(and|or)\s*\}", r" \1 ", text)
+    # A unit behind a value: 5 \text{ cm}^2.
+    text = re.sub(r"(?<=\S)\s*\\(?:text|mathrm|mbox|textrm)\s{0,3}\{[^{}]*\}(?:\^\{?\d\}?)?\s*\.?$", "", text)
+    text = re.sub(r"\s?\^\s?\{?\s?\\(?:circ|degree)\s?\}?", "", text)
+    return text.strip().rstrip(".").strip()
+
+
+def _split(text: str, words: bool) -> list[str]:
+    """The members of a list at its outermost commas; at "and" and "or" too."""
+    members, depth, start = [], 0, 0
+    for match in re.finditer(r"\\?[({\[\])}]|[,;]|\b(?:and|or)\b", text):
+        token = match[0][-1] if match[0].startswith("\\") else match[0]
+        if token in PAIRS:
+            depth += 1
+        elif token in ")]}":
+            depth -= 1
+        elif depth == 0 and (token in ",;" or words):
+            members.append(text[start : match.start()])
+            start = match.end()
+    members.append(text[start:])
+    return [member.strip() for member in members if member.strip()]
+
+
+def _enclosed(text: str) -> tuple[str, str, str] | None:
+    """(opening bracket, inside, closing bracket) where one pair, or an interval's, encloses a whole text."""
+    if len(text) < 2 or text[0] not in "([{" or text[-1] not in ")]}":
+        return None
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and index < len(text) - 1:
+            return None
+    return text[0], text[1:-1].strip(), text[-1]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Several values: "{" for a set or a bare list, which have no order, "(" for a tuple, "[)" for an interval."""
+
+    kind: str
+    values: tuple[str, ...]
+
+
+MATRIX = re.compile(r"[(\[]?\s*\\begin\s?\{([bp]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\s?\{\1\}\s*[)\]]?", re.DOTALL)
+# What a value is the value of: x, x_1, f(x), (p, q), \angle A is left out; AB, |AB| and AB : CD are lengths.
+NAME = re.compile(
+    r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?|\\[a-z]+(?:_\{?\w\}?)?|[A-Za-z]\([a-z]\)|\([a-z](?:,\s*[a-z]){1,4}\)|\|?[A-Z]{2}\|?"
+    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\})\s*(?:=|\\in(?![a-z]))(?!=)\s*"
 )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(name, value) of x = 5, (p, q) = (3, 2), x \\in [1, 2]; name "" where there is none."""
+    match = NAME.match(text)
+    if match is None:
+        return "", text
+    # z = 1 + 1 = 2 is z = 2; x = 1, y = 2 are two.
+    parts = re.split(r"=", text[match.end() :])
+    if re.search(r"[,;<>!]|\\(?:in|le|ge|ne|and|or)(?![a-z])|\b(?:and|or)\b", text[match.end() :]) and len(parts) > 1:
+        return "", text
+    return re.sub(r"[\s{}]|=|\\in$", "", match[0].strip()), parts[-1].strip()
+
+
+def _members(text: str) -> Members | None:
+    """What a text lists; None for a single value."""
+    matrix = MATRIX.fullmatch(text)
+    if matrix:
+        rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix("\\\\"))]
+        shape = f"matrix {len(rows)} by {', '.join(str(len(row)) for row in rows)}"
+        return Members(shape, tuple(cell.strip() for row in rows for cell in row))
+    enclosed = _enclosed(text)
+    if enclosed:
+        left, inside, right = enclosed
+        values = _split(inside, words=False)
+        if left == "{" and right == "}":
+            return Members("{", tuple(_signs(values)))
+        if len(values) >= 2:
+            return Members(left + right, tuple(values))
+        return _members(inside) if left == "(" and right == ")" and _enclosed(inside) else None
+    unions = re.split(r"\\cup(?![a-z])", text)
+    if len(unions) > 1:
+        return Members("{", tuple(part.strip() for part in unions))
+    values = _signs(_split(text, words=True))
+    return Members("{", tuple(values)) if len(values) >= 2 else None
+
+
+def _signs(values: Sequence[str]) -> list[str]:
+    r"""1 \pm 2 as 1 + 2 and 1 - 2."""
+    spread = []
+    for value in values:
+        if value.count("\\pm") == 1:
+            spread += [re.sub(r"^\s*\+\s*", "", value.replace("\\pm", sign)) for sign in "+-"]
+        else:
+            spread.append(value)
+    return spread
+
+
+RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<=|>=|!=|[<>=]")
+PLAINER = {"\\le": "<=", "\\ge": ">=", "\\ne": "!="}
+TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+
+
+def _interval(text: str) -> str | None:
+    r"""x \ge 2, -2 \le x < 7 and 0 < f(x) < 1 as the interval that they are."""
+    parts, signs = RELATION.split(text), [PLAINER.get(sign, sign) for sign in RELATION.findall(text)]
+    name = re.compile(r"\s*(?:[a-zA-Z](?:_\w)?|[a-zA-Z]\([a-z]\)|\\[a-z]+)\s*")
+    if (
+        len(parts) == 3
+        and name.fullmatch(parts[1])
+        and all(sign[0] == signs[0][0] and sign[0] in "<>" for sign in signs)
+    ):
+        if signs[0][0] == ">":
+            parts, signs = parts[::-1], [TURNED[sign] for sign in signs[::-1]]
+        left, right = "[" if signs[0] == "<=" else "(", "]" if signs[1] == "<=" else ")"
+        return f"{left}{parts[0].strip()}, {parts[2].strip()}{right}"
+    if len(parts) == 2 and signs[0][0] in "<>":
+        if name.fullmatch(parts[1]) and not name.fullmatch(parts[0]):
+            parts, signs = parts[::-1], [TURNED[signs[0]]]
+        if name.fullmatch(parts[0]) and not re.search(r"[a-z](?![a-z]*\{)", re.sub(r"\\[a-z]+", "", parts[1])):
+            end = parts[1].strip()
+            close = "=" in signs[0]
+            return (
+                f"(-\\infty, {end}{']' if close else ')'}"
+                if signs[0][0] == "<"
+                else f"{'[' if close else '('}{end}, \\infty)"
+            )
+    return None
+
+
+# The same value
+
+# A sum left to the reader: a number, an operator (but × 10^n) and a number; a root of a whole number's square; a
+# power of anything but 10.
+UNWORKED = re.compile(
+    r"[\d)}]\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*+(?!10\s*\^)[-({$]*\s*\d|\\sqrt|(?<!10)(?<=[\d)}])\s*\^|\\[dt]?binom|!"
+)
+# 79 - 17 + 60 and 2 × 3 × 7 as golds are about how they are written, not about their value.
+ARITHMETIC = re.compile(r"(?:\s|[\d.()/]|[-+*×÷]|\\times(?![a-z])|\\cdot(?![a-z]))+")
 
 
 def _is_unworked(text: str, whole: bool) -> bool:
@@ -194,75 +304,352 @@ def _is_unworked(text: str, whole: bool) -> bool:
     return bool(UNWORKED.search(last)) or (whole and bool(re.search(r"\\[dt]?frac|\d\s*/\s*\d", last)))
 
 
-def _is_algebra(text: str) -> bool:
-    """True for what math-verify should decide where gold is no number: LaTeX, or an expression in single
-    letters."""
-    return re.search(r"\\[a-zA-Z]+|\$", text) is not None or (
-        _is_expression(text) and re.search(r"[A-Za-z]", text) is not None
-    )
+def _read(text: str) -> algebra.Node | None:
+    try:
+        return algebra.read(text)
+    except algebra.Unreadable:
+        return None
+
+
+def _same_number(given: str, gold: str) -> bool | None:
+    """Whether two texts are the same number; None where either is none."""
+    wanted = whole_number(gold)
+    if wanted is None:
+        return None
+    found = whole_number(given)
+    return None if found is None else equal(found, wanted)
+
+
+FORMULA = re.compile(r"\b(?:and|or)\b|[\\^=+*/<>|(){}\[\],;:!_-]|\d\s?[a-zA-Z]")
+
+
+def _same(given: str, gold: str, depth: int = 0) -> bool:
+    """True where two texts, as `_mathematics` leaves them, have the same value: numbers, lists, relations, algebra."""
+    if depth > 4:
+        return False
+    if not FORMULA.search(gold):
+        # Words and rows of numbers: their spaces count.
+        return bool(_same_number(given, gold))
+    if _tight(given) == _tight(gold) != "":
+        return True
+    (name, value), (gold_name, gold_value) = _named(given), _named(gold)
+    if not (name and gold_name and name != gold_name):
+        numbers = _same_number(given, gold)
+        if numbers is not None:
+            return numbers
+        if (name and not _relation(gold)) or gold_name:
+            return _same(value, gold_value, depth + 1)
+    members, gold_members = _members(given), _members(gold)
+    if gold_members is None and _relation(gold):
+        return _same_relation(given, gold, depth)
+    if members is None and gold_members is not None and _relation(given):
+        interval = _interval(given)
+        return interval is not None and _same(interval, gold, depth + 1)
+    if (members is None) != (gold_members is None):
+        return False
+    if members is not None and gold_members is not None:
+        return _same_members(members, gold_members, depth)
+    return _same_expression(given, gold)
+
+
+def _relation(text: str) -> bool:
+    return RELATION.search(text) is not None
+
+
+def _same_members(given: Members, gold: Members, depth: int) -> bool:
+    if len(given.values) > len(gold.values) and given.kind == "{":
+        # A set's member may be said twice.
+        given = Members("{", tuple({_tight(value): value for value in given.values}.values()))
+    if len(given.values) != len(gold.values) or len(gold.values) > 40:
+        return False
+    if gold.kind != "{" or given.kind != "{":
+        # (1, 2) may be a list in brackets where the gold is bare only if a tuple was asked for: kinds must agree.
+        if given.kind != gold.kind:
+            return False
+        return all(_same_member(one, other, depth) for one, other in zip(given.values, gold.values))
+    if not all(_is_mathematical(value) for value in gold.values):
+        # Words have an order: word_sorting's answer is one.
+        return all(_same_member(one, other, depth) for one, other in zip(given.values, gold.values))
+    left = list(given.values)
+    for value in gold.values:
+        match = next((one for one in left if _same_member(one, value, depth)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _is_mathematical(text: str) -> bool:
+    text = _named(text)[1]
+    if len(text) == 1 and text.isalpha():
+        return False
+    return whole_number(text) is not None or _enclosed(text) is not None or _read(text) is not None or _relation(text)
+
+
+def _same_member(given: str, gold: str, depth: int) -> bool:
+    return _normalised(given) == _normalised(gold) != "" or _same(given, gold, depth + 1)
+
+
+def _same_relation(given: str, gold: str, depth: int) -> bool:
+    """True for two equations, inequalities or intervals that say the same."""
+    interval = _interval(gold)
+    if interval is not None:
+        given = _named(given)[1]
+        other = given if _enclosed(given) or "\\cup" in given else _interval(given)
+        if other is not None:
+            return _same(other, interval, depth + 1)
+    sides, signs = RELATION.split(gold), RELATION.findall(gold)
+    given_sides, given_signs = RELATION.split(given), RELATION.findall(given)
+    if len(sides) != 2:
+        return False
+    if len(given_sides) == 1:
+        # f(x) = 2x + 3 and 2x + 3.
+        short = re.fullmatch(r"\s*(?:[a-zA-Z]|[a-zA-Z]\([a-z]\))\s*", sides[0])
+        return signs[0] == "=" and short is not None and _same_expression(given, sides[1])
+    sign, given_sign = PLAINER.get(signs[0], signs[0]), PLAINER.get(given_signs[0], given_signs[0])
+    if len(given_sides) != 2 or sign not in (given_sign, TURNED[given_sign]):
+        return False
+    readings = [_read(side.strip()) for side in (*given_sides, *sides)]
+    if any(reading is None for reading in readings):
+        return False
+    minus = ("number", Fraction(-1))
+    ones, others = (("+", readings[at], ("*", minus, readings[at + 1])) for at in (0, 2))
+    ratio = algebra.proportional(ones, others)
+    return ratio != 0 and (sign in ("=", "!=") or (ratio > 0) == (sign == given_sign))
+
+
+def _same_expression(given: str, gold: str) -> bool:
+    if ARITHMETIC.fullmatch(gold) and re.search(r"[-+*×÷]|\\times|\\cdot", gold.lstrip("-")):
+        return re.sub(r"\s", "", given) == re.sub(r"\s", "", gold)
+    wanted = _read(gold)
+    if wanted is None:
+        return False
+    if not algebra.letters(wanted) and "\\approx" in given:
+        given = given.split("\\approx")[0]
+    found = _read(given)
+    if found is None and given.count("=") and not _relation(gold):
+        # The value of a chain: (x + 1)^2 = x^2 + 2x + 1.
+        found = _read(given.split("=")[-1].strip())
+    if found is None:
+        return False
+    if algebra.same(found, wanted):
+        return True
+    return _is_rounded(given, wanted)
+
+
+def _is_rounded(given: str, wanted: algebra.Node) -> bool:
+    """True for six or more digits of an irrational number."""
+    number = whole_number(given)
+    if number is None or number.digits < 6 or not number.decimals or algebra.letters(wanted):
+        return False
+    try:
+        value = algebra.evaluate(wanted).number
+    except algebra.Unreadable:
+        return False
+    if isinstance(value, Fraction) or abs(value.imag) > 0:
+        return False
+    return abs(float(number.value) - value.real) < 10.0**-number.decimals
+
+
+# Right or wrong
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A right answer, read once."""
+
+    text: str
+    normal: str
+    plain: str
+    number: Number | None
+    mathematics: str
+    hexadecimal: int | None
+    choice: str
+    labelled: str
 
 
 @functools.lru_cache(maxsize=8192)
-def _math_verify(answer: str, gold: str) -> bool:
+def _gold(answer: str) -> Gold:
+    text = (marked_answer(answer) or without_markdown(plain(answer[-TAIL:]))).strip()
+    short = text if len(text) <= LONGEST else ""
+    choice = CHOICE.fullmatch(re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", short).strip(" $"))
+    labelled = LABELLED.fullmatch(short)
+    return Gold(
+        text=text,
+        normal=_normalised(text),
+        plain=without_latex(short),
+        number=whole_number(short) if short else None,
+        mathematics=_mathematics(short),
+        hexadecimal=_hexadecimal(short),
+        choice=choice[1] if choice else "",
+        labelled=labelled[1] if labelled else "",
+    )
+
+
+def _hexadecimal(text: str) -> int | None:
+    match = re.fullmatch(r"([-+]?)0([xXbB])([0-9a-fA-F]{1,300})\.?", text.strip())
+    if match is None:
+        return None
     try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise InputError(f"rewards: {not_installed('math-verify', 'train')}") from None
-    if max(len(answer), len(gold)) > LONGEST_EXPRESSION or HUGE_POWER.search(answer) or HUGE_POWER.search(gold):
-        return False
-    # math-verify's time limit is a signal, which only the main thread may set; without one it warns at each call. On
-    # Windows it is a process, and its way of starting that one fails.
-    limited = threading.current_thread() is threading.main_thread() and sys.platform != "win32"
-    seconds = 5 if limited else None
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def parsed(text: str) -> list:
-        # It takes LaTeX and letters for such only between dollars.
-        wrapped = text if re.search(r"\$|\\[(\[]", text) else f"${text}$"
-        return parse(wrapped, parsing_timeout=seconds)  # pyright: ignore[reportArgumentType]
-
-    # Gold first: the order matters.
-    return verify(parsed(gold), parsed(answer), timeout_seconds=seconds)
+        return int(match[1] + match[3], 16 if match[2] in "xX" else 2)
+    except ValueError:
+        return None
 
 
-def _normalised(text: str) -> str:
-    r"""Text for comparing words: no case, no \text{}, quotes, articles or closing full stop."""
-    text = re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"[*_`\"'“”‘’]", "", text).casefold()
-    text = re.sub(r"^(?:the|a|an)\s+", "", text.strip(" \t\n.,;:!?$"))
-    return " ".join(text.split())
+DENIED = re.compile(r"(?:not|never|neither|no longer|unknown|none of)\b", re.IGNORECASE)
 
 
 def is_correct(completion: str, answer: str) -> bool:
     """True if the last answer that `completion` states has the value of `answer`.
 
     Numbers are equal in any usual form (1,000, $5, 5.0, 50 %, 1/2, 2 1/2, 1e3, seven, with a unit, in LaTeX);
-    50 % is both 50 and 0.5. A sum that has not been worked out is no answer. Other answers are compared as
-    text, without case and punctuation. An empty answer is never right.
+    50 % is both 50 and 0.5. A sum that has not been worked out is no answer, and neither is a choice of several.
+    Other answers are compared as values where they are mathematical (docs/rewards.md says which), else as text,
+    without case and punctuation. An empty answer is never right. Texts of any length are decided in milliseconds.
     """
-    given, gold = extract_answer(completion), (marked_answer(answer) or answer).strip()
-    if not given or not gold or re.match(r"not\b", given, re.IGNORECASE):
+    gold = _gold(answer)
+    if not gold.text:
         return False
-    if _normalised(given) == _normalised(gold) != "":
+    said = spoken(completion)[-TAIL:]
+    found = find(said)
+    if found is None:
+        return False
+    if found.sign in ("", "tag") and _is_gold_whole(said.strip(), gold):
         return True
-    plain, plain_gold = without_latex(given), without_latex(gold)
-    if not _is_number(plain_gold):
-        return _is_algebra(gold) and _math_verify(given, gold)
-    wanted, found = last_number(plain_gold), last_number(plain)
-    if "\\" in plain or (found is None and _is_expression(plain)):
-        whole = wanted is not None and wanted[0].denominator == 1
-        return not _is_unworked(plain, whole) and _math_verify(given, plain_gold)
-    if wanted is None or found is None:
+    if gold.number is not None:
+        return _is_number_right(found.readings, found.sign, gold)
+    return any(_is_reading_right(reading, gold) for reading in found.readings)
+
+
+def _is_gold_whole(text: str, gold: Gold) -> bool:
+    """True where a completion is the right answer and nothing else, or its lines after a colon or an empty line."""
+    if text == gold.text:
+        return True
+    lines, given = gold.text.split("\n"), text.split("\n")
+    if len(lines) < 2 or len(given) <= len(lines) or not re.search(r":\W*$|^\W*$", given[-len(lines) - 1]):
         return False
-    # 50 % may stand for 50 and for 0.5, whichever of the two has the sign.
-    factor = {(True, False): Fraction(1, 100), (False, True): Fraction(100)}.get((wanted[1], found[1]), 1)
-    return any(value == found[0] or _nearly(value, found[0]) for value in (wanted[0], wanted[0] * factor))
+    return [line.strip() for line in given[-len(lines) :]] == [line.strip() for line in lines]
 
 
-def _nearly(one: Fraction, other: Fraction) -> bool:
-    """True for a fraction whose decimals do not end (1/3) and six or more of them."""
-    endless = any(10**20 % value.denominator for value in (one, other))
-    return endless and abs(one - other) < Fraction(1, 10**6)
+def _is_reading_right(reading: str, gold: Gold) -> bool:
+    """True where an answer, read in one way, is the right one, which is no number."""
+    normal = _normalised(reading)
+    if not reading or (DENIED.match(reading) and normal != gold.normal):
+        return False
+    if reading == gold.text or normal == gold.normal != "":
+        return True
+    if gold.choice and _choice(reading, gold.choice):
+        return True
+    if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
+        return True
+    if gold.normal in TRUTH and _truth(reading, gold.normal):
+        return True
+    labelled = LABELLED.fullmatch(reading)
+    if labelled and not gold.labelled and _normalised(labelled[2]) == gold.normal != "":
+        return True
+    if len(reading) > LONGEST or not gold.mathematics or gold.choice:
+        return False
+    if gold.hexadecimal is not None:
+        return _hexadecimal(reading) == gold.hexadecimal
+    return _same(_mathematics(reading), gold.mathematics)
+
+
+def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
+    """True where the shortest reading that has a number has the right one."""
+    wanted, name = gold.number, _named(gold.mathematics)[0]
+    assert wanted is not None
+    if sign in ("", "tag") and _is_grid(readings[0]):
+        return False
+    for reading in reversed(readings):
+        if DENIED.match(reading):
+            return False
+        number = _number_of(reading, sign, wanted)
+        if name and _named(_mathematics(reading[:LONGEST]))[0] not in ("", name):
+            return False
+        if number is not None:
+            return equal(number, wanted)
+        if re.search(r"\d", reading):
+            return _is_other_form_right(reading, gold)
+    return False
+
+
+def _is_grid(text: str) -> bool:
+    """True for several lines of numbers alone: a matrix or a list."""
+    lines = [line for line in text[-LONGEST:].split("\n") if line.strip()]
+    return len(lines) > 1 and all(re.fullmatch(r"[-+\d.,\s\[\]]*\d[-+\d.,\s\[\]]*", line) for line in lines)
+
+
+# A word in any script: two letters of an alphabet, one sign of others.
+PROSE = re.compile(r"[^\W\d_]{2,}|[\u3040-\u9fff]")
+# Quotes, arrows and pictures around a number.
+AROUND = " \t\n\"'“”‘’`,;:→⇒∴✅✓🎉•"
+COMPARING = re.compile(r"[<>≤≥≠≢±]|!=|\\(?:leq?|geq?|neq?|lt|gt|pm)(?![a-z])")
+LETTER = re.compile(r"\d(?:[A-Za-z]|\s[a-fi-kn-rt-zA-Z])(?![A-Za-z\d]|\s[a-z]{2})")
+
+
+def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
+    if (sign == "boxed" or reading.count("$") > 1 or "\\" in reading) and LETTER.search(reading):
+        # In a formula 3s and 5 m are products.
+        return None
+    whole = whole_number(reading.strip(AROUND))
+    if whole is not None:
+        return whole
+    if COMPARING.search(reading) and not PROSE.search(re.sub(r"\\[a-zA-Z]+", " ", reading)):
+        return None
+    prose = PROSE.search(re.sub(r"\\[a-zA-Z]+", " ", reading))
+    comma = with_decimal_comma(reading) or (with_decimal_comma(reading, within=True) if prose and not sign else None)
+    if comma is not None:
+        # 3,14 is 3.14 only where that is the answer: else it is a list, or a slip.
+        return comma if comma.value == wanted.value else None
+    if len(reading) <= LONGEST and "≈" in without_latex(reading):
+        left = whole_number(re.split(r"[=≈]", without_latex(reading))[-2])
+        if left is not None and equal(left, wanted):
+            return left
+    if not prose:
+        # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.
+        left, _, right = without_latex(reading).rpartition("=")
+        if EQUATION.search(left[-60:]):
+            return None
+        # "A: 18", and 1500 (1.5 × 10^3), which says the same twice.
+        value, _, again = re.sub(r"^\s*[A-Za-z]\s*:", "", right).partition(" (")
+        number = whole_number(value.strip(AROUND))
+        if number is None or not again:
+            return number
+        repeated = _read(_mathematics(again.removesuffix(")")))
+        return number if repeated and algebra.same(repeated, ("number", number.value)) else None
+    return read_number(reading, first=bool(sign))
+
+
+def _is_other_form_right(reading: str, gold: Gold) -> bool:
+    """True for a value that is no plain number but has been worked out: LaTeX, a power of ten, an equation."""
+    text = without_latex(reading)
+    wanted = gold.number
+    if len(reading) <= LONGEST and wanted is not None and wanted.decimals and wanted.digits >= 6:
+        exact = _read(_mathematics(reading))
+        if exact is not None and _is_rounded(gold.text, exact):
+            return True
+    if len(reading) > LONGEST or wanted is None or _is_unworked(text, wanted.value.denominator == 1):
+        return False
+    mathematics = _mathematics(reading).rstrip("%").strip()
+    if _members(mathematics) is not None or COMPARING.search(mathematics):
+        return False
+    left, _, right = mathematics.rpartition("=")
+    if EQUATION.search(left[-60:]):
+        return False
+    found = _read(right.strip())
+    if found is None:
+        return False
+    return algebra.same(found, ("number", wanted.value))
+
+
+def last_number(text: str) -> tuple[Fraction, bool] | None:
+    """(the last number in the text, whether it is a percentage); what follows the last "=" if a number does.
+
+    None where there is none, where the last is part of a sum that has not been worked out (5 + 2, 12/2), or one of
+    several (5 or 6).
+    """
+    number = read_number(text)
+    return None if number is None else (number.value, number.percent)
 
 
 def text_of(completion: str | Sequence[dict[str, Any]]) -> str:

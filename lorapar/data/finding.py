@@ -1,0 +1,347 @@
+r"""Where a text states its final answer.
+
+A thought comes first and does not count: what stands after the last </think> is read, and a thought that is never
+closed holds no answer. In what remains an <answer> tag wins, else the last of `\boxed{}`, `#### ...` and "answer is
+...", else the last line. Only the end of a very long text is looked at, by patterns that take linear time.
+"""
+
+import re
+from dataclasses import dataclass
+
+# How much of a text's end is read: some 2,500 tokens, after the thought.
+TAIL = 10_000
+
+ANSWER_TAG = re.compile(r"<answer>", re.IGNORECASE)
+ANSWER_END = re.compile(r"</answer>", re.IGNORECASE)
+HASHES = re.compile(r"####(?!#)[ \t]*(?P<answer>[^\n]*)")
+STATED = re.compile(
+    r"\b(?:answer|(?:correct|right|best)[ \t]+(?:option|choice))(?:[ \t]+is\b|[ \t]*[:=])[ \t]*:?"
+    # A heading in any depth: "### Final Answer" on a line of its own.
+    r"|^[ \t]*(?:#{1,6}[ \t]*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*$"
+    r"|^[ \t]*(?:the[ \t]+)?final[ \t]+answer[ \t]*$"
+    r"|答案(?:是|为|：|:)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# A text without any of these states nothing.
+STATING = ("nswer", "NSWER", "ption", "hoice", "答案")
+BOXED = re.compile(r"\\f?boxed\s{0,3}\{")
+
+# What opens and closes a thought, in lower case.
+THOUGHTS = [
+    *(
+        (f"<{name}>", f"</{name}>")
+        for name in ("think", "thinking", "thought", "reasoning", "reflection", "scratchpad")
+    ),
+    ("[think]", "[/think]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+]
+# A text without any of these has no thought.
+THINKING = ("hink", "HINK", "hought", "HOUGHT", "easoning", "EASONING", "eflection", "cratchpad")
+
+
+def spoken(text: str) -> str:
+    """What a text says once it has thought; "" where its thought is left open."""
+    if not any(word in text for word in THINKING):
+        return text
+    lower = text.lower()
+    if len(lower) != len(text):
+        # A letter that is two in lower case: the tags are found as they are mostly written.
+        lower = text
+    # str.rfind takes no time over a million characters, a pattern does.
+    closed = max((lower.rfind(end) + len(end) if end in lower else 0) for _, end in THOUGHTS)
+    opened = max(lower.rfind(begin) for begin, _ in THOUGHTS)
+    return "" if opened >= closed and opened >= 0 else text[closed:]
+
+
+# Markdown
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+PROSE = {"", "text", "txt", "plaintext", "plain", "md", "markdown", "latex", "tex", "math", "answer", "output"}
+CODE = re.compile(r"`([^`\n]+)`")
+# ** and * around words: not between the parts of 2**3, 2*x or 3 * 4.
+STRONG = re.compile(r"(?<![\w*)\]])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+)(?<!\s)\*\*(?![\w*(])")
+BOTH = re.compile(r"(?<![\w*)\]])\*\*\*(?=[^\s*])([^*\n]+)(?<!\s)\*\*\*(?![\w*(])")
+BULLET = re.compile(r"^[ \t]*\*[ \t]+", re.MULTILINE)
+EMPHASIS = re.compile(r"(?<![\w*)\]])\*(?=[^\s*])([^*\n]+)(?<!\s)\*(?![\w*(])")
+UNDERLINED = re.compile(r"(?<![\w\\])(__?)(?=[^\s_])([^_\n]+)(?<!\s)\1(?!\w)")
+STRUCK = re.compile(r"~~([^~\n]+)~~")
+WHOLLY = re.compile(r"(\*\*|__)(?=[^\s*_])([^\n]+?)(?<![\s*_])\1([.:]?)")
+
+
+def without_markdown(text: str) -> str:
+    """A text without bold, italics and code; what is struck out, and programs, go as a whole."""
+    whole = text.strip()
+    if "\n" in whole and whole.startswith("**") and whole.endswith("**") and whole.count("**") == 2:
+        text = whole[2:-2]
+    if "~~" in text:
+        text = STRUCK.sub("", text)
+    if "`" in text:
+        text = FENCE.sub(lambda match: match[2] if match[1].lower() in PROSE else "", text)
+        text = CODE.sub(r"\1", text)
+    if "*" in text:
+        if "**" in text:
+            text = "\n".join(_unwrapped(line) if line.lstrip()[:2] == "**" else line for line in text.split("\n"))
+        text = BULLET.sub("", text)
+        if "***" in text:
+            text = BOTH.sub(r"\1", text)
+        if "**" in text:
+            text = STRONG.sub(r"\1", text)
+        text = EMPHASIS.sub(r"\1", text)
+    if "_" in text:
+        text = UNDERLINED.sub(r"\2", text)
+    return text
+
+
+def _unwrapped(line: str) -> str:
+    """A line that is bold as a whole, whatever stars are in it."""
+    match = WHOLLY.fullmatch(line.strip())
+    # **A** or **B** is two bold words, **2*x**3** one bold power.
+    powers = match and match[2].count("**") == len(re.findall(r"(?<=[\w)\]])\*\*(?=[\w(\[-])", match[2]))
+    return match[2] + match[3] if match and powers else line
+
+
+# Characters that mean what ASCII's do
+
+PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+PLAIN |= {ord(dash): "-" for dash in "−‒–﹣－"} | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+PLAIN |= {ord(slash): "/" for slash in "∕⁄"} | {0x3000: " ", ord("∗"): "*", ord("∙"): "·", ord("⋅"): "·"}
+PLAIN |= {ord("。"): ". "}
+
+
+def plain(text: str) -> str:
+    """A text with ASCII's digits, signs and minus, and without invisible characters."""
+    return text if text.isascii() else text.translate(PLAIN)
+
+
+# The answer
+
+SENTENCE = re.compile(r"(?<!\\)[.!?;](?=\s|$)")
+# What explains an answer and does not belong to it.
+EXPLAINS = re.compile(
+    r",\s+(?:which|that|because|since|as|so|when|after|where|who|with|not|given|for|meaning|making|the|a|an|thus|hence"
+    r"|therefore|i\.e\.)\b|\s(?:because|since)\b"
+)
+# Between boxes that belong together: \boxed{1} and \boxed{2}, x = \boxed{1}, y = \boxed{2}.
+BETWEEN = re.compile(
+    r"(?:\\[()\[\],;! ]|[\s$,;.&(){}])*(?:[a-z]{1,12}\s+(?=and\b|or\b|\\text))?"
+    r"(?:(?:\\text\s?\{\s*)?(?:for part \(\w\)\s*)?(?:and|or)\b\s*\}?|\\q?quad|\\[()\[\],;! ]|[\s$,;.&(){}]"
+    r"|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s*=)*"
+)
+PERCENT = re.compile(r"\s*\$?\s*(\\?%|percent\b|pct\b)")
+HEDGED = re.compile(r"\s*or\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer: how it may be read, longest first, and the sign that marks it ("" for a last line)."""
+
+    readings: tuple[str, ...]
+    sign: str
+
+    @property
+    def shortest(self) -> str:
+        return self.readings[-1]
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace closes that was opened before `start`; the text's end where none does."""
+    depth = 1
+    for match in re.finditer(r"\\?[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if not depth:
+            return start + match.start()
+    return len(text)
+
+
+def _last_boxes(text: str) -> tuple[int, str] | None:
+    r"""(position, content) of the last \boxed{...}, with those before it that belong to the same answer."""
+    opened = [match for match in BOXED.finditer(text)][-12:]
+    if not opened:
+        return None
+    contents: list[str] = []
+    begun, last_end = opened[-1].start(), len(text)
+    for match in reversed(opened):
+        end = _closing(text, match.end())
+        if contents and not (end < begun <= end + 80 and BETWEEN.fullmatch(text, end + 1, begun)):
+            break
+        content = text[match.end() : end].strip()
+        if not contents:
+            last_end = end + 1
+        if content not in contents:
+            contents.insert(0, content)
+        begun = match.start()
+    percent = PERCENT.match(text, last_end)
+    sign = re.search(r"=\s*-\s*$", text[max(begun - 20, 0) : begun])
+    joined = ", ".join(contents)
+    return opened[-1].start(), ("-" if sign and len(contents) == 1 else "") + joined + ("%" if percent else "")
+
+
+def _last_hashes(text: str) -> tuple[int, str] | None:
+    """(position, content) of the last #### that is no heading over what follows it."""
+    for match in reversed(list(HASHES.finditer(text))[-12:]):
+        content = match["answer"].strip()
+        if content and not (text[match.end() :].strip() and _is_heading(content)):
+            return match.start(), content
+    return None
+
+
+def _is_heading(content: str) -> bool:
+    """True for "Check", "Step 2: the total" and "2. The total" above more text; not for a value."""
+    value = re.sub(r"^[a-zA-Z]\s*=\s*", "", content.rstrip("."))
+    words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+", "", value))
+    if re.fullmatch(r"\(?[A-Za-z]\)?|yes|no|true|false", value, re.IGNORECASE):
+        return False
+    begins = re.match(r"[-+(]?\s*[\d.$€£¥\\({\[]", value)
+    return not begins or bool(re.match(r"\d+[.):]\s", content)) or len(words) > 3
+
+
+def _sentences(text: str) -> list[str]:
+    """How a statement may end, longest first: with the text, the paragraph, the line, the sentence, the clause."""
+    text = text.strip().lstrip(":").strip()
+    line = text.split("\n", 1)[0].strip()
+    readings = [text, re.split(r"\n\s*\n", text, maxsplit=1)[0].strip(), line]
+    end = SENTENCE.search(line)
+    sentence = line if end is None or HEDGED.match(line, end.end()) else line[: end.start()]
+    clause = EXPLAINS.search(sentence)
+    readings += [
+        sentence.strip(),
+        sentence[: clause.start()].strip() if clause and clause.start() else sentence.strip(),
+    ]
+    return [reading for index, reading in enumerate(readings) if reading and reading not in readings[:index]]
+
+
+def _marked(text: str) -> tuple[int, Found] | None:
+    r"""The last of \boxed{} and ####."""
+    found = []
+    box, hashes = _last_boxes(text) if "boxed" in text else None, _last_hashes(text) if "####" in text else None
+    if box and box[1]:
+        # Braces that do not pair: all up to the text's last one.
+        rest = text[text.index("{", box[0]) + 1 :].rpartition("}")[0].strip()
+        found.append((box[0], Found((rest, box[1]) if rest and rest != box[1] else (box[1],), "boxed")))
+    # A line in words does not overrule a box.
+    if hashes and not (found and not re.search(r"\d", hashes[1])):
+        rest = text[hashes[0] + 4 :].strip()
+        found.append((hashes[0], Found((rest, hashes[1]) if rest != hashes[1] else (rest,), "####")))
+    return max(found, key=lambda mark: mark[0]) if found else None
+
+
+def _stated(text: str) -> tuple[int, Found] | None:
+    """The last "answer is ..." that has something after it."""
+    if not any(word in text for word in STATING):
+        return None
+    for match in reversed(list(STATED.finditer(text))[-12:]):
+        readings = _sentences(text[match.end() :])
+        if readings:
+            return match.start(), Found(tuple(readings), "stated")
+    return None
+
+
+def _in_tag(text: str) -> str | None:
+    """What the last <answer> tag holds, closed or not."""
+    opened = list(ANSWER_TAG.finditer(text))
+    if not opened:
+        return None
+    end = ANSWER_END.search(text, opened[-1].end())
+    return text[opened[-1].end() : end.start() if end else len(text)].strip()
+
+
+DIGIT = re.compile(r"\d")
+ENDED = re.compile(r"(?<=[.!?$])\s+(?=[A-Z])")
+# A dollar before a space or a digit closes nothing: $12 + $6.
+FORMULA = re.compile(r"\$(?=\S)([^$\n]*[^\s$])\$(?!\d)|\$([^$\n]*\\[^$\n]*)\$|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]")
+
+
+def _last_formula(line: str) -> str:
+    """The last formula of a line, with those that a comma, "and" or "or" ties to it; "" where there is none."""
+    formulas = list(FORMULA.finditer(line[-600:]))
+    found: list[str] = []
+    for index in range(len(formulas) - 1, -1, -1):
+        if found and not re.fullmatch(
+            r"\s*(?:,|;|and|or|,\s*(?:and|or))\s*", line[-600:][formulas[index].end() : formulas[index + 1].start()]
+        ):
+            break
+        found.insert(0, next(group for group in formulas[index].groups() if group))
+    return ", ".join(found)
+
+
+# Where a model goes on with another turn.
+TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|eom_id)\|>|</s>")
+
+
+def _last_line(text: str, raw: str) -> Found | None:
+    """The last line with a digit in it, or the last one; what alone is bold in it, where that may be the answer."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        return None
+    line = next((line for line in reversed(lines) if DIGIT.search(line)), lines[-1]).strip()
+    readings = [text.strip(), lines[-1].strip(), line]
+    if "####" in text:
+        # What looked like a heading may be an answer of several lines.
+        readings.insert(0, text.rpartition("####")[2].strip())
+    if "." in line or "!" in line or "?" in line:
+        sentences = [sentence for sentence in ENDED.split(line) if DIGIT.search(sentence)]
+        readings += [sentence.strip() for sentence in sentences[-1:]]
+    if "$" in line or "\\" in line:
+        formula = _last_formula(readings[-1])
+        if formula:
+            readings.insert(len(readings) - 1, formula)
+    if "**" in raw:
+        bold = _only_bold(raw)
+        if bold:
+            readings.append(bold)
+    # "5 because 2 + 3 = 5": what explains a line's one beginning.
+    clause = re.search(r",?\s+(?:because|since)\b", readings[-1])
+    if clause and clause.start() <= 60 and len(re.findall(r"\S+", readings[-1][: clause.start()])) <= 4:
+        readings.append(readings[-1][: clause.start()])
+    return Found(tuple(reading for index, reading in enumerate(readings) if reading not in readings[:index]), "")
+
+
+def _only_bold(raw: str) -> str:
+    """What alone is bold in the line that is read: "So it is **18** in 3 days." """
+    lines = [line for line in raw.split("\n") if line.strip()]
+    line = next((line for line in reversed(lines) if DIGIT.search(line)), lines[-1])
+    bold = STRONG.findall(line)
+    if len(bold) != 1 or bold[0].endswith(":") or bool(DIGIT.search(bold[0])) != bool(DIGIT.search(line)):
+        return ""
+    return without_markdown(bold[0]).strip()
+
+
+def find(text: str) -> Found | None:
+    """The answer in what a text says (`spoken`); None where it states none."""
+    text = plain(text[-TAIL:])
+    if "<" in text:
+        text = TURN.split(text.strip(), maxsplit=1)[0]
+    inner = _in_tag(text) if "<" in text else None
+    raw = text if inner is None else inner
+    text = without_markdown(raw)
+    marked, stated = _marked(text), _stated(text)
+    # "The answer is reasonable" does not overrule a number in a box.
+    if marked and stated and (stated[0] < marked[0] or not re.search(r"\d", stated[1].shortest)):
+        stated = None
+    if stated or marked:
+        found = (stated or marked)[1]  # pyright: ignore[reportOptionalSubscript]
+        return found if inner is None else Found((text.strip(), *found.readings), found.sign)
+    if inner is not None:
+        return Found((text.strip(),), "tag") if text.strip() else None
+    return _last_line(text, raw)
+
+
+def marked_answer(text: str) -> str:
+    r"""What a sign for it marks as the answer: an <answer> tag, else the last of #### and \boxed{}; or ""."""
+    text = plain(spoken(text)[-TAIL:])
+    inner = _in_tag(text) if "<" in text else None
+    marked = _marked(without_markdown(text if inner is None else inner))
+    if marked:
+        return marked[1].shortest
+    return (inner or "").strip()
+
+
+def extract_answer(text: str) -> str:
+    r"""The final answer that the text states, as shortly as it can be read.
+
+    An <answer> tag wins; else the last of "#### ...", \boxed{...} and "answer is ..." counts; else the last
+    line with a digit in it, or the last line. Nothing in <think> counts.
+    """
+    found = find(spoken(text))
+    return found.shortest if found else ""

@@ -99,7 +99,7 @@ def _turns(
 
 def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
     """The turns before an instruction: messages, or pairs of what was asked and answered."""
-    value = raw.get(columns.get("history", ""))
+    value: Any = raw.get(columns.get("history", ""))
     if is_blank(value):
         return []
     pairs = value if isinstance(value, list) else [value]

@@ -146,7 +146,7 @@ def _tells(rows: Rows, column: str) -> bool:
     """Whether a column holds what a model is told at the start of a chat: sentences, not the labels 1 and 2."""
     values = [row.get(column) for row in rows if not is_blank(row.get(column))]
     return bool(values) and all(isinstance(value, str) and not LABEL.fullmatch(value.strip()) for value in values) and (
-        any(len(str(value).split()) > 2 for value in values)
+        any(len(str(value).split()) > 1 for value in values)
     )  # fmt: skip
 
 

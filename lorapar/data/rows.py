@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .answers import marked_answer
 from .columns import columns_line, find_columns, is_blank
-from .messages import messages_of
+from .messages import is_chat, messages_of
 from .sources import read_source
 from .tables import without_nulls
 from .tokens import prompt_ids
@@ -57,7 +57,10 @@ def _turns(
         if is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
     history = _history(raw, columns, where)
-    held = next((name for name in names if "messages" in columns or isinstance(raw[name], dict | list)), None)
+    chats = [
+        name for name in names if "messages" in columns or isinstance(raw[name], dict | list) or is_chat(raw[name])
+    ]
+    held = next(iter(chats), None)
     held = columns["history"] if held is None and history else held
     if held is not None and not chat:
         if held in names:
@@ -73,7 +76,7 @@ def _turns(
     else:
         prompt, completion = (
             messages_of(raw[name], f"{where}: column {name!r}")
-            if isinstance(raw[name], dict | list)
+            if name in chats
             else [{"role": role, "content": str(raw[name])}]
             for name, role in zip(names, ("user", "assistant"))
         )
@@ -87,7 +90,10 @@ def _turns(
             prompt[-1]["content"] += f"\n{beside}"
     prompt = [*history, *prompt]
     system = raw.get(columns.get("system", ""))
-    if not is_blank(system):
+    own = prompt[0]["content"] if prompt[0]["role"] == "system" else system
+    if not is_blank(system) and own != system:
+        raise InputError(f"{where}: column {columns['system']!r} and the chat's own system turn differ; leave one out")
+    if not is_blank(system) and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": str(system)}, *prompt]
     for turn in completion:
         if "####" in turn["content"]:

@@ -68,7 +68,7 @@ class DataConfig:
     completion: str = key("{completion}", "template of the completion")
     system_prompt: str | None = key(None, "put before every prompt")
     chat: bool | None = key(None, "use the chat template; by default where the tokenizer has one")
-    held_out: int | float = key(0.1, "rows of each source kept for evaluation: a number, or a share")
+    held_out: int | float = key(0.1, "prompts of each source kept for evaluation: a number, or a share")
     max_prompt_length: int | None = key(None, "tokens; rows with a longer prompt are left out", at_least=1)
     seed: int = key(0, "of the split into training and held-out rows")
 

@@ -82,6 +82,13 @@ CHATS = {
     "from and value in messages": ({"messages": [said("human", "2 + 2?"), said("gpt", "4")]}, [QUESTION, REPLY]),
     "human and gpt as roles": ({"messages": [turn("human", "2 + 2?"), turn("gpt", "4")]}, [QUESTION, REPLY]),
     "json text": ({"messages": json.dumps([QUESTION, REPLY])}, [QUESTION, REPLY]),
+    "json text of prompt and completion": (
+        {"prompt": json.dumps([QUESTION]), "completion": json.dumps([REPLY])}, [QUESTION, REPLY],
+    ),
+    "a system turn and the same in a column": (
+        {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be brief."},
+        [turn("system", "Be brief."), QUESTION, REPLY],
+    ),
     "blocks": (
         {"messages": [turn("user", [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]),
                       turn("assistant", [{"type": "text", "text": "4"}])]},
@@ -273,6 +280,14 @@ REFUSED = {
         "a block of the type 'input_audio'",
     ),
     "text for messages": ({"messages": "2 + 2? 4"}, "column 'messages' is text, expected a list of messages"),
+    "a chat as Python prints it": ({"messages": str([QUESTION, REPLY])}, "or its JSON, as json.dumps writes it"),
+    "a prompt as Python prints it": (
+        {"prompt": str([QUESTION]), "completion": "4"}, "column 'prompt' is text, expected a list of messages",
+    ),
+    "two system turns": (
+        {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be kind."},
+        "column 'system' and the chat's own system turn differ; leave one out",
+    ),
     "no answer": ({"conversations": [said("human", "a")]}, "has no assistant's turn after a prompt"),
     "whole chat as a completion": (
         {"prompt": "2 + 2?", "completion": [QUESTION, REPLY]}, "write data.columns: {messages: completion}",

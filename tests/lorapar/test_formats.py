@@ -211,8 +211,8 @@ TO_MAP = {
         {"prompt": "prompt", "completion": "completion"},
     ),
     "verdicts of a file of text": (
-        [{"instruction": "2 + 2?", "output": "4", "kto_tag": "false"}],
-        {"prompt": "instruction", "completion": "output"},
+        [{"instruction": "2 + 2?", "input": "Now.", "output": "4", "kto_tag": "false"}],
+        {"prompt": "instruction", "input": "input", "completion": "output"},
     ),
     "verdicts on chats": ([{"messages": [QUESTION, REPLY], "label": False}], {"messages": "messages"}),
     "another language": (
@@ -251,6 +251,10 @@ def test_the_line_that_an_error_says_to_write_works(case: str, tmp_path: Path):
 
 REFUSED = {
     "text alone": ({"text": "Q: 2 + 2? A: 4"}, "a text alone does not say where its prompt ends: split it into two"),
+    "an answer that is an object": (
+        {"question": "2 + 2?", "context": "Sums.", "answers": {"text": ["4"]}},
+        "it has question, context, answers; a row needs a prompt and a completion",
+    ),
     "prompts alone": ({"prompt": "2 + 2?"}, "a row needs a prompt and a completion, or messages"),
     "preferences in one text": (
         {"chosen": "Human: 2? Assistant: 4", "rejected": "Human: 2? Assistant: 5"},

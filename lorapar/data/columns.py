@@ -113,8 +113,6 @@ def _find_completion(
 ) -> str:  # fmt: skip
     if "completion" in named:
         return named["completion"]
-    if mapped.get("answer"):
-        return mapped["answer"]
     candidates = [named[name] for name in COMPLETIONS if name in named and named[name] not in columns.values()]
     answer = columns.get("answer")
     # These are asked for by our own names, which an answer of GSM8K's kind goes with.

@@ -57,13 +57,11 @@ def _turns(
         if is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
     history = _history(raw, columns, where)
-    chats = [
-        name for name in names if "messages" in columns or isinstance(raw[name], dict | list) or is_chat(raw[name])
-    ]
-    held = next(iter(chats), None)
-    held = columns["history"] if held is None and history else held
-    if held is not None and not chat:
-        if held in names:
+    chats = [name for name in names
+             if "messages" in columns or isinstance(raw[name], dict | list) or is_chat(raw[name])]  # fmt: skip
+    if (chats or history) and not chat:
+        held = chats[0] if chats else columns["history"]
+        if chats:
             messages_of(raw[held], f"{where}: column {held!r}")
         raise InputError(f"{where}: column {held!r} holds messages, which data.chat: false does not allow; for a "
                          "tokenizer without a chat template, model.chat_template gives one")  # fmt: skip
@@ -157,11 +155,9 @@ NO_CHARACTER = re.compile("[\\0\\ud800-\\udfff]")
 
 
 def _check_text(value: Any, where: str) -> None:
-    """InputError for a text, however deep in a row, with a character that cannot be written."""
-    for name, item in value.items() if isinstance(value, dict) else ():
-        # The outermost name is the column's.
-        _check_text(item, where if ": column " in where else f"{where}: column {name!r}")
-    for item in value if isinstance(value, list) else ():
+    """InputError for a text, however deep in a column, with a character that cannot be written."""
+    items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
         _check_text(item, where)
     found = NO_CHARACTER.search(value) if isinstance(value, str) else None
     if found:
@@ -183,16 +179,16 @@ def _final_answer(value: Any, completion: str, where: str) -> str:
 
 def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str) -> dict[str, Any]:
     """One row of a source in our form: id, prompt, completion, answer, and the source's own columns."""
-    _check_text(raw, where)
+    for name, item in raw.items():
+        _check_text(item, f"{where}: column {name!r}")
     turns, completion = _turns(raw, columns, config, chat, where)
     turns, row_id = _apply_template(turns, raw, config.prompt, where)
     if config.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
     apart = "answer" in columns and columns["answer"] != columns.get("completion")
     last = completion[-1]["content"]
-    answer = _final_answer(raw.get(columns["answer"]), last, f"{where}: column {columns['answer']!r}") if apart else (
-        _final_answer(None, last, where)
-    )  # fmt: skip
+    given = raw.get(columns["answer"]) if apart else None
+    answer = _final_answer(given, last, f"{where}: column {columns.get('answer')!r}")
     values = _template_values(raw) | {"prompt": turns[-1]["content"], "completion": last, "answer": answer}
     completion = [
         *completion[:-1],

@@ -312,6 +312,10 @@ REFUSED = {
     "surrogate within": (
         {"messages": [QUESTION, turn("assistant", "a\udc00")]}, "row 1: column 'messages' has half of a surrogate pair",
     ),
+    "surrogate in a key": (
+        {"question": "q", "answer": "1", "of": {"\ud83d": 1}},
+        "row 1: column 'of' has half of a surrogate pair",
+    ),
     "surrogate in another column": (
         {"question": "q", "answer": "1", "of": {"a": ["\ud83d"]}},
         "column 'of' has half of",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..recipe.sections import DataConfig
 
 log = logging.getLogger("lorapar")
-OUR_COLUMNS = ("prompt", "completion", "answer", "system", "messages", "input", "history")
+OUR_COLUMNS = ("prompt", "input", "history", "completion", "answer", "system", "messages")
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "inputs", "user", "human")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution", "generation", "target", "targets", "assistant")
 # What belongs to an instruction, and what systems are told.
@@ -113,8 +113,6 @@ def _find_completion(
 ) -> str:  # fmt: skip
     if "completion" in named:
         return named["completion"]
-    if mapped.get("answer"):
-        return mapped["answer"]
     candidates = [named[name] for name in COMPLETIONS if name in named and named[name] not in columns.values()]
     answer = columns.get("answer")
     # These are asked for by our own names, which an answer of GSM8K's kind goes with.
@@ -134,7 +132,7 @@ def _check_verdicts(
     for name in VERDICTS:
         values = {str(row.get(named[name])).strip().casefold() for row in rows} if name in named else set()
         if values == {"true", "false"} or values == {"false"}:
-            kept = {ours: theirs for ours, theirs in columns.items() if ours in ("messages", "prompt", "completion")}
+            kept = {ours: columns[ours] for ours in OUR_COLUMNS if ours in columns and ours != "answer"}
             raise InputError(
                 f"data.sources: {source} has a column {named[name]!r} of true and false, which says of a completion "
                 "whether it is a good one; keep the rows with true alone, without that column, or train on all with "
@@ -146,7 +144,7 @@ def _tells(rows: Rows, column: str) -> bool:
     """Whether a column holds what a model is told at the start of a chat: sentences, not the labels 1 and 2."""
     values = [row.get(column) for row in rows if not is_blank(row.get(column))]
     return bool(values) and all(isinstance(value, str) and not LABEL.fullmatch(value.strip()) for value in values) and (
-        any(len(str(value).split()) > 2 for value in values)
+        any(len(str(value).split()) > 1 for value in values)
     )  # fmt: skip
 
 
@@ -237,12 +235,11 @@ def _guess(rows: Rows, known: dict[str, str], there: Sequence[str]) -> dict[str,
         return {**known, "messages": chat}
     texts = [name for name in left if _is(lambda value: isinstance(value, str), rows, name)]
     mapping = dict(known)
-    mapping.pop("input", None)
-    mapping.pop("history", None)
     for ours, words, other in (("prompt", LIKE_PROMPTS, LIKE_COMPLETIONS), ("completion", LIKE_COMPLETIONS, ())):
         if ours in mapping:
             continue
-        able = [name for name in texts if name not in mapping.values()]
+        beside = BESIDE_A_QUESTION if ours == "completion" else ()
+        able = [name for name in texts if name not in mapping.values() and name.casefold() not in beside]
         if not able:
             return None
         named = [name for word in words for name in able if word in name.casefold()]

@@ -8,6 +8,7 @@ What is not certain is refused by its name, because a role taken for another tra
 """
 
 import json
+import re
 from typing import Any
 
 from ..errors import InputError
@@ -25,6 +26,7 @@ ROLES = {
 # What a tool is called with, as JSON text.
 CALLS = ("function_call", "tool_call")
 SPEAKER_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+TEXT_OF_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 TEXT_BLOCKS = ("text", "input_text", "output_text")
 
 
@@ -37,7 +39,8 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise InputError(f"{where} is text, expected a list of messages ({{role, content}}) or its JSON") from None
+            raise InputError(f"{where} is text, expected a list of messages ({{role, content}}) or its JSON"
+                             + (", as json.dumps writes it" if is_chat(value) else "")) from None  # fmt: skip
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise InputError(f"{where} is not a list of messages ({{role, content}})")
@@ -45,12 +48,14 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is messages: objects that say who speaks, or the JSON text of such."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    """Whether a value is messages: objects that say who speaks, or the text of such, as JSON or as Python prints it."""
+    if isinstance(value, str):
+        if not TEXT_OF_CHAT.match(value):
+            return False
         try:
             value = json.loads(value)
         except ValueError:
-            return False
+            return True
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
         return False

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .answers import marked_answer
 from .columns import columns_line, find_columns, is_blank
-from .messages import messages_of
+from .messages import is_chat, messages_of
 from .sources import read_source
 from .tables import without_nulls
 from .tokens import encode, prompt_ids
@@ -61,10 +61,11 @@ def _turns(
         if is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
     history = _history(raw, columns, where)
-    held = next((name for name in names if "messages" in columns or isinstance(raw[name], dict | list)), None)
-    held = columns["history"] if held is None and history else held
-    if held is not None and not chat:
-        if held in names:
+    chats = [name for name in names
+             if "messages" in columns or isinstance(raw[name], dict | list) or is_chat(raw[name])]  # fmt: skip
+    if (chats or history) and not chat:
+        held = chats[0] if chats else columns["history"]
+        if chats:
             messages_of(raw[held], f"{where}: column {held!r}")
         raise InputError(f"{where}: column {held!r} holds messages, which data.chat: false does not allow; for a "
                          "tokenizer without a chat template, model.chat_template gives one")  # fmt: skip
@@ -77,7 +78,7 @@ def _turns(
     else:
         prompt, completion = (
             messages_of(raw[name], f"{where}: column {name!r}")
-            if isinstance(raw[name], dict | list)
+            if name in chats
             else [{"role": role, "content": str(raw[name])}]
             for name, role in zip(names, ("user", "assistant"))
         )
@@ -91,7 +92,10 @@ def _turns(
             prompt[-1]["content"] += f"\n{beside}"
     prompt = [*history, *prompt]
     system = raw.get(columns.get("system", ""))
-    if not is_blank(system):
+    own = prompt[0]["content"] if prompt[0]["role"] == "system" else system
+    if not is_blank(system) and own != system:
+        raise InputError(f"{where}: column {columns['system']!r} and the chat's own system turn differ; leave one out")
+    if not is_blank(system) and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": str(system)}, *prompt]
     for turn in completion:
         if "####" in turn["content"]:
@@ -103,7 +107,7 @@ def _turns(
 
 def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
     """The turns before an instruction: messages, or pairs of what was asked and answered."""
-    value = raw.get(columns.get("history", ""))
+    value: Any = raw.get(columns.get("history", ""))
     if is_blank(value):
         return []
     pairs = value if isinstance(value, list) else [value]
@@ -155,11 +159,9 @@ NO_CHARACTER = re.compile("[\\0\\ud800-\\udfff]")
 
 
 def _check_text(value: Any, where: str) -> None:
-    """InputError for a text, however deep in a row, with a character that cannot be written."""
-    for name, item in value.items() if isinstance(value, dict) else ():
-        # The outermost name is the column's.
-        _check_text(item, where if ": column " in where else f"{where}: column {name!r}")
-    for item in value if isinstance(value, list) else ():
+    """InputError for a text, however deep in a column, with a character that cannot be written."""
+    items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
         _check_text(item, where)
     found = NO_CHARACTER.search(value) if isinstance(value, str) else None
     if found:
@@ -181,16 +183,16 @@ def _final_answer(value: Any, completion: str, where: str) -> str:
 
 def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bool, where: str) -> dict[str, Any]:
     """One row of a source in our form: id, prompt, completion, answer, and the source's own columns."""
-    _check_text(raw, where)
+    for name, item in raw.items():
+        _check_text(item, f"{where}: column {name!r}")
     turns, completion = _turns(raw, columns, config, chat, where)
     turns, row_id = _apply_template(turns, raw, config.prompt, where)
     if config.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
     apart = "answer" in columns and columns["answer"] != columns.get("completion")
     last = completion[-1]["content"]
-    answer = _final_answer(raw.get(columns["answer"]), last, f"{where}: column {columns['answer']!r}") if apart else (
-        _final_answer(None, last, where)
-    )  # fmt: skip
+    given = raw.get(columns["answer"]) if apart else None
+    answer = _final_answer(given, last, f"{where}: column {columns.get('answer')!r}")
     values = _template_values(raw) | {"prompt": turns[-1]["content"], "completion": last, "answer": answer}
     completion = [
         *completion[:-1],

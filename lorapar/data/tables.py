@@ -226,7 +226,7 @@ def _separated(text: str, path: Path, form: str) -> list[dict[str, Any]]:
         table.extend(fields for fields in reader if fields)
     except csv.Error as error:
         raise InputError(f"{path}: row {max(len(table), 1)} (to line {reader.line_num}) has quotes that do not close, "
-                         f"or stand within a field ({error})") from None  # fmt: skip
+                         f"or stand within a field ({error}); double a field's own quotes") from None  # fmt: skip
     if not table:
         return []
     names = [name.strip() for name in table[0]]

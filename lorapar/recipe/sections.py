@@ -68,7 +68,7 @@ class DataConfig:
     completion: str = key("{completion}", "template of the completion")
     system_prompt: str | None = key(None, "put before every prompt")
     chat: bool | None = key(None, "use the chat template; by default where the tokenizer has one")
-    held_out: int | float = key(0.1, "rows of each source kept for evaluation: a number, or a share")
+    held_out: int | float = key(0.1, "prompts of each source kept for evaluation: a number, or a share")
     loss: Literal["last", "assistant"] = key(
         "last", "which turns of a conversation are scored and trained on: the last answer, or all of the assistant's"
     )

@@ -345,7 +345,8 @@ def grpo(
 
     Args:
         model: stage 1's result. dataset: rows with prompt and what the rewards read (`answer`, ...); where it has the
-            columns `system` and `split`, only train rows of `systems` are used.
+            columns `system` and `split`, only train rows of `systems` are used. Of rows with one `id`, which is a
+            prompt's, the first is asked.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
         rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`.
         longest_first: roll out the longest prompts to `max_completion_length`, and take them through forward and

@@ -82,6 +82,13 @@ CHATS = {
     "from and value in messages": ({"messages": [said("human", "2 + 2?"), said("gpt", "4")]}, [QUESTION, REPLY]),
     "human and gpt as roles": ({"messages": [turn("human", "2 + 2?"), turn("gpt", "4")]}, [QUESTION, REPLY]),
     "json text": ({"messages": json.dumps([QUESTION, REPLY])}, [QUESTION, REPLY]),
+    "json text of prompt and completion": (
+        {"prompt": json.dumps([QUESTION]), "completion": json.dumps([REPLY])}, [QUESTION, REPLY],
+    ),
+    "a system turn and the same in a column": (
+        {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be brief."},
+        [turn("system", "Be brief."), QUESTION, REPLY],
+    ),
     "blocks": (
         {"messages": [turn("user", [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]),
                       turn("assistant", [{"type": "text", "text": "4"}])]},
@@ -204,8 +211,8 @@ TO_MAP = {
         {"prompt": "prompt", "completion": "completion"},
     ),
     "verdicts of a file of text": (
-        [{"instruction": "2 + 2?", "output": "4", "kto_tag": "false"}],
-        {"prompt": "instruction", "completion": "output"},
+        [{"instruction": "2 + 2?", "input": "Now.", "output": "4", "kto_tag": "false"}],
+        {"prompt": "instruction", "input": "input", "completion": "output"},
     ),
     "verdicts on chats": ([{"messages": [QUESTION, REPLY], "label": False}], {"messages": "messages"}),
     "another language": (
@@ -244,6 +251,10 @@ def test_the_line_that_an_error_says_to_write_works(case: str, tmp_path: Path):
 
 REFUSED = {
     "text alone": ({"text": "Q: 2 + 2? A: 4"}, "a text alone does not say where its prompt ends: split it into two"),
+    "an answer that is an object": (
+        {"question": "2 + 2?", "context": "Sums.", "answers": {"text": ["4"]}},
+        "it has question, context, answers; a row needs a prompt and a completion",
+    ),
     "prompts alone": ({"prompt": "2 + 2?"}, "a row needs a prompt and a completion, or messages"),
     "preferences in one text": (
         {"chosen": "Human: 2? Assistant: 4", "rejected": "Human: 2? Assistant: 5"},
@@ -273,6 +284,14 @@ REFUSED = {
         "a block of the type 'input_audio'",
     ),
     "text for messages": ({"messages": "2 + 2? 4"}, "column 'messages' is text, expected a list of messages"),
+    "a chat as Python prints it": ({"messages": str([QUESTION, REPLY])}, "or its JSON, as json.dumps writes it"),
+    "a prompt as Python prints it": (
+        {"prompt": str([QUESTION]), "completion": "4"}, "column 'prompt' is text, expected a list of messages",
+    ),
+    "two system turns": (
+        {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be kind."},
+        "column 'system' and the chat's own system turn differ; leave one out",
+    ),
     "no answer": ({"conversations": [said("human", "a")]}, "has no assistant's turn after a prompt"),
     "whole chat as a completion": (
         {"prompt": "2 + 2?", "completion": [QUESTION, REPLY]}, "write data.columns: {messages: completion}",
@@ -292,6 +311,10 @@ REFUSED = {
     ),
     "surrogate within": (
         {"messages": [QUESTION, turn("assistant", "a\udc00")]}, "row 1: column 'messages' has half of a surrogate pair",
+    ),
+    "surrogate in a key": (
+        {"question": "q", "answer": "1", "of": {"\ud83d": 1}},
+        "row 1: column 'of' has half of a surrogate pair",
     ),
     "surrogate in another column": (
         {"question": "q", "answer": "1", "of": {"a": ["\ud83d"]}},

@@ -641,7 +641,7 @@ def test_a_parquet_files_nulls_are_left_out(tmp_path):
             for name, args in (("x", {"x": "1"}), ("city", {"city": "Oslo"}))]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     source = lorapar.recipe.sections.SourceConfig(str(tmp_path / "rows.parquet"))
-    read = lorapar.data.sources.read_source(source)
+    read = [row for _, row in lorapar.data.sources.read_source(source)]
     assert "null" not in json.dumps(read)
     assert [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in read] == [
         {"x": "1"},

@@ -73,6 +73,12 @@ def test_sft_says_how_many_rows_it_leaves_out(tmp_path, caplog):
         ]
         assert trained.left_out == {"longer_than_max_length": left}
         assert max(map(len, trainer.train_dataset["input_ids"])) <= min(limit or 64, 64)
+    settings = sft_config(tmp_path, packing=True, packing_strategy="wrapped", max_length=128)
+    with pytest.raises(
+        InputError, match="sft.max_length: got 128, expected at most the model's 64 positions with packing"
+    ):
+        lorapar.sft(short(), tokenizer, data, made, settings)
+    settings = sft_config(tmp_path)
     with pytest.raises(InputError, match="model.name: its positions are 4, shorter than every row"):
         lorapar.sft(short(4), tokenizer, data, made, settings)
 

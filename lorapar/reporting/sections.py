@@ -32,6 +32,7 @@ STATE_BYTES = 8  # two fp32 moments an element
 LOGGED = {
     "sft": (
         ("loss", "loss", None),
+        ("eval_loss", "loss on rows put aside", None),
         ("grad_norm", "gradient norm", None),
         ("mean_token_accuracy", "token accuracy", None),
     ),

@@ -290,7 +290,8 @@ def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int
         return rows, 0
     kwargs: Any = config.chat_template_kwargs or {}
     lengths = [
-        len(prompt_ids({**row, "chat_template_kwargs": {**kwargs, **row_kwargs(row)}}, tokenizer)) for row in rows
+        len(prompt_ids({**row, "chat_template_kwargs": {**kwargs, **row_kwargs(row)}}, tokenizer))
+        for row in cast(Sequence[dict[str, Any]], rows)
     ]
     keep = [i for i, length in enumerate(lengths) if length + new <= limit]
     what = f"grpo.max_completion_length: {new} tokens behind the prompt are more than the {limit} that the model takes"

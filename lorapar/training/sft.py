@@ -192,6 +192,11 @@ def sft(
     check_evaluation(lambda name: getattr(config, name), early_stopping_patience)
     check_value(SFTStageConfig, "early_stopping_patience", early_stopping_patience)
     check_value(DataConfig, "loss", turns)
+    positions = positions_of(model.config)
+    if config.packing and config.packing_strategy == "wrapped" and None not in (positions, config.max_length):
+        # The other strategies begin the positions anew with each row.
+        require(config.max_length <= positions, "sft.max_length", config.max_length,  # pyright: ignore[reportOperatorIssue]
+                f"at most the model's {positions} positions with packing_strategy: wrapped")  # fmt: skip
     rows, whole = rows_of(dataset, systems), config.completion_only_loss is False
     require(turns == "last" or not whole, "sft.completion_only_loss", False, "nothing beside data.loss: assistant")
     examples = examples_that_fit(rows, tokenizer, config.max_length, model, whole, turns, say="train")

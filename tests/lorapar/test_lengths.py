@@ -73,6 +73,12 @@ def test_sft_says_how_many_rows_it_leaves_out(tmp_path, caplog):
         ]
         assert trained.left_out == {"longer_than_max_length": left}
         assert max(map(len, trainer.train_dataset["input_ids"])) <= min(limit or 64, 64)
+    settings = sft_config(tmp_path, packing=True, packing_strategy="wrapped", max_length=128)
+    with pytest.raises(
+        InputError, match="sft.max_length: got 128, expected at most the model's 64 positions with packing"
+    ):
+        lorapar.sft(short(), tokenizer, data, made, settings)
+    settings = sft_config(tmp_path)
     with pytest.raises(InputError, match="model.name: its positions are 4, shorter than every row"):
         lorapar.sft(short(4), tokenizer, data, made, settings)
 
@@ -91,13 +97,8 @@ def test_grpo_leaves_out_prompts_without_room_for_a_completion(tmp_path, caplog)
     settings = grpo_config(tmp_path, max_steps=1)
     made = random_partition(model, 0.4)
     trainer, trained = lorapar.grpo(model, tokenizer, data, made, settings, [letters], longest_first=False)
-    assert (
-        "grpo: 2 of 6 rows left out: grpo.max_completion_length: 4 tokens behind the prompt are more than the 64"
-        in (
-            "grpo: 2 of 6 rows left out: grpo.max_completion_length: 4 tokens behind the prompt are more than the 64 "
-            in (caplog.text)
-        )
-    )
+    said = caplog.text
+    assert "grpo: 2 of 6 rows left out: grpo.max_completion_length: 4 tokens behind the prompt are more than" in said
     assert "lower it to keep them (the longest prompt has 90 tokens)" in caplog.text
     assert trained.left_out == {"no_room_for_a_completion": 2}
     assert trainer.train_dataset["id"][:] == ["r5", "r6", "r7", "r8"]

@@ -37,7 +37,7 @@ SEARCH_SECONDS = 10.0
 def _judged(name: str, completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(the completion's text, what of its row decides whether it is right) for each completion."""
     if "answer" not in columns:
-        raise InputError(f"grpo.rewards: {name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}")
+        raise InputError(f"{name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}")
     for place, completion in enumerate(completions):
         yield text_of(completion), {column: columns[column][place] for column in JUDGED_BY if column in columns}
 
@@ -155,13 +155,14 @@ def resolve_reward(name: str, at: str = "grpo.rewards") -> Reward:
     return getattr(module, function_name)
 
 
-def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str) -> None:
-    """Say how many of a stage's rows have no answer, which a reward by the answer gives None.
+def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str, refuse: bool = True) -> None:
+    """Say how many of a stage's rows have no answer, for which a reward by the answer is None.
 
     Args:
         names: the rewards by their names. rows: a data set. at: the recipe's key; what: the rows in words.
+        refuse: whether rows of which none has an answer are refused.
 
-    Raises InputError where none of the rows has an answer, and where a reasoning-gym task's scorer does not take the
+    Raises InputError where they are, and where a reasoning-gym task's scorer does not take the
     answer of its own row.
     """
     by_answer = [name for name, reward in names.items() if reward in BY_ANSWER]
@@ -175,7 +176,7 @@ def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str) ->
     if any("source_dataset" in str(row.get("metadata")) for row in judged if not has_answer(row)):
         # Earlier versions left out reasoning-gym's answers of more than a line.
         remedy += ", or delete labels.jsonl to have the rows made again"
-    if without == len(judged):
+    if without == len(judged) and refuse:
         raise InputError(f"{at}: {' and '.join(by_answer)} {give} no value without an answer, and none of the "
                          f"{without} {what} has one; {remedy}, or take another function")  # fmt: skip
     if without:

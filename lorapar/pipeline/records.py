@@ -21,6 +21,7 @@ from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED
 LATER_KEYS = {
     "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
     "grpo": ("watch_rows",),
+    "evaluate": ("metric",),
     "partition": ("system1_cost",),
 }
 

@@ -34,7 +34,7 @@ from ..rewards import CheckedReward, Reward, check_answers, checked
 from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
-from .tally import RewardTally
+from .tally import EARLY, RewardTally
 from .trainer import PAPER, PartitionedTrainer, Trained, train
 from .watching import LossWatch, check_watching
 
@@ -120,8 +120,8 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         if cast(nn.Module, self.model).training:
             apart = self.multi_objective_aggregation == "normalize_then_sum"
             self.tally.add(rewards, self.reward_weights, self.num_generations, apart)
-            if self.is_world_process_zero():
-                self.tally.warn_early(self.stage, self.remedies())
+            if self.tally.batches == EARLY and self.tally.all_equal and self.is_world_process_zero():
+                log.warning("grpo: after %d batches, %s", self.tally.batches, self.tally.said(self.remedies()))
         return rewards
 
     def remedies(self) -> str:
@@ -254,8 +254,7 @@ def _say_rewards(trainer: PartitionedGRPOTrainer) -> None:
             log.warning("grpo: %d values of %s were nan or infinite and counted as None", reward.not_finite,
                         reward.name)  # fmt: skip
     if tally.all_equal:
-        log.warning("grpo: %s, so there was no gradient and no more than weight decay moved the weights; try %s",
-                    tally.said(), trainer.remedies())  # fmt: skip
+        log.warning("grpo: %s", tally.said(trainer.remedies()))
     elif tally.equal:
         log.info("grpo: in %d of %d groups the completions' rewards were equal, so these taught nothing",
                  tally.equal, tally.groups)  # fmt: skip
@@ -322,8 +321,7 @@ def grpo(
     except NothingMoved as error:
         if not trainer.tally.all_equal:
             raise
-        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said()}, so there was no gradient; try "
-                             f"{trainer.remedies()}") from error  # fmt: skip
+        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said(trainer.remedies())}") from error
     _say_rewards(trainer)
     trained.rollout_seconds = trainer.rollout_seconds
     return trainer, trained

@@ -169,7 +169,7 @@ def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str, re
     if not by_answer:
         return
     kept = [name for name in ("id", *JUDGED_BY) if name in rows.column_names]
-    judged = rows.select_columns(kept).to_list()
+    judged = rows.select_columns(kept).to_list() if kept else [{}] * len(rows)
     check_tasks(judged)
     without = sum(not has_answer(row) for row in judged)
     give, remedy = "gives" if len(by_answer) == 1 else "give", "name the column with data.columns.answer"

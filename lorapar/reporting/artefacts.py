@@ -113,7 +113,8 @@ def measured(run: Artefacts) -> Measured:
     means = run.metrics["accuracy" if name is None else "mean"]
     counts = run.metrics.get("n", {})
     # Accuracy's are the same for every model.
-    return Measured(name or "accuracy", name is None, means, dict.fromkeys(means, counts) if name is None else counts)
+    by_model = {step: counts for step in means} if name is None else counts
+    return Measured(name or "accuracy", name is None, means, by_model)
 
 
 def evaluated(run: Artefacts) -> list[str]:

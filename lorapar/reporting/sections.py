@@ -80,8 +80,8 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
         for step in steps:
             value, bounds, n = by.means[step][key], interval(step, key), by.counts.get(step, {}).get(key)
             of = f"{round(value * n)}/{n}" if n and by.is_share else f"{n} rows" if n else ""
-            places = ".1f" if by.is_share else ".4g"
-            within = f"{scale * bounds[0]:{places}}–{scale * bounds[1]:{places}}" if bounds else ""
+            places, to = (".1f", "–") if by.is_share else (".4g", " to ")
+            within = f"{scale * bounds[0]:{places}}{to}{scale * bounds[1]:{places}}" if bounds else ""
             cells.append(f"<td>{by.text(value)}<small>{within}</small><small>{of}</small></td>")
         cells += [f"<td>{by.signed(by.means[b][key] - by.means[a][key])}</td>" for a, b in itertools.pairwise(steps)]
         rows.append("".join(cells))

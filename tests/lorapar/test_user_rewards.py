@@ -4,10 +4,13 @@ import functools
 import json
 import logging
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import lorapar
 from lorapar import InputError
@@ -187,53 +190,59 @@ def test_prompts_without_an_answer_are_told_before_the_first_step(tmp_path, capl
 # The command
 
 
-MY_REWARDS = """
+DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+BOOM = """
+
 def boom(completions, answer, **_):
     return [len(text) / int(value[:0] or 0) for text, value in zip(completions, answer)]
-
-def words(completions, **_):
-    return [len(text.split()) for text in completions]
 """
 
 
 @pytest.fixture
 def my_module(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_in_a_run.py").write_text(MY_REWARDS)
+    """docs/rewards.md's own, with a function that fails; and what its recipe says."""
+    (code,) = re.findall(r"```python\n(# my_rewards.py\n.*?)```", DOCS, flags=re.DOTALL)
+    (recipe,) = re.findall(r"```yaml\n(grpo:\n  rewards.*?)```", DOCS, flags=re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code + BOOM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return "my_rewards_in_a_run"
+    yield yaml.safe_load(recipe)
+    sys.modules.pop("my_rewards", None)
 
 
 def test_the_command_says_one_line_and_the_log_has_the_rest(finished, changed_recipe, my_module):
-    recipe = changed_recipe(grpo={"rewards": [f"{my_module}:boom"]})
+    recipe = changed_recipe(grpo={"rewards": ["my_rewards:boom"]})
     code, _, said = command("grpo", recipe, "--output_dir", finished, "--update")
     assert code == 1
     assert all(line.startswith("lorapar: ") for line in said.splitlines())
     *_, last = said.splitlines()
-    assert re.search(rf"error: grpo.rewards: {my_module}:boom failed on row [0-9a-f]+, whose completion begins", last)
-    assert "ZeroDivisionError" in last
-    assert "(my_rewards_in_a_run.py:3)" in last
+    assert re.search("error: grpo.rewards: my_rewards:boom failed on row [0-9a-f]+, whose completion begins", last)
+    line = (finished.parent / "my_rewards.py").read_text().splitlines().index(BOOM.splitlines()[3]) + 1
+    assert f"ZeroDivisionError: division by zero (my_rewards.py:{line})" in last
     assert "Traceback (most recent call last)" in (finished / "run.log").read_text()
 
 
-def test_a_metric_in_a_run_and_folders_made_before_there_were_any(finished, changed_recipe, recipe_file, my_module):
-    # As an earlier version wrote it.
+def test_the_documented_reward_and_metric_in_a_run(finished, changed_recipe, my_module):
+    said = succeeds("run", changed_recipe(**my_module), "--output_dir", finished, "--update")
+    assert skipped(said)[:4] == ["label", "score", "partition", "sft"]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["metric"] == "my_rewards:overlap"
+    assert set(metrics["mean"]["grpo"]) == {"all", "system1", "system2"}
+    assert metrics["n"]["base"]["all"] == 12
+    answers = [json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines()]
+    assert all(0 <= answer["value"] <= 1 for answer in answers)
+    assert "rewards/short/mean" in (finished / "grpo" / "log_history.json").read_text()
+    assert "my_rewards:overlap" in (finished / "report.html").read_text()
+    refused("run", changed_recipe(evaluate={"metric": "accurate"}), "--output_dir", finished, "--update",
+            says=("evaluate.metric: unknown metric 'accurate'; nearest: accuracy",), alone=True)  # fmt: skip
+
+
+def test_a_folder_made_before_there_were_metrics_is_done_before(finished, recipe_file):
     old = (finished / "recipe.yaml").read_text()
     assert "  metric: null\n" in old
     (finished / "recipe.yaml").write_text(old.replace("  metric: null\n", ""))
     said = succeeds("run", recipe_file, "--output_dir", finished)
-    assert "evaluate" in skipped(said)
-    recipe = changed_recipe(evaluate={"metric": f"{my_module}:words"})
-    said = succeeds("run", recipe, "--output_dir", finished, "--update")
-    assert set(skipped(said)) >= {"label", "score", "partition", "sft", "grpo"}
-    metrics = json.loads((finished / "metrics.json").read_text())
-    assert metrics["metric"] == "my_rewards_in_a_run:words"
-    assert set(metrics["mean"]["grpo"]) == {"all", "system1", "system2"}
-    answers = [json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines()]
-    assert all(answer["value"] == len(answer["completion"].split()) for answer in answers)
-    assert "my_rewards_in_a_run:words" in (finished / "report.html").read_text()
-    refused("run", changed_recipe(evaluate={"metric": "accurate"}), "--output_dir", finished, "--update",
-            says=("evaluate.metric: unknown metric 'accurate'; nearest: accuracy",), alone=True)  # fmt: skip
+    assert len(skipped(said)) == 8
 
 
 def test_rows_without_an_answer_are_refused_before_anything_is_scored(changed_recipe, tmp_path):

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from .data.answers import extract_answer, last_number, text_of, without_latex
 from .data.answers import is_correct as is_correct
-from .data.task_scores import JUDGED_BY, check_tasks, has_answer, is_right, score_by_task
+from .data.task_scores import JUDGED_BY, check_tasks, has_answer, is_number, is_right, of_task, score_by_task
 from .errors import InputError, RewardFailed, suggestion
 
 log = logging.getLogger("lorapar")
@@ -60,6 +60,8 @@ def closeness(prompts, completions, completion_ids=None, **columns) -> list[floa
     def one(text: str, row: dict[str, Any]) -> float:
         if is_right(text, row):
             return 1.0
+        if of_task(row) and not is_number(row):
+            return 0.0
         found, wanted = last_number(without_latex(extract_answer(text))), last_number(without_latex(row["answer"]))
         if found is None or wanted is None:
             return 0.0

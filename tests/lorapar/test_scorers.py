@@ -259,4 +259,6 @@ def test_task_score_gives_parts_and_none_for_other_rows():
     whole, some, none = reward("task_score", [row["answer"], part, "?"], [row] * 3)
     assert (whole, none) == (1.0, 0.0)
     assert 0.3 < some < 0.6
+    # A board is no number, however near its last digit comes.
+    assert reward("closeness", [row["answer"], part], [row] * 2) == [1.0, 0.0]
     assert reward("task_score", ["5", "5"], [{"answer": "5"}, {"answer": ""}]) == [None, None]

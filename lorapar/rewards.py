@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,12 +127,12 @@ REWARDS: dict[str, Reward] = {
 BY_ANSWER = (accuracy, correct, closeness, task_score)
 
 
-def resolve_rewards(names: Sequence[str]) -> list[Reward]:
+def resolve_rewards(names: Sequence[str | Reward]) -> list[Reward]:
     """The functions that a recipe's `grpo.rewards` names: ours, or any `module:function` importable from
-    here."""
+    here. A function stays what it is."""
     if not names:
         raise InputError(f"grpo.rewards: expected at least one, got none; allowed: {', '.join(REWARDS)}")
-    return [resolve_reward(name) for name in names]
+    return [resolve_reward(name) if isinstance(name, str) else name for name in names]
 
 
 def resolve_reward(name: str, at: str = "grpo.rewards") -> Reward:
@@ -187,6 +187,23 @@ def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str, re
 
 
 # A user's function, called
+
+
+def check_call(reward: Reward, columns: Iterable[str], at: str) -> None:
+    """InputError where the function cannot be called with the rows' columns, which it is given by name."""
+    given = dict.fromkeys(["prompts", "completions", "completion_ids", *columns])
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        function = _function_of(reward)
+        raise InputError(
+            f"{at}: {function.__module__}:{function.__qualname__} does not take what it is given ({error}); it needs "
+            f"**columns at its end, and may name any of {', '.join(given)} ({_place_of(None, reward)})"
+        ) from None
 
 
 class CheckedReward:

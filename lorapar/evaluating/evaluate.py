@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from ..data.tokens import check_known, prompt_ids
 from ..errors import require
 from ..model.generate import answer_greedily
 from ..progress import Progress
-from ..rewards import Reward, accuracy, checked, is_async, resolve_reward
+from ..rewards import Reward, accuracy, check_call, checked, is_async, resolve_reward
 
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 RESAMPLES = 2000
@@ -48,6 +48,7 @@ def evaluate(
     reward = resolve_metric(metric)
     rows = [dict(row) for row in without_arrows_nulls(dataset)]
     require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
+    check_call(reward, columns_of(rows), "evaluate.metric")
     with Progress(description, len(rows), "row") as progress:
         ids = [prompt_ids(row, tokenizer) for row in rows]
         for row, prompt in zip(rows, ids):
@@ -86,18 +87,22 @@ def resolve_metric(metric: str | Reward | None) -> Reward:
     )
 
 
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns that a metric is given."""
+    return [name for name in {name: None for row in rows for name in row} if name not in ("prompt", "completion_ids")]
+
+
 def _values(reward: Reward, rows: list[dict[str, Any]], completions: list[str], tokenizer: Any) -> list[float | None]:
     """The metric's value of each completion, which it is given as TRL gives it to a reward."""
     given: list[Any] = [
         [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
         for row, text in zip(rows, completions)
     ]
-    names = {name: None for row in rows for name in row if name != "prompt"}
     arguments = {
         "prompts": [row["prompt"] for row in rows],
         "completions": given,
         "completion_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
-        **{name: [row.get(name) for row in rows] for name in names},
+        **{name: [row.get(name) for row in rows] for name in columns_of(rows)},
     }
     function = checked(reward, "evaluate.metric")
     if not is_async(reward):

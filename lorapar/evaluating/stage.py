@@ -11,9 +11,9 @@ from ..errors import InputError
 from ..files import write_json, write_jsonl
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
-from ..rewards import accuracy, check_answers
+from ..rewards import accuracy, check_answers, check_call
 from ..stage import ADAPTED, LABELS, Facts, Run, Stage, partition_of, weights_of
-from .evaluate import evaluate, resolve_metric
+from .evaluate import columns_of, evaluate, resolve_metric
 
 log = logging.getLogger("lorapar")
 
@@ -67,6 +67,7 @@ def check_rows(run: Run) -> None:
     if "held_out" in labels["split"]:
         names = {metric or "accuracy": resolve_metric(metric)}
         rows = rows_of(labels, (1, 2), "held_out")
+        check_call(resolve_metric(metric), columns_of(cast(Any, rows.select([0]))), "evaluate.metric")
         check_answers(names, rows, "evaluate.metric", "held-out rows", refuse=metric is not None)
 
 

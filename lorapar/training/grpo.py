@@ -30,7 +30,7 @@ from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
 from ..recipe.sections import GRPOStageConfig
-from ..rewards import CheckedReward, Reward, check_answers, checked
+from ..rewards import CheckedReward, Reward, check_answers, check_call, checked, resolve_rewards
 from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
@@ -241,7 +241,14 @@ def _watch(
 
 
 def check_rewards(rows: Dataset, rewards: Sequence[Reward]) -> None:
-    """Say how many prompts have no answer for the rewards that need one; InputError where none has."""
+    """Say how many prompts have no answer for the rewards that need one.
+
+    InputError where none has, and for a reward that cannot be called with the rows' columns.
+    """
+    columns = [name for name in rows.column_names if name not in ("prompt", *NOT_FOR_REWARDS)]
+    for reward in rewards:
+        if not isinstance(reward, nn.Module):
+            check_call(reward, [*columns, "trainer_state", "log_extra", "log_metric"], "grpo.rewards")
     names = {getattr(reward, "__name__", str(reward)): reward for reward in rewards}
     check_answers(names, rows, "grpo.rewards", "prompts")
 
@@ -266,7 +273,7 @@ def grpo(
     dataset: Dataset,
     partition: Partition,
     config: GRPOConfig,
-    rewards: Sequence[Reward],
+    rewards: Sequence[Reward | str],
     systems: Sequence[int] = (2,),
     resume: bool = False,
     longest_first: bool = True,
@@ -282,7 +289,8 @@ def grpo(
         model: stage 1's result. dataset: rows with prompt and what the rewards read (`answer`, ...); where it has the
             columns `system` and `split`, only train rows of `systems` are used.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
-        rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`.
+        rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`,
+            also `async`, names of `lorapar.rewards`, or "module:function".
         longest_first: roll out the longest prompts to `max_completion_length`, and take them through forward and
             backward, before the first step (rehearsal.py).
         rollout_batch_size: completions generated at once; None: all that one generation batch holds.
@@ -301,11 +309,12 @@ def grpo(
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
     watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise)
     rows = rows_of(dataset, systems)
+    rewards = resolve_rewards(rewards)
     check_rewards(rows, rewards)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
-        reward_funcs=list(rewards),
+        reward_funcs=cast(Any, rewards),
         args=config,
         train_dataset=examples,
         processing_class=tokenizer,

@@ -187,6 +187,26 @@ def test_prompts_without_an_answer_are_told_before_the_first_step(tmp_path, capl
             trained(tmp_path, [accuracy, letters, closeness], rows)
 
 
+def test_a_reward_that_cannot_be_called_is_refused_at_once(tmp_path):
+    def alone(completions):
+        return [1.0 for _ in completions]
+
+    def needs(completions, difficulty, **columns):
+        return [1.0 for _ in completions]
+
+    for reward, why in ((alone, "unexpected keyword argument 'prompts'"), (needs, "a required argument: 'difficulty'")):
+        with pytest.raises(
+            InputError, match=rf"grpo.rewards: .*{why}.*needs \*\*columns.*answer.*test_user_rewards.py:\d"
+        ):
+            trained(tmp_path, [reward])
+        with pytest.raises(InputError, match=f"evaluate.metric: .*{why}"):
+            lorapar.evaluate(fresh()[0], tiny_tokenizer(), ROWS, metric=reward)
+    with pytest.raises(InputError, match="unknown reward 'acuracy'; nearest: accuracy"):
+        trained(tmp_path, ["acuracy"])
+    with pytest.raises(InputError, match="expected at least one, got none"):
+        trained(tmp_path, [])
+
+
 # The command
 
 

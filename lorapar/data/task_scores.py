@@ -168,8 +168,9 @@ def _readings(said: str) -> list[str]:
     stated, marked = extract_answer(said).strip(), marked_answer(said)
     if marked:
         return [stated, marked]
+    # A block of code at the end, or what follows the last line that ends in a colon.
     block = re.search(r"```[^\n`]*\n([^`]*)```$", said)
-    return [stated, block[1].strip() if block else said]
+    return [stated, block[1].strip() if block else re.split(r":[ \t*]*\n", said)[-1].strip(), said]
 
 
 # The scorer

@@ -36,7 +36,13 @@ def reward(name, texts, rows):
 
 
 def test_of_every_task_the_answer_itself_is_right_in_the_usual_forms_and_another_is_not():
-    forms = ("{}", "<answer>\n{}\n</answer>", "<think>Is it 5?</think>\n{}", "Here it is:\n```\n{}\n```")
+    forms = (
+        "{}",
+        "<answer>\n{}\n</answer>",
+        "<think>Is it 5?</think>\n{}",
+        "Here it is:\n```\n{}\n```",
+        "My grid:\n\n{}",
+    )
     for task in sorted(set(DATASETS) - set(NOT_HERE)):
         (row,) = rows_of(task)
         for form in forms:

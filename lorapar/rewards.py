@@ -17,13 +17,13 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from .data.answers import extract_answer, last_number, text_of, without_latex
 from .data.answers import is_correct as is_correct
-from .data.task_scores import JUDGED_BY, check_tasks, has_answer, is_right, score_by_task
+from .data.task_scores import JUDGED_BY, check_tasks, has_answer, is_number, is_right, of_task, score_by_task
 from .errors import InputError, RewardFailed, suggestion
 
 log = logging.getLogger("lorapar")
@@ -37,7 +37,7 @@ SEARCH_SECONDS = 10.0
 def _judged(name: str, completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(the completion's text, what of its row decides whether it is right) for each completion."""
     if "answer" not in columns:
-        raise InputError(f"grpo.rewards: {name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}")
+        raise InputError(f"{name} needs a column 'answer'; the rows have {', '.join(sorted(columns))}")
     for place, completion in enumerate(completions):
         yield text_of(completion), {column: columns[column][place] for column in JUDGED_BY if column in columns}
 
@@ -60,6 +60,8 @@ def closeness(prompts, completions, completion_ids=None, **columns) -> list[floa
     def one(text: str, row: dict[str, Any]) -> float:
         if is_right(text, row):
             return 1.0
+        if of_task(row) and not is_number(row):
+            return 0.0
         found, wanted = last_number(without_latex(extract_answer(text))), last_number(without_latex(row["answer"]))
         if found is None or wanted is None:
             return 0.0
@@ -125,12 +127,12 @@ REWARDS: dict[str, Reward] = {
 BY_ANSWER = (accuracy, correct, closeness, task_score)
 
 
-def resolve_rewards(names: Sequence[str]) -> list[Reward]:
+def resolve_rewards(names: Sequence[str | Reward]) -> list[Reward]:
     """The functions that a recipe's `grpo.rewards` names: ours, or any `module:function` importable from
-    here."""
+    here. A function stays what it is."""
     if not names:
         raise InputError(f"grpo.rewards: expected at least one, got none; allowed: {', '.join(REWARDS)}")
-    return [resolve_reward(name) for name in names]
+    return [resolve_reward(name) if isinstance(name, str) else name for name in names]
 
 
 def resolve_reward(name: str, at: str = "grpo.rewards") -> Reward:
@@ -155,27 +157,28 @@ def resolve_reward(name: str, at: str = "grpo.rewards") -> Reward:
     return getattr(module, function_name)
 
 
-def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str) -> None:
-    """Say how many of a stage's rows have no answer, which a reward by the answer gives None.
+def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str, refuse: bool = True) -> None:
+    """Say how many of a stage's rows have no answer, for which a reward by the answer is None.
 
     Args:
         names: the rewards by their names. rows: a data set. at: the recipe's key; what: the rows in words.
+        refuse: whether rows of which none has an answer are refused.
 
-    Raises InputError where none of the rows has an answer, and where a reasoning-gym task's scorer does not take the
+    Raises InputError where they are, and where a reasoning-gym task's scorer does not take the
     answer of its own row.
     """
     by_answer = [name for name, reward in names.items() if reward in BY_ANSWER]
     if not by_answer:
         return
     kept = [name for name in ("id", *JUDGED_BY) if name in rows.column_names]
-    judged = rows.select_columns(kept).to_list()
+    judged = rows.select_columns(kept).to_list() if kept else [{}] * len(rows)
     check_tasks(judged)
     without = sum(not has_answer(row) for row in judged)
     give, remedy = "gives" if len(by_answer) == 1 else "give", "name the column with data.columns.answer"
     if any("source_dataset" in str(row.get("metadata")) for row in judged if not has_answer(row)):
         # Earlier versions left out reasoning-gym's answers of more than a line.
         remedy += ", or delete labels.jsonl to have the rows made again"
-    if without == len(judged):
+    if without == len(judged) and refuse:
         raise InputError(f"{at}: {' and '.join(by_answer)} {give} no value without an answer, and none of the "
                          f"{without} {what} has one; {remedy}, or take another function")  # fmt: skip
     if without:
@@ -184,6 +187,23 @@ def check_answers(names: Mapping[str, Reward], rows: Any, at: str, what: str) ->
 
 
 # A user's function, called
+
+
+def check_call(reward: Reward, columns: Iterable[str], at: str) -> None:
+    """InputError where the function cannot be called with the rows' columns, which it is given by name."""
+    given = dict.fromkeys(["prompts", "completions", "completion_ids", *columns])
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        function = _function_of(reward)
+        raise InputError(
+            f"{at}: {function.__module__}:{function.__qualname__} does not take what it is given ({error}); it needs "
+            f"**columns at its end, and may name any of {', '.join(given)} ({_place_of(None, reward)})"
+        ) from None
 
 
 class CheckedReward:

@@ -146,6 +146,7 @@ class Stage:
         reads, writes: files in the output folder. folders: those that it writes whole, with files of any name.
         optional_reads: files that it reads where they exist.
         check: raises InputError for settings that the stage cannot run with, before any work is done.
+        check_rows: the same for the labelled rows, before the first stage that uses them.
         discard: removes what an attempt with other inputs has left unfinished.
         trains: every process of a distributed launch takes part; the other stages run on the first one.
     """
@@ -159,6 +160,7 @@ class Stage:
     optional_reads: tuple[str, ...] = ()
     inputs: Callable[[Run], Facts] = no_inputs
     check: Callable[[Run], None] = do_nothing
+    check_rows: Callable[[Run], None] = do_nothing
     discard: Callable[[Run], None] = do_nothing
     trains: bool = False
 

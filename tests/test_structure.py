@@ -31,7 +31,7 @@ ARROWS = {
     "partitioning": "adapter errors files recipe scoring stage",
     "renewing": "adapter data errors partitioning recipe scoring stage",
     "training": "adapter data errors files memory model partitioning progress recipe rewards scoring stage",
-    "evaluating": "adapter data errors files model partitioning progress recipe stage",
+    "evaluating": "adapter data errors files model partitioning progress recipe rewards stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
     "stage": "data memory model",

@@ -87,8 +87,18 @@ def is_right(completion: str, row: Mapping[str, Any]) -> bool:
     if _metadata(row) is None:
         return is_correct(completion, row.get("answer") or "")
     # An answer in another form than the scorer knows ("7.", "5 + 2 = 7") is right where nothing but the value counts.
-    plain = re.fullmatch(r"[-+]?[\d,]*\.?\d+|[^\W\d_]+(?:[ '’-][^\W\d_]+)*", _gold(row)) is not None
+    plain = is_number(row) or re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", _gold(row)) is not None
     return score_by_task(completion, row) == 1 or (plain and is_correct(_said(completion), _gold(row)))
+
+
+def is_number(row: Mapping[str, Any]) -> bool:
+    """Whether the row's answer is a plain number, such as a board full of digits is not."""
+    return re.fullmatch(r"[-+]?[\d,]*\.?\d+", _gold(row)) is not None
+
+
+def of_task(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of a reasoning-gym task."""
+    return _metadata(row) is not None
 
 
 def has_answer(row: Mapping[str, Any]) -> bool:
@@ -158,8 +168,9 @@ def _readings(said: str) -> list[str]:
     stated, marked = extract_answer(said).strip(), marked_answer(said)
     if marked:
         return [stated, marked]
+    # A block of code at the end, or what follows the last line that ends in a colon.
     block = re.search(r"```[^\n`]*\n([^`]*)```$", said)
-    return [stated, block[1].strip() if block else said]
+    return [stated, block[1].strip() if block else re.split(r":[ \t*]*\n", said)[-1].strip(), said]
 
 
 # The scorer

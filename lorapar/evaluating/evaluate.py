@@ -1,22 +1,26 @@
-"""Greedy answers on held-out rows, checked by the maths verifier, with Wilson intervals by system."""
+"""Greedy answers on held-out rows and what they are worth: right or wrong, or by a metric, with intervals by system."""
 
+import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
+import numpy as np
 from torch import nn
 
-from ..data.answers import is_correct
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import check_known, prompt_ids
 from ..errors import require
 from ..model.generate import answer_greedily
 from ..model.positions import positions_of
 from ..progress import Progress
+from ..rewards import Reward, accuracy, check_call, checked, is_async, resolve_reward
 
 log = logging.getLogger("lorapar")
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+RESAMPLES = 2000
 GROUPS = ("all", "system1", "system2")
 
 
@@ -27,42 +31,57 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     description: str = "evaluate",
+    metric: str | Reward | None = None,
 ) -> dict[str, Any]:
-    """Answer every row greedily and count what is right.
+    """Answer every row greedily and say what the answers are worth.
 
     Args:
-        dataset: rows with prompt, answer and, for the figures by system, system.
+        dataset: rows with prompt, what the metric reads (answer), and, for the figures by system, system.
         max_new_tokens: an answer's length limit, or less where the model's positions end; batch_size: prompts generated
             at a time.
+        metric: a reward function of TRL's form, `f(prompts, completions, completion_ids, **columns) -> list of numbers
+            or None`, the name of one of `lorapar.rewards`, or "module:function". It is called once, with every row; the
+            columns are the rows' own (`completion` is a list of references). None: accuracy.
 
-    Returns {"accuracy": {group: share}, "interval": {group: [low, high]}, "n": {group: rows}, "answers": [...]} for the
-    groups all, system1, system2 that have rows. A row is right where `lorapar.rewards.is_correct` says so.
+    Returns {"accuracy": {group: share}, "interval": {group: [low, high]}, "n": {group: rows}, "none": {group: rows},
+    "answers": [...]} for the groups all, system1, system2 that have rows. With another metric, "mean" stands for
+    "accuracy". Rows for which the metric is None (of accuracy: rows without an answer) are counted in "none" alone.
+    "interval_by": Wilson's score interval where every value is 0 or 1, else the bootstrap's percentiles; both at 95 %.
+    Raises RewardFailed where the metric fails or returns anything else.
     """
+    reward = resolve_metric(metric)
     rows = [dict(row) for row in without_arrows_nulls(dataset)]
     require(len(rows) > 0, "dataset", "no rows", "at least one held-out row")
+    check_call(reward, columns_of(rows), "evaluate.metric")
     with Progress(description, len(rows), "row") as progress:
         ids = [prompt_ids(row, tokenizer) for row in rows]
         for row, prompt in zip(rows, ids):
             check_known(prompt, model, tokenizer, str(row.get("id", "(no id)")))
         rows, ids = _answerable(rows, ids, max_new_tokens, positions_of(getattr(model, "config", None)))
         completions = answer_greedily(model, tokenizer, ids, max_new_tokens, batch_size, progress.update)
+    values = _values(reward, rows, completions, tokenizer)
     answers = [
         {
             "id": row.get("id"),
             "system": row.get("system"),
-            "answer": row["answer"],
+            "answer": row.get("answer"),
             "completion": completion,
-            "correct": is_correct(completion, row["answer"]),
+            **({"correct": None if value is None else value == 1} if reward is accuracy else {"value": value}),
         }
-        for row, completion in zip(rows, completions)
+        for row, completion, value in zip(rows, completions, values)
     ]
-    result: dict[str, Any] = {"accuracy": {}, "interval": {}, "n": {}, "answers": answers}
+    mean = "accuracy" if reward is accuracy else "mean"
+    by = "wilson" if all(value in (0, 1) for value in values if value is not None) else "bootstrap"
+    result: dict[str, Any] = {mean: {}, "interval": {}, "interval_by": by, "n": {}, "none": {}, "answers": answers}
     for group in GROUPS:
-        hits = [a["correct"] for a in answers if group == "all" or a["system"] == int(group[-1])]
-        if hits:
-            result["accuracy"][group] = sum(hits) / len(hits)
-            result["interval"][group] = wilson(sum(hits), len(hits))
-            result["n"][group] = len(hits)
+        of_group = [v for v, row in zip(values, rows) if group == "all" or row.get("system") == int(group[-1])]
+        found = [value for value in of_group if value is not None]
+        if len(found) < len(of_group):
+            result["none"][group] = len(of_group) - len(found)
+        if found:
+            result[mean][group] = sum(found) / len(found)
+            result["interval"][group] = wilson(int(sum(found)), len(found)) if by == "wilson" else bootstrap(found)
+            result["n"][group] = len(found)
     return result
 
 
@@ -84,6 +103,38 @@ def _answerable(
     return [rows[i] for i in keep], [ids[i] for i in keep]
 
 
+def resolve_metric(metric: str | Reward | None) -> Reward:
+    """The function that a metric names, or is."""
+    return (
+        accuracy if metric is None else resolve_reward(metric, "evaluate.metric") if isinstance(metric, str) else metric
+    )
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns that a metric is given."""
+    return [name for name in {name: None for row in rows for name in row} if name not in ("prompt", "completion_ids")]
+
+
+def _values(reward: Reward, rows: list[dict[str, Any]], completions: list[str], tokenizer: Any) -> list[float | None]:
+    """The metric's value of each completion, which it is given as TRL gives it to a reward."""
+    given: list[Any] = [
+        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+        for row, text in zip(rows, completions)
+    ]
+    arguments = {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": given,
+        "completion_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
+        **{name: [row.get(name) for row in rows] for name in columns_of(rows)},
+    }
+    function = checked(reward, "evaluate.metric")
+    if not is_async(reward):
+        return function(**arguments)
+    # In a thread of its own: where this one has a loop already (a notebook), a second cannot run in it.
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(asyncio.run, cast(Any, function(**arguments))).result()
+
+
 def wilson(successes: int, trials: int) -> list[float]:
     """The Wilson score interval of a proportion at 95 % (Wilson 1927): [low, high]."""
     share, z2 = successes / trials, Z_95**2
@@ -91,3 +142,14 @@ def wilson(successes: int, trials: int) -> list[float]:
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
     # At 0 and at 1 rounding could leave the share itself just outside.
     return [min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))]
+
+
+def bootstrap(values: Sequence[float]) -> list[float]:
+    """The percentile bootstrap's 95 % interval of a mean (Efron 1979): [low, high], the same at every call.
+
+    2,000 resamples. It stays within the values' range, as a normal interval does not; of few rows it is narrow.
+    """
+    draw, sample = np.random.default_rng(0), np.asarray(values, dtype=np.float64)
+    means = [sample[draw.integers(len(sample), size=len(sample))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ..adapter.attach import load_adapter
+from ..data.labels import rows_of
 from ..errors import InputError
 from ..files import write_json, write_jsonl
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
+from ..rewards import accuracy, check_answers, check_call
 from ..stage import ADAPTED, LABELS, Facts, Run, Stage, partition_of, weights_of
-from .evaluate import evaluate
+from .evaluate import columns_of, evaluate, resolve_metric
 
 log = logging.getLogger("lorapar")
 
@@ -26,26 +28,47 @@ def evaluate_stage(run: Run) -> Facts:
         raise InputError("data.held_out: no row was held out, so nothing can be evaluated; hold some out")
     results, answers = {}, []
     first, *later = recipe.stages
+    metric = resolve_metric(config.metric)
+    judged_by: Any = {} if config.metric is None else {"metric": config.metric}
+    mean = "accuracy" if metric is accuracy else "mean"
     model = load_adapter(run.load_model(), folder / first)
     for name in ("base", first, *later):
         if name in later:
             model = load_adapter(model.unload(), folder / name)
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            result = evaluate(model, run.tokenizer, rows, config.max_new_tokens, config.batch_size, f"evaluate {name}")
+            result = evaluate(
+                model, run.tokenizer, rows, config.max_new_tokens, config.batch_size, f"evaluate {name}", **judged_by
+            )
         answers += [{"model": name, **answer} for answer in result.pop("answers")]
         results[name] = result
-        log.info("evaluate: %s: %s", name, {k: round(v, 4) for k, v in result["accuracy"].items()})
+        log.info("evaluate: %s: %s", name, {k: round(v, 4) for k, v in result[mean].items()})
     write_jsonl(folder / "answers.jsonl", answers)
-    write_json(
-        folder / "metrics.json",
-        {
-            "accuracy": {name: result["accuracy"] for name, result in results.items()},
-            "interval": {name: result["interval"] for name, result in results.items()},
-            "n": results["base"]["n"],
-            "partition": Partition.load(folder / partition_of(recipe, recipe.stages[-1])).summary(),
-        },
-    )
-    return {name: round(result["accuracy"]["all"], 4) for name, result in results.items()}
+    of_model = {key: {name: result[key] for name, result in results.items()} for key in results["base"]}
+    if mean == "accuracy":
+        # Which rows have an answer is the same for every model.
+        of_model |= {"n": results["base"]["n"]}
+        del of_model["interval_by"]
+        if not any(of_model["none"].values()):
+            del of_model["none"]
+    partition = Partition.load(folder / partition_of(recipe, recipe.stages[-1])).summary()
+    named = {} if mean == "accuracy" else {"metric": config.metric}
+    write_json(folder / "metrics.json", {**named, **of_model, "partition": partition})
+    return {name: round(result[mean]["all"], 4) if result[mean] else None for name, result in results.items()}
+
+
+def check(run: Run) -> None:
+    """Find the metric."""
+    resolve_metric(run.recipe.evaluate.metric)
+
+
+def check_rows(run: Run) -> None:
+    """Say how many held-out rows cannot be judged; refuse a metric that could judge none."""
+    labels, metric = run.labels(), run.recipe.evaluate.metric
+    if "held_out" in labels["split"]:
+        names = {metric or "accuracy": resolve_metric(metric)}
+        rows = rows_of(labels, (1, 2), "held_out")
+        check_call(resolve_metric(metric), columns_of(cast(Any, rows.select([0]))), "evaluate.metric")
+        check_answers(names, rows, "evaluate.metric", "held-out rows", refuse=metric is not None)
 
 
 def stage(recipe: Recipe) -> Stage:
@@ -55,4 +78,6 @@ def stage(recipe: Recipe) -> Stage:
         sections=(*ADAPTED, "evaluate", "stages"),
         reads=(LABELS, partition_of(recipe, recipe.stages[-1]), *map(weights_of, recipe.stages)),
         writes=("metrics.json", "answers.jsonl"),
+        check=check,
+        check_rows=check_rows,
     )

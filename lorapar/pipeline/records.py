@@ -22,6 +22,7 @@ LATER_KEYS = {
     "model": ("chat_template", "chat_template_kwargs", "eos_token", "pad_token"),
     "sft": ("eval_rows", "early_stopping_patience"),
     "grpo": ("watch_rows",),
+    "evaluate": ("metric",),
     "partition": ("system1_cost",),
 }
 

@@ -9,7 +9,7 @@ import errno
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
             for stage in stages:
                 if only in (None, stage.name):
                     _run_stage(stage, this)
+                if only is None and stage.name == "label":
+                    _check_rows(stages, this)
     return this.folder
 
 
@@ -114,6 +116,14 @@ def check_settings(run: Run, only: str | None = None) -> None:
     if only is None and not (run.folder / LABELS).is_file():
         # Before teachers are paid for rows that the run could not use.
         check_targets(run.recipe)
+
+
+def _check_rows(stages: Sequence[Stage], run: Run) -> None:
+    """Refuse labelled rows that a later stage could not use, before the stages between are paid for."""
+    there = records(run.folder)
+    for stage in stages:
+        if "finished" not in there.get(stage.name, {}):
+            stage.check_rows(run)
 
 
 def _run_stage(stage: Stage, run: Run) -> None:

@@ -303,6 +303,9 @@ class EvaluateConfig:
     max_new_tokens: int = key(256, "an answer's length at most", at_least=1)
     batch_size: int = key(64, "answers at a time", at_least=1, changes_result=False)
     limit: int | None = key(None, "rows of each system at most; null: all", at_least=1)
+    metric: str | None = key(
+        None, "what an answer is worth: a name of lorapar.rewards, or module:function; null: accuracy, right or wrong"
+    )
 
 
 @dataclass

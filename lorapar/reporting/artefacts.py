@@ -14,6 +14,7 @@ from ..partitioning.partition import Partition
 from ..scoring.scores import load_scores
 from . import elements
 from .elements import GRANULARITIES, KeepCurve
+from .html import percent, signed_points
 
 
 @dataclass
@@ -86,11 +87,40 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
     return run
 
 
+@dataclass
+class Measured:
+    """What the held-out rows were measured by: accuracy, or the mean of a metric of the user's."""
+
+    name: str
+    is_share: bool
+    means: dict[str, dict[str, float]]  # by model and group
+    counts: dict[str, dict[str, int]]  # rows that have a value, likewise
+
+    def text(self, value: float) -> str:
+        return percent(value) if self.is_share else f"{value:.4g}"
+
+    def change(self, value: float) -> str:
+        """A difference between two means, without its sign."""
+        return f"{abs(100 * value):.1f} points" if self.is_share else f"{abs(value):.3g}"
+
+    def signed(self, value: float) -> str:
+        return signed_points(value) if self.is_share else f"{value:+.3g}".replace("-", "−")
+
+
+def measured(run: Artefacts) -> Measured:
+    assert run.metrics is not None
+    name = run.metrics.get("metric")
+    means = run.metrics["accuracy" if name is None else "mean"]
+    counts = run.metrics.get("n", {})
+    # Accuracy's are the same for every model.
+    by_model = {step: counts for step in means} if name is None else counts
+    return Measured(name or "accuracy", name is None, means, by_model)
+
+
 def evaluated(run: Artefacts) -> list[str]:
     """ "base" and the stages that were evaluated, in the order in which they ran."""
-    assert run.metrics is not None
     order = run.recipe.get("stages") or ["sft", "grpo"]
-    return [step for step in ("base", *order) if step in run.metrics["accuracy"]]
+    return [step for step in ("base", *order) if step in measured(run).means]
 
 
 def active_counts(run: Artefacts) -> dict[str, int]:

@@ -134,32 +134,41 @@ def accuracy_panel(
     labels: Sequence[str],
     values: Sequence[float],
     intervals: Sequence[Sequence[float] | None],
-    top: float,
+    span: tuple[float, float],
     n: int | None,
+    metric: str | None = None,
 ) -> Panel:
-    """Bars in % with their intervals, one for the base and for each stage; `top`: the panels' common upper end."""
+    """Bars with their intervals, one for the base and for each stage: accuracy in %, or the means of `metric`.
+
+    span: the panels' common lower and upper end, in the unit drawn.
+    """
+    scale = 100 if metric is None else 1
+    places = ".1f" if metric is None else ".4g"
+    over = 0.02 * (span[1] - span[0])
 
     def draw(axes: "Axes") -> None:
         for i, (value, interval) in enumerate(zip(values, intervals)):
             strength = 0.35 + 0.65 * i / max(1, len(values) - 1)
             # The grid must not show through the weaker bars.
-            axes.bar(i, 100 * value, width=0.62, color=PAGE, linewidth=0)
-            axes.bar(i, 100 * value, width=0.62, color=colour, alpha=strength, linewidth=0)
+            axes.bar(i, scale * value, width=0.62, color=PAGE, linewidth=0)
+            axes.bar(i, scale * value, width=0.62, color=colour, alpha=strength, linewidth=0)
             end = value
             if interval is not None:
-                axes.vlines(i, 100 * interval[0], 100 * interval[1], color=INK, linewidth=1.1)
+                axes.vlines(i, scale * interval[0], scale * interval[1], color=INK, linewidth=1.1)
                 end = interval[1]
-            axes.text(i, 100 * end + 0.02 * top, f"{100 * value:.1f}", ha="center", va="bottom", fontweight="bold")
+            place = max(0.0, scale * end) + over
+            axes.text(i, place, f"{scale * value:{places}}", ha="center", va="bottom", fontweight="bold")
         axes.set_xticks(range(len(values)), labels, color=INK)
         axes.set_xlim(-0.6, len(values) - 0.4)
-        axes.set_ylim(0, top)
+        axes.set_ylim(*span)
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
         axes.spines["left"].set_visible(False)
 
-    bars = "; ".join(f"{label} {100 * value:.1f} %" for label, value in zip(labels, values))
+    unit, what, axis = (" %", "Accuracy", "% right") if metric is None else ("", f"Mean {metric}", metric)
+    bars = "; ".join(f"{label} {scale * value:{places}}{unit}" for label, value in zip(labels, values))
     rows = "" if n is None else f" (n = {n})"
-    return Panel(f"{title}{rows}, % right", f"Accuracy on {title}{rows}: {bars}.", draw, height=2.3,
+    return Panel(f"{title}{rows}, {axis}", f"{what} on {title}{rows}: {bars}.", draw, height=2.3,
                  margins=(0.42, 0.18, 0.26, 0.36))  # fmt: skip
 
 

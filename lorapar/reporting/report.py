@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
 from . import sections
 from .agreement import agreement
-from .artefacts import Artefacts, active_counts, evaluated, model_name, read_artefacts
+from .artefacts import Artefacts, active_counts, evaluated, measured, model_name, read_artefacts
 from .charts import Figures
 from .html import duration, escaped, percent
 from .sections import SYSTEMS, TITLES, second_stage_cost
@@ -34,8 +34,9 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
         raise InputError(f"{folder}: no such folder; expected a run's output folder")
     with atomic_folder(folder / "figures") as drawn:
         run, figures = read_artefacts(folder, labels), Figures(drawn)
+        judged = "Accuracy" if run.metrics is None or measured(run).is_share else "Metric"
         parts = [
-            ("accuracy", "Accuracy", sections.accuracy),
+            ("accuracy", judged, sections.accuracy),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),
             ("theta", "θ and granularity", sections.theta),
@@ -89,35 +90,34 @@ def _result(run: Artefacts) -> str:
     """One sentence: what each stage did to its system, and what the second stage cost the first's."""
     if run.metrics is None:
         return "This run has not been evaluated, so there is no accuracy to report."
-    accuracy = run.metrics["accuracy"]
-    steps = evaluated(run)
+    by, steps = measured(run), evaluated(run)
     parts = []
     for before, after in itertools.pairwise(steps):
         key = "system1" if after == "sft" else "system2"
-        old, new = accuracy[before].get(key), accuracy[after].get(key)
+        old, new = by.means[before].get(key), by.means[after].get(key)
         if old is not None and new is not None:
             verb = "raised" if new > old else "lowered" if new < old else "left"
-            change = f"from {percent(old)} to {percent(new)}" if new != old else f"at {percent(new)}"
-            parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} accuracy {change}")
+            change = f"from {by.text(old)} to {by.text(new)}" if new != old else f"at {by.text(new)}"
+            parts.append(f"{after.upper()} {verb} {SYSTEMS[key][0]} {by.name} {change}")
     result = "; ".join(parts) or "No system was evaluated before and after a stage"
     cost = second_stage_cost(run)
     if cost is not None:
-        key, points = cost
+        key, change = cost
         name = SYSTEMS[key][0]
-        verb = "cost" if points < 0 else "gave"
-        result += f" and {verb} {name} {abs(100 * points):.1f} points" if points else f" and left {name} as it was"
+        verb = "cost" if change < 0 else "gave"
+        result += f" and {verb} {name} {by.change(change)}" if change else f" and left {name} as it was"
     return escaped(result + ".")
 
 
 def _tiles(run: Artefacts) -> list[tuple[str, str, str]]:
     tiles = []
     if run.metrics is not None:
-        last = evaluated(run)[-1]
+        by, last = measured(run), evaluated(run)[-1]
         for key in ("system1", "system2"):
-            value = run.metrics["accuracy"][last].get(key)
+            value = by.means[last].get(key)
             if value is not None:
                 css = ' class="s1"' if key == "system1" else ' class="s2"'
-                tiles.append((percent(value), f"{SYSTEMS[key][0]} accuracy, {TITLES[last]}", css))
+                tiles.append((by.text(value), f"{SYSTEMS[key][0]} {escaped(by.name)}, {TITLES[last]}", css))
     if run.partition is not None:
         active = active_counts(run)
         total = run.partition.trainable()

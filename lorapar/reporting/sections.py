@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from . import charts, elements
-from .artefacts import Artefacts, active_counts, evaluated, vote_weights
+from .artefacts import Artefacts, active_counts, evaluated, measured, vote_weights
 from .charts import Figures
 from .elements import GRANULARITIES, REGIONS
-from .html import absent, byte_size, duration, escaped, html_table, number, percent, signed_points
+from .html import absent, byte_size, duration, escaped, html_table, number, percent
 from .yardstick import yardstick
 
 # How the page names and colours a group of rows.
@@ -47,48 +47,55 @@ LOGGED = {
 def accuracy(run: Artefacts, figures: Figures) -> str:
     if run.metrics is None:
         return absent("metrics.json", "evaluate")
-    steps, accuracy, counts = evaluated(run), run.metrics["accuracy"], run.metrics.get("n", {})
-    intervals = run.metrics.get("interval", {})
-    present = [key for key in SYSTEMS if all(accuracy[step].get(key) is not None for step in steps)]
+    steps, by, intervals = evaluated(run), measured(run), run.metrics.get("interval", {})
+    present = [key for key in SYSTEMS if all(by.means[step].get(key) is not None for step in steps)]
+    if not present:
+        return (
+            '<p class="absent">No held-out row has an answer, so none could be judged; the recipe\'s '
+            "evaluate.metric takes a function that needs none.</p>"
+        )
 
     def interval(step: str, key: str) -> Sequence[float] | None:
         return intervals.get(step, {}).get(key)
 
-    highest = max(max(accuracy[s][k], (interval(s, k) or [0, 0])[1]) for s in steps for k in present)
-    top = min(109.0, 100 * highest * 1.12 + 1)
+    scale = 100 if by.is_share else 1
+    ends = [value for s in steps for k in present for value in (by.means[s][k], *(interval(s, k) or ()))]
+    top = scale * max(0, *ends) * 1.12
+    bottom = scale * min(0, *ends) * 1.12
     panels = [
         charts.accuracy_panel(
             *SYSTEMS[key],
             labels=[TITLES[step] for step in steps],
-            values=[accuracy[step][key] for step in steps],
+            values=[by.means[step][key] for step in steps],
             intervals=[interval(step, key) for step in steps],
-            top=top,
-            n=counts.get(key),
+            span=(bottom, min(109.0, top + 1)) if by.is_share else (bottom, top or 1.0),
+            n=by.counts.get("base", {}).get(key),
+            metric=None if by.is_share else by.name,
         )
         for key in present
     ]
     rows = []
     for key in present:
-        n = counts.get(key)
+        n = by.counts.get("base", {}).get(key)
         cells = [f"<th>{SYSTEMS[key][0]}</th><td>{number(n) if n is not None else '–'}</td>"]
         for step in steps:
-            value, bounds = accuracy[step][key], interval(step, key)
-            of = f"{round(value * n)}/{n}" if n else ""
-            within = f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}" if bounds else ""
-            cells.append(f"<td>{percent(value)}<small>{within}</small><small>{of}</small></td>")
-        cells += [
-            f"<td>{signed_points(accuracy[b][key] - accuracy[a][key])}</td>" for a, b in itertools.pairwise(steps)
-        ]
+            value, bounds, n = by.means[step][key], interval(step, key), by.counts.get(step, {}).get(key)
+            of = f"{round(value * n)}/{n}" if n and by.is_share else f"{n} rows" if n else ""
+            places, to = (".1f", "–") if by.is_share else (".4g", " to ")
+            within = f"{scale * bounds[0]:{places}}{to}{scale * bounds[1]:{places}}" if bounds else ""
+            cells.append(f"<td>{by.text(value)}<small>{within}</small><small>{of}</small></td>")
+        cells += [f"<td>{by.signed(by.means[b][key] - by.means[a][key])}</td>" for a, b in itertools.pairwise(steps)]
         rows.append("".join(cells))
-    changes = [f"change by {step.upper()}, points" for step in steps[1:]]
+    points = ", points" if by.is_share else ""
+    changes = [f"change by {step.upper()}{points}" for step in steps[1:]]
     table = html_table(["", "held-out rows", *(TITLES[step] for step in steps), *changes], rows)
     cost = second_stage_cost(run)
     summary = ""
     if cost is not None:
-        key, points = cost
+        key, change = cost
         first, second = steps[1].upper(), steps[2].upper()
-        verb = "cost" if points < 0 else "gave" if points > 0 else "left"
-        how = f"{abs(100 * points):.1f} points" if points else "unchanged"
+        verb = "cost" if change < 0 else "gave" if change > 0 else "left"
+        how = by.change(change) if change else "unchanged"
         a, b = interval(steps[1], key), interval(steps[2], key)
         apart = a and b and (a[1] < b[0] or b[1] < a[0])
         note = "the two intervals do not overlap" if apart else "the two intervals overlap"
@@ -96,20 +103,29 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
             f"<p>What stage 2 did to stage 1: {second} {verb} {SYSTEMS[key][0]}, which {first} had trained, "
             f"<b>{how}</b>{f' ({note})' if a and b else ''}.</p>"
         )
-    caption = (
-        "Accuracy on held-out rows. The colour gets stronger from the base to the last stage; the line on a bar "
-        "is its 95 % Wilson interval, and the number above it the share of right answers."
-    )
-    return figures.draw("accuracy", panels, caption) + summary + table + yardstick(run)
+    left = sum(groups.get("all", 0) for groups in run.metrics.get("none", {}).values())
+    if left:
+        summary += f"<p>{number(left)} answers have no value, since {escaped(by.name)} gave None, and are left out.</p>"
+    if by.is_share:
+        caption = (
+            "Accuracy on held-out rows. The colour gets stronger from the base to the last stage; the line on a bar "
+            "is its 95 % Wilson interval, and the number above it the share of right answers."
+        )
+    else:
+        caption = (
+            f"The mean of {escaped(by.name)} over held-out rows. The colour gets stronger from the base to the last "
+            "stage; the line on a bar is its 95 % interval (Wilson's where all are 0 or 1, else the bootstrap's)."
+        )
+    return figures.draw("accuracy", panels, caption) + summary + table + (yardstick(run) if by.is_share else "")
 
 
 def second_stage_cost(run: Artefacts) -> tuple[str, float] | None:
-    """(the first stage's system, a key of SYSTEMS; how stage 2 changed its accuracy); None without two stages."""
+    """(the first stage's system, a key of SYSTEMS; how stage 2 changed its mean); None without two stages."""
     if run.metrics is None or len(evaluated(run)) < 3:
         return None
     _, first, second = evaluated(run)
     key = "system1" if first == "sft" else "system2"
-    old, new = (run.metrics["accuracy"][step].get(key) for step in (first, second))
+    old, new = (measured(run).means[step].get(key) for step in (first, second))
     return None if old is None or new is None else (key, new - old)
 
 

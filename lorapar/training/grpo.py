@@ -32,11 +32,11 @@ from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
 from ..recipe.sections import GRPOStageConfig
-from ..rewards import CheckedReward, Reward, check_answers, checked
+from ..rewards import CheckedReward, Reward, check_answers, check_call, checked, resolve_rewards
 from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
-from .tally import RewardTally
+from .tally import EARLY, RewardTally
 from .trainer import PAPER, PartitionedTrainer, Trained, train
 from .watching import LossWatch, check_watching
 
@@ -154,8 +154,8 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         if cast(nn.Module, self.model).training:
             apart = self.multi_objective_aggregation == "normalize_then_sum"
             self.tally.add(rewards, self.reward_weights, self.num_generations, apart)
-            if self.is_world_process_zero():
-                self.tally.warn_early(self.stage, self.remedies())
+            if self.tally.batches == EARLY and self.tally.all_equal and self.is_world_process_zero():
+                log.warning("grpo: after %d batches, %s", self.tally.batches, self.tally.said(self.remedies()))
         return rewards
 
     def remedies(self) -> str:
@@ -305,7 +305,14 @@ def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int
 
 
 def check_rewards(rows: Dataset, rewards: Sequence[Reward]) -> None:
-    """Say how many prompts have no answer for the rewards that need one; InputError where none has."""
+    """Say how many prompts have no answer for the rewards that need one.
+
+    InputError where none has, and for a reward that cannot be called with the rows' columns.
+    """
+    columns = [name for name in rows.column_names if name not in ("prompt", *NOT_FOR_REWARDS)]
+    for reward in rewards:
+        if not isinstance(reward, nn.Module):
+            check_call(reward, [*columns, "trainer_state", "log_extra", "log_metric"], "grpo.rewards")
     names = {getattr(reward, "__name__", str(reward)): reward for reward in rewards}
     check_answers(names, rows, "grpo.rewards", "prompts")
 
@@ -318,8 +325,7 @@ def _say_rewards(trainer: PartitionedGRPOTrainer) -> None:
             log.warning("grpo: %d values of %s were nan or infinite and counted as None", reward.not_finite,
                         reward.name)  # fmt: skip
     if tally.all_equal:
-        log.warning("grpo: %s, so there was no gradient and no more than weight decay moved the weights; try %s",
-                    tally.said(), trainer.remedies())  # fmt: skip
+        log.warning("grpo: %s", tally.said(trainer.remedies()))
     elif tally.equal:
         log.info("grpo: in %d of %d groups the completions' rewards were equal, so these taught nothing",
                  tally.equal, tally.groups)  # fmt: skip
@@ -331,7 +337,7 @@ def grpo(
     dataset: Dataset,
     partition: Partition,
     config: GRPOConfig,
-    rewards: Sequence[Reward],
+    rewards: Sequence[Reward | str],
     systems: Sequence[int] = (2,),
     resume: bool = False,
     longest_first: bool = True,
@@ -349,7 +355,8 @@ def grpo(
             columns `system` and `split`, only train rows of `systems` are used. Of rows with one `id`, which is a
             prompt's, the first is asked.
         config: TRL's own; its `output_dir` holds the checkpoints. resume: go on from the last whole checkpoint there.
-        rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`.
+        rewards: TRL reward functions, `f(prompts, completions, completion_ids, <columns>, **kw) -> list[float | None]`,
+            also `async`, names of `lorapar.rewards`, or "module:function".
         longest_first: roll out the longest prompts to `max_completion_length`, and take them through forward and
             backward, before the first step (rehearsal.py).
         rollout_batch_size: completions generated at once; None: all that one generation batch holds.
@@ -372,11 +379,12 @@ def grpo(
     labelled = rows_of(dataset, systems)
     once = once_a_prompt(labelled)
     rows, left_out = _with_room(once, tokenizer, config, positions_of(model.config))
+    rewards = resolve_rewards(rewards)
     check_rewards(rows, rewards)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
-        reward_funcs=list(rewards),
+        reward_funcs=cast(Any, rewards),
         args=config,
         train_dataset=examples,
         processing_class=tokenizer,
@@ -394,8 +402,7 @@ def grpo(
     except NothingMoved as error:
         if not trainer.tally.all_equal:
             raise
-        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said()}, so there was no gradient; try "
-                             f"{trainer.remedies()}") from error  # fmt: skip
+        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said(trainer.remedies())}") from error
     _say_rewards(trainer)
     trained.rollout_seconds = trainer.rollout_seconds
     trained.left_out = {"no_room_for_a_completion": left_out} if left_out else {}

@@ -150,6 +150,14 @@ def check(run: Run, name: StageName) -> None:
         resolve_rewards(run.recipe.grpo.rewards)
 
 
+def check_rows(run: Run, name: StageName) -> None:
+    """That GRPO's prompts have what its rewards need."""
+    if name == "grpo":
+        from .grpo import check_rewards
+
+        check_rewards(rows_of(run.put_aside()[0], run.recipe.grpo.systems), resolve_rewards(run.recipe.grpo.rewards))
+
+
 def discard(run: Run, name: StageName) -> None:
     """Remove the checkpoints of an attempt that had other inputs, and the losses that were watched.
 
@@ -180,6 +188,7 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         writes=adapter_files(name),
         inputs=tokens_learned if name == "sft" else tokens_watched,
         check=lambda run: check(run, name),
+        check_rows=lambda run: check_rows(run, name),
         discard=lambda run: discard(run, name),
         trains=True,
     )

@@ -48,15 +48,15 @@ class RewardTally:
     def all_equal(self) -> bool:
         return self.groups > 0 and self.equal == self.groups
 
-    def said(self) -> str:
-        """The rewards of groups that were all equal, in words."""
+    def said(self, remedies: str) -> str:
+        """That all groups' rewards were equal, and what to try; `remedies`: what may make those of a group differ."""
         if self.unscored == self.completions:
-            return f"no reward function gave a value to any of {self.completions} completions (None, or nan)"
-        mean = self.total / (self.completions - self.unscored)
-        return f"in all {self.groups} groups the completions' rewards were equal (mean {mean:.4g})"
-
-    def warn_early(self, stage: str, remedies: str) -> None:
-        if self.batches == EARLY and self.all_equal:
-            log.warning(
-                "%s: so far %s, so there was no gradient; if that goes on, try %s", stage, self.said(), remedies
+            return (
+                f"no reward function gave a value to any of {self.completions} completions (None, or nan); give the "
+                "rows what it needs, such as answers, or take another"
             )
+        mean = self.total / (self.completions - self.unscored)
+        return (
+            f"in all {self.groups} groups the completions' rewards were equal (mean {mean:.4g}), so they gave no "
+            f"gradient; try {remedies}"
+        )

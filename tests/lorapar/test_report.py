@@ -462,3 +462,40 @@ def test_a_run_of_the_quickstart_s_recipe_is_shown_what_other_seeds_gave(tmp_pat
     assert shown({**recipe, "partition": {**recipe["partition"], "theta": 0.5}}) == ""
     assert shown({**recipe, "data": {**recipe["data"], "sources": []}}) == ""
     assert shown({}) == ""
+
+
+def test_a_metric_of_the_user_s_is_named_and_shown_as_a_mean(tmp_path):
+    made = make_partition(tmp_path)
+    write_training(tmp_path, made)
+    groups = ("all", "system1", "system2")
+    means = {"base": (12.0, -3.25, 1.5), "sft": (14.5, 2.0, 1.25), "grpo": (15.0, 1.0, 2.25)}
+    by_model = {step: dict(zip(groups, values)) for step, values in means.items()}
+    metrics = {
+        "metric": "my_<metrics>:words",
+        "mean": by_model,
+        "interval": {step: {k: [v - 1, v + 2] for k, v in values.items()} for step, values in by_model.items()},
+        "interval_by": dict.fromkeys(means, "bootstrap"),
+        "n": {step: dict(zip(groups, (38, 20, 18))) for step in means},
+        "none": {"base": {}, "sft": {"all": 2, "system2": 2}, "grpo": {}},
+        "partition": made.summary(),
+    }
+    write_json(tmp_path / "metrics.json", metrics)
+    page = Page(report(tmp_path).read_text())
+    cells = row_of(page, "System 1", "20")
+    assert cells == ["-3.25 | -4.25 to -1.25 | 20 rows", "2 | 1 to 4 | 20 rows", "1 | 0 to 3 | 20 rows", "+5.25", "−1"]
+    said = page.text["accuracy"]
+    assert "The mean of my_<metrics>:words over held-out rows" in said
+    assert "2 answers have no value, since my_<metrics>:words gave None" in said
+    assert "right answers" not in said
+    assert "GRPO cost System 1, which SFT had trained, 1 (the two intervals overlap)" in said
+    sft = "SFT raised System 1 my_<metrics>:words from -3.25 to 2"
+    assert sft in page.text["header"]
+    assert "accuracy" not in page.text["header"]
+
+
+def test_held_out_rows_without_an_answer_leave_a_page(tmp_path):
+    write_training(tmp_path, make_partition(tmp_path))
+    empty = {"base": {}, "sft": {}, "grpo": {}}
+    none = {step: {"all": 9} for step in empty}
+    write_json(tmp_path / "metrics.json", {"accuracy": empty, "interval": empty, "n": {}, "none": none})
+    assert "No held-out row has an answer" in Page(report(tmp_path).read_text()).text["accuracy"]

@@ -36,7 +36,13 @@ def reward(name, texts, rows):
 
 
 def test_of_every_task_the_answer_itself_is_right_in_the_usual_forms_and_another_is_not():
-    forms = ("{}", "<answer>\n{}\n</answer>", "<think>Is it 5?</think>\n{}", "Here it is:\n```\n{}\n```")
+    forms = (
+        "{}",
+        "<answer>\n{}\n</answer>",
+        "<think>Is it 5?</think>\n{}",
+        "Here it is:\n```\n{}\n```",
+        "My grid:\n\n{}",
+    )
     for task in sorted(set(DATASETS) - set(NOT_HERE)):
         (row,) = rows_of(task)
         for form in forms:
@@ -259,4 +265,6 @@ def test_task_score_gives_parts_and_none_for_other_rows():
     whole, some, none = reward("task_score", [row["answer"], part, "?"], [row] * 3)
     assert (whole, none) == (1.0, 0.0)
     assert 0.3 < some < 0.6
+    # A board is no number, however near its last digit comes.
+    assert reward("closeness", [row["answer"], part], [row] * 2) == [1.0, 0.0]
     assert reward("task_score", ["5", "5"], [{"answer": "5"}, {"answer": ""}]) == [None, None]

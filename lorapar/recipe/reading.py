@@ -23,9 +23,12 @@ FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 
-# Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
-RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed",
-                         "data_seed", "optim", "optim_args")  # fmt: skip
+# Set by the pipeline itself, so a recipe that sets them would be overruled in silence, or change what it rests on.
+RESERVED_TRAINER_KEYS = (
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "do_predict", "seed", "data_seed",
+    "optim", "optim_args", "hub_strategy", "fsdp_config", "accelerator_config", "logging_nan_inf_filter",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "local_rank",
+)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -191,9 +194,9 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
     check_keys(values, [*own, *fields], f"{stage}.")
     for key in RESERVED_TRAINER_KEYS:
         if key in values:
-            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
-                             "output_dir and seed are top-level keys")  # fmt: skip
-    check_trainer_keys(stage, plain(values))
+            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, output_dir and "
+                             "seed are top-level keys, gradient_checkpointing is TRL's name")  # fmt: skip
     hints = typing.get_type_hints(config_class)
     trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
+    check_trainer_keys(stage, trainer)
     return {key: values[key] for key in own if key in values} | {"trainer": trainer}

@@ -6,13 +6,14 @@ import shutil
 import sys
 from typing import Any
 
-from transformers import set_seed
+import torch
+from transformers import get_scheduler, set_seed
 from transformers.integrations import get_available_reporting_integrations  # pyright: ignore[reportPrivateImportUsage]
 
 from ..adapter.attach import load_adapter
 from ..adapter.layers import lora_parameters
 from ..data.labels import rows_of
-from ..errors import InputError
+from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
@@ -118,6 +119,7 @@ def trainer_config(run: Run, name: StageName) -> Any:
         config = config_class(**(ours | getattr(recipe, name).trainer))
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {error}") from error
+    _check_config(config, name, choose_device(recipe.model.device).type)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
     check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
     available = get_available_reporting_integrations()
@@ -126,6 +128,26 @@ def trainer_config(run: Run, name: StageName) -> Any:
             allowed = ", ".join(["none", *available])
             raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {allowed}")
     return config
+
+
+def _check_config(config: Any, name: StageName, device: str) -> None:
+    """InputError for settings that transformers would refuse, or overrule in silence, in the middle of a run."""
+    require(device != "cpu" or not config.fp16, f"{name}.fp16", True, "false on a CPU, which trains in bf16 or fp32")
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    require(
+        on_cpu == (device == "cpu"), f"{name}.use_cpu", config.use_cpu, f"{device == 'cpu'}: the model is on {device}"
+    )
+    evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
+    require(evaluates or not config.eval_on_start, f"{name}.eval_on_start", True, "false where eval_strategy is no")
+    saves = str(getattr(config.save_strategy, "value", config.save_strategy))
+    best = config.metric_for_best_model is not None and evaluates
+    require(best or saves != "best", f"{name}.save_strategy", saves, "steps, epoch or no, or eval_strategy and "
+            "metric_for_best_model beside it")  # fmt: skip
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, config.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}.lr_scheduler_kwargs: got {config.lr_scheduler_kwargs!r}: {error}") from None
 
 
 def check(run: Run, name: StageName) -> None:

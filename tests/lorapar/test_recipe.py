@@ -1,6 +1,7 @@
 """A recipe is checked by key and type before anything happens."""
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
 from lorapar.recipe.__main__ import reference
-from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_value
+from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_trainer_keys, check_value
 from lorapar.recipe.reading import dump_yaml, parse, parse_yaml
 from lorapar.recipe.sections import PartitionConfig, Recipe, changes_result
 from lorapar.recipe.values import nested_class
@@ -428,3 +429,51 @@ def test_an_argument_of_a_public_function_has_its_keys_range(name, value, says):
 def test_the_reference_is_what_is_declared():
     """`python -m lorapar.recipe > docs/recipe.md` after a change."""
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "says"),
+    [
+        ("sft", "push_to_hub", True, "got True: a run uploads nothing"),
+        ("grpo", "hub_token", "hf_secret", "got a value: a run uploads nothing"),
+        ("sft", "deepspeed", "ds.json", "got 'ds.json': masks, the proof and the optimizer need whole parameters"),
+        ("sft", "fsdp", "full_shard", "got 'full_shard': masks"),
+        ("sft", "assistant_only_loss", True, "set data.loss: assistant"),
+        ("sft", "auto_find_batch_size", True, "`lorapar plan` says what fits"),
+        ("sft", "loss_type", "bogus", "got 'bogus', expected nll or dft"),
+        ("grpo", "loss_type", "ppo", "got 'ppo', expected grpo, dapo"),
+        ("grpo", "label_smoothing_factor", 0.1, "got 0.1, expected 0.0"),
+        ("sft", "save_only_model", True, "could not be resumed"),
+        ("sft", "ignore_data_skip", True, "would train on its first rows again"),
+        ("sft", "enable_jit_checkpoint", True, "resumes from its last checkpoint"),
+        ("sft", "fp16_full_eval", True, "would round the model"),
+        ("sft", "optim_target_modules", ["q_proj"], "the optimizer is PartitionedAdamW"),
+        ("grpo", "sync_ref_model", True, "the reference is the adapter as the stage received it"),
+        ("grpo", "reward_weights", [1.0, 2.0], "got [1.0, 2.0], expected as many as grpo.rewards: 1"),
+        ("grpo", "scale_rewards", "std", "got 'std', expected group, batch or none"),
+        ("grpo", "temperature", 0, "got 0.0, expected a finite number above 0"),
+        ("sft", "learning_rate", math.inf, "got inf, expected a finite number of at least 0"),
+        ("sft", "weight_decay", -1, "got -1.0, expected a finite number of at least 0"),
+        ("sft", "adam_beta1", 2, "got 2.0, expected a number in [0, 1)"),
+        ("sft", "gradient_accumulation_steps", 0, "got 0, expected at least 1"),
+        ("sft", "per_device_train_batch_size", 0, "got 0, expected at least 1"),
+        ("sft", "max_steps", 0, "got 0, expected at least 1, or -1"),
+        ("sft", "dataloader_persistent_workers", True, "expected false where dataloader_num_workers is 0"),
+        ("sft", "accelerator_config", {"use_seedable_sampler": False}, "set by the run itself"),
+        ("sft", "logging_nan_inf_filter", False, "set by the run itself"),
+        ("sft", "activation_checkpointing", True, "gradient_checkpointing is TRL's name"),
+    ],
+)
+def test_a_trainers_key_that_cannot_work_is_refused_with_the_recipe(section, key, value, says):
+    said = fault(**{section: {key: value}})
+    assert said.startswith(f"{section}.{key}: ")
+    assert says in said
+    assert "hf_secret" not in said
+
+
+def test_the_trainers_own_defaults_are_none_of_those_that_are_refused(tmp_path: Path):
+    """`lorapar.sft` and `lorapar.grpo` take a configuration with every field filled in."""
+    import trl
+
+    for stage, config in (("sft", trl.SFTConfig), ("grpo", trl.GRPOConfig)):
+        check_trainer_keys(stage, vars(config(output_dir=str(tmp_path), use_cpu=True, bf16=False)))

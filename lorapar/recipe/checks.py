@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import InputError, require
+from ..files import expanded
 from .sections import BASES, LabelConfig, Recipe, TeacherConfig
 from .values import check_keys, convert
 
@@ -126,6 +127,11 @@ def check_values(recipe: Recipe) -> None:
     check_ranges(recipe)
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     check_label(recipe.label)
+    paths = {"output_dir": recipe.output_dir, "model.name": recipe.model.name, "label.store": recipe.label.store,
+             "label.template": recipe.label.template, "label.corrections": recipe.label.corrections,
+             **{f"data.sources[{i}].name": source.name for i, source in enumerate(recipe.data.sources)}}  # fmt: skip
+    for at, path in paths.items():
+        expanded(path or "", at)
     require(not recipe.grpo.watch_rows or recipe.watched_system() is not None, "grpo.watch_rows",
             recipe.grpo.watch_rows, NOTHING_TO_WATCH)  # fmt: skip
     cost = recipe.partition.system1_cost

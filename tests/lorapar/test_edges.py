@@ -1,8 +1,12 @@
 """The edges of a run: settings that only the stage's own configuration shows, places to write to, signals."""
 
+import os
+import signal
+
 import pytest
 
-from .driver import refused
+from . import driver
+from .driver import in_child, lorapar, records, refused, succeeds
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,86 @@ def test_a_setting_of_a_trainer_that_cannot_work_here_is_refused_before_a_byte_i
 ):
     refused("run", recipe_file, "--output_dir", tmp_path / "run", f"--{key}", value, says=(says,), alone=True)
     assert not (tmp_path / "run").exists()
+
+
+# Where to write
+
+
+def test_a_folder_in_the_home_is_there_and_not_in_a_folder_called_tilde(changed_recipe, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    recipe = changed_recipe(output_dir="~/of the recipe")
+    succeeds("label", recipe)
+    succeeds("label", recipe, "--output_dir=~/of the command")
+    assert all((home / name / "labels.jsonl").is_file() for name in ("of the command", "of the recipe"))
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("x" * 300, "cannot be written (File name too long)"),
+        ("/proc/lorapar", "/proc/lorapar: cannot be written (No such file or directory)"),
+        ("a_file", "a_file is a file; give a folder"),
+        ("a_file/run", "a_file is a file; give a folder"),
+        ("~nobody_of_that_name/run", "output_dir: got '~nobody_of_that_name/run', but there is no such user"),
+        ("loop/run", "cannot be written"),
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_is_one_line(recipe_file, tmp_path, monkeypatch, place, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    refused("label", recipe_file, "--output_dir", place, says=(says,), alone=True)
+
+
+def test_a_recipe_by_a_name_that_is_too_long(tmp_path):
+    refused("run", tmp_path / ("x" * 300 + ".yaml"), says=("no such recipe",), alone=True)
+    (tmp_path / "r.yaml").write_text(f"extends: {'x' * 300}.yaml\n")
+    refused("run", tmp_path / "r.yaml", says=("cannot be read (File name too long)",), alone=True)
+
+
+@pytest.mark.parametrize("key", ["model.name", "label.store", "data.sources"])
+def test_the_home_of_nobody_is_told_with_its_key(recipe_file, tmp_path, key):
+    value = "[~nobody_of_that_name/x]" if key == "data.sources" else "~nobody_of_that_name/x"
+    says = f"{key}[0].name" if key == "data.sources" else key
+    refused("label", recipe_file, "--output_dir", tmp_path / "run", f"--{key}", value, says=(says, "no such user"))
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_run_with_one_line_and_its_status(recipe_file, tmp_path, number, status):
+    command = "run", recipe_file, "--output_dir", tmp_path / "run"
+    code, log = in_child(driver.kill_at_step, ("sft", 3, number), *command)
+    assert code == status, log
+    assert log.splitlines()[-1] == f"lorapar: stopped ({number.name}); the same command goes on from here"
+    assert all(line.startswith("lorapar: ") for line in log.splitlines()), log
+    assert f"stopped: Stopped('{number.name}')" in (tmp_path / "run" / "run.log").read_text()
+    if number == signal.SIGTERM:
+        code, log = in_child(driver.kill_in_checkpoint, ("sft", 4, number), "sft", *command[1:])
+        assert code == status, log
+        assert "checkpoint-4: not whole (optimizer.pt" in succeeds("sft", *command[1:])
+        assert records(tmp_path / "run")["sft"]["resumed_from"] == "checkpoint-2"
+
+
+def test_a_signal_ahead_of_the_run_and_a_handler_of_the_callers(recipe_file, monkeypatch):
+    monkeypatch.setattr("lorapar.cli._recipe", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, out, err = lorapar("run", recipe_file)
+    assert (code, out, err) == (143, "", "lorapar: stopped (SIGTERM); the same command goes on from here\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    taken = []
+    signal.signal(signal.SIGTERM, lambda *_: taken.append(1))
+    try:
+        with pytest.raises(TypeError):  # of None, the recipe that was not read
+            lorapar("run", recipe_file)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert taken == [1]
+    # In another process of a distributed launch nothing is said twice.
+    monkeypatch.setenv("RANK", "1")
+    assert lorapar("run", recipe_file) == (143, "", "")

@@ -1,12 +1,24 @@
 """The edges of a run: settings that only the stage's own configuration shows, places to write to, signals."""
 
+import importlib
+import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
+import lorapar as lorapar_package
+from lorapar import InputError
+from lorapar.adapter.attach import save_adapter
+from lorapar.model.locate import origin
+from lorapar.recipe.sections import ModelConfig
+from tests.tiny import tiny_tokenizer
+
 from . import driver
 from .driver import in_child, lorapar, records, refused, succeeds
+from .test_adapter import config
 
 
 @pytest.mark.parametrize(
@@ -112,3 +124,63 @@ def test_a_signal_ahead_of_the_run_and_a_handler_of_the_callers(recipe_file, mon
     # In another process of a distributed launch nothing is said twice.
     monkeypatch.setenv("RANK", "1")
     assert lorapar("run", recipe_file) == (143, "", "")
+
+
+# Where the base is
+
+
+def test_a_base_and_its_adapters_move_and_the_recipe_says_where_to(finished, recipe_file, tiny_folder, tmp_path):
+    moved = Path(shutil.copytree(tiny_folder, tmp_path / "moved"))
+    for folder in ("sft", "grpo"):
+        settings = json.loads((finished / folder / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == str(tiny_folder.resolve())
+        (finished / folder / "adapter_config.json").write_text(
+            json.dumps(settings | {"base_model_name_or_path": "/gone"})
+        )
+    succeeds("export", recipe_file, "--output_dir", finished, "--update", "--model.name", moved)
+    settings = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(moved.resolve())
+    log = refused("export", recipe_file, "--output_dir", finished, "--update", "--model.name", tmp_path / "gone")
+    assert "model.name: " in log
+
+
+def test_an_adapter_names_its_bases_origin_and_nothing_of_ours_asks_the_hub_for_it(tiny_folder, tmp_path, monkeypatch):
+    loading = importlib.import_module("lorapar.model.load")
+    monkeypatch.setattr(loading, "origin", lambda name, revision: ("owner/tiny", "0123abc"))
+    for asks in (
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub",
+        "peft.utils.other.check_file_exists_on_hf_hub",
+    ):
+        monkeypatch.setattr(asks, lambda *_: pytest.fail("the hub was asked"))
+    run = ModelConfig(str(tiny_folder), dtype="float32")
+    model = lorapar_package.attach(loading.load_model(run), config(), start="twin")
+    save_adapter(model, tmp_path / "one")
+    again = lorapar_package.load_adapter(loading.load_model(run), str(tmp_path / "one"))
+    save_adapter(again, tmp_path / "two")
+    lorapar_package.export(again, tiny_tokenizer(), tmp_path, merged=True)
+    for folder in ("one", "two", "adapter"):
+        settings = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/tiny", "0123abc")
+    for folder in ("one", "adapter", "merged"):
+        assert str(tiny_folder) not in (tmp_path / folder / "README.md").read_text()
+    assert "base_model: owner/tiny" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_what_an_adapter_calls_its_base(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path))
+    alias = Path(shutil.copytree(tiny_folder, tmp_path / "models" / "smollm2-135m"))
+    commit = "0123456789" * 4
+    snapshot = Path(shutil.copytree(tiny_folder, tmp_path / "hub" / "models--owner--a-name.1" / "snapshots" / commit))
+    for name, called in (
+        ("smollm2-135m", ("HuggingFaceTB/SmolLM2-135M-Instruct", None)),
+        (str(alias), ("HuggingFaceTB/SmolLM2-135M-Instruct", None)),
+        (str(snapshot), ("owner/a-name.1", commit)),
+        ("owner/name", ("owner/name", "main")),
+        (str(tiny_folder), (str(tiny_folder.resolve()), None)),
+    ):
+        assert origin(name, "main") == called
+
+
+def test_an_adapter_is_loaded_onto_a_model_and_not_onto_a_name(tmp_path):
+    with pytest.raises(InputError, match=r"^model: got 'a str', expected the loaded base model"):
+        lorapar_package.load_adapter("a str", tmp_path)

@@ -37,6 +37,7 @@ from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed,
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
 from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
+from ..training import stage as training
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
 
@@ -94,8 +95,10 @@ def labelled_rows(recipe: Recipe) -> "Dataset | None":
     """The rows that the recipe's stages would have, for a plan: those in its folder where `label` would leave them as
     they are, else as it would label them here. None where that takes a teacher, the model, or data from elsewhere.
 
-    Nothing is asked or written.
+    Nothing is asked or written. Raises InputError for settings of the trainers that cannot work, whatever the device.
     """
+    for name in recipe.stages:
+        training.check_settings(getattr(recipe, name), name)
     this, label = _run_of(recipe), stages_of(recipe)[0]
     with calm_libraries():
         labeling.check(this)

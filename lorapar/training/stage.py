@@ -17,7 +17,7 @@ from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
-from ..recipe.sections import Recipe
+from ..recipe.sections import Recipe, StageConfig
 from ..rewards import resolve_rewards
 from ..stage import (
     ADAPTED,
@@ -122,11 +122,6 @@ def trainer_config(run: Run, name: StageName) -> Any:
     _check_config(config, name, choose_device(recipe.model.device).type)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
     check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
-    available = get_available_reporting_integrations()
-    for tracker in config.report_to or ():
-        if tracker not in available:
-            allowed = ", ".join(["none", *available])
-            raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {allowed}")
     return config
 
 
@@ -143,15 +138,29 @@ def _check_config(config: Any, name: StageName, device: str) -> None:
     best = config.metric_for_best_model is not None and evaluates
     require(best or saves != "best", f"{name}.save_strategy", saves, "steps, epoch or no, or eval_strategy and "
             "metric_for_best_model beside it")  # fmt: skip
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    try:
-        get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, config.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}.lr_scheduler_kwargs: got {config.lr_scheduler_kwargs!r}: {error}") from None
+
+
+def check_settings(section: StageConfig, name: StageName) -> None:
+    """InputError for what the recipe asks of the trainer's libraries, and they have not; no device is looked for."""
+    given = section.trainer
+    check_switches(given, name, "cuda")
+    trackers = given.get("report_to") or []
+    available = ["none", "all", *get_available_reporting_integrations()]
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in available:
+            raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {', '.join(available)}")
+    arguments = given.get("lr_scheduler_kwargs")
+    if arguments is not None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(section.setting("lr_scheduler_type"), optimizer, 1, 2, arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}.lr_scheduler_kwargs: got {arguments!r}: {error}") from None
 
 
 def check(run: Run, name: StageName) -> None:
     """Make the trainer's configuration, and find the rewards."""
+    check_settings(getattr(run.recipe, name), name)
     config = trainer_config(run, name)
     if name == "grpo":
         from .grpo import check_engine

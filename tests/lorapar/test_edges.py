@@ -43,6 +43,15 @@ def test_a_setting_of_a_trainer_that_cannot_work_here_is_refused_before_a_byte_i
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sft.report_to", "tensorboard"), ("sft.use_liger_kernel", "true"), ("grpo.use_vllm", "true"),
+     ("sft.lr_scheduler_kwargs", "{num_cycles: 2}"), ("sft.push_to_hub", "true"), ("grpo.reward_weights", "[1, 2]")],
+)  # fmt: skip
+def test_the_plan_refuses_it_as_the_run_does(recipe_file, key, value):
+    refused("plan", recipe_file, f"--{key}", value, says=(key,), alone=True)
+
+
 # Where to write
 
 

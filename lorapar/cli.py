@@ -1,11 +1,16 @@
 """The command line: `lorapar run RECIPE.yaml`, a verb a stage, and `lorapar doctor`.
 
-Exit status: 0 done, 1 failed, 2 unusable arguments or recipe (one line that says which), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 unusable arguments or recipe (one line that says which), 130 interrupted, 143 and 129
+stopped by SIGTERM and SIGHUP.
 """
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -46,7 +51,59 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, taken as Ctrl-C is: what is written is finished or passed over, and locks are released."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raise `Stopped` for the first SIGTERM or SIGHUP; the next one ends the process as it stands."""
+    process = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a library's worker, forked off this process, ends as it would without us
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup has SIGHUP ignored, and whoever calls us may have handlers of their own.
+    mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    mine = mine if threading.current_thread() is threading.main_thread() else []
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _said_once(line: str) -> None:
+    """A line for the terminal, of the first process of a distributed launch alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lorapar: {line}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        with _stopped_by_signals():
+            return _main(arguments)
+    except Stopped as stopped:
+        _said_once(f"stopped ({stopped}); the same command goes on from here")
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C while Python ends shows no traceback
+        _said_once("interrupted; the same command goes on from here")
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(words)
@@ -71,9 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"lorapar: error: {not_installed(error.name, 'quickstart')}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("lorapar: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -150,8 +204,9 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
 def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Recipe":
     recipe_path = Path(options.recipe)
-    if not recipe_path.is_file():
-        raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if recipe_path.is_dir() else ""))
+    # Not Path.is_file, which fails by itself on a name that is too long.
+    if not os.path.isfile(recipe_path):
+        raise InputError(f"{recipe_path}: no such recipe" + ("; it is a folder" if os.path.isdir(recipe_path) else ""))
     from .recipe.reading import load_recipe
 
     return load_recipe(recipe_path, overrides)

@@ -123,12 +123,22 @@ def write_jsonl(path: Path | str, rows: Any) -> None:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
+def expanded(path: Path | str, at: str) -> Path:
+    """A path with its ~ expanded; InputError, which names the key `at`, for the home of nobody and for no path."""
+    try:
+        if "\0" not in str(path):
+            return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{at}: got {str(path)!r}, but there is no such user; give the folder itself") from None
+    raise InputError(f"{at}: got {str(path)!r}, which holds a NUL and can be no path")
+
+
 def read_text(path: Path | str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None

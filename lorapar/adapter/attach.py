@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import read_json, why_not_whole, write_json
+from ..files import read_json, read_text, why_not_whole, write_json, write_text
 from ..recipe.checks import check_lora
 from ..recipe.sections import Start
 from . import targets
@@ -166,14 +166,30 @@ def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
 
 
 def save_adapter(model: PeftModel, folder: Path, **facts: Any) -> None:
-    """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank in lorapar.json."""
+    """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank in lorapar.json.
+
+    It calls its base what `load_model` has found as its origin; of a model that came otherwise, what PEFT says.
+    """
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER])
+    name, revision = getattr(model.get_base_model(), "lorapar_origin", (None, None))
+    if name is not None:
+        path, card = folder / "adapter_config.json", folder / "README.md"
+        settings = read_json(path)
+        write_json(path, settings | {"base_model_name_or_path": name, "revision": revision})
+        write_text(card, read_text(card).replace(settings["base_model_name_or_path"], name))
     rank = next(iter(masked_layers(model).values())).trainable_rank
     write_json(folder / "lorapar.json", {"rank": rank, **facts})
 
 
-def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """`PeftModel.from_pretrained` with our layers, trainable; InputError where the folder is not whole or not of it."""
+def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
+    """`PeftModel.from_pretrained` with our layers, trainable; InputError where the folder is not whole or not of it.
+
+    model: the base itself, loaded; what the folder calls its base is not looked at.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: got {model!r}, expected the loaded base model, which "
+                         "AutoModelForCausalLM.from_pretrained returns")  # fmt: skip
+    folder = Path(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: not an adapter folder (adapter_model.safetensors is missing)")
     facts = read_json(folder / "lorapar.json")
@@ -183,6 +199,9 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / 'adapter_config.json'}: missing, corrupt or truncated ({error})") from error
+    # PEFT looks the base up under this name whenever it saves; the name of its origin would be asked of the hub.
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    config.revision = None
     _register(config, model)
     try:
         peft_model = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=True)

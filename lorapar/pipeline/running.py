@@ -8,6 +8,7 @@ import datetime
 import errno
 import importlib.metadata
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..errors import InputError, OutOfMemory
 from ..files import (
     TEMPORARY,
     disk_is_full,
+    expanded,
     read_text,
     remove_left_over,
     write_json,
@@ -35,6 +37,7 @@ from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed,
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
 from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
+from ..training import stage as training
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("lorapar")
+CANNOT_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = False) -> Path:
@@ -55,7 +59,7 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    this, stages = Run(recipe, Path(recipe.output_dir)), stages_of(recipe)
+    this, stages = _run_of(recipe), stages_of(recipe)
     names = [stage.name for stage in stages]
     if only is not None and only not in names:
         adds = "; score.renew: true adds it" if only == "renew" else ""
@@ -73,9 +77,13 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
     return this.folder
 
 
+def _run_of(recipe: Recipe) -> Run:
+    return Run(recipe, expanded(recipe.output_dir, "output_dir"))
+
+
 def label_only(recipe: Recipe, what: str) -> str:
     """What the label stage's teachers have still to be asked ("dry_run"), or the path of the file for "review"."""
-    this = Run(recipe, Path(recipe.output_dir))
+    this = _run_of(recipe)
     with calm_libraries(), as_input_error(this.folder):
         check_settings(this, "label")
         if what == "dry_run":
@@ -89,9 +97,11 @@ def labelled_rows(recipe: Recipe) -> "Dataset | None":
     """The rows that the recipe's stages would have, for a plan: those in its folder where `label` would leave them as
     they are, else as it would label them here. None where that takes a teacher, the model, or data from elsewhere.
 
-    Nothing is asked or written.
+    Nothing is asked or written. Raises InputError for settings of the trainers that cannot work, whatever the device.
     """
-    this, label = Run(recipe, Path(recipe.output_dir)), stages_of(recipe)[0]
+    for name in recipe.stages:
+        training.check_settings(getattr(recipe, name), name)
+    this, label = _run_of(recipe), stages_of(recipe)[0]
     with calm_libraries():
         labeling.check(this)
         there = (this.folder / LABELS).is_file() and records(this.folder).get(label.name, {}).get("fingerprint")
@@ -250,12 +260,15 @@ def as_input_error(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        # Not Path.is_dir, which fails by itself on a name that is too long.
+        there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))
         if disk_is_full(error, there):
             raise InputError(f"{folder}: the disk is full; free some space and run the same command again") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # noqa: SIM102
-            if str(error.filename).startswith((str(folder), str(folder.absolute()))):
-                raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
+        ours = isinstance(error, OSError) and str(error.filename).startswith((str(folder), str(folder.absolute())))
+        # /proc has room for no file, and says that there is no such one.
+        no_place = ours and (error.errno in CANNOT_BE_WRITTEN or (error.errno == errno.ENOENT and there != folder))
+        if no_place:
+            raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         raise
 
 

@@ -4,11 +4,12 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import InputError, require
+from ..files import expanded
 from .sections import BASES, LabelConfig, Recipe, TeacherConfig
 from .values import check_keys, convert
 
@@ -50,6 +51,60 @@ OF_THE_MODEL = {
     "chat_template_kwargs": "model.chat_template_kwargs",
     "model_init_kwargs": "the section model",
 }
+# The trainers' keys that end a stage late, change nothing in silence, or would break what a run promises: why, and what
+# to do. Each is off by TRL's default.
+REFUSED_TRAINER_KEYS = {
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+         "log_completions_hub_repo"),
+        "a run uploads nothing, and its recipe.yaml would hold a token; upload what export wrote: hf upload NAME "
+        "OUTPUT_DIR/adapter",
+    ),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "parallelism_config"),
+        "masks, the proof and the optimizer need whole parameters; use DDP (torchrun or accelerate launch), and a base "
+        "in 4 bits where memory is short",
+    ),
+    "optim_target_modules": "the optimizer is PartitionedAdamW; lora.target_modules says what is adapted",
+    "sync_ref_model": "the reference is the adapter as the stage received it, which TRL does not synchronise",
+    "auto_find_batch_size": "it would begin again within a stage, with another result; `lorapar plan` says what fits, "
+                            "and the largest batch is tried first",
+    "save_only_model": "a run that was stopped could not be resumed",
+    "enable_jit_checkpoint": "a run that is stopped resumes from its last checkpoint (save_steps)",
+    "ignore_data_skip": "a resumed run would train on its first rows again",
+    "restore_callback_states_from_checkpoint": "a run resumes by itself, with the callbacks of its recipe",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"), "it would round the model that is trained; model.dtype is its precision"
+    ),
+    "label_names": "the rows' labels are made from their completions",
+    "assistant_only_loss": "one stage alone would use it; set data.loss: assistant, which scoring follows too, and "
+                           "leave it out",
+}  # fmt: skip
+# What TRL takes as it is, and what breaks in the middle of a stage.
+TRAINER_NUMBERS: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"),
+     "a finite number of at least 0", lambda number: 0 <= number < math.inf),
+    (("adam_beta1", "adam_beta2"), "a number in [0, 1)", lambda number: 0 <= number < 1),
+    (("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "steps_per_generation",
+      "generation_batch_size", "max_completion_length", "max_length"),
+     "at least 1", lambda number: number >= 1),
+    (("temperature",), "a finite number above 0", lambda number: 0 < number < math.inf),
+    (("top_p",), "a share in (0, 1]", lambda number: 0 < number <= 1),
+    (("max_steps",), "at least 1, or -1: as num_train_epochs says", lambda number: number == -1 or number >= 1),
+)  # fmt: skip
+# TRL finds another one out when it computes the first loss; label smoothing it has in SFT alone.
+TRAINER_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sft": {"loss_type": ("nll", "dft")},
+    "grpo": {
+        "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+        "scale_rewards": ("group", "batch", "none"),
+        "importance_sampling_level": ("token", "sequence"),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+        "vllm_mode": ("colocate", "server"),
+        "label_smoothing_factor": (0.0,),
+    },
+}
+
 # Of grpo.generation_kwargs: which token ends a completion.
 STOPPING = (
     "eos_token_id",
@@ -72,6 +127,11 @@ def check_values(recipe: Recipe) -> None:
     check_ranges(recipe)
     require(len(set(recipe.stages)) == len(recipe.stages) > 0, "stages", recipe.stages, "sft and grpo, once each")
     check_label(recipe.label)
+    paths = {"output_dir": recipe.output_dir, "model.name": recipe.model.name, "label.store": recipe.label.store,
+             "label.template": recipe.label.template, "label.corrections": recipe.label.corrections,
+             **{f"data.sources[{i}].name": source.name for i, source in enumerate(recipe.data.sources)}}  # fmt: skip
+    for at, path in paths.items():
+        expanded(path or "", at)
     require(not recipe.grpo.watch_rows or recipe.watched_system() is not None, "grpo.watch_rows",
             recipe.grpo.watch_rows, NOTHING_TO_WATCH)  # fmt: skip
     cost = recipe.partition.system1_cost
@@ -83,6 +143,9 @@ def check_values(recipe: Recipe) -> None:
             f"nothing beside data.loss: {recipe.data.loss}")  # fmt: skip
     share = recipe.sft.eval_rows
     require(not isinstance(share, float) or share < 1, "sft.eval_rows", share, "a number of rows, or a share below 1")
+    weights = recipe.grpo.trainer.get("reward_weights")
+    require(weights is None or len(weights) == len(recipe.grpo.rewards), "grpo.reward_weights", weights,
+            f"as many as grpo.rewards: {len(recipe.grpo.rewards)}")  # fmt: skip
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
@@ -158,7 +221,8 @@ def any_of(choices: Sequence[Any]) -> str:
 
 
 def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
-    """Refuse a trainer's settings that would change the tokens of one stage alone; `values`: what is given."""
+    """Refuse a trainer's settings that would change the tokens of one stage alone, and those of the tables above;
+    `values`: what is given."""
     for name, place in OF_THE_MODEL.items():
         if values.get(name):
             raise InputError(f"{stage}.{name}: got {values[name]!r}, which one stage alone would use; set {place}, "
@@ -178,9 +242,18 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
     if stage == "grpo" and values.get("load_best_model_at_end"):
         raise InputError("grpo.load_best_model_at_end: got true, expected false; grpo.watch_rows chooses among "
                          "stage 2's checkpoints")  # fmt: skip
-    if values.get("assistant_only_loss"):
-        raise InputError(f"{stage}.assistant_only_loss: got true, which one stage alone would use; set data.loss: "
-                         "assistant, which holds for scoring and training, and leave it out")  # fmt: skip
+    for name, why in REFUSED_TRAINER_KEYS.items():
+        if values.get(name):
+            given = "a value" if name == "hub_token" else repr(values[name])
+            raise InputError(f"{stage}.{name}: got {given}: {why}")
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and value is not True}
+    for names, allowed, holds in TRAINER_NUMBERS:
+        for name in names:
+            require(name not in numbers or holds(numbers[name]), f"{stage}.{name}", values.get(name), allowed)
+    for name, choices in TRAINER_CHOICES[stage].items():
+        require(values.get(name) in (None, *choices), f"{stage}.{name}", values.get(name), any_of(choices))
+    alone = values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers")
+    require(not alone, f"{stage}.dataloader_persistent_workers", True, "false where dataloader_num_workers is 0")
 
 
 def check_label(label: LabelConfig) -> None:

@@ -13,18 +13,27 @@ from ..errors import InputError
 from ..files import read_text
 from .checks import check_trainer_keys, check_values
 from .sections import GRPOStageConfig, Recipe, SFTStageConfig, StageConfig
-from .values import build, check_keys, convert
+from .values import Written, build, check_keys, convert, nested_class, plain, takes_text
 
-# YAML 1.1 wants a dot and a signed exponent and reads 1e-4 as text; a recipe means the number.
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+# YAML 1.1 wants a dot and a signed exponent and reads 1e-4 as text, 012 as ten, 12:30 as 750 and 2024-01-01 as a day.
+# A recipe means numbers as YAML 1.2 does, to the last character; anything else is text.
+INTEGER = re.compile(r"^(?:[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+)$")
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
 
-# Set by the pipeline itself, so a recipe that sets them would be overruled in silence.
-RESERVED_TRAINER_KEYS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "seed",
-                         "data_seed", "optim", "optim_args")  # fmt: skip
+# Set by the pipeline itself, so a recipe that sets them would be overruled in silence, or change what it rests on.
+RESERVED_TRAINER_KEYS = (
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "do_train", "do_predict", "seed", "data_seed",
+    "optim", "optim_args", "hub_strategy", "fsdp_config", "accelerator_config", "logging_nan_inf_filter",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "local_rank",
+)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that reads 1e-4 as a number and refuses a key given twice, which YAML lets pass in silence."""
+    """A safe loader that reads 1e-4 as a number, keeps the text of what it reads as no text (`Written`), and refuses a
+    key given twice, which YAML lets pass in silence."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -41,18 +50,40 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
             raise InputError(f"{key.value}: given twice (again in line {key.start_mark.line + 1})")
         seen.add(key.value)
     loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value
-    }
+    # Every key is a name, also one such as 1 or yes.
+    return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
 
+def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Written:
+    text = loader.construct_scalar(node).replace("_", "")
+    return Written(int(text, 16 if text.startswith("0x") else 10), node.value)
+
+
+_TAG = "tag:yaml.org,2002:"
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_constructor(f"{_TAG}int", _construct_integer)
+_Loader.add_constructor(
+    f"{_TAG}float", lambda loader, node: Written(yaml.SafeLoader.construct_yaml_float(loader, node), node.value)
+)
+_Loader.add_constructor(
+    f"{_TAG}bool", lambda loader, node: Written(yaml.SafeLoader.construct_yaml_bool(loader, node), node.value)
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+    _class.add_implicit_resolver(f"{_TAG}float", FLOAT, list("-+.0123456789"))
+    _class.add_implicit_resolver(f"{_TAG}int", INTEGER, list("-+0123456789"))
 
 
 def parse_yaml(text: str) -> Any:
     """The value of one YAML document; yaml.YAMLError or InputError where it is none."""
+    return plain(_load(text))
+
+
+def _load(text: str) -> Any:
+    """The same with what YAML reads as no text `Written`, as `parse` takes it."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -69,14 +100,15 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in below:
         raise InputError(f"extends: {path} extends itself")
     try:
-        values = parse_yaml(read_text(path))
+        values = _load(read_text(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({error})") from None
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe must be a mapping of sections, got {type(values).__name__}")
+        raise InputError(f"{path}: a recipe must be a mapping of sections, got {type(plain(values)).__name__}")
     base = values.pop("extends", None)
+    base = base.text if isinstance(base, Written) else base
     if base is None:
         return values
     if not isinstance(base, str):
@@ -99,12 +131,30 @@ def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> 
     """
     values = read_recipe(Path(path))
     for dotted, text in overrides:
-        try:
-            value = parse_yaml(text)
-        except yaml.YAMLError:
-            raise InputError(f"--{dotted}: {text!r} is not a YAML value") from None
-        _set(values, dotted, value)
+        _set(values, dotted, _given(dotted, text))
     return parse(values)
+
+
+def _given(dotted: str, text: str) -> Any:
+    """The value of `--dotted text`. A key of texts gets the words as they stand, though YAML reads a template such as
+    "{prompt}" or "# {prompt}" as something else; the word null, and what is in quotes, is YAML's there too."""
+    try:
+        value = _load(text)
+    except (yaml.YAMLError, InputError):
+        if _takes_text(dotted):
+            return text
+        raise InputError(f"--{dotted}: {text!r} is not a YAML value") from None
+    words = isinstance(value, dict | list) or (value is None and text.strip() not in ("", "~", "null"))
+    return Written(value, text) if words and _takes_text(dotted) else value
+
+
+def _takes_text(dotted: str) -> bool:
+    """Whether a key of ours holds a text."""
+    section: Any = Recipe
+    *sections, last = dotted.split(".")
+    for name in sections:
+        section = nested_class(typing.get_type_hints(section).get(name)) if section else None
+    return section is not None and takes_text(typing.get_type_hints(section).get(last))
 
 
 def parse(values: Mapping[str, Any]) -> Recipe:
@@ -124,7 +174,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     for at, section in enumerate(sections):
         inner = values.get(section)
-        if at == 0 and section == "model" and isinstance(inner, str):
+        if at == 0 and section == "model" and isinstance(inner, str | Written):
             inner = {"name": inner}
         inner = {} if inner is None else inner
         if not isinstance(inner, dict):
@@ -144,12 +194,12 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
     check_keys(values, [*own, *fields], f"{stage}.")
     for key in RESERVED_TRAINER_KEYS:
         if key in values:
-            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, "
-                             "output_dir and seed are top-level keys")  # fmt: skip
+            raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, output_dir and "
+                             "seed are top-level keys, gradient_checkpointing is TRL's name")  # fmt: skip
     # YAML reads the word no as false.
     strategies = ("eval_strategy", "save_strategy", "logging_strategy")
     values = {key: "no" if key in strategies and value is False else value for key, value in values.items()}
-    check_trainer_keys(stage, values)
     hints = typing.get_type_hints(config_class)
     trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
+    check_trainer_keys(stage, trainer)
     return {key: values[key] for key in own if key in values} | {"trainer": trainer}

@@ -39,6 +39,23 @@ def key(
     return dataclasses.field(default=default, metadata=about)
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A value that YAML has read as no text, with the text that was written: 5e3 is 5000.0, or a revision's name."""
+
+    value: Any
+    text: str
+
+
+def plain(value: Any) -> Any:
+    """A value of which no text is asked: every `Written` in it as YAML reads it."""
+    if isinstance(value, Written):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
 def nested_class(hint: Any) -> type | None:
     """The dataclass in a type such as `list[TeacherConfig]` or `PriceConfig | None`; None where there is none."""
     if dataclasses.is_dataclass(hint):
@@ -49,7 +66,7 @@ def nested_class(hint: Any) -> type | None:
 def build(cls: type, values: Any, at: str) -> Any:
     """A `cls` of a mapping of its keys; InputError, which names `at` and the key, for what does not fit."""
     if not isinstance(values, Mapping):
-        raise InputError(f"{at.rstrip('.')}: expected a mapping of keys, got {values!r}")
+        raise InputError(f"{at.rstrip('.')}: expected a mapping of keys, got {plain(values)!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     check_keys(values, fields, at)
     for name in _required(cls):
@@ -65,9 +82,20 @@ def _required(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
 
 
+def takes_text(hint: Any) -> bool:
+    """Whether a type is text, or text among others."""
+    return hint is str or (typing.get_origin(hint) in (typing.Union, types.UnionType) and str in typing.get_args(hint))
+
+
 def convert(hint: Any, value: Any, at: str) -> Any:
-    """`value` as the annotated type, or InputError. Integers serve as floats, and text such as 1e-4 as a number."""
+    """`value` as the annotated type, or InputError. Integers serve as floats, text such as 1e-4 as a number, and what
+    YAML reads as a number, true or a mapping as the text that was written, where text is asked for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Written):
+        of_its_type = any(type(value.value) is argument for argument in arguments)
+        one_name = dataclasses.is_dataclass(hint) and not isinstance(value.value, Mapping)
+        as_text = one_name or value.text in arguments or (takes_text(hint) and not of_its_type)
+        return convert(hint, value.text if as_text else value.value, at)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         # A model or a source, of which the recipe must give no more than its name, may be given by it alone.
         if isinstance(value, str) and _required(hint) == ["name"]:
@@ -76,7 +104,7 @@ def convert(hint: Any, value: Any, at: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise InputError(f"{at}: got {value!r}, allowed: {', '.join(map(str, arguments))}")
+        raise InputError(f"{at}: got {plain(value)!r}, allowed: {', '.join(map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
         # Exact matches first, so that True stays a bool and 1 an int where both are allowed.
         for argument in arguments:
@@ -104,8 +132,9 @@ def convert(hint: Any, value: Any, at: str) -> Any:
         if isinstance(value, hint):
             return value
     elif hint is Any or hint not in (float, int):
-        return value
-    raise InputError(f"{at}: got {value!r}, expected {_type_name(hint)}")
+        return plain(value)
+    quoted = "; put text that begins with { or [ in quotes" if hint is str and isinstance(value, Mapping | list) else ""
+    raise InputError(f"{at}: got {plain(value)!r}, expected {_type_name(hint)}{quoted}")
 
 
 def _as_float(value: Any) -> float | None:

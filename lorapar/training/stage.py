@@ -6,7 +6,8 @@ import shutil
 import sys
 from typing import Any
 
-from transformers import set_seed
+import torch
+from transformers import get_scheduler, set_seed
 from transformers.integrations import get_available_reporting_integrations  # pyright: ignore[reportPrivateImportUsage]
 
 from ..adapter.attach import load_adapter
@@ -16,7 +17,7 @@ from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
-from ..recipe.sections import Recipe
+from ..recipe.sections import Recipe, StageConfig
 from ..rewards import resolve_rewards
 from ..stage import (
     ADAPTED,
@@ -122,18 +123,47 @@ def trainer_config(run: Run, name: StageName) -> Any:
         config = config_class(**(ours | getattr(recipe, name).trainer))
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {error}") from error
+    _check_config(config, name, choose_device(recipe.model.device).type)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
     check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
-    available = get_available_reporting_integrations()
-    for tracker in config.report_to or ():
-        if tracker not in available:
-            allowed = ", ".join(["none", *available])
-            raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {allowed}")
     return config
+
+
+def _check_config(config: Any, name: StageName, device: str) -> None:
+    """InputError for settings that transformers would refuse, or overrule in silence, in the middle of a run."""
+    require(device != "cpu" or not config.fp16, f"{name}.fp16", True, "false on a CPU, which trains in bf16 or fp32")
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    require(
+        on_cpu == (device == "cpu"), f"{name}.use_cpu", config.use_cpu, f"{device == 'cpu'}: the model is on {device}"
+    )
+    evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
+    saves = str(getattr(config.save_strategy, "value", config.save_strategy))
+    best = config.metric_for_best_model is not None and evaluates
+    require(best or saves != "best", f"{name}.save_strategy", saves, "steps, epoch or no, or eval_strategy and "
+            "metric_for_best_model beside it")  # fmt: skip
+
+
+def check_settings(section: StageConfig, name: StageName) -> None:
+    """InputError for what the recipe asks of the trainer's libraries, and they have not; no device is looked for."""
+    given = section.trainer
+    check_switches(given, name, "cuda")
+    trackers = given.get("report_to") or []
+    available = ["none", "all", *get_available_reporting_integrations()]
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in available:
+            raise InputError(f"{name}.report_to: {tracker!r} is not installed here; allowed: {', '.join(available)}")
+    arguments = given.get("lr_scheduler_kwargs")
+    if arguments is not None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(section.setting("lr_scheduler_type"), optimizer, 1, 2, arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}.lr_scheduler_kwargs: got {arguments!r}: {error}") from None
 
 
 def check(run: Run, name: StageName) -> None:
     """Make the trainer's configuration, and find the rewards."""
+    check_settings(getattr(run.recipe, name), name)
     if name == "sft":
         check_evaluation(run.recipe.sft.setting, run.recipe.sft.early_stopping_patience)
     config = trainer_config(run, name)

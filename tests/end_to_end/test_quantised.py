@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorapar
+from lorapar.model.locate import ALIAS, resolve
 from lorapar.recipe.reading import load_recipe
 
 pytest.importorskip("bitsandbytes")
@@ -55,8 +56,7 @@ def merged_error(run: Path) -> tuple[float, float]:
     """On the original weights in fp32: ‖merged − adapter‖ over logits, and ‖base − adapter‖, what a merge that lost
     the adapter would have there."""
     tokens = torch.randint(40_000, (2, 20), generator=torch.Generator().manual_seed(1))
-    name = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
+    base = AutoModelForCausalLM.from_pretrained(resolve(ALIAS), dtype="float32").eval()
     adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
     ours = adapted(input_ids=tokens).logits
     with adapted.disable_adapter():

@@ -17,6 +17,7 @@ from lorapar.adapter.attach import load_adapter
 from lorapar.adapter.layers import ADAPTER
 from lorapar.data.tokens import encode
 from lorapar.model.load import load_model, load_tokenizer
+from lorapar.model.locate import ALIAS, ALIAS_ORIGIN, resolve
 from lorapar.recipe.reading import load_recipe, parse
 from lorapar.recipe.sections import ModelConfig
 
@@ -55,7 +56,7 @@ def test_every_artefact_is_there(run):
     for folder in ("start", "sft", "grpo", "adapter"):
         config = json.loads((run / folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA"
-        assert Path(config["base_model_name_or_path"]).is_dir()
+        assert config["base_model_name_or_path"] == ALIAS_ORIGIN
     assert not list(run.rglob("*.tmp"))
 
 
@@ -89,7 +90,7 @@ def test_after_each_stage_not_one_inactive_element_differs(run):
 
 def test_adapter_and_merged_model_load_elsewhere_with_our_logits(run):
     tokens = torch.randint(40_000, (2, 20), generator=torch.Generator().manual_seed(1))
-    base = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = resolve(ALIAS)
 
     @torch.no_grad()
     def logits(model):

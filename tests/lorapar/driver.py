@@ -181,8 +181,8 @@ def kill_while_scoring(saves: int) -> None:
     sums.RunningSums.save = patched
 
 
-def kill_in_checkpoint(stage: str, step: int) -> None:
-    """Die with half of a checkpoint's optimizer.pt written."""
+def kill_in_checkpoint(stage: str, step: int, send: int = signal.SIGKILL) -> None:
+    """Die (or be stopped) with half of a checkpoint's optimizer.pt written."""
     import torch
 
     save = torch.save
@@ -191,7 +191,7 @@ def kill_in_checkpoint(stage: str, step: int) -> None:
         save(value, target, *args, **kwargs)
         if str(target).endswith(f"{stage}/checkpoint-{step}/optimizer.pt"):
             os.truncate(target, os.path.getsize(target) // 2)
-            kill_self()
+            os.kill(os.getpid(), send)
 
     torch.save = patched
 

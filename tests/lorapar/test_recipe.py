@@ -1,6 +1,7 @@
 """A recipe is checked by key and type before anything happens."""
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from peft import LoraConfig
 
 from lorapar import InputError, load_recipe
 from lorapar.recipe.__main__ import reference
-from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_value
+from lorapar.recipe.checks import REFUSED_LORA_KEYS, check_trainer_keys, check_value
 from lorapar.recipe.reading import dump_yaml, parse, parse_yaml
 from lorapar.recipe.sections import PartitionConfig, Recipe, changes_result
 from lorapar.recipe.values import nested_class
@@ -264,6 +265,83 @@ def test_a_file_that_is_no_recipe(text: str, says: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["1e-4_run", "5e3fab2", "5e3", "1234567", "0012", "1_0", "0x1F", "12:30", "2024-01-01", "1.50", ".5", "on",
+             "yes", "No", "true", ".inf", "1e4 {prompt}", "06", "-1"],
+)  # fmt: skip
+def test_a_key_of_texts_gets_the_text_as_it_was_written(text: str, tmp_path: Path):
+    """YAML reads these as numbers, days and truths, or did in part: a commit can be 5e3fab2, a branch 1.50."""
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model:\n  name: m\n  revision: {text}\noutput_dir: {text}\ndata:\n  sources:\n  - {text}\n"
+                    f"  columns: {{prompt: {text if '{' not in text else 'x'}}}\n  prompt: {text}\n"
+                    f"sft: {{run_name: {text if '{' not in text else 'x'}}}\n")  # fmt: skip
+    recipe = load_recipe(path)
+    assert [recipe.model.revision, recipe.output_dir, recipe.data.sources[0].name, recipe.data.prompt] == [text] * 4
+    given = load_recipe(path, [("model.revision", text), ("data.system_prompt", text), ("model.eos_token", text)])
+    assert [given.model.revision, given.data.system_prompt, given.model.eos_token] == [text] * 3
+    # What is written into the output folder reads back as the same.
+    path.write_text(dump_yaml(given.as_dict()))
+    assert load_recipe(path) == given
+    if "{" not in text:
+        assert recipe.data.columns == {"prompt": text}
+        assert recipe.sft.trainer == {"run_name": text}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("partition.theta", "5e-1", 0.5), ("partition.theta", ".5", 0.5), ("sft.max_steps", "06", 6),
+        ("data.held_out", "010", 10), ("sft.max_steps", "1_000", 1000), ("sft.bf16", "no", False),
+        ("sft.learning_rate", "1e-4", 1e-4), ("sft.learning_rate", "'1e-4'", 1e-4), ("model.revision", "null", None),
+        ("model.revision", '"5"', "5"), ("sft.save_strategy", "no", "no"), ("sft.logging_steps", "5", 5),
+        ("model.chat_template_kwargs", "{a: off, b: 1e3, c: [2]}", {"a": False, "b": 1000.0, "c": [2]}),
+    ],
+)  # fmt: skip
+def test_a_key_of_numbers_gets_a_number(key, text, value, tmp_path: Path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", values()), [(key, text)])
+    section, name = key.split(".")
+    held = getattr(recipe, section)
+    assert (held.trainer if section == "sft" else vars(held))[name] == value
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["{prompt}", "{prompt} =", "Q: {prompt}", "[INST] {prompt} [/INST]", "- {prompt}", "# {prompt}", "@{prompt}"],
+)
+def test_a_template_on_the_command_line_needs_no_yaml_quotes(prompt: str, tmp_path: Path):
+    path = write_recipe(tmp_path / "r.yaml", values())
+    assert load_recipe(path, [("data.prompt", prompt)]).data.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sft: {learning_rate: 1e-3x}", "sft.learning_rate: got '1e-3x', expected float"),
+        ('sft: {learning_rate: "0,001"}', "sft.learning_rate: got '0,001', expected float"),
+        ("partition: {theta: 12:30}", "partition.theta: got '12:30', expected float"),
+        ("partition: {theta: yes}", "partition.theta: got True, expected float"),
+        ("sft: {max_steps: 2.0}", "sft.max_steps: got 2.0, expected int"),
+        ("seed: 2024-01-01", "seed: got '2024-01-01', expected int"),
+        ("start: 5e3", "start: got 5000.0, allowed: paper"),
+    ],
+)
+def test_what_is_no_number_is_named_with_its_key(line: str, says: str, tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\ndata: {{sources: [x]}}\n{line}\n")
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(says), caught.value
+
+
+def test_a_template_without_its_quotes_is_told_of_them(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata: {sources: [x], prompt: {prompt}}\n")
+    with pytest.raises(
+        InputError, match=r"data.prompt: got \{'prompt': None\}, expected str; put text that begins with"
+    ):
+        load_recipe(path)
+
+
 def test_anchors_and_merge_keys_are_yamls_own(tmp_path: Path):
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ndata: {sources: [x]}\nsft: &t {max_steps: 5, weight_decay: 0.1}\n"
@@ -351,3 +429,51 @@ def test_an_argument_of_a_public_function_has_its_keys_range(name, value, says):
 def test_the_reference_is_what_is_declared():
     """`python -m lorapar.recipe > docs/recipe.md` after a change."""
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "says"),
+    [
+        ("sft", "push_to_hub", True, "got True: a run uploads nothing"),
+        ("grpo", "hub_token", "hf_secret", "got a value: a run uploads nothing"),
+        ("sft", "deepspeed", "ds.json", "got 'ds.json': masks, the proof and the optimizer need whole parameters"),
+        ("sft", "fsdp", "full_shard", "got 'full_shard': masks"),
+        ("sft", "assistant_only_loss", True, "set data.loss: assistant"),
+        ("sft", "auto_find_batch_size", True, "`lorapar plan` says what fits"),
+        ("sft", "loss_type", "bogus", "got 'bogus', expected nll or dft"),
+        ("grpo", "loss_type", "ppo", "got 'ppo', expected grpo, dapo"),
+        ("grpo", "label_smoothing_factor", 0.1, "got 0.1, expected 0.0"),
+        ("sft", "save_only_model", True, "could not be resumed"),
+        ("sft", "ignore_data_skip", True, "would train on its first rows again"),
+        ("sft", "enable_jit_checkpoint", True, "resumes from its last checkpoint"),
+        ("sft", "fp16_full_eval", True, "would round the model"),
+        ("sft", "optim_target_modules", ["q_proj"], "the optimizer is PartitionedAdamW"),
+        ("grpo", "sync_ref_model", True, "the reference is the adapter as the stage received it"),
+        ("grpo", "reward_weights", [1.0, 2.0], "got [1.0, 2.0], expected as many as grpo.rewards: 1"),
+        ("grpo", "scale_rewards", "std", "got 'std', expected group, batch or none"),
+        ("grpo", "temperature", 0, "got 0.0, expected a finite number above 0"),
+        ("sft", "learning_rate", math.inf, "got inf, expected a finite number of at least 0"),
+        ("sft", "weight_decay", -1, "got -1.0, expected a finite number of at least 0"),
+        ("sft", "adam_beta1", 2, "got 2.0, expected a number in [0, 1)"),
+        ("sft", "gradient_accumulation_steps", 0, "got 0, expected at least 1"),
+        ("sft", "per_device_train_batch_size", 0, "got 0, expected at least 1"),
+        ("sft", "max_steps", 0, "got 0, expected at least 1, or -1"),
+        ("sft", "dataloader_persistent_workers", True, "expected false where dataloader_num_workers is 0"),
+        ("sft", "accelerator_config", {"use_seedable_sampler": False}, "set by the run itself"),
+        ("sft", "logging_nan_inf_filter", False, "set by the run itself"),
+        ("sft", "activation_checkpointing", True, "gradient_checkpointing is TRL's name"),
+    ],
+)
+def test_a_trainers_key_that_cannot_work_is_refused_with_the_recipe(section, key, value, says):
+    said = fault(**{section: {key: value}})
+    assert said.startswith(f"{section}.{key}: ")
+    assert says in said
+    assert "hf_secret" not in said
+
+
+def test_the_trainers_own_defaults_are_none_of_those_that_are_refused(tmp_path: Path):
+    """`lorapar.sft` and `lorapar.grpo` take a configuration with every field filled in."""
+    import trl
+
+    for stage, config in (("sft", trl.SFTConfig), ("grpo", trl.GRPOConfig)):
+        check_trainer_keys(stage, vars(config(output_dir=str(tmp_path), use_cpu=True, bf16=False)))

@@ -115,9 +115,10 @@ def _choice(given: str, letter: str) -> bool:
     chosen = match["round"] or match["square"] or match["bare"]
     rest = given[match.end() :]
     because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
-    return (
-        chosen.upper() == letter.upper() and OTHER_CHOICE.search(rest[: because.start()] if because else rest) is None
-    )
+    claimed = rest[: because.start()] if because else rest
+    if re.search(r"\b(?:wrong|incorrect|false|isn['’]t|too|never|n?either)\b", claimed):
+        return False
+    return chosen.upper() == letter.upper() and OTHER_CHOICE.search(claimed) is None
 
 
 def _truth(given: str, gold: str) -> bool:
@@ -538,12 +539,14 @@ def _is_reading_right(reading: str, gold: Gold) -> bool:
         return False
     if reading == gold.text or normal == gold.normal != "":
         return True
-    if gold.choice and _choice(reading, gold.choice):
-        return True
-    if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
-        return True
-    if gold.normal in TRUTH and _truth(reading, gold.normal):
-        return True
+    if "\n" not in reading:
+        # A text that begins "(A) is too small" and goes on to (B) does not choose A.
+        if gold.choice and _choice(reading, gold.choice):
+            return True
+        if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
+            return True
+        if gold.normal in TRUTH and _truth(reading, gold.normal):
+            return True
     labelled = LABELLED.fullmatch(reading)
     if labelled and not gold.labelled and _normalised(labelled[2]) == gold.normal != "":
         return True

@@ -38,7 +38,7 @@ STABLE_HELP = (
     f"(default {STABLE}); sets score.until_stable"
 )
 # What the extra quickstart brings, by the names that Python imports.
-BROUGHT = {"accelerate", "certifi", "datasets", "filelock", "gguf", "math_verify", "matplotlib", "peft", "psutil",
+BROUGHT = {"accelerate", "certifi", "datasets", "filelock", "gguf", "matplotlib", "peft", "psutil",
            "reasoning_gym", "safetensors", "transformers", "trl", "yaml"}  # fmt: skip
 ANY_KEY = "--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5. docs/recipe.md lists them."
 MORE_OPTIONS = {"label": "[--dry-run | --review] "}

@@ -16,7 +16,7 @@ from lorapar_kernels.lora_linear import passes_for
 from .memory.switches import switches
 from .model.quantised import QUANTISED, works_here
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "math-verify",
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors",
             "reasoning-gym", "gguf", "matplotlib", "bitsandbytes", "vllm")  # fmt: skip
 
 

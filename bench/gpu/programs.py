@@ -48,8 +48,8 @@ TRAINING: tuple[Row, ...] = (
     (Step("training_plan", 90, least=40, needs=("peft", "transformers")),),
 )
 METHOD: tuple[Row, ...] = (
-    (Step("method_quickstart", 240, least=60, needs=("trl", "datasets", "reasoning_gym", "math_verify", "gguf")),),
-    (Step("method_study", 500, least=30, needs=("trl", "datasets", "reasoning_gym", "math_verify", "gguf")),),
+    (Step("method_quickstart", 240, least=60, needs=("trl", "datasets", "reasoning_gym", "gguf")),),
+    (Step("method_study", 500, least=30, needs=("trl", "datasets", "reasoning_gym", "gguf")),),
 )
 
 PROGRAMS: dict[str, tuple[Row, ...]] = {"kernels": KERNELS, "training": TRAINING, "method": METHOD}

@@ -291,7 +291,7 @@ def _point(name: str, sample: int) -> Fraction:
     """The value of a letter: by its name and the sample's number alone."""
     seed = zlib.crc32(f"{name} {sample}".encode())
     # Odd over even: no whole number, where denominators of exercises vanish.
-    size = Fraction(7 + 2 * (seed % 97), 16 + 16 * (seed // 97 % 2))
+    size = Fraction(7 + 2 * (seed % 97), 32 + 32 * (seed // 97 % 2))
     return size if (seed + sample) % 2 else -size
 
 

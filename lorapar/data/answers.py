@@ -115,9 +115,10 @@ def _choice(given: str, letter: str) -> bool:
     chosen = match["round"] or match["square"] or match["bare"]
     rest = given[match.end() :]
     because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
-    return (
-        chosen.upper() == letter.upper() and OTHER_CHOICE.search(rest[: because.start()] if because else rest) is None
-    )
+    claimed = rest[: because.start()] if because else rest
+    if re.search(r"\b(?:wrong|incorrect|false|isn['’]t|too|never|n?either)\b", claimed):
+        return False
+    return chosen.upper() == letter.upper() and OTHER_CHOICE.search(claimed) is None
 
 
 def _truth(given: str, gold: str) -> bool:
@@ -257,9 +258,15 @@ PLAINER = {"\\le": "<=", "\\ge": ">=", "\\ne": "!="}
 TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
+def _sides(text: str) -> tuple[list[str], list[str]]:
+    """(what stands around the relation signs of a text, the signs in ASCII)."""
+    sides = [str(side) for side in RELATION.split(text)]
+    return sides, [PLAINER.get(sign[0], sign[0]) for sign in RELATION.finditer(text)]
+
+
 def _interval(text: str) -> str | None:
     r"""x \ge 2, -2 \le x < 7 and 0 < f(x) < 1 as the interval that they are."""
-    parts, signs = RELATION.split(text), [PLAINER.get(sign, sign) for sign in RELATION.findall(text)]
+    parts, signs = _sides(text)
     name = re.compile(r"\s*(?:[a-zA-Z](?:_\w)?|[a-zA-Z]\([a-z]\)|\\[a-z]+)\s*")
     if (
         len(parts) == 3
@@ -398,15 +405,14 @@ def _same_relation(given: str, gold: str, depth: int) -> bool:
         other = given if _enclosed(given) or "\\cup" in given else _interval(given)
         if other is not None:
             return _same(other, interval, depth + 1)
-    sides, signs = RELATION.split(gold), RELATION.findall(gold)
-    given_sides, given_signs = RELATION.split(given), RELATION.findall(given)
+    (sides, signs), (given_sides, given_signs) = _sides(gold), _sides(given)
     if len(sides) != 2:
         return False
     if len(given_sides) == 1:
         # f(x) = 2x + 3 and 2x + 3.
         short = re.fullmatch(r"\s*(?:[a-zA-Z]|[a-zA-Z]\([a-z]\))\s*", sides[0])
         return signs[0] == "=" and short is not None and _same_expression(given, sides[1])
-    sign, given_sign = PLAINER.get(signs[0], signs[0]), PLAINER.get(given_signs[0], given_signs[0])
+    sign, given_sign = signs[0], given_signs[0]
     if len(given_sides) != 2 or sign not in (given_sign, TURNED[given_sign]):
         return False
     readings = [_read(side.strip()) for side in (*given_sides, *sides)]
@@ -538,12 +544,14 @@ def _is_reading_right(reading: str, gold: Gold) -> bool:
         return False
     if reading == gold.text or normal == gold.normal != "":
         return True
-    if gold.choice and _choice(reading, gold.choice):
-        return True
-    if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
-        return True
-    if gold.normal in TRUTH and _truth(reading, gold.normal):
-        return True
+    if "\n" not in reading:
+        # A text that begins "(A) is too small" and goes on to (B) does not choose A.
+        if gold.choice and _choice(reading, gold.choice):
+            return True
+        if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
+            return True
+        if gold.normal in TRUTH and _truth(reading, gold.normal):
+            return True
     labelled = LABELLED.fullmatch(reading)
     if labelled and not gold.labelled and _normalised(labelled[2]) == gold.normal != "":
         return True

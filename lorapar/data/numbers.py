@@ -224,7 +224,11 @@ def _at(text: str, match: re.Match) -> _Match | None:
         )
         or re.match(r"\s*(?:[/×÷^·]\s*[\d(]|\*+\s*[\w(]|[+-]\s*[$€£]?[\d(\\]|[-+]\s*[a-zA-Z](?![a-zA-Z']))", after)
         or WORKED.search(before[-20:])
-        or re.match(r"\s(?:mod|choose|times|plus|minus|over|divided by)\s+[\d(]|\s(?:squared|cubed)\b", after)
+        or re.match(
+            r"\s(?:mod|choose|times|plus|minus|over|divided by|(?:more|less|fewer|greater) than)\s+[$€£]?[\d(]"
+            r"|\s(?:squared|cubed)\b",
+            after,
+        )
         # 3:30, 2020-01-05, f(5), 0x12, 5_2 and 1.2.3 are no numbers either.
         or re.search(r"\d\s*[:,]$|[\w]\($|\\[a-zA-Z]+\s*[({]?$|\{\s*$|[_^][{(]?$", before[-12:])
         or re.match(r":\d|,\d|_\{?\w|\.\d|!(?=\s*[=)])|\s?\\(?:sqrt|pi|frac|log|sin|cos|tan|ln)|\s?[πi√](?!\w)", after)

@@ -41,7 +41,7 @@ def test_what_a_bare_gpu_machine_imports_needs_peft_and_transformers_alone():
     """bench/gpu attaches, scores, activates, steps and plans where TRL, datasets and bitsandbytes are not installed."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys("
-        "['trl', 'datasets', 'bitsandbytes', 'math_verify', 'pandas', 'matplotlib', 'reasoning_gym'])); "
+        "['trl', 'datasets', 'bitsandbytes', 'pandas', 'matplotlib', 'reasoning_gym'])); "
         "import lorapar; from lorapar import attach, activate, score, partition, Partition, PartitionedAdamW; "
         "import lorapar.memory.needs, lorapar.training.answer_head, lorapar.scoring.batches; "
         "import lorapar.data.rows, lorapar.model.load; "

@@ -318,6 +318,10 @@ WRONG = [
     ("The answer is (A) because B is wrong", "B"),
     ("B. London", "B. Paris"),
     ("Because", "B"),
+    ("(A) is incorrect since it is too big. So it is (C).", "A"),
+    ("(A) is too big, so (C)", "A"),
+    ("A. Paris is not it.\nSo it is (C).", "A"),
+    ("18 more than 5", "18"),
     # names and codes are no products
     ("The answer is H2O", "2"),
     ("The answer is route K2", "2"),

@@ -235,7 +235,8 @@ def _span(
             raise _untold(name, f"it writes nothing that shows where message {i + 1} ends")
         return start, ends
     stop = text.find(core, ends, after)
-    if stop < 0 or (text[ends:stop].strip() and not turn.get("tool_calls")):
+    # Behind a call's name come its arguments, which may say anything.
+    if stop < 0 or (text.count(core, ends, after) > 1 if turn.get("tool_calls") else text[ends:stop].strip()):
         raise _untold(name, f"it ends message {i + 1} otherwise than a last answer, which ends with {core!r}")
     stop += len(core)
     rest = end[len(core) :]

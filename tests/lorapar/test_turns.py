@@ -278,6 +278,12 @@ def test_what_cannot_be_trusted_is_refused(template, says):
         labelled(MULTI, tokenizer, "assistant")
 
 
+def test_arguments_that_hold_the_end_of_a_turn_are_refused():
+    row = {**MIXED, "id": "7", "prompt": [user("Q0"), call("look", {"x": "<|im_end|>"}), *MIXED["prompt"][2:]]}
+    with pytest.raises(InputError, match=f"{re.escape(CANNOT)}: it ends message 2 otherwise"):
+        labelled(row, of_library("qwen2_5"), "assistant")
+
+
 def test_a_template_without_an_end_of_turn_trains_on_the_words():
     tokenizer = chat_tokenizer(PLAIN + "{% if add_generation_prompt %}assistant: {% endif %}")
     assert [words.strip() for words in learned(MULTI, tokenizer)] == ["A0", "A1", "A2"]

@@ -41,6 +41,7 @@ from .finding import (
 )
 from .numbers import (
     EQUATION,
+    SEVERAL,
     Number,
     equal,
     read_number,
@@ -616,7 +617,7 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
     if not prose:
         # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.
         left, _, right = without_latex(reading).rpartition("=")
-        if EQUATION.search(left[-60:]):
+        if EQUATION.search(left[-60:]) or SEVERAL.search(left[-60:]):
             return None
         # "A: 18", and 1500 (1.5 × 10^3), which says the same twice.
         value, _, again = re.sub(r"^\s*[A-Za-z]\s*:", "", right).partition(" (")

@@ -194,6 +194,7 @@ RIGHT = [
     ("10/3 ≈ 3.33", "10/3"),
     ("\\boxed{50}\\%", "\\frac12"),
     ("1500 (1.5 x 10^3)", "1500"),
+    ("So the answer is $\\frac{3}{4}$, or 0.75.", "3/4"),
     ("9.8000000000000007", "9.8"),
     ("The answer is 18 dollars for 3 days", "18"),
     # lists, sets, tuples, intervals
@@ -435,6 +436,10 @@ MORE_RIGHT = [
     ("### Final Answer: 18", "18"), ("## Answer: **18**", "18"), ("Final answer: **$18**", "18"), ("__18__", "18"),
     ("_18_", "18"), ("***18***", "18"), ("* 18", "18"), ("→ 18", "18"), ("∴ 18", "18"), ("Answer → 18", "18"),
     ("Answer: 18 ✅", "18"), ("🎉 18 🎉", "18"),
+    ("5 and a half", "5.5"), ("5 and a half hours", "5.5"), ("The answer is 2 and three quarters.", "2.75"),
+    ("18 more", "18"), ("18 times", "18"), ("5 percent", "5"), ("half", "0.5"), ("one and a half", "1.5"),
+    ("It takes 5 and a half hours.", "5.5"), ("18 apples in total", "18"), ("18 per day", "18"),
+    ("18 dollars a day", "18"), ("There are 18 students in the class", "18"), ("The answer is 3/4 (0.75).", "3/4"),
 ]  # fmt: skip
 MORE_WRONG = [
     ("The answer is 5 and 6", "6"), ("5,6", "6"), ("5;6", "6"), ("5|6", "6"), ("5 & 6", "6"), ("5 vs 6", "6"),
@@ -489,6 +494,27 @@ MORE_WRONG = [
     ("The answer is -5", "- 5 x^{5} - x"), ("E=1,F=2", "A=1,B=2"), ("3\n0\n0", "0"), ("1 2\n3 4\n5 6", "3 4\n5 6"),
     ("3x^2 - 7x + 4", "4"), ("5x - 7y + 4 = 0", "0"), ("7(x+3)(x-3)", "7"), ("(10, 0), (0,0)", "0"), ("(-a,0)", "0"),
     ("6\\pi+2", "2"), ("\\frac{\\sqrt6}3", "3"), ("3s^2", "3"), ("$\\left(\\frac{17}{4},0\\right)$", "4"),
+    ("5 or more", "5"), ("5 and a half", "5"), ("5 or so", "5"), ("half of 10", "10"), ("50% of 10", "10"),
+    ("twice 9", "9"), ("the square root of 25", "25"), ("5 squared", "5"), ("the sum of 5 and 6", "6"),
+    ("5 to 6 apples", "6"), ("The answer is Paris (or London)", "Paris"), ("5 and a third", "5"),
+    ("20 percent of 5", "5"), ("3 out of 5", "5"), ("3 of 5", "5"), ("one of 5", "5"), ("5 factorial", "5"),
+    ("log of 5", "5"), ("5 choose 2", "5"), ("\\boxed{5} \\boxed{6}", "5"), ("\\boxed{\\frac{5}{6}}", "5"),
+    ("\\boxed{5x+6}", "6"), ("\\boxed{x^5}", "5"), ("\\boxed{5^6}", "5"), ("\\boxed{5 \\mod 6}", "5"),
+    ("\\boxed{5!}", "5"), ("\\boxed{5_6}", "5"), ("\\boxed{\\{5\\}}", "6"), ("\\boxed{5+6i}", "5"),
+    ("\\boxed{5\\%}", "5000"), ("\\boxed{\\text{5 or 6}}", "5"), ("\\boxed{5\\text{ or }6}", "6"),
+    ("\\boxed{5/6}", "6"), ("\\boxed{5:6}", "6"), ("\\boxed{(5)}", "6"), ("\\boxed{5\\sqrt{6}}", "5"),
+    ("\\boxed{\\sqrt{5}}", "5"), ("\\boxed{-\\sqrt{5}}", "5"), ("\\boxed{\\log 5}", "5"), ("\\boxed{5\\log 2}", "5"),
+    ("\\boxed{\\sin 5}", "5"), ("\\boxed{5\\theta}", "5"), ("\\boxed{\\theta=5}", "6"), ("\\boxed{5\\alpha}", "5"),
+    ("\\boxed{5n}", "5"), ("\\boxed{5 n}", "5"), ("\\boxed{n 5}", "5"), ("\\boxed{|5|}", "-5"),
+    ("\\boxed{\\lfloor 5.5 \\rfloor}", "5.5"), ("\\boxed{5\\times}", "6"), ("$5 x$", "5"), ("$5\\cdot x$", "5"),
+    ("5·x", "5"), ("5 * x", "5"), ("5 x + 1", "5"), ("a + 5", "5"), ("5 + a", "5"), ("5a + b", "5"), ("(5, 6)", "6"),
+    ("[5, 6]", "6"), ("{5, 6}", "6"), ("<5, 6>", "6"), ("\\langle 5,6\\rangle", "6"), ("5, a", "5"), ("a, 5", "5"),
+    ("5; a", "5"), ("x=5, y=6", "6"), ("x = 5 and y = 6", "6"), ("x: 5, y: 6", "6"), ("5 = x = 6", "5"),
+    ("5 ≠ 6", "6"), ("5 < 6", "6"), ("5 < x", "5"), ("x ∈ [5,6]", "6"), ("x → 5", "6"), ("5 ∪ 6", "6"),
+    ("5 mod 6", "6"), ("5 | 6", "6"), ("6 5", "5"), ("5\n6", "5"), ("5.6", "5"), ("5.6.7", "5"), ("5,6,7", "567"),
+    ("5-", "6"), ("5e", "5"), ("5e6", "5"), ("5E6", "6"), ("0x5", "5"), ("5h30", "5"), ("5'6\"", "5"),
+    ("5ft 6in", "6"), ("5 ft 6 in", "6"), ("5 hours 30 minutes", "30"), ("5 hours and 30 minutes", "30"),
+    ("$5 and 30 cents", "30"), ("2 dozen", "3"), ("5 lbs 6 oz", "6"),
 ]  # fmt: skip
 
 
@@ -566,8 +592,8 @@ def test_many_answers_a_second():
         began = time.thread_time()
         assert all(map(is_correct, texts, answers))
         times.append(time.thread_time() - began)
-    # 5,000 a second is what training asks for; a third of it is asked of a machine that does other work.
-    assert len(texts) / min(times) > 1_700
+    # In the time of one core. 5,000 a second is what is promised of a server's; half of it is asked of any machine.
+    assert len(texts) / min(times) > 2_500
 
 
 def test_verdicts_are_the_same_in_every_thread():

@@ -175,15 +175,15 @@ def gsm8k_solutions(path: Path) -> list[tuple[str, str, bool]]:
 
 def of_gsm8k(path: Path) -> tuple[collections.Counter, list[str]]:
     cases = gsm8k_solutions(path)
-    began = time.perf_counter()
+    began = time.thread_time()
     verdicts = [is_correct(solution, answer) for solution, answer, _ in cases]
-    seconds = time.perf_counter() - began
+    seconds = time.thread_time() - began
     counts = collections.Counter(
         {
             "cases": len(cases),
             "agree": sum(verdict == right for verdict, (_, _, right) in zip(verdicts, cases)),
             "false right": sum(verdict and not right for verdict, (_, _, right) in zip(verdicts, cases)),
-            "a second": round(len(cases) / seconds),
+            "a second of one core": round(len(cases) / seconds),
         }
     )
     left = [

@@ -17,7 +17,7 @@ NUMBER = re.compile(
     # A minus is a sign unless something stands before it that it could be taken from (10-3, 10 -3, (2)-3),
     # and a digit of a name or a unit (H2O, m2, m^2, x_1) is no number.
     rf"(?:(?:(?<![\d)\]%}}]\s)(?<![\w)\]%}}]))[-+]\s?)?(?:(?<![A-Za-z]){CURRENCY}\s?)?(?:(?<=[€£¥₹$\s(])-)?"
-    rf"(?<![\w.])(?<![A-Za-z]\^)(?<!\d,)(?<!Rs\.){DIGITS}"
+    rf"(?<![A-Za-z0-9_.])(?<![A-Za-z]\^)(?<!\d,)(?<!Rs\.){DIGITS}"
     rf"|(?:(?<![\w)\]%}}])[-+]\s?)?(?:USD|EUR|GBP|CHF|JPY|INR|Rs\.?|RM){DIGITS}"
 )
 # 1/2 and 2 1/2 are one number.

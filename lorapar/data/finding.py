@@ -51,7 +51,11 @@ def spoken(text: str) -> str:
     # str.rfind takes no time over a million characters, a pattern does.
     closed = max((lower.rfind(end) + len(end) if end in lower else 0) for _, end in THOUGHTS)
     opened = max(lower.rfind(begin) for begin, _ in THOUGHTS)
-    return "" if opened >= closed and opened >= 0 else text[closed:]
+    if opened < closed or opened < 0:
+        return text[closed:]
+    # The paper's format: <answer> ends a <reasoning> that nothing else does.
+    answer = lower.find("<answer>", opened) if lower.startswith("<reasoning>", opened) else -1
+    return "" if answer < 0 else text[answer:]
 
 
 # Markdown

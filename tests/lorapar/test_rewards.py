@@ -141,6 +141,7 @@ RIGHT = [
     ("<think>a</think>4<think>b</think>5", "5"),
     ("<thinking>the answer is 3</thinking><answer>\\boxed{18}</answer>", "18"),
     ("[THINK]4[/THINK]5", "5"),
+    ("<reasoning>\n4 or 5\n<answer>\n5\n</answer>", "5"),
     # choices
     ("(B)", "B"),
     ("B.", "B"),

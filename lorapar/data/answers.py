@@ -41,6 +41,7 @@ from .finding import (
 )
 from .numbers import (
     EQUATION,
+    SEVERAL,
     Number,
     equal,
     read_number,
@@ -155,6 +156,7 @@ def _mathematics(text: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text).replace("\\{", "{").replace("\\}", "}").replace("{,}", "")
     text = re.sub(r"\\(?:leq|leqslant|le)(?![a-z])", r"\\le", text)
     text = re.sub(r"\\(?:geq|geqslant|ge)(?![a-z])", r"\\ge", text)
+    text = re.sub(r"\\neq(?![a-z])", r"\\ne", text)
     text = re.sub(r"\\(?:lt)(?![a-z])", "<", re.sub(r"\\gt(?![a-z])", ">", text))
     text = re.sub(r"\\(?:text|mathrm|textbf|mbox|textrm)\s{0,3}\{\s*(and|or)\s*\}", r" \1 ", text)
     # A unit behind a value: 5 \text{ cm}^2.
@@ -203,7 +205,7 @@ MATRIX = re.compile(r"[(\[]?\s*\\begin\s?\{([bp]?matrix|array)\}(?:\{[clr|]+\})?
 # What a value is the value of: x, x_1, f(x), (p, q), \angle A is left out; AB, |AB| and AB : CD are lengths.
 NAME = re.compile(
     r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?|\\[a-z]+(?:_\{?\w\}?)?|[A-Za-z]\([a-z]\)|\([a-z](?:,\s*[a-z]){1,4}\)|\|?[A-Z]{2}\|?"
-    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\})\s*(?:=|\\in(?![a-z]))(?!=)\s*"
+    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|[A-Z](?:_\{?\w{1,5}\}?)?\s*:\s*[A-Z](?:_\{?\w{1,5}\}?)?)\s*(?:=|\\in(?![a-z]))(?!=)\s*"
 )
 
 
@@ -615,8 +617,8 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
             return left
     if not prose:
         # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.
-        left, _, right = without_latex(reading).rpartition("=")
-        if EQUATION.search(left[-60:]):
+        left, _, right = without_latex(reading).replace("≈", "=").rpartition("=")
+        if EQUATION.search(left[-60:]) or SEVERAL.search(left[-60:]):
             return None
         # "A: 18", and 1500 (1.5 × 10^3), which says the same twice.
         value, _, again = re.sub(r"^\s*[A-Za-z]\s*:", "", right).partition(" (")

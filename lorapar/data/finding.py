@@ -51,7 +51,11 @@ def spoken(text: str) -> str:
     # str.rfind takes no time over a million characters, a pattern does.
     closed = max((lower.rfind(end) + len(end) if end in lower else 0) for _, end in THOUGHTS)
     opened = max(lower.rfind(begin) for begin, _ in THOUGHTS)
-    return "" if opened >= closed and opened >= 0 else text[closed:]
+    if opened < closed or opened < 0:
+        return text[closed:]
+    # The paper's format: <answer> ends a <reasoning> that nothing else does.
+    answer = lower.find("<answer>", opened) if lower.startswith("<reasoning>", opened) else -1
+    return "" if answer < 0 else text[answer:]
 
 
 # Markdown
@@ -249,6 +253,7 @@ def _in_tag(text: str) -> str | None:
 DIGIT = re.compile(r"\d")
 ENDED = re.compile(r"(?<=[.!?$])\s+(?=[A-Z])")
 # A dollar before a space or a digit closes nothing: $12 + $6.
+SAID = re.compile(r"\b(?:is|are|equals?|was|were)\b:?\s")
 FORMULA = re.compile(r"\$(?=\S)([^$\n]*[^\s$])\$(?!\d)|\$([^$\n]*\\[^$\n]*)\$|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]")
 
 
@@ -286,6 +291,10 @@ def _last_line(text: str, raw: str) -> Found | None:
         formula = _last_formula(readings[-1])
         if formula:
             readings.insert(len(readings) - 1, formula)
+    # "The roots are 1 and 2.": longest first, so that a number is looked for in the whole line before.
+    said = SAID.split(lines[-1].strip())[-1].rstrip(" .!")
+    if 0 < len(said) < len(lines[-1].strip()) - 2:
+        readings.insert(0, said)
     if "**" in raw:
         bold = _only_bold(raw)
         if bold:

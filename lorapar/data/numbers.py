@@ -17,7 +17,7 @@ NUMBER = re.compile(
     # A minus is a sign unless something stands before it that it could be taken from (10-3, 10 -3, (2)-3),
     # and a digit of a name or a unit (H2O, m2, m^2, x_1) is no number.
     rf"(?:(?:(?<![\d)\]%}}]\s)(?<![\w)\]%}}]))[-+]\s?)?(?:(?<![A-Za-z]){CURRENCY}\s?)?(?:(?<=[€£¥₹$\s(])-)?"
-    rf"(?<![\w.])(?<![A-Za-z]\^)(?<!\d,)(?<!Rs\.){DIGITS}"
+    rf"(?<![A-Za-z0-9_.])(?<![A-Za-z]\^)(?<!\d,)(?<!Rs\.){DIGITS}"
     rf"|(?:(?<![\w)\]%}}])[-+]\s?)?(?:USD|EUR|GBP|CHF|JPY|INR|Rs\.?|RM){DIGITS}"
 )
 # 1/2 and 2 1/2 are one number.
@@ -159,7 +159,9 @@ def in_words(text: str) -> Fraction | None:
         at += 1
     rest = words[at:]
     if not known:
-        return None
+        return Fraction(sign, 2) if rest[:1] == ["half"] and len(rest) <= 3 else None
+    if len(rest) in (2, 3, 4) and words[at - 1] == "and" and rest[0] == "a" and rest[1] in PARTS:
+        return sign * (total + part + Fraction(1, PARTS[rest[1]]))
     single = rest[0].removesuffix("s") if rest else ""
     if single in PARTS or (rest and rest[0] in PARTS):
         over = PARTS.get(rest[0]) or PARTS[single]
@@ -177,7 +179,12 @@ class _Match(NamedTuple):
 
 
 # 3 times 5, log 5 and COVID-19 are no 5 and no 19.
-WORKED = re.compile(r"\b(?:log|ln|sin|cos|tan|sqrt|mod|choose|times|plus|divided by)\s*$|[A-Za-z]-$", re.IGNORECASE)
+WORKED = re.compile(
+    r"\b(?:log|ln|sin|cos|tan|sqrt|mod|choose|times|plus|divided by|twice|double|triple|half|"
+    r"(?:log|percent|half|thirds?|quarters?|square|cube|root|sum|product|power|multiple) of)\s*$|%\s?of\s*$"
+    r"|(?:\d|\bone)(?:\s[a-z]+)?\sof\s(?:the\s)?$|[A-Za-z]-$",
+    re.IGNORECASE,
+)
 
 
 def _at(text: str, match: re.Match) -> _Match | None:
@@ -226,7 +233,7 @@ def _at(text: str, match: re.Match) -> _Match | None:
         or WORKED.search(before[-20:])
         or re.match(
             r"\s(?:mod|choose|times|plus|minus|over|divided by|(?:more|less|fewer|greater) than)\s+[$€£]?[\d(]"
-            r"|\s(?:squared|cubed)\b",
+            r"|\s(?:squared|cubed|factorial)\b",
             after,
         )
         # 3:30, 2020-01-05, f(5), 0x12, 5_2 and 1.2.3 are no numbers either.
@@ -252,6 +259,23 @@ LINKED = re.compile(
     re.IGNORECASE,
 )
 OR = re.compile(r"\bor\b|/", re.IGNORECASE)
+# 5 or more, 5 or so
+OPEN = re.compile(
+    r"\s*(?:[a-zA-Z]+\s+)?or\s+(?:more|less|fewer|so|higher|lower|above|below|over|under)\b", re.IGNORECASE
+)
+HALVES = re.compile(r"(?<=\d)\s+and\s+(a|one|two|three)[\s-](half|third|quarter|fourth)s?\b", re.IGNORECASE)
+
+
+def _spelled(text: str) -> str:
+    """5 and a half as 5 1/2."""
+    counts, parts = {"a": 1, "one": 1, "two": 2, "three": 3}, PARTS
+    return (
+        HALVES.sub(lambda match: f" {counts[match[1].lower()]}/{parts[match[2].lower()]}", text)
+        if " and " in text
+        else text
+    )
+
+
 DENIED = re.compile(
     r"(?:\bnot|n't|\bnever|\bno longer|\bcannot be|\bneither|\bnor|\bbut|\bexcept"
     r"|\b(?:other|more|less|fewer|greater) than)\s+(?:[a-z]+\s+){0,3}[$€£]?\s?$",
@@ -267,6 +291,10 @@ EQUATION = re.compile(
     r"(?:\d\s?[a-zA-Z]|\b[a-zA-Z]\s?\^\s?\{?\d+\}?|[-+*/]\s*[a-zA-Z]|(?<![A-Za-z])[a-zA-Z]\s*[-+*/]\s*\(?\w+\)?)\s*$"
     r"|(?<![A-Za-z])[a-zA-Z]\s*[-+*/]\s*[\w\s+*/().^-]{1,40}$|\d[a-zA-Z]\s*[-+][\w\s+*/().^-]{1,40}$"
 )
+
+
+# x = 5, y = 6
+SEVERAL = re.compile(r"\d[^\d]{0,20}(?:,|;|\band\b)\s*[A-Za-z]\s*$")
 
 
 def numbers_in(text: str) -> list[_Match]:
@@ -298,7 +326,7 @@ def read_number(text: str, first: bool = False) -> Number | None:
     """
     if len(text) > LONGEST_LINE:
         text = text[-LONGEST_LINE:].partition(" ")[2]
-    text = without_latex(text)
+    text = _spelled(without_latex(text))
     if "\\begin" in text or "\\infty" in text or "∞" in text:
         return None
     loose = LOOSE.search(text)
@@ -307,7 +335,7 @@ def read_number(text: str, first: bool = False) -> Number | None:
     text = re.sub(r"\b(?:minus|negative) (?=[$€£]?[\d.])", "-", text)
     *left, after = re.split(r"(?<![<>!])[=≈]", text)
     if left and re.search(r"\d", after):
-        if EQUATION.search(left[-1][-60:]):
+        if EQUATION.search(left[-1][-60:]) or (len(left) > 1 and SEVERAL.search(left[-1][-60:])):
             return None
         # 3 + 4 = 7: the left side is not part of what is found.
         text, first = after, True
@@ -325,12 +353,20 @@ def read_number(text: str, first: bool = False) -> Number | None:
         or DENIED.search(before[-60:])
         or COMPARED.search(before[-12:])
         or COMPARED_AFTER.match(behind[:8])
+        or OPEN.match(behind[:40])
     ):
         return None
-    neighbours = [(numbers[index - 1].end, chosen.start)] if index else []
-    neighbours += [(chosen.end, numbers[index + 1].start)] if index + 1 < len(numbers) else []
-    for start, end in neighbours:
-        between = text[start:end]
+    units = index and numbers[index - 1].number.unit
+    beside = [(numbers[index - 1], chosen)] if index else []
+    beside += [(chosen, numbers[index + 1])] if index + 1 < len(numbers) else []
+    for one, other in beside:
+        between = text[one.end : other.start]
+        # 3/4, or 0.75: the same twice is one answer.
+        if one.number.value == other.number.value and not one.joined and not other.joined:
+            continue
+        # 5 ft 6 in: one length in two numbers.
+        if units and between.strip().isalpha():
+            return None
         if len(between) <= 40 and (LINKED.fullmatch(between) or not between.strip() or OR.search(between)):
             return None
     if WORD_BEFORE.search(before[-30:]) or WORD_AFTER.match(behind[:40]):
@@ -346,7 +382,7 @@ WORD_AFTER = re.compile(rf"\s*(?:[a-z]+\s+)?(?:or|to)\s+(?:{NAMES})\b", re.IGNOR
 
 # A word of two letters or more, one letter that stands for a unit, or a letter of another alphabet; x is no unit.
 UNIT = (
-    r"(?:°?(?:[^\W\d_]{2,}(?:[-/'’][^\W\d_]+)*|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
+    r"(?:°?(?:(?!(?:and|or|to|plus|minus|than|not|but|half|mod|choose|squared|cubed|factorial|of)\b)[^\W\d_]{2,}(?:[-/'’][^\W\d_]+)*|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
     r"|[^\W\d_a-zA-Z])(?:\^\{?-?\d\}?|[²³])?\.?|°)"
 )
 WHOLE = re.compile(
@@ -358,7 +394,7 @@ WHOLE = re.compile(
 
 def whole_number(text: str) -> Number | None:
     """The number that the whole of a text is, with at most a name, a currency, a percent sign and a unit around it."""
-    text = without_latex(text[: LONGEST_LINE + 1]).strip().strip("$").rstrip(" .").strip()
+    text = _spelled(without_latex(text[: LONGEST_LINE + 1])).strip().strip("$").rstrip(" .").strip()
     text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
     text = re.sub(r"^(?:minus|negative) (?=[$€£]?[\d.])", "-", text, flags=re.IGNORECASE)
     if len(text) > LONGEST_LINE:

@@ -141,6 +141,7 @@ RIGHT = [
     ("<think>a</think>4<think>b</think>5", "5"),
     ("<thinking>the answer is 3</thinking><answer>\\boxed{18}</answer>", "18"),
     ("[THINK]4[/THINK]5", "5"),
+    ("<reasoning>\n4 or 5\n<answer>\n5\n</answer>", "5"),
     # choices
     ("(B)", "B"),
     ("B.", "B"),
@@ -194,6 +195,10 @@ RIGHT = [
     ("10/3 ≈ 3.33", "10/3"),
     ("\\boxed{50}\\%", "\\frac12"),
     ("1500 (1.5 x 10^3)", "1500"),
+    ("$x\\approx 11$", "11"),
+    ("$x \\neq 3$", "x != 3"),
+    ("\\boxed{7:32}", "S_{1}:S_{2} = 7:32"),
+    ("So the answer is $\\frac{3}{4}$, or 0.75.", "3/4"),
     ("9.8000000000000007", "9.8"),
     ("The answer is 18 dollars for 3 days", "18"),
     # lists, sets, tuples, intervals
@@ -435,6 +440,32 @@ MORE_RIGHT = [
     ("### Final Answer: 18", "18"), ("## Answer: **18**", "18"), ("Final answer: **$18**", "18"), ("__18__", "18"),
     ("_18_", "18"), ("***18***", "18"), ("* 18", "18"), ("→ 18", "18"), ("∴ 18", "18"), ("Answer → 18", "18"),
     ("Answer: 18 ✅", "18"), ("🎉 18 🎉", "18"),
+    ("5 and a half", "5.5"), ("5 and a half hours", "5.5"), ("The answer is 2 and three quarters.", "2.75"),
+    ("18 more", "18"), ("18 times", "18"), ("5 percent", "5"), ("half", "0.5"), ("one and a half", "1.5"),
+    ("It takes 5 and a half hours.", "5.5"), ("18 apples in total", "18"), ("18 per day", "18"),
+    ("18 dollars a day", "18"), ("There are 18 students in the class", "18"), ("The answer is 3/4 (0.75).", "3/4"),
+    ("Step by step.\n\n1. Eggs: 16\n2. Minus 3 - 4 = 9\n3. 9 × $2 = $18\n\n**Janet makes $18 per day.**", "18"),
+    ("To find the total:\n- Apples: 5\n- Pears: 13\n\nTotal: 5 + 13 = **18 fruits**.", "18"),
+    ("### Solution\n\nStep 1. ...\n\n### Final Answer\n\n**$18**", "18"),
+    ("We have:\n\\[ x = \\frac{36}{2} = 18 \\]\n\nSo, the answer is \\( x = 18 \\).", "18"),
+    ("Therefore, Janet makes **$18** every day at the farmers' market.\n\n\\[\n\\boxed{18}\n\\]", "18"),
+    ("<think>\nOkay... 16-3-4=9, 9*2=18.\n</think>\n\nJanet makes $18 a day.\n\n**Answer:** $\\boxed{18}$", "18"),
+    ("The capital of France is **Paris**.\n\nFinal answer: Paris", "Paris"),
+    ("I'd go with option (C), since water boils at 100 °C.\n\nAnswer: (C)", "C"), ("Answer: C. 100 °C", "C"),
+    ("The answer is C: 100 °C.", "C"), ("The correct answer is: **C) 100 °C**", "C"), ("**Correct answer: C**", "C"),
+    ("Answer:\n\n(C)", "C"), ("Answer: **(C)**", "C"), ("The best answer is B.", "B"), ("The answer is (b).", "B"),
+    ("Answer: x = 2, y = 3", "x=2, y=3"), ("$$x^2+1$$", "x^2+1"), ("The derivative is $2x$.", "2x"),
+    ("f'(x) = 2x", "2x"), ("f(x) = x^2 + 1", "x^2+1"), ("Thus $f(x)=x^2+1$.", "x^2+1"),
+    ("The solution set is {1, 2}.", "{1,2}"), ("The solutions are x = 1 and x = 2.", "1,2"),
+    ("The roots are 1 and 2.", "1, 2"), ("ANSWER: 42", "42"), ("Ans: 42", "42"), ("Answer: 42 (forty-two)", "42"),
+    ("42 (forty-two)", "42"), ("Answer: 42.\n\nLet me know if you need anything else!", "42"),
+    ("Answer: 42\n\nExplanation: 6 * 7 = 42.", "42"), ("Answer: 42\n\nIn step 1 we used 7.", "42"),
+    ("The answer is 42.\n\nVerification: 6 * 7 = 42, as 6 = 2 * 3.", "42"), ("The answer is: True", "True"),
+    ("False.", "False"), ("Réponse : 42", "42"), ("La réponse est 42.", "42"), ("Die Antwort ist 42.", "42"),
+    ("Ответ: 42", "42"), ("答えは42です。", "42"), ("答案：42", "42"), ("정답은 42입니다.", "42"),
+    ("The answer is 1,234,567 people.", "1234567"), ("It weighs 1.5 kg", "1.5 kg"), ("1.5 kg", "1.5"),
+    ("$3.50", "3.5"), ("3.50 dollars", "$3.50"), ("350 cents", "350 cents"), ("一共18个", "18"), ("答案是18。", "18"),
+    ("The capital is Paris.", "Paris"),
 ]  # fmt: skip
 MORE_WRONG = [
     ("The answer is 5 and 6", "6"), ("5,6", "6"), ("5;6", "6"), ("5|6", "6"), ("5 & 6", "6"), ("5 vs 6", "6"),
@@ -489,6 +520,37 @@ MORE_WRONG = [
     ("The answer is -5", "- 5 x^{5} - x"), ("E=1,F=2", "A=1,B=2"), ("3\n0\n0", "0"), ("1 2\n3 4\n5 6", "3 4\n5 6"),
     ("3x^2 - 7x + 4", "4"), ("5x - 7y + 4 = 0", "0"), ("7(x+3)(x-3)", "7"), ("(10, 0), (0,0)", "0"), ("(-a,0)", "0"),
     ("6\\pi+2", "2"), ("\\frac{\\sqrt6}3", "3"), ("3s^2", "3"), ("$\\left(\\frac{17}{4},0\\right)$", "4"),
+    ("5 or more", "5"), ("5 and a half", "5"), ("5 or so", "5"), ("half of 10", "10"), ("50% of 10", "10"),
+    ("twice 9", "9"), ("the square root of 25", "25"), ("5 squared", "5"), ("the sum of 5 and 6", "6"),
+    ("5 to 6 apples", "6"), ("The answer is Paris (or London)", "Paris"), ("5 and a third", "5"),
+    ("20 percent of 5", "5"), ("3 out of 5", "5"), ("3 of 5", "5"), ("one of 5", "5"), ("5 factorial", "5"),
+    ("log of 5", "5"), ("5 choose 2", "5"), ("\\boxed{5} \\boxed{6}", "5"), ("\\boxed{\\frac{5}{6}}", "5"),
+    ("\\boxed{5x+6}", "6"), ("\\boxed{x^5}", "5"), ("\\boxed{5^6}", "5"), ("\\boxed{5 \\mod 6}", "5"),
+    ("\\boxed{5!}", "5"), ("\\boxed{5_6}", "5"), ("\\boxed{\\{5\\}}", "6"), ("\\boxed{5+6i}", "5"),
+    ("\\boxed{5\\%}", "5000"), ("\\boxed{\\text{5 or 6}}", "5"), ("\\boxed{5\\text{ or }6}", "6"),
+    ("\\boxed{5/6}", "6"), ("\\boxed{5:6}", "6"), ("\\boxed{(5)}", "6"), ("\\boxed{5\\sqrt{6}}", "5"),
+    ("\\boxed{\\sqrt{5}}", "5"), ("\\boxed{-\\sqrt{5}}", "5"), ("\\boxed{\\log 5}", "5"), ("\\boxed{5\\log 2}", "5"),
+    ("\\boxed{\\sin 5}", "5"), ("\\boxed{5\\theta}", "5"), ("\\boxed{\\theta=5}", "6"), ("\\boxed{5\\alpha}", "5"),
+    ("\\boxed{5n}", "5"), ("\\boxed{5 n}", "5"), ("\\boxed{n 5}", "5"), ("\\boxed{|5|}", "-5"),
+    ("\\boxed{\\lfloor 5.5 \\rfloor}", "5.5"), ("\\boxed{5\\times}", "6"), ("$5 x$", "5"), ("$5\\cdot x$", "5"),
+    ("5·x", "5"), ("5 * x", "5"), ("5 x + 1", "5"), ("a + 5", "5"), ("5 + a", "5"), ("5a + b", "5"), ("(5, 6)", "6"),
+    ("[5, 6]", "6"), ("{5, 6}", "6"), ("<5, 6>", "6"), ("\\langle 5,6\\rangle", "6"), ("5, a", "5"), ("a, 5", "5"),
+    ("5; a", "5"), ("x=5, y=6", "6"), ("x = 5 and y = 6", "6"), ("x: 5, y: 6", "6"), ("5 = x = 6", "5"),
+    ("5 ≠ 6", "6"), ("5 < 6", "6"), ("5 < x", "5"), ("x ∈ [5,6]", "6"), ("x → 5", "6"), ("5 ∪ 6", "6"),
+    ("5 mod 6", "6"), ("5 | 6", "6"), ("6 5", "5"), ("5\n6", "5"), ("5.6", "5"), ("5.6.7", "5"), ("5,6,7", "567"),
+    ("5-", "6"), ("5e", "5"), ("5e6", "5"), ("5E6", "6"), ("0x5", "5"), ("5h30", "5"), ("5'6\"", "5"),
+    ("5ft 6in", "6"), ("5 ft 6 in", "6"), ("5 hours 30 minutes", "30"), ("5 hours and 30 minutes", "30"),
+    ("$5 and 30 cents", "30"), ("2 dozen", "3"), ("5 lbs 6 oz", "6"),
+    ("I'd go with (C) or (D).", "C"), ("Answer: C or D", "C"), ("Step 1: 18\nStep 2: 20", "18"),
+    ("The answer is between 17 and 19, about 18?", "17"), ("18? I am not sure. Perhaps 19.", "18"),
+    ("I cannot determine the answer.", "18"), ("No answer", "no"), ("There is no answer.", "no"), ("None", "0"),
+    ("The answer is none of these.", "A"), ("To be or not to be", "to be"),
+    ("The answer is Paris, or London.", "Paris"), ("The answer is Paris; or London", "Paris"),
+    ("Answer: A\nAnswer: B", "A"), ("(A)\n(B)", "A"), ("<answer>5</answer><answer>6</answer>", "5"),
+    ("<answer>5</answer> Hmm, <answer>6</answer>", "5"), ("\\boxed{5}, no, \\boxed{6}", "5"), ("\\boxed{}", "5"),
+    ("\\boxed{5", "6"), ("####", "5"), ("The answer is", "5"), ("Answer:", "5"), ("<answer>", "5"), ("</think>", "5"),
+    ("5 </think>", "5"), ("5</think> 6", "5"), ("The capital is not Paris.", "Paris"),
+    ("It is Paris or London.", "Paris"), ("It is Paris and London.", "London"),
 ]  # fmt: skip
 
 
@@ -566,8 +628,8 @@ def test_many_answers_a_second():
         began = time.thread_time()
         assert all(map(is_correct, texts, answers))
         times.append(time.thread_time() - began)
-    # 5,000 a second is what training asks for; a third of it is asked of a machine that does other work.
-    assert len(texts) / min(times) > 1_700
+    # In the time of one core. 5,000 a second is what is promised of a server's; half of it is asked of any machine.
+    assert len(texts) / min(times) > 2_500
 
 
 def test_verdicts_are_the_same_in_every_thread():

@@ -111,10 +111,6 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["batches"]
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             for _ in range(kwargs["epoch"]):

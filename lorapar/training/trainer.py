@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import lorapar_kernels as lk
 
@@ -81,6 +82,7 @@ class PartitionedTrainer(Trainer):
     partition: Partition | None = None
     stage: StageName
     longest_first: bool = False
+    _sampler: Any = None
     watch: LossWatch | None = None
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
@@ -143,7 +145,14 @@ class PartitionedTrainer(Trainer):
         """Take the stage's largest batch through forward and backward; see rehearsal.py."""
         raise NotImplementedError
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self._sampler, LengthGroupedSampler):
+            # It would draw an epoch's order from whatever random state training, or resuming, has come to.
+            self._sampler.generator = torch.Generator().manual_seed(self.args.seed + kwargs["epoch"])
         # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

@@ -212,12 +212,13 @@ class PartitionedTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def checkpoint_files(self) -> list[str]:
-        """The files without which this process cannot go on from a checkpoint as if it had not been stopped."""
-        return [*CHECKPOINT_FILES, RANDOM_STATE.format(self._process())]
+        """The files without which no process can go on from a checkpoint as if it had not been stopped."""
+        return [*CHECKPOINT_FILES, *self._of_each_process(RANDOM_STATE)]
 
-    def _process(self) -> str:
-        """How transformers tells apart the files that each process of a distributed launch writes."""
-        return f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+    def _of_each_process(self, name: str) -> list[str]:
+        """The files that the processes write each, as transformers names them: all, so that all take one checkpoint."""
+        count = self.args.world_size
+        return [name.format(f"_{index}") for index in range(count)] if count > 1 else [name.format("")]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

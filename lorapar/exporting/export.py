@@ -100,7 +100,8 @@ def export(
         save_adapter(model, temporary, stage="final", stop_tokens=stops)
         tokenizer.save_pretrained(temporary)
         # The base where it was loaded from, and what the adapter calls it, which another machine finds.
-        name, called = base.name_or_path, read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
+        name = str(base.name_or_path)
+        called = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
         kind = _auto_class(name, source).__name__
         write_card(temporary, called, tokenizer, prompt, stops, merged=False, auto_class=kind)
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))

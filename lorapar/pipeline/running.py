@@ -264,10 +264,11 @@ def as_input_error(folder: Path) -> Iterator[None]:
         there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))
         if disk_is_full(error, there):
             raise InputError(f"{folder}: the disk is full; free some space and run the same command again") from error
-        ours = isinstance(error, OSError) and str(error.filename).startswith((str(folder), str(folder.absolute())))
+        if not isinstance(error, OSError):
+            raise
+        ours = str(error.filename).startswith((str(folder), str(folder.absolute())))
         # /proc has room for no file, and says that there is no such one.
-        no_place = ours and (error.errno in CANNOT_BE_WRITTEN or (error.errno == errno.ENOENT and there != folder))
-        if no_place:
+        if ours and (error.errno in CANNOT_BE_WRITTEN or (error.errno == errno.ENOENT and there != folder)):
             raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         raise
 

@@ -59,15 +59,19 @@ def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Written:
     return Written(int(text, 16 if text.startswith("0x") else 10), node.value)
 
 
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> Written:
+    return Written(loader.construct_yaml_float(node), node.value)
+
+
+def _construct_bool(loader: _Loader, node: yaml.ScalarNode) -> Written:
+    return Written(loader.construct_yaml_bool(node), node.value)
+
+
 _TAG = "tag:yaml.org,2002:"
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 _Loader.add_constructor(f"{_TAG}int", _construct_integer)
-_Loader.add_constructor(
-    f"{_TAG}float", lambda loader, node: Written(yaml.SafeLoader.construct_yaml_float(loader, node), node.value)
-)
-_Loader.add_constructor(
-    f"{_TAG}bool", lambda loader, node: Written(yaml.SafeLoader.construct_yaml_bool(loader, node), node.value)
-)
+_Loader.add_constructor(f"{_TAG}float", _construct_float)
+_Loader.add_constructor(f"{_TAG}bool", _construct_bool)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -104,25 +104,21 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     # num_iterations), and take the prompts of a later epoch in the order of the first.
 
     def checkpoint_files(self) -> list[str]:
-        return [*super().checkpoint_files(), ROLLOUTS.format(self._process())]
+        return [*super().checkpoint_files(), *self._of_each_process(ROLLOUTS)]
 
     def _save_rng_state(self, output_dir: str) -> None:
         # As each process's random numbers, and before the file that makes a checkpoint whole.
         super()._save_rng_state(output_dir)
         done = self._step % (cast(Any, self.args).steps_per_generation * self.num_iterations) == 0
         state = {"step": self._step, "batches": None if done else self._buffered_inputs}
-        torch.save(state, Path(output_dir) / ROLLOUTS.format(self._process()))
+        torch.save(state, Path(output_dir) / self._of_each_process(ROLLOUTS)[self.args.process_index])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / ROLLOUTS.format(self._process())
+            path = Path(checkpoint) / self._of_each_process(ROLLOUTS)[self.args.process_index]
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["batches"]
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import lorapar_kernels as lk
 
@@ -83,6 +84,7 @@ class PartitionedTrainer(Trainer):
     partition: Partition | None = None
     stage: StageName
     longest_first: bool = False
+    _sampler: Any = None
     watch: LossWatch | None = None
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
@@ -145,7 +147,14 @@ class PartitionedTrainer(Trainer):
         """Take the stage's largest batch through forward and backward; see rehearsal.py."""
         raise NotImplementedError
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self._sampler, LengthGroupedSampler):
+            # It would draw an epoch's order from whatever random state training, or resuming, has come to.
+            self._sampler.generator = torch.Generator().manual_seed(self.args.seed + kwargs["epoch"])
         # A run stopped after its last step goes on from a checkpoint of that step; transformers would take one more.
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
@@ -208,12 +217,13 @@ class PartitionedTrainer(Trainer):
         """`train` does it, from the checkpoints as they are then (best.py)."""
 
     def checkpoint_files(self) -> list[str]:
-        """The files without which this process cannot go on from a checkpoint as if it had not been stopped."""
-        return [*CHECKPOINT_FILES, RANDOM_STATE.format(self._process())]
+        """The files without which no process can go on from a checkpoint as if it had not been stopped."""
+        return [*CHECKPOINT_FILES, *self._of_each_process(RANDOM_STATE)]
 
-    def _process(self) -> str:
-        """How transformers tells apart the files that each process of a distributed launch writes."""
-        return f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+    def _of_each_process(self, name: str) -> list[str]:
+        """The files that the processes write each, as transformers names them: all, so that all take one checkpoint."""
+        count = self.args.world_size
+        return [name.format(f"_{index}") for index in range(count)] if count > 1 else [name.format("")]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

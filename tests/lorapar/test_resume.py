@@ -80,8 +80,9 @@ def test_kill_9_in_every_stage(recipe_file: Path, finished_run: Path, tmp_path: 
         # Two steps an epoch: in the second one, in the second pass over its completions.
         ("grpo", {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 3,
                   "per_device_train_batch_size": 64, "save_steps": 3}, 4, "checkpoint-3", 4),
-        ("sft", {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "save_steps": 3}, 4,
-         "checkpoint-3", 4),
+        # Two steps an epoch as well, with an order that is drawn anew for each.
+        ("sft", {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 3,
+                 "per_device_train_batch_size": 8, "save_steps": 3}, 4, "checkpoint-3", 4),
     ],
 )  # fmt: skip
 def test_a_stage_killed_anywhere_ends_bit_for_bit_as_one_that_was_not(

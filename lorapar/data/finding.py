@@ -5,6 +5,7 @@ closed holds no answer. In what remains an <answer> tag wins, else the last of `
 ...", else the last line. Only the end of a very long text is looked at, by patterns that take linear time.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ ANSWER_TAG = re.compile(r"<answer>", re.IGNORECASE)
 ANSWER_END = re.compile(r"</answer>", re.IGNORECASE)
 HASHES = re.compile(r"####(?!#)[ \t]*(?P<answer>[^\n]*)")
 STATED = re.compile(
-    r"\b(?:answer|(?:correct|right|best)[ \t]+(?:option|choice))(?:[ \t]+is\b|[ \t]*[:=])[ \t]*:?"
+    r"\b(?:answer|(?:correct|right|best)[ \t]+(?:option|choice))(?:[ \t]+is\b|[ \t]*[:=]|[ \t]+[-–—][ \t])[ \t]*:?"
     # A heading in any depth: "### Final Answer" on a line of its own.
     r"|^[ \t]*(?:#{1,6}[ \t]*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*$"
     r"|^[ \t]*(?:the[ \t]+)?final[ \t]+answer[ \t]*$"
@@ -24,7 +25,11 @@ STATED = re.compile(
 )
 # A text without any of these states nothing.
 STATING = ("nswer", "NSWER", "ption", "hoice", "答案")
-BOXED = re.compile(r"\\f?boxed\s{0,3}\{")
+BOXED = re.compile(r"\\(?:f?boxed|fbox)\s{0,3}\{")
+# LaTeX takes one letter or number without braces.
+BARE_BOX = re.compile(r"\\(boxed|fbox)[ \t]+([^\s${}\\]{1,60})")
+# Of a JSON object: what follows is read by a JSON decoder.
+KEY = re.compile(r'"(?:final[_ ]?)?answer"\s{0,9}:\s{0,9}', re.IGNORECASE)
 
 # What opens and closes a thought, in lower case.
 THOUGHTS = [
@@ -61,7 +66,7 @@ def spoken(text: str) -> str:
 # Markdown
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
-PROSE = {"", "text", "txt", "plaintext", "plain", "md", "markdown", "latex", "tex", "math", "answer", "output"}
+PROSE = {"", "json", "text", "txt", "plaintext", "plain", "md", "markdown", "latex", "tex", "math", "answer", "output"}
 CODE = re.compile(r"`([^`\n]+)`")
 # ** and * around words: not between the parts of 2**3, 2*x or 3 * 4.
 STRONG = re.compile(r"(?<![\w*)\]])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+)(?<!\s)\*\*(?![\w*(])")
@@ -218,7 +223,9 @@ def _sentences(text: str) -> list[str]:
 def _marked(text: str) -> tuple[int, Found] | None:
     r"""The last of \boxed{} and ####."""
     found = []
-    box, hashes = _last_boxes(text) if "boxed" in text else None, _last_hashes(text) if "####" in text else None
+    if "\\boxed " in text or "\\fbox " in text:
+        text = BARE_BOX.sub(r"\\\1{\2}", text)
+    box, hashes = _last_boxes(text) if "box" in text else None, _last_hashes(text) if "####" in text else None
     if box and box[1]:
         # Braces that do not pair: all up to the text's last one.
         rest = text[text.index("{", box[0]) + 1 :].rpartition("}")[0].strip()
@@ -231,14 +238,26 @@ def _marked(text: str) -> tuple[int, Found] | None:
 
 
 def _stated(text: str) -> tuple[int, Found] | None:
-    """The last "answer is ..." that has something after it."""
+    """The last "answer is ..." that has something after it, or the last "answer" of a JSON object."""
     if not any(word in text for word in STATING):
         return None
+    keys = list(KEY.finditer(text)) if 'nswer"' in text else []
+    if keys:
+        return _in_json(text, keys[-1])
     for match in reversed(list(STATED.finditer(text))[-12:]):
         readings = _sentences(text[match.end() :])
         if readings:
             return match.start(), Found(tuple(readings), "stated")
     return None
+
+
+def _in_json(text: str, key: re.Match[str]) -> tuple[int, Found] | None:
+    """(position, value) of a key of a JSON object: a text without its quotes, anything else as it stands."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, key.end())
+    except (ValueError, RecursionError):
+        return None
+    return key.start(), Found((value.strip() if isinstance(value, str) else text[key.end() : end],), "stated")
 
 
 def _in_tag(text: str) -> str | None:

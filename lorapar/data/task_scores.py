@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import InputError, not_installed
 from .answers import extract_answer, is_correct, marked_answer
+from .finding import spoken
 
 # The columns that a row's verdict depends on.
 JUDGED_BY = ("answer", "task", "metadata", "task_config")
@@ -74,7 +75,7 @@ def score_by_task(completion: str, row: Mapping[str, Any]) -> float | None:
         return None
     return max(
         _score(text, row["task"], _config(row), _gold(row), metadata)
-        for text in dict.fromkeys(_readings(_said(completion)))
+        for text in dict.fromkeys(_readings(spoken(completion).strip()))
     )
 
 
@@ -88,7 +89,7 @@ def is_right(completion: str, row: Mapping[str, Any]) -> bool:
         return is_correct(completion, row.get("answer") or "")
     # An answer in another form than the scorer knows ("7.", "5 + 2 = 7") is right where nothing but the value counts.
     plain = is_number(row) or re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", _gold(row)) is not None
-    return score_by_task(completion, row) == 1 or (plain and is_correct(_said(completion), _gold(row)))
+    return score_by_task(completion, row) == 1 or (plain and is_correct(spoken(completion).strip(), _gold(row)))
 
 
 def is_number(row: Mapping[str, Any]) -> bool:
@@ -155,12 +156,6 @@ def _config(row: Mapping[str, Any]) -> str:
 
 def _gold(row: Mapping[str, Any]) -> str:
     return str(row.get("answer") or "").strip()
-
-
-def _said(completion: str) -> str:
-    """What follows the thinking; nothing where it never ends."""
-    _, _, said = completion.rpartition("</think>")
-    return "" if "<think>" in said else said.strip()
 
 
 def _readings(said: str) -> list[str]:

@@ -466,6 +466,10 @@ MORE_RIGHT = [
     ("The answer is 1,234,567 people.", "1234567"), ("It weighs 1.5 kg", "1.5 kg"), ("1.5 kg", "1.5"),
     ("$3.50", "3.5"), ("3.50 dollars", "$3.50"), ("350 cents", "350 cents"), ("一共18个", "18"), ("答案是18。", "18"),
     ("The capital is Paris.", "Paris"),
+    ("\\fbox{18}", "18"), ("So $\\boxed 5$.", "5"), ("\\boxed -3", "-3"), ("Answer - 42", "42"), ("Answer — 42", "42"),
+    ('{"answer": 18}', "18"), ('{"reasoning": "9 * 2", "answer": "18 dollars"}', "18"), ('{"answer": "Paris"}', "Paris"),
+    ('```json\n{"work": "17 + 1 = 18",\n "final_answer": 18}\n```', "18"),
+    ('{"answer": "the \\"Ritz\\""}', "the Ritz"), ('{"answer": [1, 2]}', "[1, 2]"),
 ]  # fmt: skip
 MORE_WRONG = [
     ("The answer is 5 and 6", "6"), ("5,6", "6"), ("5;6", "6"), ("5|6", "6"), ("5 & 6", "6"), ("5 vs 6", "6"),
@@ -551,6 +555,9 @@ MORE_WRONG = [
     ("\\boxed{5", "6"), ("####", "5"), ("The answer is", "5"), ("Answer:", "5"), ("<answer>", "5"), ("</think>", "5"),
     ("5 </think>", "5"), ("5</think> 6", "5"), ("The capital is not Paris.", "Paris"),
     ("It is Paris or London.", "Paris"), ("It is Paris and London.", "London"),
+    ("\\fbox{18}", "8"), ("\\boxed 5", "6"), ("Answer - 42", "-42"), ("Answer -42", "42"),
+    ('{"answer": 17, "other": 18}', "18"), ('{"answer": "5 or 6"}', "6"), ('{"answer": ', "5"), ('{"answer": 5', "6"),
+    ('{"answer": "not 5"}', "5"), ('{"answer": [1, 2]}', "2"), ('{"answer": ' + "[" * 9000, "5"),
 ]  # fmt: skip
 
 

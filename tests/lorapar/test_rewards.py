@@ -467,7 +467,8 @@ MORE_RIGHT = [
     ("$3.50", "3.5"), ("3.50 dollars", "$3.50"), ("350 cents", "350 cents"), ("一共18个", "18"), ("答案是18。", "18"),
     ("The capital is Paris.", "Paris"),
     ("\\fbox{18}", "18"), ("So $\\boxed 5$.", "5"), ("\\boxed -3", "-3"), ("Answer - 42", "42"), ("Answer — 42", "42"),
-    ('{"answer": 18}', "18"), ('{"reasoning": "9 * 2", "answer": "18 dollars"}', "18"), ('{"answer": "Paris"}', "Paris"),
+    ('{"answer": 18}', "18"), ('{"reasoning": "9 * 2", "answer": "18 dollars"}', "18"),
+    ('{"answer": "Paris"}', "Paris"),
     ('```json\n{"work": "17 + 1 = 18",\n "final_answer": 18}\n```', "18"),
     ('{"answer": "the \\"Ritz\\""}', "the Ritz"), ('{"answer": [1, 2]}', "[1, 2]"),
 ]  # fmt: skip

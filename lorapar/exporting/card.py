@@ -23,14 +23,16 @@ model = {auto_class}.from_pretrained("this folder")"""
 
 
 def write_card(
-    folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list[int], merged: bool, auto_class: str
-) -> None:
+    folder: Path, base: str, tokenizer: Any, prompt: Any, stops: list[int], merged: bool, auto_class: str,
+    weights: str = "",
+) -> None:  # fmt: skip
     """Write `folder`/README.md.
 
     Args:
         base: the base model's name. prompt: text or messages, shown as tokens make of it what every stage was given.
         stops: the ids that end an answer. merged: the folder holds a whole model, not an adapter.
-        auto_class: the transformers class that loads the base as what it is.
+        auto_class: the transformers class that loads the base as what it is. weights: how those that were trained on
+            differ from the base's own.
     """
     shown = tokenizer.decode(prompt_ids({"prompt": prompt}, tokenizer))
     fence = "````"
@@ -58,6 +60,14 @@ def write_card(
         "[LoRA-PAR](https://huggingface.co/papers/2507.20999): SFT of the System 1 elements, then GRPO of the System 2 "
         "elements.",
         "",
+        *(
+            [
+                f"It was trained on that model's weights {weights}; on the model's own it answers a little differently.",
+                "",
+            ]
+            if weights and not merged
+            else []
+        ),
         "```python",
         code.format(auto_class=auto_class, base=base),
         "```",

@@ -32,6 +32,7 @@ from ..errors import InputError
 from ..files import atomic_folder, read_json, write_json
 from ..model.generate import stop_tokens
 from ..model.load import auto_class
+from ..model.locate import ALIAS_ORIGIN, ALIAS_WEIGHTS
 from ..model.quantised import given_form
 from .card import QUESTION, write_card
 
@@ -103,7 +104,8 @@ def export(
         name = str(base.name_or_path)
         called = read_json(temporary / "adapter_config.json")["base_model_name_or_path"]
         kind = _auto_class(name, source).__name__
-        write_card(temporary, called, tokenizer, prompt, stops, merged=False, auto_class=kind)
+        weights = ALIAS_WEIGHTS if called == ALIAS_ORIGIN != name else ""
+        write_card(temporary, called, tokenizer, prompt, stops, merged=False, auto_class=kind, weights=weights)
         plain = PeftModel.from_pretrained(_load_plain(name, base_dtype, source, base if form else None), str(temporary))
         if form is None:
             plain = plain.to(probe.device)

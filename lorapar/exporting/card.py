@@ -43,6 +43,7 @@ def write_card(
         if isinstance(prompt, list)
         else "as text"
     )
+    differs = f"It was trained on that model's weights {weights}; on the model's own its answers differ a little."
     text = auto_class == "AutoModelForCausalLM"
     code = MERGED if merged else ADAPTER if text else ADAPTER_OF_WRAPPER
     lines = [
@@ -60,14 +61,7 @@ def write_card(
         "[LoRA-PAR](https://huggingface.co/papers/2507.20999): SFT of the System 1 elements, then GRPO of the System 2 "
         "elements.",
         "",
-        *(
-            [
-                f"It was trained on that model's weights {weights}; on the model's own it answers a little differently.",
-                "",
-            ]
-            if weights and not merged
-            else []
-        ),
+        *([differs, ""] if weights and not merged else []),
         "```python",
         code.format(auto_class=auto_class, base=base),
         "```",

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError, not_installed
-from .answers import extract_answer, is_correct, marked_answer
-from .finding import spoken
+from .answers import is_correct
+from .finding import find, marked_answer, spoken
 
 # The columns that a row's verdict depends on.
 JUDGED_BY = ("answer", "task", "metadata", "task_config")
@@ -89,7 +89,7 @@ def is_right(completion: str, row: Mapping[str, Any]) -> bool:
         return is_correct(completion, row.get("answer") or "")
     # An answer in another form than the scorer knows ("7.", "5 + 2 = 7") is right where nothing but the value counts.
     plain = is_number(row) or re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", _gold(row)) is not None
-    return score_by_task(completion, row) == 1 or (plain and is_correct(spoken(completion).strip(), _gold(row)))
+    return score_by_task(completion, row) == 1 or (plain and is_correct(completion, _gold(row)))
 
 
 def is_number(row: Mapping[str, Any]) -> bool:
@@ -160,12 +160,13 @@ def _gold(row: Mapping[str, Any]) -> str:
 
 def _readings(said: str) -> list[str]:
     """What of a text may be the answer."""
-    stated, marked = extract_answer(said).strip(), marked_answer(said)
+    found, marked = find(said), marked_answer(said)
+    stated = [*found.readings] if found else []
     if marked:
-        return [stated, marked]
+        return [*stated, marked]
     # A block of code at the end, or what follows the last line that ends in a colon.
     block = re.search(r"```[^\n`]*\n([^`]*)```$", said)
-    return [stated, block[1].strip() if block else re.split(r":[ \t*]*\n", said)[-1].strip(), said]
+    return [*stated, block[1].strip() if block else re.split(r":[ \t*]*\n", said)[-1].strip(), said]
 
 
 # The scorer

@@ -62,7 +62,7 @@ def closeness(prompts, completions, completion_ids=None, **columns) -> list[floa
             return 1.0
         if of_task(row) and not is_number(row):
             return 0.0
-        found, wanted = last_number(without_latex(extract_answer(text))), last_number(without_latex(row["answer"]))
+        found, wanted = last_number(without_latex(extract_answer(text))), last_number(without_latex(str(row["answer"])))
         if found is None or wanted is None:
             return 0.0
         # exp(−700) is 0 as a float already; a larger Fraction would not fit one.
@@ -282,13 +282,17 @@ class CheckedReward:
                                f"{self._row(given, place)}; expected a number or None "
                                f"({_place_of(None, self.reward)})")  # fmt: skip
         # TRL keeps them in fp32, and a reward beyond it would make every weight nan.
-        if not abs(float(value)) <= FP32_MAX:
+        try:
+            number = float(value)
+        except OverflowError:  # an integer or a fraction beyond any float
+            number = math.inf
+        if not abs(number) <= FP32_MAX:
             if not self.not_finite:
                 log.warning("%s: %s returned %s for %s; it counts as None, and so do later ones",
                             self.at, self.name, value, self._row(given, place))  # fmt: skip
             self.not_finite += 1
             return None
-        return float(value)
+        return number
 
 
 class AsyncCheckedReward(CheckedReward):

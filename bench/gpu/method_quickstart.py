@@ -21,7 +21,7 @@ from bench.workers import die_with_the_parent
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "examples/quickstart.yaml"
-NEEDED = "trl", "datasets", "reasoning_gym", "math_verify", "gguf", "matplotlib"
+NEEDED = "trl", "datasets", "reasoning_gym", "gguf", "matplotlib"
 STAGES = "base", "sft", "grpo"
 
 

@@ -37,6 +37,8 @@ FURTHER = "further_completions_of_held_out"  # in the report of a source
 TAKEN_COLUMNS = (
     *("id", "split", "source", "text", "conversations", "chosen", "rejected", "image", "images"),
     *("input_ids", "labels", "attention_mask", "completion_mask", "completion_ids", "assistant_masks"),
+    # What a reward is given beside the row's columns.
+    *("prompts", "completions", "trainer_state", "log_extra", "log_metric"),
 )
 # GSM8K writes its calculator's work into the answer: 48/2 = <<48/2=24>>24.
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")

@@ -36,6 +36,8 @@ EXAMPLES = {
 BY_OPTIONS = ("arc_agi", "decimal_arithmetic", "polynomial_equations", "puzzle24", "rearc", "time_intervals",
               "word_ladder")  # fmt: skip
 SECONDS = 5.0
+# What some scorers print is caught by replacing sys.stdout, which all threads share.
+ONE_AT_A_TIME = threading.Lock()
 
 # What may be handed to a scorer that evaluates it, or that counts by it. Every repeat is possessive: no text makes
 # the match itself slow.
@@ -86,7 +88,7 @@ def is_right(completion: str, row: Mapping[str, Any]) -> bool:
     `is_correct`. Of any other row: `is_correct` alone.
     """
     if _metadata(row) is None:
-        return is_correct(completion, row.get("answer") or "")
+        return is_correct(completion, _gold(row))
     # An answer in another form than the scorer knows ("7.", "5 + 2 = 7") is right where nothing but the value counts.
     plain = is_number(row) or re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", _gold(row)) is not None
     return score_by_task(completion, row) == 1 or (plain and is_correct(completion, _gold(row)))
@@ -104,7 +106,7 @@ def of_task(row: Mapping[str, Any]) -> bool:
 
 def has_answer(row: Mapping[str, Any]) -> bool:
     """Whether a completion of the row can be right at all."""
-    return bool(str(row.get("answer") or "").strip())
+    return bool(_gold(row))
 
 
 def check_tasks(rows: Iterable[Mapping[str, Any]]) -> None:
@@ -145,7 +147,7 @@ def _metadata(row: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("source_dataset") == task else None
 
@@ -155,7 +157,8 @@ def _config(row: Mapping[str, Any]) -> str:
 
 
 def _gold(row: Mapping[str, Any]) -> str:
-    return str(row.get("answer") or "").strip()
+    answer = row.get("answer")
+    return "" if answer is None else str(answer).strip()
 
 
 def _readings(said: str) -> list[str]:
@@ -180,9 +183,10 @@ def _score(text: str, task: str, config: str, gold: str, metadata: dict[str, Any
     if task in FORMS and not FORMS[task].fullmatch(text):
         return 0.0
     try:
-        given = within(SECONDS, lambda: _call(task, config, text, _entry(task, gold, metadata)))
-        if given == 1 and task in STRICTER and not STRICTER[task](text, gold, metadata):
-            given = 0.0
+        with ONE_AT_A_TIME:
+            given = within(SECONDS, lambda: _call(task, config, text, _entry(task, gold, metadata)))
+            if given == 1 and task in STRICTER and not STRICTER[task](text, gold, metadata):
+                given = 0.0
     except InputError:
         raise
     except Exception:  # another package's code on a model's text
@@ -309,9 +313,9 @@ def within(seconds: float, call: Callable[[], float]) -> float:
             wait = 0.2
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     try:
         try:
+            watcher.start()
             return call()
         finally:
             with lock:
@@ -320,4 +324,5 @@ def within(seconds: float, call: Callable[[], float]) -> float:
             raise_in(thread, None)
     except OutOfTime:
         over.set()
+        raise_in(thread, None)
         return 0.0

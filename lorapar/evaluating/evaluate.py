@@ -21,6 +21,8 @@ from ..rewards import Reward, accuracy, check_call, checked, is_async, resolve_r
 log = logging.getLogger("lorapar")
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 RESAMPLES = 2000
+# What a metric is given of each answer, whatever columns the rows have.
+GIVEN = ("prompt", "prompts", "completions", "completion_ids")
 GROUPS = ("all", "system1", "system2")
 
 
@@ -111,8 +113,8 @@ def resolve_metric(metric: str | Reward | None) -> Reward:
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The columns that a metric is given."""
-    return [name for name in {name: None for row in rows for name in row} if name not in ("prompt", "completion_ids")]
+    """The columns that a metric is given; none may stand for what the model has answered."""
+    return [name for name in {name: None for row in rows for name in row} if name not in GIVEN]
 
 
 def _values(reward: Reward, rows: list[dict[str, Any]], completions: list[str], tokenizer: Any) -> list[float | None]:

@@ -51,8 +51,8 @@ def accuracy(run: Artefacts, figures: Figures) -> str:
     present = [key for key in SYSTEMS if all(by.means[step].get(key) is not None for step in steps)]
     if not present:
         return (
-            '<p class="absent">No held-out row has an answer, so none could be judged; the recipe\'s '
-            "evaluate.metric takes a function that needs none.</p>"
+            '<p class="absent">The metric gave no value for the held-out rows (accuracy gives none without an answer); '
+            "the recipe's evaluate.metric takes another function.</p>"
         )
 
     def interval(step: str, key: str) -> Sequence[float] | None:

@@ -44,7 +44,7 @@ log = logging.getLogger("lorapar")
 # In a checkpoint, of each process: the completions that it has generated and not yet trained on.
 ROLLOUTS = "rollouts{}.pt"
 # Ours, or the completion that GRPO makes itself; the rest reaches the rewards by name.
-NOT_FOR_REWARDS = ("completion", "split", "votes", "agreement", "teachers")
+NOT_FOR_REWARDS = ("completion", "split", "votes", "agreement", "teachers", "prompts", "completions")
 
 
 class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):

@@ -88,6 +88,18 @@ def test_rows_without_an_answer_are_counted_apart(monkeypatch, metric):
     assert evaluated(monkeypatch, ["1"] * 10, metric, none)["accuracy"] == {}
 
 
+def test_no_column_of_a_row_stands_for_what_the_model_has_answered(monkeypatch):
+    rows = [{**row, "completions": row["answer"], "prompts": "?", "completion_ids": [1]} for row in ROWS]
+    assert evaluated(monkeypatch, ["no"] * 10, None, rows)["accuracy"]["all"] == 0.0
+
+
+def test_an_answer_may_be_a_number(monkeypatch):
+    rows = [{**row, "answer": int(row["answer"])} for row in ROWS]
+    given = [str(row["answer"]) for row in rows]
+    assert evaluated(monkeypatch, given, None, rows)["accuracy"]["all"] == 1.0
+    assert evaluated(monkeypatch, given, "closeness", rows)["mean"]["all"] == 1.0
+
+
 def test_a_metric_of_the_user_s_by_name_async_and_in_chat_form(monkeypatch, tmp_path):
     (tmp_path / "my_metrics_of_the_test.py").write_text(
         "async def words(completions, **_):\n    return [len(c[0]['content'].split()) for c in completions]\n"

@@ -498,4 +498,4 @@ def test_held_out_rows_without_an_answer_leave_a_page(tmp_path):
     empty = {"base": {}, "sft": {}, "grpo": {}}
     none = {step: {"all": 9} for step in empty}
     write_json(tmp_path / "metrics.json", {"accuracy": empty, "interval": empty, "n": {}, "none": none})
-    assert "No held-out row has an answer" in Page(report(tmp_path).read_text()).text["accuracy"]
+    assert "The metric gave no value for the held-out rows" in Page(report(tmp_path).read_text()).text["accuracy"]

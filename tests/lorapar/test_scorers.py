@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import threading
 import time
 
@@ -26,7 +27,8 @@ NOT_HERE = ("boxnet", "rush_hour", "composite", "knight_swap")
 @functools.cache
 def rows_of(task, size=1, seed=7, **options):
     """Rows as a labelled file holds them."""
-    rows = read_source(SourceConfig(name=f"reasoning_gym:{task}", size=size, seed=seed, config=options))
+    source = SourceConfig(name=f"reasoning_gym:{task}", size=size, seed=seed, config=options)
+    rows = [row for _, row in read_source(source)]
     return json.loads(json.dumps([{**row, "id": f"{task} {i}"} for i, row in enumerate(rows)]))
 
 
@@ -228,6 +230,32 @@ def test_a_scorer_is_stopped_in_any_thread_and_nothing_later_is(in_thread):
         run()
     assert found[:3] == [0.0, 1.0, 0.5]
     assert found[3] < 3
+
+
+def test_a_call_that_never_began_is_not_struck_later(monkeypatch):
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        within(0.05, lambda: 1.0)
+    monkeypatch.undo()
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        sum(range(1000))
+
+
+def test_threads_that_score_together_leave_stdout_as_it_was():
+    shown, row = sys.stdout, {"answer": "1 + 2", "task": "countdown", "metadata": json.dumps(
+        {"source_dataset": "countdown", "numbers": [1, 2], "target": 3})}  # fmt: skip
+    threads = [threading.Thread(target=lambda: [score_by_task("2 + 1", row) for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.stdout is shown
 
 
 def test_columns_of_the_same_names_that_are_no_task_s_are_left_alone():

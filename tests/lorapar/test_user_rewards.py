@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,12 @@ def test_nan_is_said_once_with_its_row_and_counted(tmp_path, caplog):
     assert len(said) == 2
     assert re.search(r"returned nan for completion 1, whose completion begins '.*'; it counts as None", said[0])
     assert re.search(r"grpo: 2 values of .* were nan or infinite and counted as None", said[1])
+
+
+def test_a_number_beyond_every_float_counts_as_none():
+    checked_one = checked(lambda completions, **_: [10**400, Fraction(10**400), 10**39, 2.0])
+    assert checked_one(["?"] * 4, ["a"] * 4) == [None, None, None, 2.0]
+    assert checked_one.not_finite == 3
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

@@ -38,6 +38,7 @@ from lorapar.files import read_json, read_jsonl, sha256_json
 from lorapar.model.load import best_dtype
 from lorapar.pipeline.records import records
 from lorapar.recipe.reading import load_recipe, read_recipe
+from lorapar.recipe.values import plain
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "examples/quickstart.yaml"
@@ -432,7 +433,8 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
 
 def recipe_digest(recipe: Path = ROOT / RECIPE) -> str:
     """Of what the recipe and those that it extends say, so that another recipe's lines are not taken for its own."""
-    return sha256_json({key: value for key, value in read_recipe(recipe).items() if key != "output_dir"})
+    said = plain(read_recipe(recipe))
+    return sha256_json({key: value for key, value in said.items() if key != "output_dir"})
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def test_a_run_on_several_completions_asks_each_prompt_once(tiny_folder: Path, t
 def test_a_prompt_of_both_systems_is_put_aside_whole():
     rows = [{"id": f"{i // 2}", "prompt": "p", "completion": f"{i}", "system": 1 + i % 2, "split": "train"}
             for i in range(8)]  # fmt: skip
-    rest, aside = put_aside(Dataset.from_list(rows), 1, 2)
+    rest, aside = put_aside(Dataset.from_list(rows), [1], 2)
     assert (len(rest), len(aside), set(aside["system"])) == (4, 2, {1})
     assert not set(rest["id"]) & set(aside["id"])
     assert once_a_prompt(rest)["completion"] == [rest[0]["completion"], rest[2]["completion"]]

@@ -44,6 +44,7 @@ from .numbers import (
     SEVERAL,
     Number,
     equal,
+    is_rounding,
     read_number,
     whole_number,
     with_decimal_comma,
@@ -233,7 +234,8 @@ def _members(text: str) -> Members | None:
         left, inside, right = enclosed
         values = _split(inside, words=False)
         if left == "{" and right == "}":
-            return Members("{", tuple(_signs(values)))
+            # A set's member may be said twice.
+            return Members("{", tuple({_tight(value): value for value in _signs(values)}.values()))
         if len(values) >= 2:
             return Members(left + right, tuple(values))
         return _members(inside) if left == "(" and right == ")" and _enclosed(inside) else None
@@ -366,8 +368,8 @@ def _relation(text: str) -> bool:
 
 
 def _same_members(given: Members, gold: Members, depth: int) -> bool:
-    if len(given.values) > len(gold.values) and given.kind == "{":
-        # A set's member may be said twice.
+    if given.kind == "{" and all(_enclosed(value) for value in given.values):
+        # A point may be said twice; 1, 2, 2 is another list than 1, 2.
         given = Members("{", tuple({_tight(value): value for value in given.values}.values()))
     if len(given.values) != len(gold.values) or len(gold.values) > 40:
         return False
@@ -456,7 +458,7 @@ def _is_rounded(given: str, wanted: algebra.Node) -> bool:
         return False
     if isinstance(value, Fraction) or abs(value.imag) > 0:
         return False
-    return abs(float(number.value) - value.real) < 10.0**-number.decimals
+    return is_rounding(number, Fraction(value.real))
 
 
 # Right or wrong

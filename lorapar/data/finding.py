@@ -137,7 +137,7 @@ BETWEEN = re.compile(
     r"(?:(?:\\text\s?\{\s*)?(?:for part \(\w\)\s*)?(?:and|or)\b\s*\}?|\\q?quad|\\[()\[\],;! ]|[\s$,;.&(){}]"
     r"|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s*=)*"
 )
-PERCENT = re.compile(r"\s*\$?\s*(\\?%|percent\b|pct\b)")
+PERCENT = re.compile(r"\s*+(?:\$\s*+)?(\\?%|percent\b|pct\b)")
 HEDGED = re.compile(r"\s*or\b", re.IGNORECASE)
 
 
@@ -319,7 +319,7 @@ def _last_line(text: str, raw: str) -> Found | None:
         if bold:
             readings.append(bold)
     # "5 because 2 + 3 = 5": what explains a line's one beginning.
-    clause = re.search(r",?\s+(?:because|since)\b", readings[-1])
+    clause = re.search(r",?(?<!\s)\s+(?:because|since)\b", readings[-1])
     if clause and clause.start() <= 60 and len(re.findall(r"\S+", readings[-1][: clause.start()])) <= 4:
         readings.append(readings[-1][: clause.start()])
     return Found(tuple(reading for index, reading in enumerate(readings) if reading not in readings[:index]), "")

@@ -27,6 +27,7 @@ FRACTION = re.compile(
 GROUPED = re.compile(r"\d{1,3}(?:,\d{2,3})*,\d{3}")
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,; !]|[\u00a0\u2009\u202f\u2007'’_]|\{,\}|,\\!\s?)\d{3})+)(?!\d)")
 LOOSE = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d.,]*\d)")
+SPACES = re.compile(r"\s{2,}")
 VULGAR = {sign: unicodedata.normalize("NFKC", sign).replace("⁄", "/") for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"}
 SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -93,7 +94,9 @@ def without_latex(text: str) -> str:
         text = text.replace("−", "-").replace("–", "-").replace("°", "").replace("\u00a0", " ").replace("\u202f", " ")
     elif "'" in text or "_" in text:
         text = SPACED.sub(lambda match: re.sub(r"[^\d]", "", match[1]), text)
-    return text.replace("{,}", ",").strip()
+    text = text.replace("{,}", ",").strip()
+    # One space where there are several: patterns that try each of many places take for ever.
+    return SPACES.sub(lambda match: "\n" if "\n" in match[0] else " ", text) if SPACES.search(text) else text
 
 
 def _as_slash(match: re.Match) -> str:
@@ -382,7 +385,7 @@ WORD_AFTER = re.compile(rf"\s*(?:[a-z]+\s+)?(?:or|to)\s+(?:{NAMES})\b", re.IGNOR
 
 # A word of two letters or more, one letter that stands for a unit, or a letter of another alphabet; x is no unit.
 UNIT = (
-    r"(?:°?(?:(?!(?:and|or|to|plus|minus|than|not|but|half|mod|choose|squared|cubed|factorial|of)\b)[^\W\d_]{2,}(?:[-/'’][^\W\d_]+)*|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
+    r"(?:°?(?:(?!(?:and|or|to|plus|minus|than|not|but|half|mod|choose|squared|cubed|factorial|of)\b)[^\W\d_]{2,}+(?:[-/'’][^\W\d_]++)*+|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
     r"|[^\W\d_a-zA-Z])(?:\^\{?-?\d\}?|[²³])?\.?|°)"
 )
 WHOLE = re.compile(
@@ -438,6 +441,12 @@ def equal(given: Number, gold: Number) -> bool:
     return any(value == given.value or _rounded(value, gold, given) for value in values)
 
 
+def is_rounding(rounded: Number, exact: Fraction) -> bool:
+    """True where a number is an exact one to as many decimals as it has, rounded or cut off."""
+    short, unit = abs(exact) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
+    return exact * rounded.value >= 0 and -unit / 2 <= short < unit
+
+
 def _rounded(value: Fraction, gold: Number, given: Number) -> bool:
     """True for a fraction whose decimals do not end and six or more of its digits, and for two floats' last bits."""
     if not gold.decimals and not given.decimals:
@@ -453,6 +462,6 @@ def _rounded(value: Fraction, gold: Number, given: Number) -> bool:
         return True
     for exact, rounded in ((value, given), (given.value, gold)):
         endless = 10**20 % exact.denominator != 0 if exact.denominator < 10**20 else False
-        if endless and rounded.decimals and rounded.digits >= 6 and distance < Fraction(1, 10**rounded.decimals):
+        if endless and rounded.decimals and rounded.digits >= 6 and is_rounding(rounded, exact):
             return True
     return False

@@ -561,13 +561,27 @@ MORE_WRONG = [
     ('{"answer": "not 5"}', "5"), ('{"answer": [1, 2]}', "2"), ('{"answer": ' + "[" * 9000, "5"),
 ]  # fmt: skip
 
+# What floats cannot tell apart, or say about every sign.
+WRONG_EXPRESSIONS = [
+    ("e^{-1000}", "0"), ("e^{-2000}", "e^{-1000}"), (r"(1/\pi)^{5000}", "0"), ("e^{1001x}", "e^{1000x}"),
+    ("x^2e^{-10000x^2}", "e^{-10000x^2}"), (r"\sin\pi/10^{16}", "0"), (r"\sin\pi+10^{-17}", "0"), ("e^{-600}+1", "1"),
+    (r"\pi+10^{-17}", r"\pi"), ("|a-c|", "a-c"), ("|p-x|", "p-x"), (r"\sqrt{(a+b)^2}", "a+b"), ("|ab|", "ab"),
+    ("|xy|", "xy"), (r"\sqrt{x^2}", "x"), ("|m||n|", "mn"), ("|abc|", "abc"),
+    ("1,2,2", "1,2"), (r"\boxed{1,2,2}", "1,2"), ("0.333334", "1/3"), ("333333.4", "1000000/3"), ("0.666668", "2/3"),
+    ("3.141594", r"\pi"),
+]  # fmt: skip
+RIGHT_EXPRESSIONS = [
+    ("0.333333", "1/3"), ("0.666666", "2/3"), ("0.666667", "2/3"), ("3.141593", r"\pi"), ("3.141592", r"\pi"),
+    (r"\{1,2,2\}", r"\{1,2\}"), ("(1,2), (3,4), (1,2)", "(1,2),(3,4)"),
+]  # fmt: skip
 
-@pytest.mark.parametrize(("completion", "answer"), [*RIGHT, *MORE_RIGHT])
+
+@pytest.mark.parametrize(("completion", "answer"), [*RIGHT, *MORE_RIGHT, *RIGHT_EXPRESSIONS])
 def test_right_answers_are_right(completion, answer):
     assert is_correct(completion, answer)
 
 
-@pytest.mark.parametrize(("completion", "answer"), [*WRONG, *MORE_WRONG])
+@pytest.mark.parametrize(("completion", "answer"), [*WRONG, *MORE_WRONG, *WRONG_EXPRESSIONS])
 def test_wrong_answers_are_wrong(completion, answer):
     assert not is_correct(completion, answer)
 
@@ -610,6 +624,14 @@ def test_long_texts_are_decided_within_50_ms(length, every):
         for form in ("{}", "answer is {}", r"\boxed{{{}}}", "<answer>{}5"):
             text = form.format(fragment * (length // len(fragment)))
             assert all(is_fast(text, answer) for answer in ("5", "x^2+1", "Paris")), (form, fragment)
+
+
+def test_one_word_of_many_letters_and_many_spaces_take_no_time():
+    for text in ("1" + "e" * 590 + "@", "1" + "万" * 590 + "@", "1 " + "ab " * 190 + "@", "a" + " " * 9900 + "b",
+                 "\\boxed{18}" + " " * 9900 + "B", "\\boxed{18}" + "\t" * 9900 + "B", "x =" + " " * 590 + "b",
+                 "x =" + " \n" * 290 + "b"):  # fmt: skip
+        for form in ("{}", "answer is {}", r"\boxed{{{}}}", "<answer>{}"):
+            assert all(is_fast(form.format(text), answer) for answer in ("18", "x^2+1", "Paris")), (form, text[:20])
 
 
 def test_expressions_that_take_for_ever_are_decided_in_milliseconds():

@@ -28,6 +28,7 @@ from .finding import (
 )
 from .finding import (
     TAIL,
+    Found,
     find,
     plain,
     spoken,
@@ -43,6 +44,7 @@ from .numbers import (
     EQUATION,
     SEVERAL,
     Number,
+    contradicts_itself,
     equal,
     is_rounding,
     read_number,
@@ -91,45 +93,86 @@ def _tight(text: str) -> str:
 
 CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:)]?")
 LABELLED = re.compile(r"\(?([A-Z])(?:\)|[.:])[.:]?\s+(\S.*)", re.DOTALL)
-GIVEN_CHOICE = re.compile(
-    r"(?:(?:[Tt]he\s+)?(?:correct\s+|final\s+|right\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter)\s*(?:is|:)?\s*)?"
-    r"(?:\((?P<round>[A-Za-z])\)|\[(?P<square>[A-Z])\]|(?P<bare>[A-Z])(?=[.:)]|\s*$|,?\s+(?:is|because|since|as|which|not)\b"
-    r"|\s+[-–—]\s|\s*\())",
+# A capital that stands alone, in brackets or not; "I" and "a" in a sentence, and the C of 100 °C, are no choices.
+LETTER_ALONE = re.compile(
+    r"(?<![\w'’°.\-])(?<!\d\s)(?:\((?P<round>[A-Za-z])\)|\[(?P<square>[A-Z])\]"
+    r"|(?P<bare>(?!I(?:['’]|\s[a-z]))(?!A\s(?!is\b|was\b|would\b|because\b|since\b|as\b|which\b|and\b|or\b|not\b|but\b|rather\b)[a-z])[A-Z]))(?![\w'’])"
 )
-OTHER_CHOICE = re.compile(
-    r"(?:\b(?:or|and)\b|[,/&;])\s*(?:option\s+|choice\s+)?\(?[A-Z]\)?(?![\w'])|\s\([A-Z]\)|\s[A-Z][.)](?=\s|$)"
+# What may stand before a choice: nothing, or words that end in a verb of choosing.
+CHOOSES = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then),?\s+)?(?:(?:[\w'’]+\s+){0,7}?(?:[\w'’]*['’]s|is|be|with|choose|chose|pick|select|say|option|choice|answer"
+    r"|letter)\s*:?\s+(?:(?:option|choice|letter|answer)\s+)?(?:is\s+)?)?",
+    re.IGNORECASE,
 )
-NAMED_CHOICE = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|choose|pick|select)\s+([A-Z])\b(?!['’])")
+BECAUSE = re.compile(r"\b(?:because|since|as(?!\s+well))\b")
+NOT_THE_OTHER = re.compile(
+    r",?\s*\(?(?:and\s+|but\s+)?(?:not|rather than|instead of)\s+(?:option\s+|choice\s+)?"
+    r"\(?[A-Z]\)?(?:(?:,|\s+or|\s+and|\s+nor)\s+\(?[A-Z]\)?)*\)?(?=[\s.,;]|$)"
+)
 DENIAL = re.compile(
-    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot)\b|n['’]t\b", re.IGNORECASE
+    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot|except|avoid\w*|eliminat\w*|exclud\w*"
+    r"|rul\w+\s+out|reject\w*|unlikely|opposite|unless|other than|too)\b|n['’]t\b",
+    re.IGNORECASE,
 )
 TRUTH = ("yes", "no", "true", "false")
 
 
 def _choice(given: str, letter: str) -> bool:
-    """True where a text chooses this letter and no other."""
-    given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n")
-    match = GIVEN_CHOICE.match(given)
-    if match is None:
-        # "I choose (B)", "so option D is correct": the only letter that is named.
-        named = {one or other for one, other in NAMED_CHOICE.findall(given[:LONGEST])}
-        return named == {letter.upper()} and DENIAL.search(given[:LONGEST]) is None
-    chosen = match["round"] or match["square"] or match["bare"]
-    rest = given[match.end() :]
-    because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
-    claimed = rest[: because.start()] if because else rest
-    if re.search(r"\b(?:wrong|incorrect|false|isn['’]t|too|never|n?either)\b", claimed):
+    """True where a text chooses this letter, denies nothing and names no other one but to deny it."""
+    given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n\"'")
+    whole = CHOICE.fullmatch(given)
+    if whole:
+        return whole[1].upper() == letter.upper()
+    if len(given) > LONGEST or "\n" in given:
         return False
-    return chosen.upper() == letter.upper() and OTHER_CHOICE.search(claimed) is None
+    because = BECAUSE.search(given)
+    claimed, reason = (given[: because.start()], given[because.end() :]) if because else (given, "")
+    claimed = NOT_THE_OTHER.sub(" ", claimed)
+    found = list(LETTER_ALONE.finditer(claimed))
+    if len(found) != 1 or not CHOOSES.fullmatch(claimed, 0, found[0].start()):
+        return False
+    if LETTER_ALONE.search(reason) and not DENIAL.search(reason):
+        # "A since it is B"
+        return False
+    rest = claimed[found[0].end() :]
+    # "B. It does not melt" is what B says, "B is not it" and "A. Paris is not it" are denials.
+    label = (
+        re.match(r"(?:[.:)]|\s*[-–—]\s)?\s*[^a-z\s]", rest) if found[0]["bare"] is None or rest[:1] in ".:)" else None
+    )
+    denied = (
+        re.search(r"\b(?:is|are|was|were)\s+(?:not|wrong|incorrect|false|too)\b|n['’]t\b.{0,20}$", rest)
+        if label
+        else DENIAL.search(rest)
+    )
+    if denied or DENIAL.search(claimed[: found[0].start()]):
+        return False
+    return next(filter(None, found[0].groups())).upper() == letter.upper()
 
 
-def _truth(given: str, gold: str) -> bool:
-    """True where a text begins with this of yes, no, true, false, and takes it back nowhere."""
-    match = re.match(r"(yes|no|true|false)\b(?=\s*(?:$|[.,;:!—–]|-\s|\s(?:because|since|as)\b))", given, re.IGNORECASE)
-    if match is None or match[1].casefold() != gold:
+SAYS = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:it|that|this)(?:['’]s|\s+is)\s+)?(yes|no|true|false)\b"
+    r"(?=\W*$|\s*[.,;:!—–]|\s-\s|\s(?:because|since|as)\b)",
+    re.IGNORECASE,
+)
+ONE_WORD_LINE = re.compile(r"\W*(?:yes|no|true|false)\W*\n", re.IGNORECASE)
+VERDICT = re.compile(r"\b(?:not\s+(?:true|false)|yes|no|true|false|or)\b", re.IGNORECASE)
+
+
+def _truth(found: Found, gold: str) -> bool:
+    """True where an answer begins or ends with this of yes, no, true, false, and takes it back nowhere."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", found.readings[0])
+    if found.sign in ("", "tag") and ONE_WORD_LINE.match(text):
+        says, line = SAYS.match(text.partition("\n")[0]), text
+    else:
+        line = text.split("\n", 1)[0] if found.sign else text.rpartition("\n")[2]
+        says = SAYS.match(line) or (SAYS.match(found.brief) if found.brief else None)
+    if says is None or says[1].casefold() != gold:
         return False
-    opposite = TRUTH[TRUTH.index(gold) ^ 1]
-    return re.search(rf"\b(?:{opposite}|or)\b", given[match.end() :], re.IGNORECASE) is None
+    opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+    # "not true" says false.
+    said = [word.casefold() for word in VERDICT.findall(line)]
+    said = [opposite[word.split()[1]] if word.startswith("not") else word for word in said]
+    return not {"or", *(("yes", "true") if gold in ("no", "false") else ("no", "false"))} & set(said)
 
 
 # Lists, sets, tuples, intervals
@@ -434,12 +477,18 @@ def _same_expression(given: str, gold: str) -> bool:
     wanted = _read(gold)
     if wanted is None:
         return False
-    if not algebra.letters(wanted) and "\\approx" in given:
-        given = given.split("\\approx")[0]
+    if not algebra.letters(wanted) and given.count("\\approx") == 1:
+        given, _, about = given.partition("\\approx")
+        rounded, exact = whole_number(about), _real(_read(given.strip()))
+        if rounded is None or exact is None or not is_rounding(rounded, exact, cut=False):
+            return False
     found = _read(given)
     if found is None and given.count("=") and not _relation(gold):
         # The value of a chain: (x + 1)^2 = x^2 + 2x + 1.
-        found = _read(given.split("=")[-1].strip())
+        *_, before, given = given.split("=")
+        found, before = _read(given.strip()), _read(before.strip())
+        if found and before and algebra.letters(before) == algebra.letters(found) and not algebra.same(before, found):
+            return False
     if found is None:
         return False
     if algebra.same(found, wanted):
@@ -452,13 +501,21 @@ def _is_rounded(given: str, wanted: algebra.Node) -> bool:
     number = whole_number(given)
     if number is None or number.digits < 6 or not number.decimals or algebra.letters(wanted):
         return False
+    exact = _real(wanted)
+    return exact is not None and exact.denominator != 1 and is_rounding(number, exact)
+
+
+def _real(node: algebra.Node | None) -> Fraction | None:
+    """The value of an expression without letters, where it is real; a float's where it is irrational."""
+    if node is None or algebra.letters(node):
+        return None
     try:
-        value = algebra.evaluate(wanted).number
+        value = algebra.evaluate(node).number
     except algebra.Unreadable:
-        return False
-    if isinstance(value, Fraction) or abs(value.imag) > 0:
-        return False
-    return is_rounding(number, Fraction(value.real))
+        return None
+    if isinstance(value, Fraction):
+        return value
+    return Fraction(value.real) if value.imag == 0 else None
 
 
 # Right or wrong
@@ -528,7 +585,12 @@ def is_correct(completion: str, answer: str) -> bool:
         return True
     if gold.number is not None:
         return _is_number_right(found.readings, found.sign, gold)
-    return any(_is_reading_right(reading, gold) for reading in found.readings)
+    if gold.choice:
+        return _choice(found.shortest, gold.choice)
+    if gold.normal in TRUTH:
+        return _truth(found, gold.normal)
+    readings = (*found.readings, found.brief) if found.brief else found.readings
+    return any(_is_reading_right(reading, gold) for reading in readings)
 
 
 def _is_gold_whole(text: str, gold: Gold) -> bool:
@@ -548,22 +610,19 @@ def _is_reading_right(reading: str, gold: Gold) -> bool:
         return False
     if reading == gold.text or normal == gold.normal != "":
         return True
-    if "\n" not in reading:
-        # A text that begins "(A) is too small" and goes on to (B) does not choose A.
-        if gold.choice and _choice(reading, gold.choice):
-            return True
-        if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
-            return True
-        if gold.normal in TRUTH and _truth(reading, gold.normal):
-            return True
+    if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
+        return True
     labelled = LABELLED.fullmatch(reading)
     if labelled and not gold.labelled and _normalised(labelled[2]) == gold.normal != "":
         return True
-    if len(reading) > LONGEST or not gold.mathematics or gold.choice:
+    if len(reading) > LONGEST or not gold.mathematics:
         return False
     if gold.hexadecimal is not None:
         return _hexadecimal(reading) == gold.hexadecimal
     return _same(_mathematics(reading), gold.mathematics)
+
+
+EQUALS = re.compile(r"[=≈]|\\approx")
 
 
 def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
@@ -573,7 +632,7 @@ def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
     if sign in ("", "tag") and _is_grid(readings[0]):
         return False
     for reading in reversed(readings):
-        if DENIED.match(reading):
+        if DENIED.match(reading) or (EQUALS.search(reading) and contradicts_itself(reading)):
             return False
         number = _number_of(reading, sign, wanted)
         if name and _named(_mathematics(reading[:LONGEST]))[0] not in ("", name):

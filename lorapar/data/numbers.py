@@ -285,6 +285,17 @@ DENIED = re.compile(
     re.IGNORECASE,
 )
 COMPARED = re.compile(r"(?:[<>≤≥≠±≢]|!=|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)\s*=?\s*[$€£(]*\s*$")
+# At least 18 is a bound, and what stands after "the wrong answer" is none.
+BOUND = re.compile(
+    r"(?:\b(?:at least|at most|at minimum|at maximum|up to|under|over|below|above|beyond|(?:maximum|minimum) of"
+    r"|(?:more|less|fewer|greater|higher|lower|larger|smaller|bigger) than)\s+(?:[a-z]+\s+)?[$€£(]*"
+    r"|\b(?:wrong|incorrect)(?:[ _]answer)?\W{0,5}(?:is\s+)?)$",
+    re.IGNORECASE,
+)
+REFUTED = re.compile(
+    r"\s*(?:[a-z]+\s+)?(?:(?:is|are|was|were)\s+(?:not|wrong|incorrect|false)\b|(?:isn|wasn|aren|weren)['’]t\b)",
+    re.IGNORECASE,
+)
 COMPARED_AFTER = re.compile(r"\s*(?:[<>≤≥≠±]|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)")
 LABEL = re.compile(r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?|[A-Za-z]\([a-z0-9]\))\s*=\s*")
 
@@ -356,7 +367,9 @@ def read_number(text: str, first: bool = False) -> Number | None:
         or DENIED.search(before[-60:])
         or COMPARED.search(before[-12:])
         or COMPARED_AFTER.match(behind[:8])
+        or BOUND.search(before[-40:])
         or OPEN.match(behind[:40])
+        or REFUTED.match(behind[:40])
     ):
         return None
     units = index and numbers[index - 1].number.unit
@@ -431,6 +444,29 @@ def with_decimal_comma(text: str, within: bool = False) -> Number | None:
     return Number(Fraction(f"{match[1]}{whole}.{match[3]}"), "%" in match[0], "", len(match[3]), len(whole + match[3]))
 
 
+SIDE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?")
+SIDE_BEFORE = re.compile(rf"(?:^|\b(?:is|so|thus|hence|therefore|get|have),?:?\s)\s?({SIDE.pattern})$", re.IGNORECASE)
+
+
+def contradicts_itself(text: str) -> bool:
+    """True for 17 = 18, and for 17 ≈ 18: a number that is another's rounding in neither direction."""
+    parts = re.split(r"(?<![<>!=])([=≈])", without_latex(text[-LONGEST_LINE:]))
+    for at in range(1, len(parts) - 1, 2):
+        left, right = SIDE_BEFORE.search(parts[at - 1].strip()), parts[at + 1].strip(" .")
+        if left is None or SIDE.fullmatch(right) is None:
+            continue
+        one, other = read_number(left[1]), read_number(right)
+        if one is None or other is None or one.value == other.value:
+            continue
+        if not any(
+            (rounded.value * 10**rounded.decimals).denominator == 1
+            and is_rounding(rounded, exact.value, cut=parts[at] == "=")
+            for rounded, exact in ((one, other), (other, one))
+        ):
+            return True
+    return False
+
+
 def equal(given: Number, gold: Number) -> bool:
     """True where two numbers have the same value; 50 % is both 50 and 0.5."""
     if given.unit and gold.unit and given.unit != gold.unit:
@@ -441,10 +477,12 @@ def equal(given: Number, gold: Number) -> bool:
     return any(value == given.value or _rounded(value, gold, given) for value in values)
 
 
-def is_rounding(rounded: Number, exact: Fraction) -> bool:
-    """True where a number is an exact one to as many decimals as it has, rounded or cut off."""
+def is_rounding(rounded: Number, exact: Fraction, cut: bool = True) -> bool:
+    """True where a number is an exact one to as many decimals as it has, rounded or, with `cut`, cut off."""
     short, unit = abs(exact) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
-    return exact * rounded.value >= 0 and -unit / 2 <= short < unit
+    # What a float of the exact value may be wrong by.
+    bit = abs(exact) / 10**15
+    return exact * rounded.value >= 0 and (-unit / 2 - bit <= short <= unit / 2 + bit or (cut and 0 <= short < unit))
 
 
 def _rounded(value: Fraction, gold: Number, given: Number) -> bool:

@@ -61,12 +61,30 @@ LONGEST = 400
 # Text
 
 
-def _normalised(text: str) -> str:
-    r"""Text for comparing words: no case, no \text{}, quotes, articles, dollars around it or closing full stop."""
+# Names of functions and of LaTeX's commands; any other two letters are a word.
+WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|abs|and|or)(?![a-z]))[^\W\d_]{2,}")
+
+
+def _is_formula(text: str) -> bool:
+    """True for f'(x), n!, 2X, P(A) and V = IR, where case, primes and ! count; not for words, nor for one capital."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s{0,3}\{([^{}]*)\}", r"\1", text).strip(" $")
+    words = [word for word in WORD.findall(text) if len(word) > (2 if re.search(r"[=^+*/<>\\_]", text) else 1)]
+    return not words and CHOICE.fullmatch(text) is None and re.search(r"[\w\\]", text) is not None
+
+
+def _normalised(text: str, formula: bool = False) -> str:
+    r"""Text for comparing words: no case, no \text{}, quotes, articles, dollars around it or closing full stop.
+
+    A formula keeps its case, its primes and its !.
+    """
     if "\\" in text:
         text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s{0,3}\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text.strip())
-    text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
+    if formula:
+        text = re.sub(r"[\"“”]", "", text).strip(" \t\n$").rstrip(" \t\n.,;:$")
+        text = re.sub(r"^['‘](.*)['’]$", r"\1", text)
+    else:
+        text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
     text = re.sub(r"^(?:the|a|an)\s+(?=\S)", "", text)
     if "\n" in text:
         # A grid's lines count, a column of spaces does not.
@@ -122,7 +140,8 @@ def _choice(given: str, letter: str) -> bool:
     given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n\"'")
     whole = CHOICE.fullmatch(given)
     if whole:
-        return whole[1].upper() == letter.upper()
+        # b is B; x and X are two letters of mathematics.
+        return whole[1] == letter or (letter.upper() in "ABCDEFGH" and whole[1].upper() == letter.upper())
     if len(given) > LONGEST or "\n" in given:
         return False
     because = BECAUSE.search(given)
@@ -340,22 +359,8 @@ def _interval(text: str) -> str | None:
 
 # The same value
 
-# A sum left to the reader: a number, an operator (but × 10^n) and a number; a root of a whole number's square; a
-# power of anything but 10.
-UNWORKED = re.compile(
-    r"[\d)}]\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*+(?!10\s*\^)[-({$]*\s*\d|\\sqrt|(?<!10)(?<=[\d)}])\s*\^|\\[dt]?binom|!"
-)
 # 79 - 17 + 60 and 2 × 3 × 7 as golds are about how they are written, not about their value.
 ARITHMETIC = re.compile(r"(?:\s|[\d.()/]|[-+*×÷]|\\times(?![a-z])|\\cdot(?![a-z]))+")
-
-
-def _is_unworked(text: str, whole: bool) -> bool:
-    """True where a text ends in a sum in place of its result; a fraction is one where the result is whole.
-
-    A model that is rewarded for "7 + 9 = 7 + 9" learns to repeat the question.
-    """
-    last = re.split(r"[=≈]", text)[-1]
-    return bool(UNWORKED.search(last)) or (whole and bool(re.search(r"\\[dt]?frac|\d\s*/\s*\d", last)))
 
 
 def _read(text: str) -> algebra.Node | None:
@@ -441,7 +446,8 @@ def _is_mathematical(text: str) -> bool:
 
 
 def _same_member(given: str, gold: str, depth: int) -> bool:
-    return _normalised(given) == _normalised(gold) != "" or _same(given, gold, depth + 1)
+    formula = WORD.search(gold) is None
+    return _normalised(given, formula) == _normalised(gold, formula) != "" or _same(given, gold, depth + 1)
 
 
 def _same_relation(given: str, gold: str, depth: int) -> bool:
@@ -526,6 +532,7 @@ class Gold:
     """A right answer, read once."""
 
     text: str
+    formula: bool
     normal: str
     plain: str
     number: Number | None
@@ -540,10 +547,14 @@ def _gold(answer: str) -> Gold:
     text = (marked_answer(answer) or without_markdown(plain(answer[-TAIL:]))).strip()
     short = text if len(text) <= LONGEST else ""
     choice = CHOICE.fullmatch(re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", short).strip(" $"))
+    # x is a letter of mathematics, X and (x) are choices.
+    choice = choice if (choice and not short.strip(" $").islower()) or "(" in short else None
+    formula = _is_formula(text) or (len(text.strip(" $.")) == 1 and choice is None)
     labelled = LABELLED.fullmatch(short)
     return Gold(
         text=text,
-        normal=_normalised(text),
+        formula=formula,
+        normal=_normalised(text, formula),
         plain=without_latex(short),
         number=whole_number(short) if short else None,
         mathematics=_mathematics(short),
@@ -605,7 +616,7 @@ def _is_gold_whole(text: str, gold: Gold) -> bool:
 
 def _is_reading_right(reading: str, gold: Gold) -> bool:
     """True where an answer, read in one way, is the right one, which is no number."""
-    normal = _normalised(reading)
+    normal = _normalised(reading, gold.formula)
     if not reading or (DENIED.match(reading) and normal != gold.normal):
         return False
     if reading == gold.text or normal == gold.normal != "":
@@ -693,24 +704,48 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
 
 def _is_other_form_right(reading: str, gold: Gold) -> bool:
     """True for a value that is no plain number but has been worked out: LaTeX, a power of ten, an equation."""
-    text = without_latex(reading)
     wanted = gold.number
-    if len(reading) <= LONGEST and wanted is not None and wanted.decimals and wanted.digits >= 6:
-        exact = _read(_mathematics(reading))
-        if exact is not None and _is_rounded(gold.text, exact):
-            return True
-    if len(reading) > LONGEST or wanted is None or _is_unworked(text, wanted.value.denominator == 1):
+    if len(reading) > LONGEST or wanted is None:
         return False
     mathematics = _mathematics(reading).rstrip("%").strip()
+    if wanted.decimals and wanted.digits >= 6:
+        exact = _read(mathematics)
+        if exact is not None and _is_rounded(gold.text, exact):
+            return True
     if _members(mathematics) is not None or COMPARING.search(mathematics):
         return False
     left, _, right = mathematics.rpartition("=")
-    if EQUATION.search(left[-60:]):
+    if EQUATION.search(left[-60:]) or re.search(r"\\div(?![a-z])|[÷!|+]|\d\s*-", right):
         return False
     found = _read(right.strip())
-    if found is None:
+    if found is None or not _is_worked_out(found):
         return False
     return algebra.same(found, ("number", wanted.value))
+
+
+def _is_worked_out(node: algebra.Node) -> bool:
+    """True for a number, a fraction that is not whole, a mixed number, a power of ten, and the negative of such."""
+    kind, *parts = node
+    if kind == "number":
+        return True
+    if kind == "*":
+        return (parts[0] == ("number", -1) and _is_worked_out(parts[1])) or (
+            parts[0][0] == "number" and _is_power_of_ten(parts[1])
+        )
+    if kind == "+":
+        return parts[0][0] == "number" and parts[1][0] == "/" and _is_worked_out(parts[1])
+    if kind == "/":
+        value = _real(node)
+        return value is not None and value.denominator != 1 and all(_is_signed(part) for part in parts)
+    return _is_power_of_ten(node)
+
+
+def _is_signed(node: algebra.Node) -> bool:
+    return node[0] == "number" or (node[0] == "*" and node[1] == ("number", -1) and node[2][0] == "number")
+
+
+def _is_power_of_ten(node: algebra.Node) -> bool:
+    return node[0] == "^" and node[1] == ("number", 10) and _is_signed(node[2])
 
 
 def last_number(text: str) -> tuple[Fraction, bool] | None:

@@ -133,7 +133,8 @@ def plain(text: str) -> str:
 
 # The answer
 
-SENTENCE = re.compile(r"(?<!\\)[.!?;](?=\s|$)")
+# n! ends no sentence.
+SENTENCE = re.compile(r"(?<!\\)(?:[.?;]|(?<!(?<![^\W\d_])[a-z])(?<!\))!)(?=\s|$)")
 # What explains an answer and does not belong to it.
 EXPLAINS = re.compile(
     r",\s+(?:which|that|because|since|as|so|when|after|where|who|with|not|given|for|meaning|making|the|a|an|thus|hence"
@@ -158,7 +159,7 @@ PART_AFTER = re.compile(
     r"|\s+(?:is|was)\s+(?:not|wrong|incorrect|false)\b)",
     re.IGNORECASE,
 )
-HEDGED = re.compile(r"\s*or\b", re.IGNORECASE)
+HEDGED = re.compile(r"\s*(?:[oO][rR]\b|\(?[A-Z]\)?[.)]?\s*$)")
 
 
 @dataclass(frozen=True)
@@ -380,7 +381,8 @@ def _last_line(text: str, raw: str) -> Found | None:
     bold = _only_bold(raw) if "**" in raw else ""
     short = _unexplained(bold or whole[-1])
     formula = _last_formula(whole[-1]) if not bold and ("$" in line or "\\" in line) else ""
-    said = SAID.split(_unexplained(lines[-1].strip()))[-1].rstrip(" .!")
+    said = SAID.split(_unexplained(lines[-1].strip()))[-1].rstrip(" .")
+    said = re.sub(r"(?<=[^\W\d_]{2})!+$", "", said)
     readings = [*whole, *([bold] if bold else []), short]
     return Found(
         tuple(reading for index, reading in enumerate(readings) if reading and reading not in readings[:index]),

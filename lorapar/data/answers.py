@@ -357,6 +357,13 @@ def _interval(text: str) -> str | None:
     return None
 
 
+def _variable(text: str) -> str:
+    """x of x > 2, 1 < x < 2 and x \\in (1, 2); "" where there is none."""
+    parts = [part.strip() for part in re.split(RELATION.pattern + r"|\\in(?![a-z])", text)]
+    names = [part for part in parts if re.fullmatch(r"[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?|\\[a-z]+", part)]
+    return next((name for name in names if name not in ("e", "i", "\\pi", "\\infty")), "")
+
+
 # The same value
 
 # 79 - 17 + 60 and 2 × 3 × 7 as golds are about how they are written, not about their value.
@@ -398,6 +405,9 @@ def _same(given: str, gold: str, depth: int = 0) -> bool:
             return numbers
         if (name and not _relation(gold)) or gold_name:
             return _same(value, gold_value, depth + 1)
+    if re.search(r"[<>]|\\[lg]e(?![a-z])", gold) and _joins(given) and _joins(gold) and _joins(given) != _joins(gold):
+        # x < 1 or x > 2, x < 1 and x > 2
+        return False
     members, gold_members = _members(given), _members(gold)
     if gold_members is None and _relation(gold):
         return _same_relation(given, gold, depth)
@@ -409,6 +419,10 @@ def _same(given: str, gold: str, depth: int = 0) -> bool:
     if members is not None and gold_members is not None:
         return _same_members(members, gold_members, depth)
     return _same_expression(given, gold)
+
+
+def _joins(text: str) -> set[str]:
+    return set(re.findall(r"\b(?:and|or)\b", text))
 
 
 def _relation(text: str) -> bool:
@@ -454,6 +468,8 @@ def _same_relation(given: str, gold: str, depth: int) -> bool:
     """True for two equations, inequalities or intervals that say the same."""
     interval = _interval(gold)
     if interval is not None:
+        if not {_variable(given), _variable(gold), ""} <= {_variable(gold), ""}:
+            return False
         given = _named(given)[1]
         other = given if _enclosed(given) or "\\cup" in given else _interval(given)
         if other is not None:

@@ -670,6 +670,108 @@ RIGHT_FORMULAS = [
     ("The answer is $n!$.", "n!"),
 ]
 
+# Words and signs that scale a number, units that differ, and the letters of inequalities.
+WRONG_UNITS = [
+    ("7 tenths", "7"),
+    ("7 hundredths", "7"),
+    ("7 halves", "7"),
+    ("7 gross", "7"),
+    ("7 quadrillion", "7"),
+    ("7 pi", "7"),
+    ("7 ppm", "7"),
+    ("7 mio", "7"),
+    ("$7m", "7"),
+    ("7万", "7"),
+    ("7百", "7"),
+    ("7 тыс", "7"),
+    ("7 thousandths", "7"),
+    ("7 dozen", "7"),
+    ("$7b", "7"),
+    ("7 π", "7"),
+    ("7-tenths", "7"),
+    ("18 dozen", "18"),
+    ("18 bps", "18"),
+    ("18₉", "18"),
+    ("18 halved", "18"),
+    ("18 doubled", "18"),
+    ("18 basis points", "18"),
+    ("18‰", "18"),
+    ("18 score", "18"),
+    ("18 fifths", "18"),
+    ("5 point nine", "5"),
+    ("five hundredths", "5"),
+    ("five squared", "5"),
+    ("five point nine", "5"),
+    ("five dozen", "5"),
+    ("five cubed", "5"),
+    ("5 cubed", "5"),
+    ("five gross", "5"),
+    ("5\\text{ m}", "5\\text{ cm}"),
+    ("3  m", "3  cm"),
+    ("5 cm^3", "5 cm^2"),
+    ("5 cm", "5 cm^2"),
+    ("5 cents", "$5"),
+    ("€5", "$5"),
+    ("5€", "$5"),
+    ("5 PM", "5 AM"),
+    ("5 °F", "5 °C"),
+    ("5°F", "5°C"),
+    ("5 MB", "5 kB"),
+    ("5 mV", "5 V"),
+    ("5 kW", "5 W"),
+    ("5¢", "$5"),
+    ("£5", "$5"),
+    ("5 square meters", "5 cubic meters"),
+    ("5 meters", "5 square meters"),
+    ("5 ms", "5 s"),
+    ("5 mg", "5 g"),
+    ("5 m³", "5 m²"),
+    ("5 GHz", "5 MHz"),
+    ("5 kPa", "5 Pa"),
+    ("5^\\circ F", "5^\\circ C"),
+    ("y>2", "x>2"),
+    ("1<y<2", "1<x<2"),
+    ("x<1 and x>2", "x<1 or x>2"),
+    ("x<1 or x>2", "x<1 and x>2"),
+    ("y \\in (2,\\infty)", "x>2"),
+    ("y \\ge 2", "x \\ge 2"),
+    ("2 < y", "x > 2"),
+]
+RIGHT_UNITS = [
+    ("$7m", "7000000"),
+    ("5\\text{ cm}", "5\\text{ cm}"),
+    ("5 cm^2", "5 cm^2"),
+    ("5 cm²", "5\\text{ cm}^2"),
+    ("5 AM", "5 am"),
+    ("5 °C", "5 Celsius"),
+    ("5 square meters", "5 m^2"),
+    ("$5", "5 dollars"),
+    ("5 cents", "5 cent"),
+    ("5¢", "5"),
+    ("5 kB", "5 KB"),
+    ("7 quarters", "7"),
+    ("18 pieces", "18"),
+    ("five", "5"),
+    ("five apples", "5"),
+    ("two thirds", "2/3"),
+    ("a dozen", "12"),
+    ("two dozen", "24"),
+    ("seven", "7"),
+    ("5 m", "5"),
+    ("5", "5 MB"),
+    ("5 volts", "5 V"),
+    ("x>2", "x>2"),
+    ("2<x", "x>2"),
+    ("1<x<2", "(1,2)"),
+    ("x \\in (2,\\infty)", "x>2"),
+    ("x<1 or x>2", "x<1 or x>2"),
+    ("18 miles", "18"),
+    ("18", "18"),
+    ("18 pounds", "18 lb"),
+    ("£5", "5"),
+    ("0 < f(x) < 1", "(0,1)"),
+]
+
 # Each text offers several answers: in no form may it be right for two of them.
 HEDGES = [
     ("17 \\approx 18", ["17", "18"]),
@@ -823,9 +925,11 @@ RIGHT_BESIDE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"), [*RIGHT, *MORE_RIGHT, *RIGHT_EXPRESSIONS, *RIGHT_BESIDE, *RIGHT_FORMULAS]
-)
+ALL_RIGHT = [*RIGHT, *MORE_RIGHT, *RIGHT_EXPRESSIONS, *RIGHT_BESIDE, *RIGHT_FORMULAS, *RIGHT_UNITS]
+ALL_WRONG = [*WRONG, *MORE_WRONG, *WRONG_EXPRESSIONS, *WRONG_BY_WHAT_STANDS_BESIDE, *WRONG_FORMULAS, *WRONG_UNITS]
+
+
+@pytest.mark.parametrize(("completion", "answer"), ALL_RIGHT)
 def test_right_answers_are_right(completion, answer):
     assert is_correct(completion, answer)
 

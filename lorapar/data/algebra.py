@@ -19,8 +19,13 @@ from typing import NamedTuple
 LONGEST, DEEPEST = 400, 40
 # A rational number of more bits than this is not worked out: 9**9**9 would never end.
 LARGEST_BITS = 6_000
+# A float that is smaller has lost digits, or all of them.
+SMALLEST = 1e-290
 # The values of letters: both signs, above and below 1, without a common factor.
-SAMPLES = 4
+SAMPLES = 8
+# At which samples a letter is negative: at four of the eight. Any two of these differ and share a 0 and a 1, so two
+# letters have all four pairs of signs (|ab| is not ab).
+SIGNS = [bits for bits in range(128) if bits.bit_count() == 4]
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z),
@@ -290,9 +295,11 @@ def letters(node: Node) -> frozenset[str]:
 def _point(name: str, sample: int) -> Fraction:
     """The value of a letter: by its name and the sample's number alone."""
     seed = zlib.crc32(f"{name} {sample}".encode())
+    which = ord(name) if len(name) == 1 else zlib.crc32(name.encode())
+    negative = SIGNS[which % len(SIGNS)] >> sample & 1
     # Odd over even: no whole number, where denominators of exercises vanish.
     size = Fraction(7 + 2 * (seed % 97), 32 + 32 * (seed // 97 % 2))
-    return size if (seed + sample) % 2 else -size
+    return -size if negative else size
 
 
 EPSILON = 2.0**-52
@@ -330,10 +337,17 @@ def _power(base: Value, exponent: Value) -> Value:
     base, exponent = _float(base), _float(exponent)
     if base.number == 0:
         return Value(Fraction(0))
-    number = base.number**exponent.number
+    number = _large_enough(base.number**exponent.number)
     relative = abs(exponent.number) * base.error / abs(base.number)
     relative += abs(cmath.log(base.number)) * exponent.error
     return Value(number, abs(number) * (relative + 4 * EPSILON))
+
+
+def _large_enough(number: complex) -> complex:
+    """A power that is not 0: e^{-1000} is too small for a float to tell it from that."""
+    if abs(number) < SMALLEST:
+        raise Unreadable("too small")
+    return number
 
 
 def _exact_root(base: Fraction, exponent: Fraction) -> Fraction | None:
@@ -367,6 +381,8 @@ def _evaluate(node: Node, sample: int) -> Value:
             return _power(argument, Value(Fraction(1, 2)))
         argument = _float(argument)
         number = complex(FUNCTIONS[node[1]](argument.number))
+        if node[1] == "exp":
+            number = _large_enough(number)
         # How far the function moves where its argument does: its slope, measured.
         step = max(abs(argument.number), 1.0) * 1e-7
         slope = abs(complex(FUNCTIONS[node[1]](argument.number + step)) - number) / step
@@ -386,6 +402,8 @@ def _evaluate(node: Node, sample: int) -> Value:
     one, other = _float(one), _float(other)
     if kind == "+":
         number = one.number + other.number
+        if 0 < min(abs(one.number), abs(other.number)) < EPSILON * max(abs(one.number), abs(other.number)):
+            raise Unreadable("lost in rounding")
         return Value(number, one.error + other.error + EPSILON * abs(number))
     if kind == "*":
         number = one.number * other.number
@@ -415,11 +433,8 @@ def agree(one: Value, other: Value) -> bool:
     one, other = _float(one), _float(other)
     error = 8 * (one.error + other.error)
     size = max(abs(one.number), abs(other.number))
-    if size == 0:
-        return True
-    # Two expressions for 0 (sin pi and 0) are within their errors of it; else the error must be small beside the size.
-    vanish = abs(one.number) <= 8 * one.error and abs(other.number) <= 8 * other.error
-    return abs(one.number - other.number) <= error and (vanish or error < 1e-6 * size)
+    # What is within its error of 0 may be 0 or not (sin pi, sin pi + 10^-17): it is equal to nothing.
+    return abs(one.number - other.number) <= error < 1e-6 * size
 
 
 def same(one: Node, other: Node) -> bool:
@@ -446,7 +461,7 @@ def same(one: Node, other: Node) -> bool:
             except Unreadable:
                 return False
             decided += 1
-    return decided >= (samples + 1) // 2
+    return decided == samples
 
 
 def proportional(one: Node, other: Node) -> float:

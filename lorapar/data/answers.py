@@ -28,6 +28,7 @@ from .finding import (
 )
 from .finding import (
     TAIL,
+    Found,
     find,
     plain,
     spoken,
@@ -43,7 +44,9 @@ from .numbers import (
     EQUATION,
     SEVERAL,
     Number,
+    contradicts_itself,
     equal,
+    is_rounding,
     read_number,
     whole_number,
     with_decimal_comma,
@@ -58,12 +61,30 @@ LONGEST = 400
 # Text
 
 
-def _normalised(text: str) -> str:
-    r"""Text for comparing words: no case, no \text{}, quotes, articles, dollars around it or closing full stop."""
+# Names of functions and of LaTeX's commands; any other two letters are a word.
+WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|abs|and|or)(?![a-z]))[^\W\d_]{2,}")
+
+
+def _is_formula(text: str) -> bool:
+    """True for f'(x), n!, 2X, P(A) and V = IR, where case, primes and ! count; not for words, nor for one capital."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s{0,3}\{([^{}]*)\}", r"\1", text).strip(" $")
+    words = [word for word in WORD.findall(text) if len(word) > (2 if re.search(r"[=^+*/<>\\_]", text) else 1)]
+    return not words and CHOICE.fullmatch(text) is None and re.search(r"[\w\\]", text) is not None
+
+
+def _normalised(text: str, formula: bool = False) -> str:
+    r"""Text for comparing words: no case, no \text{}, quotes, articles, dollars around it or closing full stop.
+
+    A formula keeps its case, its primes and its !.
+    """
     if "\\" in text:
         text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s{0,3}\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text.strip())
-    text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
+    if formula:
+        text = re.sub(r"[\"“”]", "", text).strip(" \t\n$").rstrip(" \t\n.,;:$")
+        text = re.sub(r"^['‘](.*)['’]$", r"\1", text)
+    else:
+        text = re.sub(r"[\"'“”‘’]", "", text).casefold().strip(" \t\n$").rstrip(" \t\n.,;:!?$")
     text = re.sub(r"^(?:the|a|an)\s+(?=\S)", "", text)
     if "\n" in text:
         # A grid's lines count, a column of spaces does not.
@@ -90,45 +111,87 @@ def _tight(text: str) -> str:
 
 CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:)]?")
 LABELLED = re.compile(r"\(?([A-Z])(?:\)|[.:])[.:]?\s+(\S.*)", re.DOTALL)
-GIVEN_CHOICE = re.compile(
-    r"(?:(?:[Tt]he\s+)?(?:correct\s+|final\s+|right\s+)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter)\s*(?:is|:)?\s*)?"
-    r"(?:\((?P<round>[A-Za-z])\)|\[(?P<square>[A-Z])\]|(?P<bare>[A-Z])(?=[.:)]|\s*$|,?\s+(?:is|because|since|as|which|not)\b"
-    r"|\s+[-–—]\s|\s*\())",
+# A capital that stands alone, in brackets or not; "I" and "a" in a sentence, and the C of 100 °C, are no choices.
+LETTER_ALONE = re.compile(
+    r"(?<![\w'’°.\-])(?<!\d\s)(?:\((?P<round>[A-Za-z])\)|\[(?P<square>[A-Z])\]"
+    r"|(?P<bare>(?!I(?:['’]|\s[a-z]))(?!A\s(?!is\b|was\b|would\b|because\b|since\b|as\b|which\b|and\b|or\b|not\b|but\b|rather\b)[a-z])[A-Z]))(?![\w'’])"
 )
-OTHER_CHOICE = re.compile(
-    r"(?:\b(?:or|and)\b|[,/&;])\s*(?:option\s+|choice\s+)?\(?[A-Z]\)?(?![\w'])|\s\([A-Z]\)|\s[A-Z][.)](?=\s|$)"
+# What may stand before a choice: nothing, or words that end in a verb of choosing.
+CHOOSES = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then),?\s+)?(?:(?:[\w'’]+\s+){0,7}?(?:[\w'’]*['’]s|is|be|with|choose|chose|pick|select|say|option|choice|answer"
+    r"|letter)\s*:?\s+(?:(?:option|choice|letter|answer)\s+)?(?:is\s+)?)?",
+    re.IGNORECASE,
 )
-NAMED_CHOICE = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|choose|pick|select)\s+([A-Z])\b(?!['’])")
+BECAUSE = re.compile(r"\b(?:because|since|as(?!\s+well))\b")
+NOT_THE_OTHER = re.compile(
+    r",?\s*\(?(?:and\s+|but\s+)?(?:not|rather than|instead of)\s+(?:option\s+|choice\s+)?"
+    r"\(?[A-Z]\)?(?:(?:,|\s+or|\s+and|\s+nor)\s+\(?[A-Z]\)?)*\)?(?=[\s.,;]|$)"
+)
 DENIAL = re.compile(
-    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot)\b|n['’]t\b", re.IGNORECASE
+    r"\b(?:not|never|neither|nor|wrong|incorrect|false|rather than|or|cannot|except|avoid\w*|eliminat\w*|exclud\w*"
+    r"|rul\w+\s+out|reject\w*|unlikely|opposite|unless|other than|too)\b|n['’]t\b",
+    re.IGNORECASE,
 )
 TRUTH = ("yes", "no", "true", "false")
 
 
 def _choice(given: str, letter: str) -> bool:
-    """True where a text chooses this letter and no other."""
-    given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n")
-    match = GIVEN_CHOICE.match(given)
-    if match is None:
-        # "I choose (B)", "so option D is correct": the only letter that is named.
-        named = {one or other for one, other in NAMED_CHOICE.findall(given[:LONGEST])}
-        return named == {letter.upper()} and DENIAL.search(given[:LONGEST]) is None
-    chosen = match["round"] or match["square"] or match["bare"]
-    rest = given[match.end() :]
-    because = re.search(r"\b(?:because|since|as|not|but not|rather)\b", rest)
-    claimed = rest[: because.start()] if because else rest
-    if re.search(r"\b(?:wrong|incorrect|false|isn['’]t|too|never|n?either)\b", claimed):
+    """True where a text chooses this letter, denies nothing and names no other one but to deny it."""
+    given = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", given).strip(" $\n\"'")
+    whole = CHOICE.fullmatch(given)
+    if whole:
+        # b is B; x and X are two letters of mathematics.
+        return whole[1] == letter or (letter.upper() in "ABCDEFGH" and whole[1].upper() == letter.upper())
+    if len(given) > LONGEST or "\n" in given:
         return False
-    return chosen.upper() == letter.upper() and OTHER_CHOICE.search(claimed) is None
+    because = BECAUSE.search(given)
+    claimed, reason = (given[: because.start()], given[because.end() :]) if because else (given, "")
+    claimed = NOT_THE_OTHER.sub(" ", claimed)
+    found = list(LETTER_ALONE.finditer(claimed))
+    if len(found) != 1 or not CHOOSES.fullmatch(claimed, 0, found[0].start()):
+        return False
+    if LETTER_ALONE.search(reason) and not DENIAL.search(reason):
+        # "A since it is B"
+        return False
+    rest = claimed[found[0].end() :]
+    # "B. It does not melt" is what B says, "B is not it" and "A. Paris is not it" are denials.
+    label = (
+        re.match(r"(?:[.:)]|\s*[-–—]\s)?\s*[^a-z\s]", rest) if found[0]["bare"] is None or rest[:1] in ".:)" else None
+    )
+    denied = (
+        re.search(r"\b(?:is|are|was|were)\s+(?:not|wrong|incorrect|false|too)\b|n['’]t\b.{0,20}$", rest)
+        if label
+        else DENIAL.search(rest)
+    )
+    if denied or DENIAL.search(claimed[: found[0].start()]):
+        return False
+    return next(filter(None, found[0].groups())).upper() == letter.upper()
 
 
-def _truth(given: str, gold: str) -> bool:
-    """True where a text begins with this of yes, no, true, false, and takes it back nowhere."""
-    match = re.match(r"(yes|no|true|false)\b(?=\s*(?:$|[.,;:!—–]|-\s|\s(?:because|since|as)\b))", given, re.IGNORECASE)
-    if match is None or match[1].casefold() != gold:
+SAYS = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:it|that|this)(?:['’]s|\s+is)\s+)?(yes|no|true|false)\b"
+    r"(?=\W*$|\s*[.,;:!—–]|\s-\s|\s(?:because|since|as)\b)",
+    re.IGNORECASE,
+)
+ONE_WORD_LINE = re.compile(r"\W*(?:yes|no|true|false)\W*\n", re.IGNORECASE)
+VERDICT = re.compile(r"\b(?:not\s+(?:true|false)|yes|no|true|false|or)\b", re.IGNORECASE)
+
+
+def _truth(found: Found, gold: str) -> bool:
+    """True where an answer begins or ends with this of yes, no, true, false, and takes it back nowhere."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", found.readings[0])
+    if found.sign in ("", "tag") and ONE_WORD_LINE.match(text):
+        says, line = SAYS.match(text.partition("\n")[0]), text
+    else:
+        line = text.split("\n", 1)[0] if found.sign else text.rpartition("\n")[2]
+        says = SAYS.match(line) or (SAYS.match(found.brief) if found.brief else None)
+    if says is None or says[1].casefold() != gold:
         return False
-    opposite = TRUTH[TRUTH.index(gold) ^ 1]
-    return re.search(rf"\b(?:{opposite}|or)\b", given[match.end() :], re.IGNORECASE) is None
+    opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+    # "not true" says false.
+    said = [word.casefold() for word in VERDICT.findall(line)]
+    said = [opposite[word.split()[1]] if word.startswith("not") else word for word in said]
+    return not {"or", *(("yes", "true") if gold in ("no", "false") else ("no", "false"))} & set(said)
 
 
 # Lists, sets, tuples, intervals
@@ -233,7 +296,8 @@ def _members(text: str) -> Members | None:
         left, inside, right = enclosed
         values = _split(inside, words=False)
         if left == "{" and right == "}":
-            return Members("{", tuple(_signs(values)))
+            # A set's member may be said twice.
+            return Members("{", tuple({_tight(value): value for value in _signs(values)}.values()))
         if len(values) >= 2:
             return Members(left + right, tuple(values))
         return _members(inside) if left == "(" and right == ")" and _enclosed(inside) else None
@@ -293,24 +357,17 @@ def _interval(text: str) -> str | None:
     return None
 
 
+def _variable(text: str) -> str:
+    """x of x > 2, 1 < x < 2 and x \\in (1, 2); "" where there is none."""
+    parts = [part.strip() for part in re.split(RELATION.pattern + r"|\\in(?![a-z])", text)]
+    names = [part for part in parts if re.fullmatch(r"[a-zA-Z](?:_\{?\w\}?)?(?:\([a-z]\))?|\\[a-z]+", part)]
+    return next((name for name in names if name not in ("e", "i", "\\pi", "\\infty")), "")
+
+
 # The same value
 
-# A sum left to the reader: a number, an operator (but × 10^n) and a number; a root of a whole number's square; a
-# power of anything but 10.
-UNWORKED = re.compile(
-    r"[\d)}]\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*+(?!10\s*\^)[-({$]*\s*\d|\\sqrt|(?<!10)(?<=[\d)}])\s*\^|\\[dt]?binom|!"
-)
 # 79 - 17 + 60 and 2 × 3 × 7 as golds are about how they are written, not about their value.
 ARITHMETIC = re.compile(r"(?:\s|[\d.()/]|[-+*×÷]|\\times(?![a-z])|\\cdot(?![a-z]))+")
-
-
-def _is_unworked(text: str, whole: bool) -> bool:
-    """True where a text ends in a sum in place of its result; a fraction is one where the result is whole.
-
-    A model that is rewarded for "7 + 9 = 7 + 9" learns to repeat the question.
-    """
-    last = re.split(r"[=≈]", text)[-1]
-    return bool(UNWORKED.search(last)) or (whole and bool(re.search(r"\\[dt]?frac|\d\s*/\s*\d", last)))
 
 
 def _read(text: str) -> algebra.Node | None:
@@ -348,6 +405,9 @@ def _same(given: str, gold: str, depth: int = 0) -> bool:
             return numbers
         if (name and not _relation(gold)) or gold_name:
             return _same(value, gold_value, depth + 1)
+    if re.search(r"[<>]|\\[lg]e(?![a-z])", gold) and _joins(given) and _joins(gold) and _joins(given) != _joins(gold):
+        # x < 1 or x > 2, x < 1 and x > 2
+        return False
     members, gold_members = _members(given), _members(gold)
     if gold_members is None and _relation(gold):
         return _same_relation(given, gold, depth)
@@ -361,13 +421,17 @@ def _same(given: str, gold: str, depth: int = 0) -> bool:
     return _same_expression(given, gold)
 
 
+def _joins(text: str) -> set[str]:
+    return set(re.findall(r"\b(?:and|or)\b", text))
+
+
 def _relation(text: str) -> bool:
     return RELATION.search(text) is not None
 
 
 def _same_members(given: Members, gold: Members, depth: int) -> bool:
-    if len(given.values) > len(gold.values) and given.kind == "{":
-        # A set's member may be said twice.
+    if given.kind == "{" and all(_enclosed(value) for value in given.values):
+        # A point may be said twice; 1, 2, 2 is another list than 1, 2.
         given = Members("{", tuple({_tight(value): value for value in given.values}.values()))
     if len(given.values) != len(gold.values) or len(gold.values) > 40:
         return False
@@ -396,13 +460,16 @@ def _is_mathematical(text: str) -> bool:
 
 
 def _same_member(given: str, gold: str, depth: int) -> bool:
-    return _normalised(given) == _normalised(gold) != "" or _same(given, gold, depth + 1)
+    formula = WORD.search(gold) is None
+    return _normalised(given, formula) == _normalised(gold, formula) != "" or _same(given, gold, depth + 1)
 
 
 def _same_relation(given: str, gold: str, depth: int) -> bool:
     """True for two equations, inequalities or intervals that say the same."""
     interval = _interval(gold)
     if interval is not None:
+        if not {_variable(given), _variable(gold), ""} <= {_variable(gold), ""}:
+            return False
         given = _named(given)[1]
         other = given if _enclosed(given) or "\\cup" in given else _interval(given)
         if other is not None:
@@ -432,12 +499,18 @@ def _same_expression(given: str, gold: str) -> bool:
     wanted = _read(gold)
     if wanted is None:
         return False
-    if not algebra.letters(wanted) and "\\approx" in given:
-        given = given.split("\\approx")[0]
+    if not algebra.letters(wanted) and given.count("\\approx") == 1:
+        given, _, about = given.partition("\\approx")
+        rounded, exact = whole_number(about), _real(_read(given.strip()))
+        if rounded is None or exact is None or not is_rounding(rounded, exact, cut=False):
+            return False
     found = _read(given)
     if found is None and given.count("=") and not _relation(gold):
         # The value of a chain: (x + 1)^2 = x^2 + 2x + 1.
-        found = _read(given.split("=")[-1].strip())
+        *_, before, given = given.split("=")
+        found, before = _read(given.strip()), _read(before.strip())
+        if found and before and algebra.letters(before) == algebra.letters(found) and not algebra.same(before, found):
+            return False
     if found is None:
         return False
     if algebra.same(found, wanted):
@@ -450,13 +523,21 @@ def _is_rounded(given: str, wanted: algebra.Node) -> bool:
     number = whole_number(given)
     if number is None or number.digits < 6 or not number.decimals or algebra.letters(wanted):
         return False
+    exact = _real(wanted)
+    return exact is not None and exact.denominator != 1 and is_rounding(number, exact)
+
+
+def _real(node: algebra.Node | None) -> Fraction | None:
+    """The value of an expression without letters, where it is real; a float's where it is irrational."""
+    if node is None or algebra.letters(node):
+        return None
     try:
-        value = algebra.evaluate(wanted).number
+        value = algebra.evaluate(node).number
     except algebra.Unreadable:
-        return False
-    if isinstance(value, Fraction) or abs(value.imag) > 0:
-        return False
-    return abs(float(number.value) - value.real) < 10.0**-number.decimals
+        return None
+    if isinstance(value, Fraction):
+        return value
+    return Fraction(value.real) if value.imag == 0 else None
 
 
 # Right or wrong
@@ -467,6 +548,7 @@ class Gold:
     """A right answer, read once."""
 
     text: str
+    formula: bool
     normal: str
     plain: str
     number: Number | None
@@ -481,10 +563,14 @@ def _gold(answer: str) -> Gold:
     text = (marked_answer(answer) or without_markdown(plain(answer[-TAIL:]))).strip()
     short = text if len(text) <= LONGEST else ""
     choice = CHOICE.fullmatch(re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", short).strip(" $"))
+    # x is a letter of mathematics, X and (x) are choices.
+    choice = choice if (choice and not short.strip(" $").islower()) or "(" in short else None
+    formula = _is_formula(text) or (len(text.strip(" $.")) == 1 and choice is None)
     labelled = LABELLED.fullmatch(short)
     return Gold(
         text=text,
-        normal=_normalised(text),
+        formula=formula,
+        normal=_normalised(text, formula),
         plain=without_latex(short),
         number=whole_number(short) if short else None,
         mathematics=_mathematics(short),
@@ -526,7 +612,12 @@ def is_correct(completion: str, answer: str) -> bool:
         return True
     if gold.number is not None:
         return _is_number_right(found.readings, found.sign, gold)
-    return any(_is_reading_right(reading, gold) for reading in found.readings)
+    if gold.choice:
+        return _choice(found.shortest, gold.choice)
+    if gold.normal in TRUTH:
+        return _truth(found, gold.normal)
+    readings = (*found.readings, found.brief) if found.brief else found.readings
+    return any(_is_reading_right(reading, gold) for reading in readings)
 
 
 def _is_gold_whole(text: str, gold: Gold) -> bool:
@@ -541,27 +632,24 @@ def _is_gold_whole(text: str, gold: Gold) -> bool:
 
 def _is_reading_right(reading: str, gold: Gold) -> bool:
     """True where an answer, read in one way, is the right one, which is no number."""
-    normal = _normalised(reading)
+    normal = _normalised(reading, gold.formula)
     if not reading or (DENIED.match(reading) and normal != gold.normal):
         return False
     if reading == gold.text or normal == gold.normal != "":
         return True
-    if "\n" not in reading:
-        # A text that begins "(A) is too small" and goes on to (B) does not choose A.
-        if gold.choice and _choice(reading, gold.choice):
-            return True
-        if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
-            return True
-        if gold.normal in TRUTH and _truth(reading, gold.normal):
-            return True
+    if gold.labelled and CHOICE.fullmatch(reading) and _choice(reading, gold.labelled):
+        return True
     labelled = LABELLED.fullmatch(reading)
     if labelled and not gold.labelled and _normalised(labelled[2]) == gold.normal != "":
         return True
-    if len(reading) > LONGEST or not gold.mathematics or gold.choice:
+    if len(reading) > LONGEST or not gold.mathematics:
         return False
     if gold.hexadecimal is not None:
         return _hexadecimal(reading) == gold.hexadecimal
     return _same(_mathematics(reading), gold.mathematics)
+
+
+EQUALS = re.compile(r"[=≈]|\\approx")
 
 
 def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
@@ -571,7 +659,7 @@ def _is_number_right(readings: tuple[str, ...], sign: str, gold: Gold) -> bool:
     if sign in ("", "tag") and _is_grid(readings[0]):
         return False
     for reading in reversed(readings):
-        if DENIED.match(reading):
+        if DENIED.match(reading) or (EQUALS.search(reading) and contradicts_itself(reading)):
             return False
         number = _number_of(reading, sign, wanted)
         if name and _named(_mathematics(reading[:LONGEST]))[0] not in ("", name):
@@ -632,24 +720,48 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
 
 def _is_other_form_right(reading: str, gold: Gold) -> bool:
     """True for a value that is no plain number but has been worked out: LaTeX, a power of ten, an equation."""
-    text = without_latex(reading)
     wanted = gold.number
-    if len(reading) <= LONGEST and wanted is not None and wanted.decimals and wanted.digits >= 6:
-        exact = _read(_mathematics(reading))
-        if exact is not None and _is_rounded(gold.text, exact):
-            return True
-    if len(reading) > LONGEST or wanted is None or _is_unworked(text, wanted.value.denominator == 1):
+    if len(reading) > LONGEST or wanted is None:
         return False
     mathematics = _mathematics(reading).rstrip("%").strip()
+    if wanted.decimals and wanted.digits >= 6:
+        exact = _read(mathematics)
+        if exact is not None and _is_rounded(gold.text, exact):
+            return True
     if _members(mathematics) is not None or COMPARING.search(mathematics):
         return False
     left, _, right = mathematics.rpartition("=")
-    if EQUATION.search(left[-60:]):
+    if EQUATION.search(left[-60:]) or re.search(r"\\div(?![a-z])|[÷!|+]|\d\s*-", right):
         return False
     found = _read(right.strip())
-    if found is None:
+    if found is None or not _is_worked_out(found):
         return False
     return algebra.same(found, ("number", wanted.value))
+
+
+def _is_worked_out(node: algebra.Node) -> bool:
+    """True for a number, a fraction that is not whole, a mixed number, a power of ten, and the negative of such."""
+    kind, *parts = node
+    if kind == "number":
+        return True
+    if kind == "*":
+        return (parts[0] == ("number", -1) and _is_worked_out(parts[1])) or (
+            parts[0][0] == "number" and _is_power_of_ten(parts[1])
+        )
+    if kind == "+":
+        return parts[0][0] == "number" and parts[1][0] == "/" and _is_worked_out(parts[1])
+    if kind == "/":
+        value = _real(node)
+        return value is not None and value.denominator != 1 and all(_is_signed(part) for part in parts)
+    return _is_power_of_ten(node)
+
+
+def _is_signed(node: algebra.Node) -> bool:
+    return node[0] == "number" or (node[0] == "*" and node[1] == ("number", -1) and node[2][0] == "number")
+
+
+def _is_power_of_ten(node: algebra.Node) -> bool:
+    return node[0] == "^" and node[1] == ("number", 10) and _is_signed(node[2])
 
 
 def last_number(text: str) -> tuple[Fraction, bool] | None:

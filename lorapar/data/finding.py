@@ -5,9 +5,12 @@ closed holds no answer. In what remains an <answer> tag wins, else the last of `
 ...", else the last line. Only the end of a very long text is looked at, by patterns that take linear time.
 """
 
+import html
 import json
 import re
 from dataclasses import dataclass
+
+from .numbers import COMPARED, DENIED, WORKED
 
 # How much of a text's end is read: some 2,500 tokens, after the thought.
 TAIL = 10_000
@@ -23,6 +26,8 @@ STATED = re.compile(
     r"|答案(?:是|为|：|:)",
     re.IGNORECASE | re.MULTILINE,
 )
+# The wrong answer is stated too.
+WRONGLY = re.compile(r"\b(?:wrong|incorrect|false|bad)\s+$", re.IGNORECASE)
 # A text without any of these states nothing.
 STATING = ("nswer", "NSWER", "ption", "hoice", "答案")
 BOXED = re.compile(r"\\(?:f?boxed|fbox)\s{0,3}\{")
@@ -116,16 +121,20 @@ PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 PLAIN |= {ord(dash): "-" for dash in "−‒–﹣－"} | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 PLAIN |= {ord(slash): "/" for slash in "∕⁄"} | {0x3000: " ", ord("∗"): "*", ord("∙"): "·", ord("⋅"): "·"}
 PLAIN |= {ord("。"): ". "}
+ENTITY = re.compile(r"&(?:[lg][te]|ne|amp|nbsp|minus|plusmn);")
 
 
 def plain(text: str) -> str:
     """A text with ASCII's digits, signs and minus, and without invisible characters."""
+    if "&" in text:
+        text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
     return text if text.isascii() else text.translate(PLAIN)
 
 
 # The answer
 
-SENTENCE = re.compile(r"(?<!\\)[.!?;](?=\s|$)")
+# n! ends no sentence.
+SENTENCE = re.compile(r"(?<!\\)(?:[.?;]|(?<!(?<![^\W\d_])[a-z])(?<!\))!)(?=\s|$)")
 # What explains an answer and does not belong to it.
 EXPLAINS = re.compile(
     r",\s+(?:which|that|because|since|as|so|when|after|where|who|with|not|given|for|meaning|making|the|a|an|thus|hence"
@@ -137,20 +146,64 @@ BETWEEN = re.compile(
     r"(?:(?:\\text\s?\{\s*)?(?:for part \(\w\)\s*)?(?:and|or)\b\s*\}?|\\q?quad|\\[()\[\],;! ]|[\s$,;.&(){}]"
     r"|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s*=)*"
 )
-PERCENT = re.compile(r"\s*\$?\s*(\\?%|percent\b|pct\b)")
-HEDGED = re.compile(r"\s*or\b", re.IGNORECASE)
+PERCENT = re.compile(r"\s*+(?:\$\s*+)?(\\?%|percent\b|pct\b)")
+# Around a box that is not the whole answer: -\boxed{5}, 2\boxed{5}, not \boxed{5}, \boxed{5} or 6, \boxed{5} million.
+NEGATIVE_BOX = re.compile(r"(?:(?:^|(?<=[\s=(:$]))-\$?|=\s*-\s*|\b(?:minus|negative)\s+\$?)$", re.IGNORECASE)
+PART_BEFORE = re.compile(
+    r"(?:\d\s?\$?|[\d)}]\s*[-+*/×÷]\s*|\\(?:times|cdot|div)\s*|\b(?:not|never|twice)\s+\$?|n['’]t\s+(?:[a-z]+\s+)?\$?|\bor\s+"
+    r"|\b(?:more|less|fewer|greater)\s+than\s+)$",
+    re.IGNORECASE,
+)
+PART_AFTER = re.compile(
+    r"\$?(?:\d|\s*[-+*/×÷]\s?\d|\s*\\(?:times|cdot|div)\s?\d|\s+or\s+\$?[-\d]|\s+(?:hundred|thousand|million|billion|trillion|dozen)\b"
+    r"|\s+(?:is|was)\s+(?:not|wrong|incorrect|false)\b)",
+    re.IGNORECASE,
+)
+HEDGED = re.compile(r"\s*(?:[oO][rR]\b|\(?[A-Z]\)?[.)]?\s*$)")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An answer: how it may be read, longest first, and the sign that marks it ("" for a last line)."""
+    """An answer: how it may be read, longest first, and the sign that marks it ("" for a last line).
+
+    `brief` is what a last line may mean where the answer is no number: its one bold word, last formula, or end.
+    """
 
     readings: tuple[str, ...]
     sign: str
+    brief: str = ""
 
     @property
     def shortest(self) -> str:
         return self.readings[-1]
+
+
+# What stands beside a word in bold, a formula or a box and says that it is not the whole answer, or not the answer.
+SPOILED_BEFORE = re.compile(
+    r"(?:(?<!\S)-|(?<=[=(:$])-|(?:\d|[)}%]|(?<![A-Za-z'’])[A-Za-z])\s*-\s*|[\w)}]\s*\+\s*|(?<!\*)(?<=[\w)}]\s)\*\s+|[\w)}]\s*[/^×÷·]\s*"
+    r"|\\(?:times|cdot|div)\s*|√|[\d)}]|(?<![A-Za-z])[a-z]"
+    r"|\b(?:minus|negative|plus|times|twice|or|nor|than|at least|at most|up to|under|over|below|above|except|avoid)\s+"
+    r"|\d\s+to\s+)[$€£(]*$",
+    re.IGNORECASE,
+)
+SPOILED_AFTER = re.compile(
+    r"\$?(?:\s*[-+/×÷·]\s?[\d(\\$]|\s*\^(?!\s?\{?\s?\\circ)|\s+\*\s+[\d(]|\d|\s+(?:or|minus|plus|times|hundred|thousand|million|billion|trillion|dozen)\b(?!\s+(?:so|more)\b\s*$)"
+    r"|!(?=\s*[=)])|\s+(?:is|are|was|were|would be|must be|seems)\s+(?:not|never|wrong|incorrect|false|too)\b"
+    r"|\s+(?:isn|wasn|aren|weren|can)['’]?t\b|\s+(?:cannot|can not)\b)",
+    re.IGNORECASE,
+)
+
+
+def _is_spoiled(before: str, after: str) -> bool:
+    """True where what stands alone is part of more: -**5**, 6 or **5**, 2 * **5**, not **5**, **5** is wrong."""
+    before = before.rpartition("\n")[2][-60:]
+    return bool(
+        SPOILED_BEFORE.search(before)
+        or DENIED.search(before)
+        or (COMPARED.search(before) and before.strip() != ">")
+        or WORKED.search(before)
+        or SPOILED_AFTER.match(after[:40])
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -180,10 +233,14 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         if content not in contents:
             contents.insert(0, content)
         begun = match.start()
-    percent = PERCENT.match(text, last_end)
-    sign = re.search(r"=\s*-\s*$", text[max(begun - 20, 0) : begun])
-    joined = ", ".join(contents)
-    return opened[-1].start(), ("-" if sign and len(contents) == 1 else "") + joined + ("%" if percent else "")
+    joined = ", ".join(contents) + ("%" if PERCENT.match(text, last_end) else "")
+    before, after = text[max(begun - 60, 0) : begun].rpartition("\n")[2], text[last_end : last_end + 40]
+    if joined and NEGATIVE_BOX.search(before):
+        joined = f"-({joined})"
+    if joined and (PART_BEFORE.search(before) or PART_AFTER.match(after)):
+        # 2\boxed{5}, not \boxed{5}, \boxed{5} or 6: no answer stands there.
+        joined = f"not {joined}"
+    return opened[-1].start(), joined
 
 
 def _last_hashes(text: str) -> tuple[int, str] | None:
@@ -229,7 +286,15 @@ def _marked(text: str) -> tuple[int, Found] | None:
     if box and box[1]:
         # Braces that do not pair: all up to the text's last one.
         rest = text[text.index("{", box[0]) + 1 :].rpartition("}")[0].strip()
-        found.append((box[0], Found((rest, box[1]) if rest and rest != box[1] else (box[1],), "boxed")))
+        found.append(
+            (
+                box[0],
+                Found(
+                    (rest, box[1]) if rest != box[1] and rest and not box[1].startswith(("not ", "-(")) else (box[1],),
+                    "boxed",
+                ),
+            )
+        )
     # A line in words does not overrule a box.
     if hashes and not (found and not re.search(r"\d", hashes[1])):
         rest = text[hashes[0] + 4 :].strip()
@@ -246,6 +311,8 @@ def _stated(text: str) -> tuple[int, Found] | None:
         return _in_json(text, keys[-1])
     for match in reversed(list(STATED.finditer(text))[-12:]):
         readings = _sentences(text[match.end() :])
+        if readings and WRONGLY.search(text[max(match.start() - 20, 0) : match.start()]):
+            return match.start(), Found((f"not {readings[-1]}",), "stated")
         if readings:
             return match.start(), Found(tuple(readings), "stated")
     return None
@@ -278,17 +345,22 @@ FORMULA = re.compile(r"\$(?=\S)([^$\n]*[^\s$])\$(?!\d)|\$([^$\n]*\\[^$\n]*)\$|\\
 
 def _last_formula(line: str) -> str:
     """The last formula of a line, with those that a comma, "and" or "or" ties to it; "" where there is none."""
-    formulas = list(FORMULA.finditer(line[-600:]))
-    found: list[str] = []
+    line = line[-600:]
+    formulas = list(FORMULA.finditer(line))
+    found, begun = list[str](), 0
     for index in range(len(formulas) - 1, -1, -1):
         if found and not re.fullmatch(
-            r"\s*(?:,|;|and|or|,\s*(?:and|or))\s*", line[-600:][formulas[index].end() : formulas[index + 1].start()]
+            r"\s*(?:,|;|and|or|,\s*(?:and|or))\s*", line[formulas[index].end() : formulas[index + 1].start()]
         ):
             break
         found.insert(0, next(group for group in formulas[index].groups() if group))
+        begun = formulas[index].start()
+    if found and _is_spoiled(line[:begun], line[formulas[-1].end() :]):
+        return ""
     return ", ".join(found)
 
 
+BECAUSE = re.compile(r",?(?<!\s)\s+(?:because|since)\b")
 # Where a model goes on with another turn.
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|eom_id)\|>|</s>")
 
@@ -299,40 +371,44 @@ def _last_line(text: str, raw: str) -> Found | None:
     if not lines:
         return None
     line = next((line for line in reversed(lines) if DIGIT.search(line)), lines[-1]).strip()
-    readings = [text.strip(), lines[-1].strip(), line]
+    whole = [text.strip(), lines[-1].strip(), line]
     if "####" in text:
         # What looked like a heading may be an answer of several lines.
-        readings.insert(0, text.rpartition("####")[2].strip())
+        whole.insert(0, text.rpartition("####")[2].strip())
     if "." in line or "!" in line or "?" in line:
         sentences = [sentence for sentence in ENDED.split(line) if DIGIT.search(sentence)]
-        readings += [sentence.strip() for sentence in sentences[-1:]]
-    if "$" in line or "\\" in line:
-        formula = _last_formula(readings[-1])
-        if formula:
-            readings.insert(len(readings) - 1, formula)
-    # "The roots are 1 and 2.": longest first, so that a number is looked for in the whole line before.
-    said = SAID.split(lines[-1].strip())[-1].rstrip(" .!")
-    if 0 < len(said) < len(lines[-1].strip()) - 2:
-        readings.insert(0, said)
-    if "**" in raw:
-        bold = _only_bold(raw)
-        if bold:
-            readings.append(bold)
-    # "5 because 2 + 3 = 5": what explains a line's one beginning.
-    clause = re.search(r",?\s+(?:because|since)\b", readings[-1])
-    if clause and clause.start() <= 60 and len(re.findall(r"\S+", readings[-1][: clause.start()])) <= 4:
-        readings.append(readings[-1][: clause.start()])
-    return Found(tuple(reading for index, reading in enumerate(readings) if reading not in readings[:index]), "")
+        whole += [sentence.strip() for sentence in sentences[-1:]]
+    bold = _only_bold(raw) if "**" in raw else ""
+    short = _unexplained(bold or whole[-1])
+    formula = _last_formula(whole[-1]) if not bold and ("$" in line or "\\" in line) else ""
+    said = SAID.split(_unexplained(lines[-1].strip()))[-1].rstrip(" .")
+    said = re.sub(r"(?<=[^\W\d_]{2})!+$", "", said)
+    readings = [*whole, *([bold] if bold else []), short]
+    return Found(
+        tuple(reading for index, reading in enumerate(readings) if reading and reading not in readings[:index]),
+        "",
+        bold or formula or said,
+    )
+
+
+def _unexplained(line: str) -> str:
+    """ "5" of "5 because 2 + 3 = 5": what explains a line's one beginning goes."""
+    clause = BECAUSE.search(line)
+    if clause and 0 < clause.start() <= 60 and line[: clause.start()].count(" ") < 5:
+        return line[: clause.start()]
+    return line
 
 
 def _only_bold(raw: str) -> str:
     """What alone is bold in the line that is read: "So it is **18** in 3 days." """
     lines = [line for line in raw.split("\n") if line.strip()]
     line = next((line for line in reversed(lines) if DIGIT.search(line)), lines[-1])
-    bold = STRONG.findall(line)
-    if len(bold) != 1 or bold[0].endswith(":") or bool(DIGIT.search(bold[0])) != bool(DIGIT.search(line)):
+    bold = list(STRONG.finditer(line))
+    if len(bold) != 1 or bold[0][1].endswith(":") or bool(DIGIT.search(bold[0][1])) != bool(DIGIT.search(line)):
         return ""
-    return without_markdown(bold[0]).strip()
+    if _is_spoiled(line[: bold[0].start()], line[bold[0].end() :]):
+        return ""
+    return without_markdown(bold[0][1]).strip()
 
 
 def find(text: str) -> Found | None:

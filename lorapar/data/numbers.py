@@ -27,6 +27,7 @@ FRACTION = re.compile(
 GROUPED = re.compile(r"\d{1,3}(?:,\d{2,3})*,\d{3}")
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,; !]|[\u00a0\u2009\u202f\u2007'’_]|\{,\}|,\\!\s?)\d{3})+)(?!\d)")
 LOOSE = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d.,]*\d)")
+SPACES = re.compile(r"\s{2,}")
 VULGAR = {sign: unicodedata.normalize("NFKC", sign).replace("⁄", "/") for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"}
 SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -44,19 +45,33 @@ GLUED = re.compile(
     r"k?Pa|k[JNWV]|st|nd|rd|th|AM|PM|am|pm|ha|kg|deg|dollars?|cents?|x (?:as|more|faster))(?![\w(^])"
     r"|(?:[kcmd]?m|ft|in|yd|mi)\^\{?[23]\}?(?!\w)"
 )
-# Units of measure: two of a kind that differ make two numbers differ.
+# Units of measure: two that differ make two numbers differ.
 MEASURES = {
     name: kind
     for kind, names in {
         "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre",
-        "km": "km kilometer kilometre", "in": "inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
-        "mg": "mg milligram", "g": "g gram", "kg": "kg kilogram kilo", "oz": "oz ounce", "lb": "lb pound",
-        "ml": "ml milliliter millilitre", "l": "l liter litre", "s": "s sec second", "min": "min minute",
-        "h": "h hr hour", "day": "day", "week": "week", "month": "month", "year": "year yr",
-        "cent": "cent", "dollar": "dollar usd", "euro": "euro eur",
+        "km": "km kilometer kilometre", "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
+        "nm": "nm nanometer", "mg": "mg milligram", "g": "g gram", "kg": "kg kilogram kilo", "oz": "oz ounce",
+        "lb": "lb lbs pound", "ton": "ton tonne", "ml": "ml mL milliliter millilitre", "l": "l L liter litre",
+        "ms": "ms millisecond", "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day",
+        "week": "week", "month": "month", "year": "year yr", "cent": "cent", "dollar": "dollar usd USD", "yen": "yen",
+        "euro": "euro eur EUR", "am": "AM am", "pm": "PM pm", "degree C": "C celsius", "degree F": "F fahrenheit",
+        "B": "B byte", "kB": "kB KB", "MB": "MB", "GB": "GB", "TB": "TB", "mV": "mV", "V": "V volt", "kV": "kV",
+        "mA": "mA", "A": "A ampere amp", "W": "W watt", "kW": "kW", "MW": "MW", "Hz": "Hz hertz", "kHz": "kHz",
+        "MHz": "MHz", "GHz": "GHz", "J": "J joule", "kJ": "kJ", "N": "N newton", "kN": "kN", "Pa": "Pa", "kPa": "kPa",
+        "K": "K kelvin",
     }.items()
     for name in names.split()
 }  # fmt: skip
+SIGNS = {"$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "¢": "cent"}
+# What makes another number of the one before it: 7 tenths, 18 dozen, 7万.
+SCALED = re.compile(
+    r"[\s-]?(?:(?:half|halves|halved|thirds?|fourths|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?"
+    r"|millionths?|billionths?|dozens?|gross|score|quadrillions?|quintillions?|myriads?|mio|mrd|mln|millones|millionen|milliarden|tausend|mil"
+    r"|ppm|ppb|bps|basis\s+points?|per\s+(?:mille?|thousand)|permille|pi|squared|cubed|factorial|doubled|tripled"
+    r"|point\s+(?:\d|zero|one|two|three|four|five|six|seven|eight|nine)|тыс\w*|млн|млрд|миллион\w*)(?![^\W_])|[‰‱₀-₉万億亿百千兆萬만억천백π])",
+    re.IGNORECASE,
+)
 
 
 class Number(NamedTuple):
@@ -72,7 +87,7 @@ class Number(NamedTuple):
 def without_latex(text: str) -> str:
     r"""A text without the LaTeX that only dresses a number: \$, \%, {,}, \text{}, \frac12, ^\circ, \( and \)."""
     if "\\" in text:
-        text = re.sub(r"(\\(?:text|mathrm|mbox)\s?\{[^{}]*[A-Za-z]\s?\})\s?\^\s?(?:\d|\{\d\})", r"\1", text)
+        text = re.sub(r"\\(?:text|mathrm|mbox)\s?\{([^{}]*[A-Za-z])\s?\}\s?\^\s?(?:(\d)|\{(\d)\})", r" \1^\2\3 ", text)
         text = re.sub(
             r"\\(?:text|mathrm|textbf|mbox|textrm|mathbf|textit|operatorname)\s{0,3}\{([^{}]*)\}", r" \1 ", text
         )
@@ -93,7 +108,9 @@ def without_latex(text: str) -> str:
         text = text.replace("−", "-").replace("–", "-").replace("°", "").replace("\u00a0", " ").replace("\u202f", " ")
     elif "'" in text or "_" in text:
         text = SPACED.sub(lambda match: re.sub(r"[^\d]", "", match[1]), text)
-    return text.replace("{,}", ",").strip()
+    text = text.replace("{,}", ",").strip()
+    # One space where there are several: patterns that try each of many places take for ever.
+    return SPACES.sub(lambda match: "\n" if "\n" in match[0] else " ", text) if SPACES.search(text) else text
 
 
 def _as_slash(match: re.Match) -> str:
@@ -158,6 +175,9 @@ def in_words(text: str) -> Fraction | None:
             break
         at += 1
     rest = words[at:]
+    single = rest[0].removesuffix("s") if rest else ""
+    if rest and (rest[0] == "point" or (single not in PARTS and rest[0] not in PARTS and SCALED.match(" ".join(rest)))):
+        return None
     if not known:
         return Fraction(sign, 2) if rest[:1] == ["half"] and len(rest) <= 3 else None
     if len(rest) in (2, 3, 4) and words[at - 1] == "and" and rest[0] == "a" and rest[1] in PARTS:
@@ -218,11 +238,11 @@ def _at(text: str, match: re.Match) -> _Match | None:
     if scale:
         value, end = value * SCALES[scale[1].lower()], end + scale.end()
     elif (
-        text[end : end + 1] in ("k", "K", "M")
+        text[end : end + 1] in ("k", "K", "M", "m", "B", "b")
         and re.search(r"[$€£]", match[0])
         and not text[end + 1 : end + 2].isalnum()
     ):
-        value, end = value * (10**6 if text[end] == "M" else 1000), end + 1
+        value, end = value * {"k": 10**3, "m": 10**6, "b": 10**9}[text[end].lower()], end + 1
     before, after = text[:start], text[end : end + 40]
     glued = re.match(r"[A-Za-z_]", after) and not GLUED.match(after)
     joined = (
@@ -240,16 +260,31 @@ def _at(text: str, match: re.Match) -> _Match | None:
         or re.search(r"\d\s*[:,]$|[\w]\($|\\[a-zA-Z]+\s*[({]?$|\{\s*$|[_^][{(]?$", before[-12:])
         or re.match(r":\d|,\d|_\{?\w|\.\d|!(?=\s*[=)])|\s?\\(?:sqrt|pi|frac|log|sin|cos|tan|ln)|\s?[πi√](?!\w)", after)
         or glued
+        or SCALED.match(after)
         # 7(x + 3), (a, 0), (0, a)
         or after.startswith("(")
         or re.search(r"\([^()]{0,30},\s*$", before[-40:])
         or (re.search(r"\(\s*$", before[-4:]) and re.match(r"\s*,[^()]{1,30}\)", after))
     )
     percent = re.match(r"\s*(?:%|percent|pct\b)", after, re.I)
-    word = re.match(r"\s?([A-Za-z]+)", after)
-    name = word[1] if word else ""
-    unit = MEASURES.get(name if len(name) < 3 else name.lower(), "") or MEASURES.get(name.lower().removesuffix("s"), "")
-    return _Match(Number(value, bool(percent), unit, decimals, digits), start, end, bool(joined))
+    return _Match(Number(value, bool(percent), _unit(match[0], after), decimals, digits), start, end, bool(joined))
+
+
+def _unit(token: str, after: str) -> str:
+    """The unit of measure that stands behind a number, with its power, or its currency; "" for none that is known."""
+    if "$" in token and after.startswith("$"):
+        # A formula's dollars: $5$ cm.
+        token, after = "", after[1:]
+    word = re.match(r"\s?(square\s|cubic\s|sq\.?\s)?\s?([A-Za-z]+|[$€£¥¢])(?:\^\{?([23])\}?)?", after)
+    if word is None:
+        return next((SIGNS[sign] for sign in token if sign in SIGNS), "")
+    name = word[2]
+    unit = SIGNS.get(name) or MEASURES.get(name) or MEASURES.get(name.lower() if len(name) > 3 else "") or ""
+    unit = unit or (MEASURES.get(name.lower().removesuffix("s"), "") if len(name) > 2 else "")
+    power = word[3] or {"s": "2", "c": "3"}.get((word[1] or "")[:1], "")
+    if not unit:
+        return next((SIGNS[sign] for sign in token if sign in SIGNS), "")
+    return f"{unit}^{power}" if power else unit
 
 
 # Between numbers of which neither is the answer: 5 or 6, 5 and 6, 5, 6, 5 to 7, 5 apples and 3 pears.
@@ -282,6 +317,17 @@ DENIED = re.compile(
     re.IGNORECASE,
 )
 COMPARED = re.compile(r"(?:[<>≤≥≠±≢]|!=|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)\s*=?\s*[$€£(]*\s*$")
+# At least 18 is a bound, and what stands after "the wrong answer" is none.
+BOUND = re.compile(
+    r"(?:\b(?:at least|at most|at minimum|at maximum|up to|under|over|below|above|beyond|(?:maximum|minimum) of"
+    r"|(?:more|less|fewer|greater|higher|lower|larger|smaller|bigger) than)\s+(?:[a-z]+\s+)?[$€£(]*"
+    r"|\b(?:wrong|incorrect)(?:[ _]answer)?\W{0,5}(?:is\s+)?)$",
+    re.IGNORECASE,
+)
+REFUTED = re.compile(
+    r"\s*(?:[a-z]+\s+)?(?:(?:is|are|was|were)\s+(?:not|wrong|incorrect|false)\b|(?:isn|wasn|aren|weren)['’]t\b)",
+    re.IGNORECASE,
+)
 COMPARED_AFTER = re.compile(r"\s*(?:[<>≤≥≠±]|\\(?:leq?|geq?|neq?|pm|mp|lt|gt)(?![a-z])|\+/-)")
 LABEL = re.compile(r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?|[A-Za-z]\([a-z0-9]\))\s*=\s*")
 
@@ -353,7 +399,9 @@ def read_number(text: str, first: bool = False) -> Number | None:
         or DENIED.search(before[-60:])
         or COMPARED.search(before[-12:])
         or COMPARED_AFTER.match(behind[:8])
+        or BOUND.search(before[-40:])
         or OPEN.match(behind[:40])
+        or REFUTED.match(behind[:40])
     ):
         return None
     units = index and numbers[index - 1].number.unit
@@ -382,19 +430,21 @@ WORD_AFTER = re.compile(rf"\s*(?:[a-z]+\s+)?(?:or|to)\s+(?:{NAMES})\b", re.IGNOR
 
 # A word of two letters or more, one letter that stands for a unit, or a letter of another alphabet; x is no unit.
 UNIT = (
-    r"(?:°?(?:(?!(?:and|or|to|plus|minus|than|not|but|half|mod|choose|squared|cubed|factorial|of)\b)[^\W\d_]{2,}(?:[-/'’][^\W\d_]+)*|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
+    r"(?:°?(?:(?!(?:and|or|to|plus|minus|than|not|but|half|mod|choose|squared|cubed|factorial|of)\b)[^\W\d_]{2,}+(?:[-/'’][^\W\d_]++)*+|[mghslLCFKNJWVA](?:/[a-z]{1,3})?(?![^\W\d_])|an?\s(?=[^\W\d_]{2})"
     r"|[^\W\d_a-zA-Z])(?:\^\{?-?\d\}?|[²³])?\.?|°)"
 )
 WHOLE = re.compile(
     rf"(?:{LABEL.pattern})?[(]?(?:{CURRENCY})?\s*(?:{FRACTION.pattern}|{NUMBER.pattern})"
     r"(?:\s?(?:×|x|\*)\s?10\s?(?:\^|\*\*)\s?[{(]?-?\d{1,3}[})]?|\^\{?-?\d{1,3}\}?)?[)]?"
-    rf"\s*[$€£¥₹%]?\s*(?:{UNIT}\s*){{0,3}}"
+    rf"\s*[$€£¥₹%¢]?\s*(?:{UNIT}\s*){{0,3}}"
 )
 
 
 def whole_number(text: str) -> Number | None:
     """The number that the whole of a text is, with at most a name, a currency, a percent sign and a unit around it."""
-    text = _spelled(without_latex(text[: LONGEST_LINE + 1])).strip().strip("$").rstrip(" .").strip()
+    text = _spelled(without_latex(text[: LONGEST_LINE + 1])).strip().rstrip(" .").strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text.strip("$").strip().rstrip(" .")
     text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
     text = re.sub(r"^(?:minus|negative) (?=[$€£]?[\d.])", "-", text, flags=re.IGNORECASE)
     if len(text) > LONGEST_LINE:
@@ -428,6 +478,29 @@ def with_decimal_comma(text: str, within: bool = False) -> Number | None:
     return Number(Fraction(f"{match[1]}{whole}.{match[3]}"), "%" in match[0], "", len(match[3]), len(whole + match[3]))
 
 
+SIDE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?")
+SIDE_BEFORE = re.compile(rf"(?:^|\b(?:is|so|thus|hence|therefore|get|have),?:?\s)\s?({SIDE.pattern})$", re.IGNORECASE)
+
+
+def contradicts_itself(text: str) -> bool:
+    """True for 17 = 18, and for 17 ≈ 18: a number that is another's rounding in neither direction."""
+    parts = re.split(r"(?<![<>!=])([=≈])", without_latex(text[-LONGEST_LINE:]))
+    for at in range(1, len(parts) - 1, 2):
+        left, right = SIDE_BEFORE.search(parts[at - 1].strip()), parts[at + 1].strip(" .")
+        if left is None or SIDE.fullmatch(right) is None:
+            continue
+        one, other = read_number(left[1]), read_number(right)
+        if one is None or other is None or one.value == other.value:
+            continue
+        if not any(
+            (rounded.value * 10**rounded.decimals).denominator == 1
+            and is_rounding(rounded, exact.value, cut=parts[at] == "=")
+            for rounded, exact in ((one, other), (other, one))
+        ):
+            return True
+    return False
+
+
 def equal(given: Number, gold: Number) -> bool:
     """True where two numbers have the same value; 50 % is both 50 and 0.5."""
     if given.unit and gold.unit and given.unit != gold.unit:
@@ -436,6 +509,14 @@ def equal(given: Number, gold: Number) -> bool:
     if gold.percent != given.percent:
         values.append(gold.value / 100 if gold.percent else gold.value * 100)
     return any(value == given.value or _rounded(value, gold, given) for value in values)
+
+
+def is_rounding(rounded: Number, exact: Fraction, cut: bool = True) -> bool:
+    """True where a number is an exact one to as many decimals as it has, rounded or, with `cut`, cut off."""
+    short, unit = abs(exact) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
+    # What a float of the exact value may be wrong by.
+    bit = abs(exact) / 10**15
+    return exact * rounded.value >= 0 and (-unit / 2 - bit <= short <= unit / 2 + bit or (cut and 0 <= short < unit))
 
 
 def _rounded(value: Fraction, gold: Number, given: Number) -> bool:
@@ -453,6 +534,6 @@ def _rounded(value: Fraction, gold: Number, given: Number) -> bool:
         return True
     for exact, rounded in ((value, given), (given.value, gold)):
         endless = 10**20 % exact.denominator != 0 if exact.denominator < 10**20 else False
-        if endless and rounded.decimals and rounded.digits >= 6 and distance < Fraction(1, 10**rounded.decimals):
+        if endless and rounded.decimals and rounded.digits >= 6 and is_rounding(rounded, exact):
             return True
     return False

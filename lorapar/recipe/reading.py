@@ -1,6 +1,7 @@
 """A recipe from its YAML, and back: `extends`, overrides, numbers such as 1e-4, keys given twice."""
 
 import dataclasses
+import enum
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError
+from ..errors import InputError, require
 from ..files import read_text
-from .checks import check_trainer_keys, check_values
+from .checks import any_of, check_trainer_keys, check_values
 from .sections import GRPOStageConfig, Recipe, SFTStageConfig, StageConfig
 from .values import Written, build, check_keys, convert, nested_class, plain, takes_text
 
@@ -202,8 +203,16 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
                              "seed are top-level keys, gradient_checkpointing is TRL's name")  # fmt: skip
     # YAML reads the word no as false.
     strategies = ("eval_strategy", "save_strategy", "logging_strategy")
-    values = {key: "no" if key in strategies and value is False else value for key, value in values.items()}
+    values = {key: "no" if key in strategies and plain(value) is False else value for key, value in values.items()}
     hints = typing.get_type_hints(config_class)
-    trainer = {key: convert(hints[key], value, f"{stage}.{key}") for key, value in values.items() if key not in own}
+    given = {key: value for key, value in values.items() if key not in own}
+    # TRL's types leave open what is within a dict, which `convert` then hands on as it came.
+    trainer = {key: plain(convert(hints[key], value, f"{stage}.{key}")) for key, value in given.items()}
+    for key, value in trainer.items():
+        for words in typing.get_args(hints[key]):
+            # Declared as an enum or text, so any text has passed.
+            if isinstance(words, type) and issubclass(words, enum.Enum):
+                allowed = [word.value for word in words]
+                require(value in allowed, f"{stage}.{key}", value, any_of(allowed))
     check_trainer_keys(stage, trainer)
     return {key: values[key] for key in own if key in values} | {"trainer": trainer}

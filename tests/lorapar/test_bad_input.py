@@ -45,7 +45,10 @@ def sums(count: int, operations: int = 1, start: int = 0) -> list[dict]:
         (("--grpo.rewards", "[]"), ("grpo.rewards: expected at least one",)),
         (("--grpo.rewards", "['nowhere:f']"), ("grpo.rewards: nowhere:f: importing 'nowhere' failed",)),
         (("--grpo.num_generations", "3"), ("grpo: ", "num_generations")),
-        (("--sft.save_strategy", "sometimes"), ("sft: ", "sometimes")),
+        (
+            ("--sft.save_strategy", "sometimes"),
+            ("sft.save_strategy: got 'sometimes', expected no, steps, epoch or best",),
+        ),
         (("--sft.report_to", "wandb"), ("sft.report_to: 'wandb' is not installed here",)),
         (("--label.voters", "[operatoins]"), ("label.voters: unknown voter 'operatoins'; nearest: operations",)),
     ],

@@ -234,7 +234,7 @@ def test_a_moved_folder_keeps_its_best_checkpoint(tmp_path, monkeypatch):
         ({"eval_rows": 1.5}, "sft.eval_rows: got 1.5, expected a number of rows, or a share below 1"),
         ({"eval_rows": 0}, "sft.eval_rows: got 0, expected more than 0"),
         ({"early_stopping_patience": 0}, "sft.early_stopping_patience: got 0, expected at least 1"),
-        ({"eval_strategy": "often"}, "sft: often is not a valid IntervalStrategy"),
+        ({"eval_strategy": "often"}, "sft.eval_strategy: got 'often', expected no, steps or epoch"),
     ],
 )
 def test_settings_that_need_others_are_refused_before_any_stage(changed_recipe, tmp_path, sft, says):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .answers import marked_answer
 from .columns import columns_line, find_columns, is_blank
-from .messages import is_chat, messages_of
+from .messages import is_chat, messages_of, tools_of_functions
 from .sources import read_source
 from .tables import without_nulls
 from .tokens import encode, prompt_ids
@@ -210,6 +210,8 @@ def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bo
     for name, item in raw.items():
         if name not in used:
             row[f"original_{name}" if name in TAKEN_COLUMNS else name] = item
+    if "messages" in columns and is_blank(row.get("tools")) and (tools := tools_of_functions(raw.get("functions"))):
+        row["tools"] = tools
     return row
 
 

@@ -47,6 +47,20 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     return [_message(message, where) for message in value]
 
 
+def check_weights(prompt: list[dict[str, Any]], completion: list[dict[str, Any]], loss: str, where: str) -> None:
+    """InputError where the weight 0 takes the loss from the answer that is trained on, or from all of them.
+
+    loss: `data.loss`. The last answer's weight is the row's own with "last"; with "assistant", each turn has its own.
+    """
+    if loss == "last" and any(turn.get("weight") == 0 for turn in completion):
+        raise InputError(f"{where}: the last answer has the weight 0, and data.loss: last trains on that alone; leave "
+                         "the row out, or train on its other turns with data.loss: assistant")  # fmt: skip
+    answers = [turn for turn in (*prompt, *completion) if turn.get("role") == "assistant"]
+    if all(turn.get("weight") == 0 for turn in answers):
+        raise InputError(f"{where}: every turn of the assistant has the weight 0, so there is nothing to train on; "
+                         "leave the row out")  # fmt: skip
+
+
 def tools_of_functions(value: Any) -> list[dict[str, Any]]:
     """The tools that a chat's column `functions`, OpenAI's older name, describes; [] for a column of anything else."""
     try:
@@ -82,6 +96,11 @@ def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where} has a message without a role; its keys: {', '.join(map(str, message))}")
     said = str(message.pop(speaker))
     text = next((message.pop(key) for key in TEXT_KEYS if key in message), "")
+    weight = message.pop("weight", 1)
+    if weight not in (0, 1):
+        raise InputError(f"{where} has a message of the weight {weight!r:.40}, allowed: 0, no loss, and 1")
+    if weight == 0 and (said.casefold() in CALLS or ROLES.get(said.casefold()) == "assistant"):
+        message["weight"] = 0
     if said.casefold() in CALLS:
         called = f"a message of the role {said!r}"
         return {**message, "role": "assistant", "content": "", "tool_calls": _calls(text, called, where)}

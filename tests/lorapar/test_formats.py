@@ -137,6 +137,18 @@ def test_chats(case: str, tmp_path: Path):
     assert not {"messages", "conversations"} & set(loaded)
 
 
+def test_weights_and_what_may_be_empty(tmp_path: Path):
+    weighed = [{**QUESTION, "weight": 0}, {**REPLY, "weight": 0}, QUESTION, {**REPLY, "weight": 1.0}]
+    loaded = load(tmp_path, {"messages": weighed})[0][0]
+    assert [*loaded["prompt"], *loaded["completion"]] == [QUESTION, {**REPLY, "weight": 0}, QUESTION, REPLY]
+    last = {"conversations": [*weighed[:3], {**said("gpt", "4"), "weight": False}]}
+    assert "every turn of the assistant has the weight 0" in error_of(tmp_path, last, loss="assistant")
+    last["conversations"][1] = REPLY
+    assert load(tmp_path, last, loss="assistant")[0][0]["completion"] == [{**REPLY, "weight": 0}]
+    turns = [turn("system", ""), QUESTION, CALLING, turn("tool", ""), REPLY]
+    assert [*load(tmp_path, {"messages": turns})[0][0]["prompt"], REPLY] == turns
+
+
 def test_older_functions_are_the_tools(tmp_path: Path):
     function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
     chat = {"messages": [QUESTION, REPLY]}
@@ -332,6 +344,30 @@ REFUSED = {
         {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be kind."},
         "column 'system' and the chat's own system turn differ; leave one out",
     ),
+    **{f"a prompt of {empty!r}": (
+        {"messages": [turn("user", empty), REPLY]}, "message 1 of the prompt, of the role 'user', is empty; fill it in",
+    ) for empty in (None, "", [], " \n", [{"type": "text", "text": ""}])},
+    "an empty system turn alone": ({"messages": [turn("system", ""), REPLY]}, "of the role 'system', is empty"),
+    "an empty question later": (
+        {"messages": [QUESTION, REPLY, turn("user", ""), REPLY]}, "message 3 of the prompt, of the role 'user'",
+    ),
+    "an empty answer before": (
+        {"prompt": [QUESTION, turn("assistant", ""), QUESTION], "completion": [REPLY]},
+        "message 2 of the prompt, of the role 'assistant', is empty",
+    ),
+    "an empty answer of the history": (
+        {"instruction": "And 3?", "output": "6", "history": [["2 + 2?", None]]},
+        "message 2 of the prompt, of the role 'assistant', is empty",
+    ),
+    "an empty end of a completion": (
+        {"prompt": [QUESTION], "completion": [CALLING, turn("tool", "4"), turn("assistant", "")]},
+        "the completion is empty",
+    ),
+    "a last answer of the weight 0": (
+        {"messages": [QUESTION, REPLY, QUESTION, {**REPLY, "weight": 0}]},
+        "the last answer has the weight 0, and data.loss: last trains on that alone; leave the row out",
+    ),
+    "a part of a weight": ({"messages": [QUESTION, {**REPLY, "weight": 0.5}]}, "the weight 0.5, allowed: 0"),
     "no answer": ({"conversations": [said("human", "a")]}, "has no assistant's turn after a prompt"),
     "whole chat as a completion": (
         {"prompt": "2 + 2?", "completion": [QUESTION, REPLY]}, "write data.columns: {messages: completion}",

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .answers import marked_answer
 from .columns import columns_line, find_columns, is_blank
-from .messages import is_chat, messages_of
+from .messages import check_weights, is_chat, messages_of, tools_of_functions
 from .sources import read_source
 from .tables import without_nulls
-from .tokens import encode, prompt_ids
+from .tokens import THOUGHT_KEYS, encode, prompt_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,6 +93,8 @@ def _turns(
         if not is_blank(beside) and columns["input"] not in _template_fields(config.prompt, "prompt"):
             prompt[-1]["content"] += f"\n{beside}"
     prompt = [*history, *prompt]
+    _check_said(prompt, completion, where)
+    check_weights(prompt, completion, config.loss, where)
     system = raw.get(columns.get("system", ""))
     own = prompt[0]["content"] if prompt[0]["role"] == "system" else system
     if not is_blank(system) and own != system:
@@ -102,9 +104,19 @@ def _turns(
     for turn in completion:
         if "####" in turn["content"]:
             turn["content"] = CALCULATOR_MARK.sub("", turn["content"])
-    if not any(turn["content"].strip() or "tool_calls" in turn for turn in completion):
-        raise InputError(f"{where}: the completion is empty")
     return prompt, completion
+
+
+def _check_said(prompt: list[dict], completion: list[dict], where: str) -> None:
+    """InputError for an empty turn of the user or the assistant. What a system turn or a tool says may be nothing."""
+    for number, turn in enumerate(prompt, start=1):
+        said = turn["content"].strip() or any(turn.get(key) for key in ("tool_calls", *THOUGHT_KEYS))
+        if not said and (turn["role"] in ("user", "assistant") or len(prompt) == 1):
+            raise InputError(f"{where}: message {number} of the prompt, of the role {turn['role']!r}, is empty; fill "
+                             "it in, or leave the row out")  # fmt: skip
+    if any(not turn["content"].strip() and not turn.get("tool_calls")
+           for turn in completion if turn["role"] == "assistant"):  # fmt: skip
+        raise InputError(f"{where}: the completion is empty")
 
 
 def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
@@ -115,7 +127,7 @@ def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
     pairs = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         return messages_of(value, f"{where}: column {columns['history']!r}")
-    return [{"role": role, "content": str(text)}
+    return [{"role": role, "content": "" if text is None else str(text)}
             for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # fmt: skip
 
 
@@ -210,6 +222,8 @@ def _form_row(raw: dict, columns: dict[str, str], config: "DataConfig", chat: bo
     for name, item in raw.items():
         if name not in used:
             row[f"original_{name}" if name in TAKEN_COLUMNS else name] = item
+    if "messages" in columns and is_blank(row.get("tools")) and (tools := tools_of_functions(raw.get("functions"))):
+        row["tools"] = tools
     return row
 
 

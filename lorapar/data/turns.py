@@ -22,6 +22,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from ..errors import InputError
+from .messages import check_weights
 from .tokens import (
     IGNORED,
     WORDS,
@@ -51,19 +52,26 @@ def labelled(row: dict[str, Any], tokenizer: Any, turns: Turns = "last") -> tupl
     """(token ids, labels) of a row: a label is the token itself, or IGNORED where it carries no loss.
 
     turns: "last": the completion's; "assistant": those of every assistant message of prompt and completion. A plain
-    text is no conversation: its completion is the assistant's only turn. Raises InputError as `encode` does, and for a
-    row whose earlier turns cannot be told from the rest.
+    text is no conversation: its completion is the assistant's only turn. A message of the weight 0 carries no loss.
+    Raises InputError as `encode` does, for a row whose earlier turns cannot be told from the rest, and for one without
+    a turn to learn from.
     """
     ids, n_prompt = encode(row, tokenizer)
     labels = [IGNORED] * n_prompt + ids[n_prompt:]
     row = parted(row)
-    if turns == "last" or isinstance(row["prompt"], str):
+    if isinstance(row["prompt"], str):
         return ids, labels
     prompt, completion = row["prompt"], row["completion"]
+    check_weights(prompt, completion, turns, f"row {row.get('id', '(no id)')}")
+    if turns == "last":
+        return ids, labels
     learned: list[Span] = []
     if any(turn.get("role") == "assistant" for turn in prompt):
         learned += _in_prompt(row, ids[:n_prompt], tokenizer)
     learned += [(n_prompt, len(ids))] if len(completion) == 1 else _in_completion(row, ids, n_prompt, tokenizer)
+    answers = [turn for turn in (*prompt, *completion) if turn.get("role") == "assistant"]
+    if any(turn.get("weight") == 0 for turn in answers):
+        learned = [span for span, turn in zip(learned, answers, strict=True) if turn.get("weight") != 0]
     labels = [IGNORED] * len(ids)
     for start, end in learned:
         labels[start:end] = ids[start:end]
@@ -149,6 +157,8 @@ def _marked(turns: list[dict], row: dict[str, Any], tokenizer: Any, ids: list[in
     expected = sum(turn.get("role") == "assistant" for turn in turns)
     if len(spans) < expected:
         raise _untold(name, f"it marks {len(spans)} of {expected} turns of the assistant")
+    if len(spans) > expected and any(turn.get("weight") == 0 for turn in turns):
+        raise _untold(name, f"it marks {len(spans)} parts of {expected} turns, one of which has the weight 0")
     return spans
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from lorapar.data.columns import COMPLETIONS, INPUTS, OUR_COLUMNS, PROMPTS, SYSTEMS
 from lorapar.data.labels import once_a_prompt, put_aside
+from lorapar.data.messages import CALLS, ROLES
 from lorapar.data.rows import load_rows
 from lorapar.data.tables import COMPRESSIONS, FILE_FORMS
 from lorapar.errors import InputError
@@ -74,6 +75,19 @@ CHATS = {
     "tool and its call last": (
         {"conversations": [said("human", "2 + 2?"), said("function_call", CALL)]}, [QUESTION, CALLING],
     ),
+    "OpenAI's older call": (
+        {"messages": [QUESTION, {"role": "assistant", "content": None, "function_call": CALL},
+                      {"role": "function", "name": "add", "content": "4"}, REPLY]},
+        [QUESTION, CALLING, {**turn("tool", "4"), "name": "add"}, REPLY],
+    ),
+    "an older call as JSON text, last": (
+        {"messages": [QUESTION, {"role": "assistant", "function_call": json.dumps(CALL)}]}, [QUESTION, CALLING],
+    ),
+    "an older call of no name and a call as JSON text": (
+        {"messages": [{**QUESTION, "tool_calls": []}, {**CALLING, "tool_calls": json.dumps(CALLING["tool_calls"])},
+                      turn("Function", "4"), {**REPLY, "function_call": {"name": None, "arguments": None}}]},
+        [QUESTION, CALLING, turn("tool", "4"), REPLY],
+    ),
     "role and content": ({"conversations": [QUESTION, REPLY]}, [QUESTION, REPLY]),
     "role and value": (
         {"conversations": [{"role": "user", "value": "2 + 2?"}, {"role": "assistant", "value": "4"}]},
@@ -121,6 +135,30 @@ def test_chats(case: str, tmp_path: Path):
     assert [*loaded["prompt"], *loaded["completion"]] == turns
     assert len(loaded["completion"]) == 1
     assert not {"messages", "conversations"} & set(loaded)
+
+
+def test_weights_and_what_may_be_empty(tmp_path: Path):
+    weighed = [{**QUESTION, "weight": 0}, {**REPLY, "weight": 0}, QUESTION, {**REPLY, "weight": 1.0}]
+    loaded = load(tmp_path, {"messages": weighed})[0][0]
+    assert [*loaded["prompt"], *loaded["completion"]] == [QUESTION, {**REPLY, "weight": 0}, QUESTION, REPLY]
+    last = {"conversations": [*weighed[:3], {**said("gpt", "4"), "weight": False}]}
+    assert "every turn of the assistant has the weight 0" in error_of(tmp_path, last, loss="assistant")
+    last["conversations"][1] = REPLY
+    assert load(tmp_path, last, loss="assistant")[0][0]["completion"] == [{**REPLY, "weight": 0}]
+    turns = [turn("system", ""), QUESTION, CALLING, turn("tool", ""), REPLY]
+    assert [*load(tmp_path, {"messages": turns})[0][0]["prompt"], REPLY] == turns
+
+
+def test_older_functions_are_the_tools(tmp_path: Path):
+    function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    chat = {"messages": [QUESTION, REPLY]}
+    for given in ([function], json.dumps([function])):
+        assert load(tmp_path, {**chat, "functions": given})[0][0]["tools"] == [
+            {"type": "function", "function": function}
+        ]
+    tools = [{"type": "function", "function": {**function, "name": "own"}}]
+    assert load(tmp_path, {**chat, "functions": [function], "tools": tools})[0][0]["tools"] == tools
+    assert "tools" not in load(tmp_path, {**chat, "functions": "sums"})[0][0]
 
 
 # A row, its prompt, completion and answer.
@@ -267,6 +305,20 @@ REFUSED = {
     "a role that is a call or a result": (
         {"conversations": [said("human", "a"), said("function", "b"), said("gpt", "c")]}, "the role 'function'",
     ),
+    "an older call that is none": (
+        {"messages": [QUESTION, {"role": "assistant", "content": None, "function_call": "add 2"}]},
+        "column 'messages' has a message with a function_call that is no JSON of {name, arguments}",
+    ),
+    "tool_calls that are none": (
+        {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": ["add"]}]},
+        "has a message with tool_calls that are no list of {name, arguments}",
+    ),
+    "a user's call": (
+        {"messages": [{**QUESTION, "function_call": CALL}, REPLY]}, "has a call in a message of the role 'user'",
+    ),
+    "a call in both forms": (
+        {"messages": [QUESTION, {**CALLING, "function_call": CALL}]}, "tool_calls and function_call; keep one of them",
+    ),
     "a call that is none": (
         {"conversations": [said("human", "a"), said("function_call", "add 2"), said("gpt", "c")]},
         "the role 'function_call' that is no JSON of {name, arguments}",
@@ -292,6 +344,30 @@ REFUSED = {
         {"messages": [turn("system", "Be brief."), QUESTION, REPLY], "system": "Be kind."},
         "column 'system' and the chat's own system turn differ; leave one out",
     ),
+    **{f"a prompt of {empty!r}": (
+        {"messages": [turn("user", empty), REPLY]}, "message 1 of the prompt, of the role 'user', is empty; fill it in",
+    ) for empty in (None, "", [], " \n", [{"type": "text", "text": ""}])},
+    "an empty system turn alone": ({"messages": [turn("system", ""), REPLY]}, "of the role 'system', is empty"),
+    "an empty question later": (
+        {"messages": [QUESTION, REPLY, turn("user", ""), REPLY]}, "message 3 of the prompt, of the role 'user'",
+    ),
+    "an empty answer before": (
+        {"prompt": [QUESTION, turn("assistant", ""), QUESTION], "completion": [REPLY]},
+        "message 2 of the prompt, of the role 'assistant', is empty",
+    ),
+    "an empty answer of the history": (
+        {"instruction": "And 3?", "output": "6", "history": [["2 + 2?", None]]},
+        "message 2 of the prompt, of the role 'assistant', is empty",
+    ),
+    "an empty end of a completion": (
+        {"prompt": [QUESTION], "completion": [CALLING, turn("tool", "4"), turn("assistant", "")]},
+        "the completion is empty",
+    ),
+    "a last answer of the weight 0": (
+        {"messages": [QUESTION, REPLY, QUESTION, {**REPLY, "weight": 0}]},
+        "the last answer has the weight 0, and data.loss: last trains on that alone; leave the row out",
+    ),
+    "a part of a weight": ({"messages": [QUESTION, {**REPLY, "weight": 0.5}]}, "the weight 0.5, allowed: 0"),
     "no answer": ({"conversations": [said("human", "a")]}, "has no assistant's turn after a prompt"),
     "whole chat as a completion": (
         {"prompt": "2 + 2?", "completion": [QUESTION, REPLY]}, "write data.columns: {messages: completion}",
@@ -549,3 +625,4 @@ def test_every_example_of_the_page_is_tried_and_every_form_is_named_there():
     assert len(READ) + len(REFUSED_THERE) == len(re.findall(r"^```\w+ \S+$", PAGE, re.MULTILINE)) >= 14
     names = {*FILE_FORMS, *COMPRESSIONS, *PROMPTS, *COMPLETIONS, *OUR_COLUMNS, *INPUTS, *SYSTEMS, "conversations"}
     assert [name for name in sorted(names) if f"`{name}`" not in PAGE and name not in PAGE] == []
+    assert [name for name in ("function", *CALLS, *ROLES) if f"`{name}`" not in PAGE] == []

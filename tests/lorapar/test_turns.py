@@ -120,6 +120,28 @@ def test_one_turn_is_the_same_to_the_token(template):
         assert last == (ids, [IGNORED] * n_prompt + ids[n_prompt:])
 
 
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training", "gptoss_training"])
+def test_a_turn_of_the_weight_0_is_not_learned(template):
+    tokenizer = of_library(template)
+    for row, weightless in (
+        (MULTI, (1,)),
+        (MULTI, (3, 5)),
+        *([(SEVERAL, (1, 3))] if template != "gptoss_training" else []),
+    ):
+        turns = [*row["prompt"], *row["completion"]]
+        weighed = [{**turn, "weight": 0} if i in weightless else turn for i, turn in enumerate(turns)]
+        n = len(row["prompt"])
+        expected, places = learned(row, tokenizer), [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        given = {**row, "prompt": weighed[:n], "completion": weighed[n:]}
+        assert learned(given, tokenizer) == [run for run, i in zip(expected, places) if i not in weightless]
+        assert encode(given, tokenizer) == encode(row, tokenizer)
+    answered = {"id": "7", "messages": [user("Q"), {**said("A"), "weight": 0}]}
+    with pytest.raises(InputError, match="row 7: the last answer has the weight 0"):
+        labelled(answered, tokenizer)
+    with pytest.raises(InputError, match="row 7: every turn of the assistant has the weight 0"):
+        labelled(answered, tokenizer, "assistant")
+
+
 def test_a_plain_completion_is_the_assistants_only_turn():
     row, tokenizer = {"prompt": "ab", "completion": "c"}, tiny_tokenizer()
     assert labelled(row, tokenizer, "assistant") == labelled(row, tokenizer)

@@ -103,7 +103,7 @@ def _tight(text: str) -> str:
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).replace("\\dots", "\\ldots")
     text = re.sub(r"\\(le|ge|ne)q(?![a-z])", r"\\\1", text).replace("[bp]matrix", "matrix")
-    text = re.sub(r"\{[bp]matrix\}", "{matrix}", text)
+    text = re.sub(r"\{[bp]matrix\}", "{matrix}", text).replace("\\varnothing", "\\emptyset").replace("∅", "\\emptyset")
     return re.sub(r"^\\[(\[]|\\[)\]]$", "", text).rstrip(".")
 
 

@@ -502,11 +502,15 @@ def contradicts_itself(text: str) -> bool:
     """True for 17 = 18, and for 17 ≈ 18: a number that is another's rounding in neither direction."""
     parts = re.split(r"(?<![<>!=])([=≈])", without_latex(text[-LONGEST_LINE:]))
     for at in range(1, len(parts) - 1, 2):
-        left, right = SIDE_BEFORE.search(parts[at - 1].strip()), parts[at + 1].strip(" .")
-        if left is None or SIDE.fullmatch(right) is None:
-            continue
-        one, other = read_number(left[1]), read_number(right)
-        if one is None or other is None or one.value == other.value:
+        before, right = parts[at - 1].strip(" $"), parts[at + 1].strip(" $.")
+        left = SIDE_BEFORE.search(before)
+        if parts[at] == "≈":
+            one, other = whole_number(left[1] if left else before), whole_number(right)
+        else:
+            # With units or signs 2 hours = 120 minutes.
+            plain = left and SIDE.fullmatch(right)
+            one, other = (read_number(left[1]), read_number(right)) if left and plain else (None, None)
+        if one is None or other is None or one.value == other.value or one.unit != other.unit:
             continue
         if not any(
             (rounded.value * 10**rounded.decimals).denominator == 1

@@ -331,6 +331,10 @@ def _power(base: Value, exponent: Value) -> Value:
             if one not in (0, 1, -1) and bits * abs(other) > LARGEST_BITS:
                 raise Unreadable("too large")
             return Value(one**other.numerator)
+        if one < 0 and other.denominator % 2:
+            # The cube root of -8 is -2.
+            root = _power(Value(-one), exponent)
+            return Value(-root.number if other.numerator % 2 else root.number, root.error)
         root = _exact_root(one, other)
         if root is not None:
             return Value(root)

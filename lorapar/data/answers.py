@@ -103,7 +103,7 @@ def _tight(text: str) -> str:
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).replace("\\dots", "\\ldots")
     text = re.sub(r"\\(le|ge|ne)q(?![a-z])", r"\\\1", text).replace("[bp]matrix", "matrix")
-    text = re.sub(r"\{[bp]matrix\}", "{matrix}", text)
+    text = re.sub(r"\{[bp]matrix\}", "{matrix}", text).replace("\\varnothing", "\\emptyset").replace("∅", "\\emptyset")
     return re.sub(r"^\\[(\[]|\\[)\]]$", "", text).rstrip(".")
 
 
@@ -700,8 +700,9 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
         # 3,14 is 3.14 only where that is the answer: else it is a list, or a slip.
         return comma if comma.value == wanted.value else None
     if len(reading) <= LONGEST and "≈" in without_latex(reading):
-        left = whole_number(re.split(r"[=≈]", without_latex(reading))[-2])
-        if left is not None and equal(left, wanted):
+        # 10/3 ≈ 3.33; 5 ft ≈ 1.52 m is the second. What is no rounding contradicts itself.
+        left, right = (whole_number(side.strip(" $")) for side in re.split(r"[=≈]", without_latex(reading))[-2:])
+        if left and (right is None or left.unit == right.unit) and equal(left, wanted):
             return left
     if not prose:
         # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.

@@ -32,7 +32,7 @@ WRONGLY = re.compile(r"\b(?:wrong|incorrect|false|bad)\s+$", re.IGNORECASE)
 STATING = ("nswer", "NSWER", "ption", "hoice", "答案")
 BOXED = re.compile(r"\\(?:f?boxed|fbox)\s{0,3}\{")
 # LaTeX takes one letter or number without braces.
-BARE_BOX = re.compile(r"\\(boxed|fbox)[ \t]+([^\s${}\\]{1,60})")
+BARE_BOX = re.compile(r"\\(boxed|fbox)(?:[ \t]+(?=[^\s${}\\])|(?=\d))([^\s${}\\]{1,60})")
 # Of a JSON object: what follows is read by a JSON decoder.
 KEY = re.compile(r'"(?:final[_ ]?)?answer"\s{0,9}:\s{0,9}', re.IGNORECASE)
 
@@ -264,7 +264,8 @@ def _is_heading(content: str) -> bool:
 
 def _sentences(text: str) -> list[str]:
     """How a statement may end, longest first: with the text, the paragraph, the line, the sentence, the clause."""
-    text = text.strip().lstrip(":").strip()
+    text = re.sub(r"^[-•]\s+(?=\S)", "", text.strip()) if text.lstrip(" \t:")[:1] == "\n" else text.strip()
+    text = text.lstrip(":").strip()
     line = text.split("\n", 1)[0].strip()
     readings = [text, re.split(r"\n\s*\n", text, maxsplit=1)[0].strip(), line]
     end = SENTENCE.search(line)
@@ -280,7 +281,7 @@ def _sentences(text: str) -> list[str]:
 def _marked(text: str) -> tuple[int, Found] | None:
     r"""The last of \boxed{} and ####."""
     found = []
-    if "\\boxed " in text or "\\fbox " in text:
+    if "box" in text:
         text = BARE_BOX.sub(r"\\\1{\2}", text)
     box, hashes = _last_boxes(text) if "box" in text else None, _last_hashes(text) if "####" in text else None
     if box and box[1]:
@@ -314,7 +315,7 @@ def _stated(text: str) -> tuple[int, Found] | None:
         if readings and WRONGLY.search(text[max(match.start() - 20, 0) : match.start()]):
             return match.start(), Found((f"not {readings[-1]}",), "stated")
         if readings:
-            return match.start(), Found(tuple(readings), "stated")
+            return match.start(), Found(tuple(readings), "stated", _formula_first(readings[-1]))
     return None
 
 
@@ -360,13 +361,33 @@ def _last_formula(line: str) -> str:
     return ", ".join(found)
 
 
+HEADING = re.compile(r"^[ \t]*#{1,3}[ \t]+(?=\S)", re.MULTILINE)
+# What may follow a formula and is no part of it: a unit, or where it holds.
+AFTER_FORMULA = re.compile(
+    r"\s+(?!(?:or|and|plus|minus|times|not|over|if|is|are|but|hundred|thousand|million|billion|trillion|dozen|squared|cubed|mod|per|of)\b)"
+    r"(?:[a-z]+(?:\s(?:units?|meters?|[a-z]{1,2}|inches|feet))?|for\s(?:all|any|every|each)\s[^,;]{1,40})\s*"
+)
+
+
+def _formula_first(statement: str) -> str:
+    r"""$4\pi$ of "$4\pi$ cm"; "" where no formula begins a statement, or more than a unit follows."""
+    formula = FORMULA.match(statement)
+    if formula and AFTER_FORMULA.fullmatch(statement, formula.end()):
+        return next(group for group in formula.groups() if group)
+    return ""
+
+
 BECAUSE = re.compile(r",?(?<!\s)\s+(?:because|since)\b")
 # Where a model goes on with another turn.
+BEGUN = re.compile(
+    r"\A(?:<\|begin_of_text\|>|<s>)?\s*+(?:<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>)\s*"
+)
 TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|eom_id)\|>|</s>")
 
 
 def _last_line(text: str, raw: str) -> Found | None:
     """The last line with a digit in it, or the last one; what alone is bold in it, where that may be the answer."""
+    text = HEADING.sub("", text)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         return None
@@ -415,7 +436,7 @@ def find(text: str) -> Found | None:
     """The answer in what a text says (`spoken`); None where it states none."""
     text = plain(text[-TAIL:])
     if "<" in text:
-        text = TURN.split(text.strip(), maxsplit=1)[0]
+        text = TURN.split(BEGUN.sub("", text.strip()), maxsplit=1)[0]
     inner = _in_tag(text) if "<" in text else None
     raw = text if inner is None else inner
     text = without_markdown(raw)
@@ -425,7 +446,7 @@ def find(text: str) -> Found | None:
         stated = None
     if stated or marked:
         found = (stated or marked)[1]  # pyright: ignore[reportOptionalSubscript]
-        return found if inner is None else Found((text.strip(), *found.readings), found.sign)
+        return found if inner is None else Found((text.strip(), *found.readings), found.sign, found.brief)
     if inner is not None:
         return Found((text.strip(),), "tag") if text.strip() else None
     return _last_line(text, raw)

@@ -93,6 +93,7 @@ def without_latex(text: str) -> str:
         )
         text = SPACED.sub(lambda match: re.sub(r"[^\d]", "", match[1]), text)
         text = re.sub(r"\\(?:left|right|displaystyle|,|!|;|:| |quad|qquad|big|Big)(?![a-zA-Z])", " ", text)
+        text = REPEATING.sub(_as_fraction, text) if "\\overline" in text else text
         text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
         text = re.sub(r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}", text)
         text = re.sub(r"\\frac\s?(?:\{(-?[\d.]+)\}|(\d))\s?(?:\{([\d.]+)\}|(\d))", _as_slash, text)
@@ -111,6 +112,16 @@ def without_latex(text: str) -> str:
     text = text.replace("{,}", ",").strip()
     # One space where there are several: patterns that try each of many places take for ever.
     return SPACES.sub(lambda match: "\n" if "\n" in match[0] else " ", text) if SPACES.search(text) else text
+
+
+REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\s?\{(\d{1,20})\}")
+
+
+def _as_fraction(match: re.Match) -> str:
+    r"""0.1\overline{6} as 1/6."""
+    whole, once, again = match.groups()
+    value = Fraction(f"{whole or 0}.{once or 0}") + Fraction(int(again), 10 ** len(once) * (10 ** len(again) - 1))
+    return f" {value.numerator}/{value.denominator}"
 
 
 def _as_slash(match: re.Match) -> str:
@@ -289,7 +300,7 @@ def _unit(token: str, after: str) -> str:
 
 # Between numbers of which neither is the answer: 5 or 6, 5 and 6, 5, 6, 5 to 7, 5 apples and 3 pears.
 LINKED = re.compile(
-    r"\s*(?:[$%€£]|\\?%)?\s*(?:[a-zA-Z]+\s+)?(?:,|;|\band\b|\bor\b|\bto\b|&|\|\||~|\bvs\.?)\s*"
+    r"\s*(?:[$%€£]|\\?%)?\s*(?:[a-zA-Z]+(?:\s+|(?=[,;])))?(?:,|;|\band\b|\bor\b|\bto\b|&|\|\||~|\bvs\.?)\s*"
     r"(?:(?:and|or|maybe|perhaps|possibly|even)\s+){0,2}[$€£(]*\s*",
     re.IGNORECASE,
 )
@@ -375,6 +386,10 @@ def read_number(text: str, first: bool = False) -> Number | None:
     text = _spelled(without_latex(text))
     if "\\begin" in text or "\\infty" in text or "∞" in text:
         return None
+    # 18 eggs (9 * 2): how it was worked out.
+    worked = SHOWN.search(text)
+    if worked and re.search(r"\d", text[: worked.start()]):
+        text = text[: worked.start()]
     loose = LOOSE.search(text)
     if loose and len(text) - len(loose[0]) < 30 and not re.search(r"\d", text[: loose.start()] + text[loose.end() :]):
         text = text[: loose.start()] + loose[0].replace(" ", "") + text[loose.end() :]
@@ -422,6 +437,7 @@ def read_number(text: str, first: bool = False) -> Number | None:
     return chosen.number
 
 
+SHOWN = re.compile(r"(?<=[a-zA-Z])\s\((?:\s|[\d.,$+*/×÷-]){3,40}\)\s*\.?$")
 # five or 6, 5 or six
 NAMES = "|".join(WORDS)
 WORD_BEFORE = re.compile(rf"\b(?:{NAMES})\s+(?:or|to)\s*$", re.IGNORECASE)
@@ -486,11 +502,15 @@ def contradicts_itself(text: str) -> bool:
     """True for 17 = 18, and for 17 ≈ 18: a number that is another's rounding in neither direction."""
     parts = re.split(r"(?<![<>!=])([=≈])", without_latex(text[-LONGEST_LINE:]))
     for at in range(1, len(parts) - 1, 2):
-        left, right = SIDE_BEFORE.search(parts[at - 1].strip()), parts[at + 1].strip(" .")
-        if left is None or SIDE.fullmatch(right) is None:
-            continue
-        one, other = read_number(left[1]), read_number(right)
-        if one is None or other is None or one.value == other.value:
+        before, right = parts[at - 1].strip(" $"), parts[at + 1].strip(" $.")
+        left = SIDE_BEFORE.search(before)
+        if parts[at] == "≈":
+            one, other = whole_number(left[1] if left else before), whole_number(right)
+        else:
+            # With units or signs 2 hours = 120 minutes.
+            plain = left and SIDE.fullmatch(right)
+            one, other = (read_number(left[1]), read_number(right)) if left and plain else (None, None)
+        if one is None or other is None or one.value == other.value or one.unit != other.unit:
             continue
         if not any(
             (rounded.value * 10**rounded.decimals).denominator == 1

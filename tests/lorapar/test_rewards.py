@@ -772,6 +772,57 @@ RIGHT_UNITS = [
     ("0 < f(x) < 1", "(0,1)"),
 ]
 
+# How models write what is right, and what looks like it.
+WRONG_FORMS = [
+    ("The answer is $4\\pi$ cm or $5$.", "4\\pi"),
+    ("The answer is $x^2$ or $x^3$.", "x^2"),
+    ("The answer is $x^2$ plus 1", "x^2"),
+    ("The answer is $x^2$ times 3", "x^2"),
+    ("The answer is not $x^2$ cm", "x^2"),
+    ("18 eggs (9*3)", "27"),
+    ("18 eggs, 2 per day", "2"),
+    ("\\sqrt[3]{-8}", "2"),
+    ("0.\\overline{3}", "0.3"),
+    ("0.\\overline{3}", "3"),
+    ("\\boxed185", "18"),
+    ("\\boxed18", "1"),
+    ("\\sqrt{-4}", "-2"),
+    ("The answer is $x^2$ or so", "x^2"),
+    ("The answer is $2\\pi$ million", "2\\pi"),
+    ("The answer is $x^2$ and $x^3$", "x^3"),
+    ("The answer is $x$ for $y$", "y"),
+    ("18 (or 17) eggs (9*2)", "18"),
+    ("0.3", "0.\\overline{3}"),
+]
+RIGHT_FORMS = [
+    ("The total is $9 \\times 2 = \\$18$.", "18"),
+    ("The answer is $4\\pi$ cm.", "4\\pi"),
+    ("The answer is $2\\sqrt{3}$ units.", "2\\sqrt{3}"),
+    ("The answer is $x^2+1$ for all x.", "x^2+1"),
+    ("So the length is $2\\sqrt{3}$ units.", "2\\sqrt{3}"),
+    ("Answer:\n- 18", "18"),
+    ("### 18", "18"),
+    ("# 18", "18"),
+    ("18 eggs (9*2)", "18"),
+    ("\\emptyset", "\\varnothing"),
+    ("\\varnothing", "\\emptyset"),
+    ("-2", "\\sqrt[3]{-8}"),
+    ("0.\\overline{3}", "1/3"),
+    ("5¢", "5"),
+    ("\\boxed18", "18"),
+    ("<|im_start|>assistant\n18", "18"),
+    ("So \\boxed5.", "5"),
+    ("Answer:\n* 18", "18"),
+    ("18", "18"),
+    ("0.1\\overline{6}", "1/6"),
+    ("\\boxed{0.\\overline{27}}", "3/11"),
+    ("### Paris", "Paris"),
+    ("<|im_start|>assistant\nThe answer is 18.<|im_end|>", "18"),
+    ("18 apples (2 * 9)", "18"),
+    ("The answer is $\\frac{x}{2}$ meters.", "x/2"),
+    ("$\\frac{\\pi}{2}$ radians", "\\frac{\\pi}{2}"),
+]
+
 # Each text offers several answers: in no form may it be right for two of them.
 HEDGES = [
     ("17 \\approx 18", ["17", "18"]),
@@ -925,8 +976,16 @@ RIGHT_BESIDE = [
 ]
 
 
-ALL_RIGHT = [*RIGHT, *MORE_RIGHT, *RIGHT_EXPRESSIONS, *RIGHT_BESIDE, *RIGHT_FORMULAS, *RIGHT_UNITS]
-ALL_WRONG = [*WRONG, *MORE_WRONG, *WRONG_EXPRESSIONS, *WRONG_BY_WHAT_STANDS_BESIDE, *WRONG_FORMULAS, *WRONG_UNITS]
+ALL_RIGHT = [*RIGHT, *MORE_RIGHT, *RIGHT_EXPRESSIONS, *RIGHT_BESIDE, *RIGHT_FORMULAS, *RIGHT_UNITS, *RIGHT_FORMS]
+ALL_WRONG = [
+    *WRONG,
+    *MORE_WRONG,
+    *WRONG_EXPRESSIONS,
+    *WRONG_BY_WHAT_STANDS_BESIDE,
+    *WRONG_FORMULAS,
+    *WRONG_UNITS,
+    *WRONG_FORMS,
+]
 
 
 @pytest.mark.parametrize(("completion", "answer"), ALL_RIGHT)
@@ -943,6 +1002,101 @@ def test_wrong_answers_are_wrong(completion, answer):
 def test_a_hedge_is_right_for_one_answer_at_most(text, answers):
     for form in ("{}", r"\boxed{{{}}}", "The answer is {}", "<answer>{}</answer>", "#### {}", "So **{}**."):
         assert sum(is_correct(form.format(text), answer) for answer in answers) <= 1, form
+
+
+JOINED = [
+    "{a} or {b}",
+    "{a} and {b}",
+    "{a}, {b}",
+    "{a}; {b}",
+    "{a}/{b}",
+    "{a} {b}",
+    "{a} is {b}",
+    "{a} because {b}",
+    "{a} since it is {b}",
+    "{a} = {b}",
+    "{a} \\approx {b}",
+    "{a} ≈ {b}",
+    "not {a} but {b}",
+    "{a}, no, {b}",
+    "{a}... {b}",
+    "{a}? {b}",
+    "{a}! {b}",
+    "{a}: {b}",
+    "{a} - {b}",
+    "{a} — {b}",
+    "({a}) {b}",
+    "({a})({b})",
+    "{a} ({b})",
+    "{a} as well as {b}",
+    "**{a}** is {b}",
+    "**{a}**, {b}",
+    "{a} is **{b}**",
+    "**{a}** or **{b}**",
+    "${a}$ is {b}",
+    "{a} or ${b}$",
+    "$ {a} $, ${b}$",
+    "\\boxed{{{a}}} or {b}",
+    "{a} or \\boxed{{{b}}}",
+    "{a}, \\boxed{{{b}}}",
+    "{a} to {b}",
+    "{a} rather than {b}",
+    "maybe {a}, maybe {b}",
+    "either {a} or {b}",
+    "The answer is {a}. Or {b}.",
+    "The answer is {a}. The answer is {b}.",
+    "The answer is {a}, or the answer is {b}",
+    "{a}\n{b}",
+    "{a}\n\n{b}",
+    "#### {a}\n{b}",
+    "<answer>{a}</answer> {b}",
+    "{a} <answer>{b}</answer>",
+    "It is {a}. It is {b}.",
+    "{a} | {b}",
+    "{a} -> {b}",
+    "{a} → {b}",
+    "{a} < {b}",
+    "{a} \\text{{ or }} {b}",
+    "{a}\\quad {b}",
+    "{a} + {b}",
+    "{a} is not {b}",
+    "{a} > {b}",
+    "{a} instead of {b}",
+    "{a} unless {b}",
+    "{a} if not {b}",
+    "answer: {a}: answer: {b}",
+    "Answer: {a} Answer: {b}",
+]
+TWO_ANSWERS = [
+    ("17", "18"),
+    ("A", "B"),
+    ("B", "C"),
+    ("Paris", "London"),
+    ("yes", "no"),
+    ("true", "false"),
+    ("yes", "false"),
+    ("x^2", "x^3"),
+    ("2x", "3x"),
+    ("\\sqrt2", "\\sqrt3"),
+    ("1/2", "1/3"),
+    ("\\frac12", "\\frac13"),
+    ("-5", "5"),
+    ("(1,2)", "(2,1)"),
+    ("x>2", "x<2"),
+    ("5 cm", "5 m"),
+    ("50%", "60%"),
+    ("n", "n!"),
+    ("f(x)", "g(x)"),
+    ("x", "y"),
+]
+
+
+@pytest.mark.parametrize("join", JOINED)
+def test_no_way_to_join_two_answers_makes_both_right(join):
+    for one, other in TWO_ANSWERS:
+        for form in ("{}", r"\boxed{{{}}}", "The answer is {}.", "${}$"):
+            text = form.format(join.format(a=one, b=other))
+            assert not (is_correct(text, one) and is_correct(text, other)), text
 
 
 # Repeated until a text is long, in the ways that patterns with nested repetition take for ever over.

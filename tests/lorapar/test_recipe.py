@@ -438,6 +438,22 @@ def test_the_reference_is_what_is_declared():
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
 
 
+BEYOND = {
+    "sft": {
+        "learning_rate": [0.0, math.inf], "dataloader_num_workers": [-1], "pad_to_multiple_of": [0, -8],
+        "neftune_noise_alpha": [-1.0], "per_device_eval_batch_size": [0], "eval_accumulation_steps": [0],
+        "num_train_epochs": [-1.0, math.inf], "eval_steps": [-1.0, 1.5], "save_steps": [0.0, -1.0],
+        "logging_steps": [0.0, math.inf], "label_smoothing_factor": [1.0], "dataloader_prefetch_factor": [2],
+        "log_level": ["foo"], "train_sampling_strategy": ["foo"], "ddp_backend": ["foo"], "packing_strategy": ["foo"],
+    },
+    "grpo": {
+        "num_generations": [0, 1], "top_k": [-5], "min_p": [2.0], "repetition_penalty": [0.0], "beta": [-1.0, math.inf],
+        "epsilon": [-1.0, math.inf], "epsilon_high": [-1.0], "delta": [-3.0], "top_entropy_quantile": [2.0],
+        "off_policy_mask_threshold": [-1.0], "train_sampling_strategy": ["foo"], "save_steps": [0.0],
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "says"),
     [
@@ -459,7 +475,14 @@ def test_the_reference_is_what_is_declared():
         ("grpo", "reward_weights", [1.0, 2.0], "got [1.0, 2.0], expected as many as grpo.rewards: 1"),
         ("grpo", "scale_rewards", "std", "got 'std', expected group, batch or none"),
         ("grpo", "temperature", 0, "got 0.0, expected a finite number above 0"),
-        ("sft", "learning_rate", math.inf, "got inf, expected a finite number of at least 0"),
+        ("grpo", "reward_weights", [0.0], "got [0.0], expected finite numbers that are not all 0"),
+        ("grpo", "reward_weights", [math.inf], "got [inf], expected finite numbers that are not all 0"),
+        *(
+            (section, key, value, f"got {value}, expected")
+            for section, keys in BEYOND.items()
+            for key, given in keys.items()
+            for value in given
+        ),
         ("sft", "weight_decay", -1, "got -1.0, expected a finite number of at least 0"),
         ("sft", "adam_beta1", 2, "got 2.0, expected a number in [0, 1)"),
         ("sft", "gradient_accumulation_steps", 0, "got 0, expected at least 1"),
@@ -477,8 +500,18 @@ def test_the_reference_is_what_is_declared():
 def test_a_trainers_key_that_cannot_work_is_refused_with_the_recipe(section, key, value, says):
     said = fault(**{section: {key: value}})
     assert said.startswith(f"{section}.{key}: ")
-    assert says in said
+    assert says.replace("got foo", "got 'foo'") in said
     assert "hf_secret" not in said
+
+
+@pytest.mark.parametrize(
+    "sft",
+    [{"save_steps": 0, "save_strategy": "no"}, {"save_steps": 0.5}, {"eval_steps": 2.0, "eval_strategy": "steps"},
+     {"num_train_epochs": 0, "max_steps": 3}, {"dataloader_prefetch_factor": 2, "dataloader_num_workers": 1},
+     {"pad_to_multiple_of": "auto"}, {"ddp_backend": "gloo"}],
+)  # fmt: skip
+def test_a_trainers_key_that_works_beside_another_is_taken(sft):
+    assert parse(values(sft=sft)).sft.trainer == sft
 
 
 def test_the_trainers_own_defaults_are_none_of_those_that_are_refused(tmp_path: Path):

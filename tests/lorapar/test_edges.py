@@ -136,7 +136,7 @@ def test_a_signal_ends_a_run_with_one_line_and_its_status(recipe_file, tmp_path,
     command = "run", recipe_file, "--output_dir", tmp_path / "run"
     code, log = in_child(driver.kill_at_step, ("sft", 3, number), *command)
     assert code == status, log
-    assert log.splitlines()[-1] == f"lorapar: stopped ({number.name}); the same command goes on from here"
+    assert log.splitlines()[-1] == f"lorapar: stopped ({number.name}); the same command resumes from here"
     assert all(line.startswith("lorapar: ") for line in log.splitlines()), log
     assert f"stopped: Stopped('{number.name}')" in (tmp_path / "run" / "run.log").read_text()
     if number == signal.SIGTERM:
@@ -149,7 +149,7 @@ def test_a_signal_ends_a_run_with_one_line_and_its_status(recipe_file, tmp_path,
 def test_a_signal_ahead_of_the_run_and_a_handler_of_the_callers(recipe_file, monkeypatch):
     monkeypatch.setattr("lorapar.cli._recipe", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, out, err = lorapar("run", recipe_file)
-    assert (code, out, err) == (143, "", "lorapar: stopped (SIGTERM); the same command goes on from here\n")
+    assert (code, out, err) == (143, "", "lorapar: stopped (SIGTERM); the same command resumes from here\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     taken = []
     signal.signal(signal.SIGTERM, lambda *_: taken.append(1))

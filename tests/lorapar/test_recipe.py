@@ -44,6 +44,14 @@ def fault(**changes: object) -> str:
         ({"data": {"sources": ["x"], "prmpt": "{q}"}}, "data.prmpt", "prompt"),
         ({"label": {"tie": "drop"}}, "label.tie", "ties"),
         ({"score": {"example": 5}}, "score.example", "examples"),
+        ({"lora": {"rank": 8}}, "lora.rank", "r"),
+        ({"lora": {"alpha": 8}}, "lora.alpha", "lora_alpha"),
+        ({"grpo": {"max_prompt_length": 8}}, "grpo.max_prompt_length", "data.max_prompt_length"),
+        (
+            {"sft": {"group_by_length": True}},
+            "sft.group_by_length",
+            "train_sampling_strategy: group_by_length",
+        ),
         ({"lora": {"lora_aplha": 8}}, "lora.lora_aplha", "lora_alpha"),
         ({"sft": {"learning_rte": 1}}, "sft.learning_rte", "learning_rate"),
         ({"sft": {"max_step": 1}}, "sft.max_step", "max_steps"),
@@ -59,6 +67,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_one(given, key, neares
 
 def test_a_key_like_no_other_lists_what_is_allowed():
     assert fault(export={"zzz": 1}) == "export.zzz: unknown key; allowed: dtype, merged"
+    assert fault(training={}).startswith("training: unknown key; allowed: data, evaluate, export, grpo, label, lora")
     # GRPO's own keys are not SFT's, and ours in grpo are not in sft.
     assert fault(sft={"num_generations": 4}).startswith("sft.num_generations: unknown key")
     assert fault(sft={"rewards": ["accuracy"]}).startswith("sft.rewards: unknown key")
@@ -88,6 +97,7 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             {"partition": {"system1_cost": 1, "selection": "all"}},
             "partition.system1_cost: got 1.0, expected 0 with selection: all",
         ),
+        ({"label": {"teachers": {}}}, "label.teachers: got {}, expected list of mappings of keys"),
         ({"score": {"renew": 1}}, "score.renew: got 1, expected bool"),
         (
             {"score": {"renew": True}, "stages": ["sft"]},
@@ -102,7 +112,7 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             "score.renew: got True, expected false with score.method: random",
         ),
         ({"start": "zero"}, "start: got 'zero', allowed: paper, twin, pissa, olora, peft"),
-        ({"stages": "sft"}, "stages: got 'sft', expected list"),
+        ({"stages": "sft"}, "stages: got 'sft', expected list of sft, grpo"),
         ({"stages": ["sft", "dpo"]}, "stages[1]: got 'dpo', allowed: sft, grpo"),
         ({"stages": ["sft", "sft"]}, "stages: got ['sft', 'sft'], expected sft and grpo, once each"),
         ({"stages": []}, "stages: got [], expected"),
@@ -120,7 +130,10 @@ def test_a_key_like_no_other_lists_what_is_allowed():
         ({"model": {"name": 5}}, "model.name: got 5, expected str"),
         ({"model": {"name": "m", "dtype": "int8"}}, "model.dtype: got 'int8', allowed: auto, float32"),
         ({"data": {}}, "data.sources: missing"),
-        ({"data": {"sources": "x.jsonl"}}, "data.sources: got 'x.jsonl', expected list"),
+        (
+            {"data": {"sources": "x.jsonl"}},
+            "data.sources: got 'x.jsonl', expected list of names, or of mappings of keys",
+        ),
         ({"data": {"sources": []}}, "data.sources: got [], expected at least one source"),
         ({"data": {"sources": [{"split": "train"}]}}, "data.sources[0].name: missing"),
         ({"data": {"sources": [{"name": "x", "size": 1.5}]}}, "data.sources[0].size: got 1.5, expected int"),

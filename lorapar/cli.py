@@ -94,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stopped_by_signals():
             return _main(arguments)
     except Stopped as stopped:
-        _said_once(f"stopped ({stopped}); the same command goes on from here")
+        _said_once(f"stopped ({stopped}); the same command resumes from here")
         return 128 + stopped.number
     except KeyboardInterrupt:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C while Python ends shows no traceback
-        _said_once("interrupted; the same command goes on from here")
+        _said_once("interrupted; the same command resumes from here")
         return 130
 
 

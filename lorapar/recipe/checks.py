@@ -82,20 +82,35 @@ REFUSED_TRAINER_KEYS = {
 }  # fmt: skip
 # What TRL takes as it is, and what breaks in the middle of a stage.
 TRAINER_NUMBERS: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"),
+    (("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay", "neftune_noise_alpha", "beta",
+      "epsilon", "epsilon_high", "off_policy_mask_threshold", "entropy_coef", "router_aux_loss_coef"),
      "a finite number of at least 0", lambda number: 0 <= number < math.inf),
-    (("adam_beta1", "adam_beta2"), "a number in [0, 1)", lambda number: 0 <= number < 1),
-    (("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "steps_per_generation",
-      "generation_batch_size", "max_completion_length", "max_length"),
+    (("learning_rate", "temperature", "repetition_penalty", "delta", "sapo_temperature_neg", "sapo_temperature_pos"),
+     "a finite number above 0", lambda number: 0 < number < math.inf),
+    (("adam_beta1", "adam_beta2", "label_smoothing_factor"), "a number in [0, 1)", lambda number: 0 <= number < 1),
+    (("min_p", "top_entropy_quantile"), "a share in [0, 1]", lambda number: 0 <= number <= 1),
+    (("top_p", "vllm_gpu_memory_utilization"), "a share in (0, 1]", lambda number: 0 < number <= 1),
+    (("dataloader_num_workers",), "at least 0", lambda number: number >= 0),
+    (("top_k",), "at least 0; 0: of all tokens", lambda number: number >= 0),
+    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_iterations",
+      "eval_accumulation_steps", "steps_per_generation", "generation_batch_size", "max_completion_length", "max_length",
+      "pad_to_multiple_of", "dataloader_prefetch_factor", "torch_empty_cache_steps", "dataset_num_proc",
+      "vllm_max_model_length", "vllm_tensor_parallel_size", "ddp_timeout", "ddp_bucket_cap_mb"),
      "at least 1", lambda number: number >= 1),
-    (("temperature",), "a finite number above 0", lambda number: 0 < number < math.inf),
-    (("top_p",), "a share in (0, 1]", lambda number: 0 < number <= 1),
+    (("num_generations",), "at least 2: completions are compared with each other", lambda number: number >= 2),
     (("max_steps",), "at least 1, or -1: as num_train_epochs says", lambda number: number == -1 or number >= 1),
 )  # fmt: skip
 # TRL finds another one out when it computes the first loss; label smoothing it has in SFT alone.
+OF_BOTH: dict[str, tuple[Any, ...]] = {
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
+}
 TRAINER_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "sft": {"loss_type": ("nll", "dft")},
+    "sft": {**OF_BOTH, "loss_type": ("nll", "dft"), "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped")},
     "grpo": {
+        **OF_BOTH,
         "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
         "scale_rewards": ("group", "batch", "none"),
         "importance_sampling_level": ("token", "sequence"),
@@ -146,6 +161,8 @@ def check_values(recipe: Recipe) -> None:
     weights = recipe.grpo.trainer.get("reward_weights")
     require(weights is None or len(weights) == len(recipe.grpo.rewards), "grpo.reward_weights", weights,
             f"as many as grpo.rewards: {len(recipe.grpo.rewards)}")  # fmt: skip
+    require(weights is None or (all(map(math.isfinite, weights)) and any(weights)), "grpo.reward_weights", weights,
+            "finite numbers that are not all 0")  # fmt: skip
     base = recipe.lora.get("base")
     require(base is None or base in BASES, "lora.base", base, f"{', '.join(BASES)}, or nothing for model.dtype's form")
     check_lora({key: value for key, value in recipe.lora.items() if key != "base"})
@@ -250,10 +267,19 @@ def check_trainer_keys(stage: str, values: Mapping[str, Any]) -> None:
     for names, allowed, holds in TRAINER_NUMBERS:
         for name in names:
             require(name not in numbers or holds(numbers[name]), f"{stage}.{name}", values.get(name), allowed)
+    for what, strategy in (("eval", "no"), ("save", "steps"), ("logging", "steps")):
+        steps = numbers.get(f"{what}_steps")
+        unused = steps == 0 and values.get(f"{what}_strategy", strategy) != "steps"
+        require(steps is None or unused or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer()),
+                f"{stage}.{what}_steps", steps, "a number of steps, or a share of all of them below 1")  # fmt: skip
+    epochs = numbers.get("num_train_epochs", 1)
+    require(0 < epochs < math.inf or values.get("max_steps", -1) != -1, f"{stage}.num_train_epochs", epochs,
+            "a finite number above 0 where max_steps is -1")  # fmt: skip
     for name, choices in TRAINER_CHOICES[stage].items():
         require(values.get(name) in (None, *choices), f"{stage}.{name}", values.get(name), any_of(choices))
-    alone = values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers")
-    require(not alone, f"{stage}.dataloader_persistent_workers", True, "false where dataloader_num_workers is 0")
+    for name, allowed in (("dataloader_persistent_workers", "false"), ("dataloader_prefetch_factor", "nothing")):
+        require(not values.get(name) or bool(values.get("dataloader_num_workers")), f"{stage}.{name}", values.get(name),
+                f"{allowed} where dataloader_num_workers is 0")  # fmt: skip
 
 
 def check_label(label: LabelConfig) -> None:

@@ -150,9 +150,40 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(a) for a in typing.get_args(hint))
     if hint is type(None):
         return "nothing"
+    if typing.get_origin(hint) is list:
+        (inner,) = typing.get_args(hint)
+        if typing.get_origin(inner) is Literal:
+            return f"list of {', '.join(map(str, typing.get_args(inner)))}"
+        if dataclasses.is_dataclass(inner):
+            names = "names, or of " if _required(typing.cast(type, inner)) == ["name"] else ""
+            return f"list of {names}mappings of keys"
     if typing.get_origin(hint) is None:
         return getattr(hint, "__name__", str(hint))
     return re.sub(r"(\w+\.)+(?=\w)", "", str(hint))  # list[TeacherConfig], without the modules of the names
+
+
+# Names that other tools or older versions give to a key, where the most similar name is another one.
+CALLED = {
+    "lora.rank": "r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.modules": "target_modules",
+    "grpo.max_prompt_length": "data.max_prompt_length",
+    **{
+        f"{stage}.{old}": new
+        for stage in ("sft", "grpo")
+        for old, new in (
+            ("group_by_length", "train_sampling_strategy: group_by_length"),
+            ("evaluation_strategy", "eval_strategy"),
+            ("warmup_ratio", "warmup_steps"),
+            ("lr", "learning_rate"),
+            ("batch_size", "per_device_train_batch_size"),
+            ("epochs", "num_train_epochs"),
+        )
+    },
+    "sft.max_seq_length": "max_length",
+    "sft.max_prompt_length": "data.max_prompt_length",
+}
 
 
 def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
@@ -161,6 +192,7 @@ def check_keys(given: Iterable[str], allowed: Iterable[str], at: str) -> None:
     for name in given:
         if name not in allowed:
             # The reader would rather see all of a few keys than one that is quite unlike his own.
-            near = nearest(name, allowed, least=1.0 if len(allowed) < 20 else 0.0)
+            near = nearest(name, allowed, least=1.4 if at == "" else 1.0 if len(allowed) < 20 else 0.0)
+            near = [CALLED[f"{at}{name}"]] if f"{at}{name}" in CALLED else near
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
             raise InputError(f"{at}{name}: unknown key; {hint}")

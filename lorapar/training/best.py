@@ -38,6 +38,11 @@ def check_evaluation(setting: Callable[[str], Any], patience: int | None) -> Non
     require(evaluated != "no" or saved != "best", "sft.save_strategy", saved, f"steps, epoch or no {needs}")
     require(saved in (evaluated, "best") or not best, "sft.save_strategy", saved,
             f"{evaluated}, as sft.eval_strategy, or best, with load_best_model_at_end")  # fmt: skip
+    if best and saved == evaluated == "steps":
+        every, save = setting("eval_steps") or setting("logging_steps"), setting("save_steps")
+        # Shares of all steps, which are exact only as whole numbers.
+        whole = round(save * 1_000_000) % max(1, round(every * 1_000_000)) == 0 and (save < 1) == (every < 1)
+        require(whole, "sft.save_steps", save, f"a multiple of sft.eval_steps: {every:g}, with load_best_model_at_end")
     require(evaluated != "no" or patience is None, "sft.early_stopping_patience", patience, f"nothing {needs}")
     require(best or patience is None, "sft.early_stopping_patience", patience,
             "nothing unless sft.load_best_model_at_end is true: the last one is no better")  # fmt: skip
@@ -89,8 +94,8 @@ def keep_best(trainer: Any) -> dict[str, Any]:
             f"sft.load_best_model_at_end: none of {len(saved)} checkpoints in {folder} has a finite {metric} "
             f"({len(values)} evaluations); lower sft.learning_rate, or save at the steps that are evaluated"
         )
-    log.info("sft: step %d is kept: its %s of %.4f is the best of %d checkpoints", step, metric, saved[step],
-             len(saved))  # fmt: skip
+    log.info("sft: step %d is kept: its %s of %.4f is the best of %s", step, metric, saved[step],
+             "1 checkpoint" if len(saved) == 1 else f"{len(saved)} checkpoints")  # fmt: skip
     if step != trainer.state.global_step:
         restore_factors(trainer.model, folder / f"checkpoint-{step}")
     return {"step": step, "of": trainer.state.global_step, metric: saved[step]}

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
@@ -32,6 +33,7 @@ from ..model.quantised import given_form
 from ..partitioning.partition import Partition
 from ..recipe.checks import check_trainer_keys, check_value
 from ..recipe.sections import GRPOStageConfig
+from ..recipe.values import check_keys
 from ..rewards import CheckedReward, Reward, check_answers, check_call, checked, resolve_rewards
 from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
@@ -150,6 +152,7 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         if cast(nn.Module, self.model).training:
             apart = self.multi_objective_aggregation == "normalize_then_sum"
             self.tally.add(rewards, self.reward_weights, self.num_generations, apart)
+            self.tally.ended += sum(ids[-1:] != [] and ids[-1] in self.eos_token_ids for ids in completion_ids_list)
             if self.tally.batches == EARLY and self.tally.all_equal and self.is_world_process_zero():
                 log.warning("grpo: after %d batches, %s", self.tally.batches, self.tally.said(self.remedies()))
         return rewards
@@ -277,8 +280,54 @@ def _watch(
     return LossWatch(Path(cast(str, config.output_dir)), examples, others[0], rise)
 
 
-def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int | None) -> tuple[Dataset, int]:
-    """(the rows whose prompt leaves room for a whole completion, how many do not); the log says how many, and why."""
+def check_generation(config: GRPOConfig, vocabulary: int) -> None:
+    """InputError for settings of the rollouts that transformers cannot generate with: one token of a model of no size
+    is generated with them. vLLM has names of its own."""
+    given: dict[str, Any] = cast(Any, config.generation_kwargs) or {}
+    if config.use_vllm:
+        return
+    check_keys(
+        given, [name for name in vars(GenerationConfig()) if not name.startswith("_")], "grpo.generation_kwargs."
+    )
+    longest = given.get("max_new_tokens")
+    one = {"max_new_tokens": 1} if isinstance(longest, int) and longest > 1 else {}
+    settings = {"do_sample": True, "pad_token_id": 0, "max_new_tokens": 1, "temperature": config.temperature,
+                "top_p": config.top_p, "top_k": config.top_k, "min_p": config.min_p,
+                "repetition_penalty": config.repetition_penalty,
+                "cache_implementation": config.cache_implementation, **given, **one}  # fmt: skip
+    at = f"grpo.generation_kwargs: got {given!r}" if given else "grpo"
+    with torch.random.fork_rng([]):
+        size = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **size))
+        try:
+            made = model.generate(torch.zeros(1, 2, dtype=torch.long),
+                                  generation_config=GenerationConfig(**settings, disable_compile=True))  # fmt: skip
+        except Exception as error:
+            raise InputError(f"{at}: {error}") from None
+    count = len(made) if isinstance(made, torch.Tensor) else None
+    require(count == 1, "grpo.generation_kwargs", given, "settings that give a prompt one completion and nothing else; "
+            "grpo.num_generations says how many it gets")  # fmt: skip
+
+
+def check_prompts(prompts: int, config: GRPOConfig) -> None:
+    """InputError where there are too few prompts for a generation batch: TRL would make no step."""
+    size, group = cast(int, config.generation_batch_size), cast(int, config.num_generations)
+    if prompts < size // group:
+        raise InputError(
+            f"grpo: {prompts} prompts do not fill a generation batch of {size} completions, which takes "
+            f"{size // group} prompts with num_generations: {group}; lower per_device_train_batch_size (now "
+            f"{config.per_device_train_batch_size}) or steps_per_generation (now {config.steps_per_generation}; by "
+            f"default gradient_accumulation_steps), or give more rows"
+        )
+
+
+def with_room(
+    rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int | None, say: bool = True
+) -> tuple[Dataset, int]:
+    """(the rows whose prompt leaves room for a whole completion, how many do not); the log says how many, and why.
+
+    say: False: not in the log. Raises InputError where there are none.
+    """
     given = config.vllm_max_model_length if config.use_vllm else None
     limit = min((n for n in (positions, given) if n is not None), default=None)
     new = config.max_completion_length
@@ -294,8 +343,9 @@ def _with_room(rows: Dataset, tokenizer: Any, config: GRPOConfig, positions: int
     if not keep:
         raise InputError(f"{what}, for each of {len(rows)} rows; lower it to at most {max(limit - min(lengths), 0)}")
     if len(keep) < len(rows):
-        log.warning("grpo: %d of %d rows left out: %s; lower it to keep them (the longest prompt has %d tokens)",
-                    len(rows) - len(keep), len(rows), what, max(lengths))  # fmt: skip
+        if say:
+            log.warning("grpo: %d of %d rows left out: %s; lower it to keep them (the longest prompt has %d tokens)",
+                        len(rows) - len(keep), len(rows), what, max(lengths))  # fmt: skip
         rows = rows.select(keep)
     return rows, len(lengths) - len(keep)
 
@@ -370,13 +420,15 @@ def grpo(
     """
     check_trainer_keys("grpo", vars(config))
     check_engine(config, given_form(model.config))
+    check_generation(config, len(tokenizer))
     check_value(GRPOStageConfig, "watch_rise", watch_rise)
     watch = None if watched is None else _watch(model, tokenizer, watched, config, systems, watch_rise, watched_turns)
     labelled = rows_of(dataset, systems)
     once = once_a_prompt(labelled)
-    rows, left_out = _with_room(once, tokenizer, config, positions_of(model.config))
+    rows, left_out = with_room(once, tokenizer, config, positions_of(model.config))
     rewards = resolve_rewards(rewards)
     check_rewards(rows, rewards)
+    check_prompts(len(rows), config)
     examples = rows.remove_columns([name for name in NOT_FOR_REWARDS if name in rows.column_names])
     trainer = PartitionedGRPOTrainer(
         model=model,
@@ -396,9 +448,16 @@ def grpo(
     try:
         trained = train(trainer, partition, "grpo", len(examples), resume)
     except NothingMoved as error:
-        if not trainer.tally.all_equal:
+        tally = trainer.tally
+        if config.mask_truncated_completions and tally.ended < tally.completions:
+            raise NothingLearned(
+                f"grpo: nothing was trained: {tally.ended} of {tally.completions} completions ended, and "
+                "mask_truncated_completions: true learns from no other; raise grpo.max_completion_length (now "
+                f"{config.max_completion_length}), or set grpo.mask_truncated_completions to false"
+            ) from error
+        if not tally.all_equal:
             raise
-        raise NothingLearned(f"grpo: nothing was trained: {trainer.tally.said(trainer.remedies())}") from error
+        raise NothingLearned(f"grpo: nothing was trained: {tally.said(trainer.remedies())}") from error
     _say_rewards(trainer)
     trained.rollout_seconds = trainer.rollout_seconds
     trained.left_out = {"no_room_for_a_completion": left_out} if left_out else {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -59,6 +60,14 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # It is the last batch of training that `dataloader_drop_last` leaves out; every row put aside is evaluated.
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropping
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Each pass over a data loader draws a number; training must go on as if nothing had been evaluated.
@@ -152,6 +161,34 @@ def examples_that_fit(
     return Dataset.from_dict({"input_ids": [ids for ids, _ in fits], "labels": labels})
 
 
+def check_lengths(rows: Dataset, evaluated: Dataset | None, tokenizer: Any, config: SFTConfig, turns: Turns) -> None:
+    """InputError where no row is as short as `max_length`, or too few are to fill a batch that may not be smaller."""
+    fewest, limit = _fewest(config), math.inf if config.max_length is None else config.max_length
+    for dataset, what, needed in ((rows, "every row", fewest), (evaluated, "every row put aside", 1)):
+        short = 0
+        for row in cast(Sequence[dict[str, Any]], dataset or ()):
+            short += len(labelled(row, tokenizer, turns)[0]) <= limit
+            if short == needed:
+                break
+        if dataset is not None and not short:
+            examples_that_fit(dataset, tokenizer, config.max_length, turns=turns, what=what)
+        elif dataset is rows:
+            check_batch(short, config)
+
+
+def _fewest(config: SFTConfig) -> int:
+    """The rows without which there is no batch; packed, they are not known before."""
+    dropping = config.dataloader_drop_last and not config.packing
+    return config.per_device_train_batch_size * config.world_size if dropping else 1
+
+
+def check_batch(rows: int, config: SFTConfig) -> None:
+    """InputError where `dataloader_drop_last` would leave out every row."""
+    size = config.per_device_train_batch_size * config.world_size
+    require(not config.dataloader_drop_last or rows >= size, "sft.dataloader_drop_last", True,
+            f"false, or a lower per_device_train_batch_size: {rows} rows do not fill one batch of {size}")  # fmt: skip
+
+
 def sft(
     model: PeftModel,
     tokenizer: Any,
@@ -218,6 +255,7 @@ def sft(
     trainer = PartitionedSFTTrainer(
         model=model, args=config, train_dataset=examples, eval_dataset=evaluated, processing_class=tokenizer
     )
+    check_batch(len(cast(Dataset, trainer.train_dataset)), config)
     trainer.longest_first = longest_first
     if early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(early_stopping_patience))

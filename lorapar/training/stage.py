@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import re
 import shutil
 import sys
 from typing import Any
@@ -12,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations  # py
 
 from ..adapter.attach import load_adapter
 from ..adapter.layers import lora_parameters
-from ..data.labels import rows_of
+from ..data.labels import once_a_prompt, rows_of
 from ..errors import InputError, require
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
@@ -119,10 +121,14 @@ def trainer_config(run: Run, name: StageName) -> Any:
         "disable_tqdm": not sys.stderr.isatty(),
         "gradient_checkpointing": checkpointing(getattr(recipe, name), choose_device(recipe.model.device).type),
     }
+    backend = getattr(recipe, name).trainer.get("ddp_backend")
+    require(backend is None or "LOCAL_RANK" in os.environ, f"{name}.ddp_backend", backend,
+            "nothing but under torchrun or accelerate launch")  # fmt: skip
     try:
         config = config_class(**(ours | getattr(recipe, name).trainer))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: {error}") from error
+        # transformers names its arguments as its own scripts take them.
+        raise InputError(f"{name}: {re.sub('--(?=[a-z])', f'{name}.', str(error))}") from error
     _check_config(config, name, choose_device(recipe.model.device).type)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
     check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
@@ -168,9 +174,10 @@ def check(run: Run, name: StageName) -> None:
         check_evaluation(run.recipe.sft.setting, run.recipe.sft.early_stopping_patience)
     config = trainer_config(run, name)
     if name == "grpo":
-        from .grpo import check_engine
+        from .grpo import check_engine, check_generation
 
         check_engine(config, run.recipe.lora.get("base"))
+        check_generation(config, len(run.tokenizer))
         positions, new = run.positions, config.max_completion_length
         if positions is not None and new is not None:
             require(new < positions, "grpo.max_completion_length", new,
@@ -181,11 +188,19 @@ def check(run: Run, name: StageName) -> None:
 
 
 def check_rows(run: Run, name: StageName) -> None:
-    """That GRPO's prompts have what its rewards need."""
+    """That the rows are short enough and fill a batch, and that GRPO's prompts have what its rewards need."""
+    section, config = getattr(run.recipe, name), trainer_config(run, name)
     if name == "grpo":
-        from .grpo import check_rewards
+        from .grpo import check_prompts, check_rewards, with_room
 
-        check_rewards(rows_of(run.put_aside()[0], run.recipe.grpo.systems), resolve_rewards(run.recipe.grpo.rewards))
+        rows = rows_of(run.put_aside()[0], section.systems)
+        check_rewards(rows, resolve_rewards(section.rewards))
+        check_prompts(len(with_room(once_a_prompt(rows), run.tokenizer, config, run.positions, say=False)[0]), config)
+    else:
+        from .sft import check_lengths
+
+        rows, evaluated = run.rows_of_sft()
+        check_lengths(rows_of(rows, section.systems), evaluated, run.tokenizer, config, run.recipe.data.loss)
 
 
 def discard(run: Run, name: StageName) -> None:
@@ -199,9 +214,9 @@ def discard(run: Run, name: StageName) -> None:
         return
     rows = rows_of(run.rows_of_sft()[0] if name == "sft" else run.put_aside()[0], getattr(run.recipe, name).systems)
     if name == "sft":
-        from .sft import examples_that_fit
+        from .sft import check_lengths
 
-        examples_that_fit(rows, run.tokenizer, trainer_config(run, name).max_length, turns=run.recipe.data.loss)
+        check_lengths(rows, None, run.tokenizer, trainer_config(run, name), run.recipe.data.loss)
     for checkpoint in checkpoints if is_main_process() else ():
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)

@@ -12,14 +12,15 @@ EARLY = 5
 
 @dataclass
 class RewardTally:
-    """Groups of completions so far, how many of them had equal rewards, and completions that no reward function gave
-    a value."""
+    """Groups of completions so far, how many of them had equal rewards, completions that no reward function gave a
+    value, and those of this process that ended before they were cut off."""
 
     batches: int = 0
     groups: int = 0
     equal: int = 0
     completions: int = 0
     unscored: int = 0
+    ended: int = 0
     total: float = 0.0
 
     def add(self, rewards: torch.Tensor, weights: torch.Tensor, size: int, apart: bool) -> None:

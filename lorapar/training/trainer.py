@@ -183,10 +183,12 @@ class PartitionedTrainer(Trainer):
                 "and the rows for what is not finite, and use bfloat16 or float32 in place of float16 (model.dtype)"
             )
         args = self.args
+        # At 0 gradients are not clipped.
+        norm = f"below {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "above 0, such as 1"
         return InputError(
             f"{self.stage}.learning_rate: got {args.learning_rate:g}: {where}: {what} (learning rate there: "
             f"{self._get_learning_rate():g}), and nothing of it is kept; try a lower learning_rate, more warmup_steps, "
-            f"or a max_grad_norm below {args.max_grad_norm:g}"
+            f"or a max_grad_norm {norm}"
         )
 
     @torch.no_grad()

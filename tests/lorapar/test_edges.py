@@ -32,6 +32,16 @@ from .test_adapter import config
         ("grpo.use_vllm", "true", "vllm, which is not installed"),
         ("grpo.loss_type", "bogus", "grpo.loss_type"),
         ("grpo.num_generations", "3", "num_generations (3)"),
+        ("grpo.cache_implementation", "foo", "Invalid `cache_implementation` (foo)"),
+        ("grpo.generation_kwargs", "{temperature: 0}", "grpo.generation_kwargs: got {'temperature': 0}: `temperature`"),
+        ("grpo.generation_kwargs", "{num_return_sequences: 2}", "{'num_return_sequences': 2}, expected settings that"),
+        ("grpo.generation_kwargs", "{return_dict_in_generate: true}", "expected settings that give a prompt one compl"),
+        ("grpo.generation_kwargs", "{top_k: 0.5}", "grpo.generation_kwargs: got {'top_k': 0.5}: `top_k` has to be"),
+        ("grpo.generation_kwargs", "{bad_words_ids: 3}", "`bad_words_ids` has to be a non-empty list"),
+        ("grpo.generation_kwargs", "{max_new_tokens: 0}", "`max_new_tokens` must be greater than 0"),
+        ("grpo.generation_kwargs", "{typo: 1}", "grpo.generation_kwargs.typo: unknown key; "),
+        ("sft.ddp_backend", "gloo", "sft.ddp_backend: got 'gloo', expected nothing but under torchrun"),
+        ("sft.tf32", "true", "sft.tf32 requires"),
         ("sft.push_to_hub", "true", "sft.push_to_hub: got True: a run uploads nothing"),
     ],
 )
@@ -49,6 +59,26 @@ def test_a_setting_of_a_trainer_that_cannot_work_here_is_refused_before_a_byte_i
 )  # fmt: skip
 def test_the_plan_refuses_it_as_the_run_does(recipe_file, key, value):
     refused("plan", recipe_file, f"--{key}", value, says=(key,), alone=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"grpo": {"per_device_train_batch_size": 400}}, "prompts do not fill a generation batch of 400 completions"),
+        ({"grpo": {"gradient_accumulation_steps": 100}}, "steps_per_generation (now 100"),
+        ({"sft": {"max_length": 3}}, "sft.max_length: got 3, shorter than every row ("),
+        ({"sft": {"dataloader_drop_last": True, "per_device_train_batch_size": 1000}}, "rows do not fill one batch of"),
+        (
+            {"grpo": {"max_completion_length": 8190}},
+            "grpo.max_completion_length: 8190 tokens behind the prompt are more",
+        ),
+    ],
+)
+def test_rows_that_a_later_stage_cannot_use_are_refused_once_they_are_labelled(
+    changed_recipe, tmp_path, sections, says
+):
+    refused("run", changed_recipe(**sections), "--output_dir", tmp_path / "run", says=(says,))
+    assert list(records(tmp_path / "run")) == ["label"]
 
 
 # Where to write
@@ -106,7 +136,7 @@ def test_a_signal_ends_a_run_with_one_line_and_its_status(recipe_file, tmp_path,
     command = "run", recipe_file, "--output_dir", tmp_path / "run"
     code, log = in_child(driver.kill_at_step, ("sft", 3, number), *command)
     assert code == status, log
-    assert log.splitlines()[-1] == f"lorapar: stopped ({number.name}); the same command goes on from here"
+    assert log.splitlines()[-1] == f"lorapar: stopped ({number.name}); the same command resumes from here"
     assert all(line.startswith("lorapar: ") for line in log.splitlines()), log
     assert f"stopped: Stopped('{number.name}')" in (tmp_path / "run" / "run.log").read_text()
     if number == signal.SIGTERM:
@@ -119,7 +149,7 @@ def test_a_signal_ends_a_run_with_one_line_and_its_status(recipe_file, tmp_path,
 def test_a_signal_ahead_of_the_run_and_a_handler_of_the_callers(recipe_file, monkeypatch):
     monkeypatch.setattr("lorapar.cli._recipe", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, out, err = lorapar("run", recipe_file)
-    assert (code, out, err) == (143, "", "lorapar: stopped (SIGTERM); the same command goes on from here\n")
+    assert (code, out, err) == (143, "", "lorapar: stopped (SIGTERM); the same command resumes from here\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     taken = []
     signal.signal(signal.SIGTERM, lambda *_: taken.append(1))

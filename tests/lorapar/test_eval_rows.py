@@ -212,6 +212,19 @@ def test_a_moved_folder_keeps_its_best_checkpoint(tmp_path, monkeypatch):
     assert trained.best == {"step": 1, "of": 4, "eval_loss": 1.0}
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_rows_that_fill_no_batch_are_evaluated_all_the_same(tmp_path, best):
+    _, trainer, trained = train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=4, max_steps=1,
+                                per_device_eval_batch_size=64, load_best_model_at_end=best)  # fmt: skip
+    assert list(evaluated(trained)) == [1]
+    assert trainer.args.dataloader_drop_last
+
+
+def test_train_rows_that_fill_no_batch_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"sft.dataloader_drop_last: got True, .* do not fill one batch of 1000"):
+        train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=1000)
+
+
 # What does not go together
 
 
@@ -225,7 +238,12 @@ def test_a_moved_folder_keeps_its_best_checkpoint(tmp_path, monkeypatch):
         ({"early_stopping_patience": 2}, "sft.early_stopping_patience: got 2, expected nothing unless sft.eval_strat"),
         ({"eval_strategy": "steps", "early_stopping_patience": 2}, "nothing unless sft.load_best_model_at_end is true"),
         ({"save_strategy": "best"}, "sft.save_strategy: got 'best'"),
-        ({**EVALUATING, "eval_steps": 2, "save_steps": 3}, "multiple of the evaluation steps"),
+        (
+            {**EVALUATING, "eval_steps": 2, "save_steps": 3},
+            "sft.save_steps: got 3.*, expected a multiple of sft.eval_steps: 2",
+        ),
+        ({**EVALUATING, "eval_steps": 0.4, "save_steps": 0.5}, "sft.save_steps: got 0.5, expected a multiple of"),
+        ({**EVALUATING, "eval_steps": 0.5, "save_steps": 2}, "sft.save_steps: got 2.*, expected a multiple of"),
         ({**EVALUATING, "save_strategy": "epoch"}, "sft.*strategy"),
         (
             {**EVALUATING, "metric_for_best_model": "accuracy"},

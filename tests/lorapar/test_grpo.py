@@ -15,6 +15,7 @@ from lorapar import InputError
 from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.adapter.proof import Snapshot, checksums
+from lorapar.errors import NothingLearned
 from lorapar.training.grpo import PartitionedGRPOTrainer, check_engine
 from tests.lorapar.driver import refused, succeeds
 from tests.lorapar.test_adapter import config, random_partition
@@ -231,6 +232,27 @@ def test_a_group_may_be_larger_than_what_fits_at_once(tmp_path):
     assert widths == [2] * 4 * 3
     assert trained.verified["moved"] > 0
     assert trained.rollout_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"per_device_train_batch_size": 400}, r"grpo: \d+ prompts do not fill a generation batch of 400 completions"),
+        ({"generation_kwargs": {"top_k": 0.5}}, "grpo.generation_kwargs: got {'top_k': 0.5}: `top_k` has to be"),
+    ],
+)
+def test_what_makes_no_step_is_refused(tmp_path, keys, says):
+    model, made = fresh()
+    with pytest.raises(InputError, match=says):
+        lorapar.grpo(model, tiny_tokenizer(), ROWS, made, grpo_config(tmp_path, **keys), [letters])
+
+
+def test_completions_that_are_all_masked_are_named(tmp_path):
+    model, made = fresh()
+    keys = {"mask_truncated_completions": True, "max_completion_length": 2, "max_steps": 1, "weight_decay": 0.0}
+    says = r"0 of \d+ completions ended, .* raise grpo.max_completion_length \(now 2\), or set grpo.mask_truncated"
+    with pytest.raises(NothingLearned, match=says):
+        lorapar.grpo(model, tiny_tokenizer(), ROWS, made, grpo_config(tmp_path, **keys), [letters])
 
 
 def rollouts(model, folder, at_once, count, **keys):

@@ -122,7 +122,7 @@ def test_an_interrupt_ends_it_and_the_same_command_goes_on(tiny_folder: Path, tm
         child.join(60)
         lines = (tmp_path / "stderr").read_text().splitlines()
         assert child.exitcode == 130, lines
-        assert lines[-1] == "lorapar: interrupted; the same command goes on from here"
+        assert lines[-1] == "lorapar: interrupted; the same command resumes from here"
         assert "Traceback" not in "".join(lines)
         succeeds(*command)
         assert len(read_jsonl(tmp_path / "run" / "labels.jsonl")) == 60
@@ -162,7 +162,7 @@ def test_an_interrupt_ends_a_local_teacher_in_the_middle_of_a_batch(tiny_folder:
     assert time.monotonic() - began < 8
     assert child.exitcode == 130
     lines = (tmp_path / "stderr").read_text().splitlines()
-    assert lines[-1] == "lorapar: interrupted; the same command goes on from here"
+    assert lines[-1] == "lorapar: interrupted; the same command resumes from here"
     assert all(line.startswith("lorapar: ") for line in lines)
     first = stored()
     assert len(first) == 2

@@ -44,6 +44,14 @@ def fault(**changes: object) -> str:
         ({"data": {"sources": ["x"], "prmpt": "{q}"}}, "data.prmpt", "prompt"),
         ({"label": {"tie": "drop"}}, "label.tie", "ties"),
         ({"score": {"example": 5}}, "score.example", "examples"),
+        ({"lora": {"rank": 8}}, "lora.rank", "r"),
+        ({"lora": {"alpha": 8}}, "lora.alpha", "lora_alpha"),
+        ({"grpo": {"max_prompt_length": 8}}, "grpo.max_prompt_length", "data.max_prompt_length"),
+        (
+            {"sft": {"group_by_length": True}},
+            "sft.group_by_length",
+            "train_sampling_strategy: group_by_length",
+        ),
         ({"lora": {"lora_aplha": 8}}, "lora.lora_aplha", "lora_alpha"),
         ({"sft": {"learning_rte": 1}}, "sft.learning_rte", "learning_rate"),
         ({"sft": {"max_step": 1}}, "sft.max_step", "max_steps"),
@@ -59,6 +67,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_one(given, key, neares
 
 def test_a_key_like_no_other_lists_what_is_allowed():
     assert fault(export={"zzz": 1}) == "export.zzz: unknown key; allowed: dtype, merged"
+    assert fault(training={}).startswith("training: unknown key; allowed: data, evaluate, export, grpo, label, lora")
     # GRPO's own keys are not SFT's, and ours in grpo are not in sft.
     assert fault(sft={"num_generations": 4}).startswith("sft.num_generations: unknown key")
     assert fault(sft={"rewards": ["accuracy"]}).startswith("sft.rewards: unknown key")
@@ -88,6 +97,7 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             {"partition": {"system1_cost": 1, "selection": "all"}},
             "partition.system1_cost: got 1.0, expected 0 with selection: all",
         ),
+        ({"label": {"teachers": {}}}, "label.teachers: got {}, expected list of mappings of keys"),
         ({"score": {"renew": 1}}, "score.renew: got 1, expected bool"),
         (
             {"score": {"renew": True}, "stages": ["sft"]},
@@ -102,7 +112,7 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             "score.renew: got True, expected false with score.method: random",
         ),
         ({"start": "zero"}, "start: got 'zero', allowed: paper, twin, pissa, olora, peft"),
-        ({"stages": "sft"}, "stages: got 'sft', expected list"),
+        ({"stages": "sft"}, "stages: got 'sft', expected list of sft, grpo"),
         ({"stages": ["sft", "dpo"]}, "stages[1]: got 'dpo', allowed: sft, grpo"),
         ({"stages": ["sft", "sft"]}, "stages: got ['sft', 'sft'], expected sft and grpo, once each"),
         ({"stages": []}, "stages: got [], expected"),
@@ -120,7 +130,10 @@ def test_a_key_like_no_other_lists_what_is_allowed():
         ({"model": {"name": 5}}, "model.name: got 5, expected str"),
         ({"model": {"name": "m", "dtype": "int8"}}, "model.dtype: got 'int8', allowed: auto, float32"),
         ({"data": {}}, "data.sources: missing"),
-        ({"data": {"sources": "x.jsonl"}}, "data.sources: got 'x.jsonl', expected list"),
+        (
+            {"data": {"sources": "x.jsonl"}},
+            "data.sources: got 'x.jsonl', expected list of names, or of mappings of keys",
+        ),
         ({"data": {"sources": []}}, "data.sources: got [], expected at least one source"),
         ({"data": {"sources": [{"split": "train"}]}}, "data.sources[0].name: missing"),
         ({"data": {"sources": [{"name": "x", "size": 1.5}]}}, "data.sources[0].size: got 1.5, expected int"),
@@ -438,6 +451,22 @@ def test_the_reference_is_what_is_declared():
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
 
 
+BEYOND = {
+    "sft": {
+        "learning_rate": [0.0, math.inf], "dataloader_num_workers": [-1], "pad_to_multiple_of": [0, -8],
+        "neftune_noise_alpha": [-1.0], "per_device_eval_batch_size": [0], "eval_accumulation_steps": [0],
+        "num_train_epochs": [-1.0, math.inf], "eval_steps": [-1.0, 1.5], "save_steps": [0.0, -1.0],
+        "logging_steps": [0.0, math.inf], "label_smoothing_factor": [1.0], "dataloader_prefetch_factor": [2],
+        "log_level": ["foo"], "train_sampling_strategy": ["foo"], "ddp_backend": ["foo"], "packing_strategy": ["foo"],
+    },
+    "grpo": {
+        "num_generations": [0, 1], "top_k": [-5], "min_p": [2.0], "repetition_penalty": [0.0], "beta": [-1.0, math.inf],
+        "epsilon": [-1.0, math.inf], "epsilon_high": [-1.0], "delta": [-3.0], "top_entropy_quantile": [2.0],
+        "off_policy_mask_threshold": [-1.0], "train_sampling_strategy": ["foo"], "save_steps": [0.0],
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "says"),
     [
@@ -459,7 +488,14 @@ def test_the_reference_is_what_is_declared():
         ("grpo", "reward_weights", [1.0, 2.0], "got [1.0, 2.0], expected as many as grpo.rewards: 1"),
         ("grpo", "scale_rewards", "std", "got 'std', expected group, batch or none"),
         ("grpo", "temperature", 0, "got 0.0, expected a finite number above 0"),
-        ("sft", "learning_rate", math.inf, "got inf, expected a finite number of at least 0"),
+        ("grpo", "reward_weights", [0.0], "got [0.0], expected finite numbers that are not all 0"),
+        ("grpo", "reward_weights", [math.inf], "got [inf], expected finite numbers that are not all 0"),
+        *(
+            (section, key, value, f"got {value}, expected")
+            for section, keys in BEYOND.items()
+            for key, given in keys.items()
+            for value in given
+        ),
         ("sft", "weight_decay", -1, "got -1.0, expected a finite number of at least 0"),
         ("sft", "adam_beta1", 2, "got 2.0, expected a number in [0, 1)"),
         ("sft", "gradient_accumulation_steps", 0, "got 0, expected at least 1"),
@@ -477,8 +513,18 @@ def test_the_reference_is_what_is_declared():
 def test_a_trainers_key_that_cannot_work_is_refused_with_the_recipe(section, key, value, says):
     said = fault(**{section: {key: value}})
     assert said.startswith(f"{section}.{key}: ")
-    assert says in said
+    assert says.replace("got foo", "got 'foo'") in said
     assert "hf_secret" not in said
+
+
+@pytest.mark.parametrize(
+    "sft",
+    [{"save_steps": 0, "save_strategy": "no"}, {"save_steps": 0.5}, {"eval_steps": 2.0, "eval_strategy": "steps"},
+     {"num_train_epochs": 0, "max_steps": 3}, {"dataloader_prefetch_factor": 2, "dataloader_num_workers": 1},
+     {"pad_to_multiple_of": "auto"}, {"ddp_backend": "gloo"}],
+)  # fmt: skip
+def test_a_trainers_key_that_works_beside_another_is_taken(sft):
+    assert parse(values(sft=sft)).sft.trainer == sft
 
 
 def test_the_trainers_own_defaults_are_none_of_those_that_are_refused(tmp_path: Path):

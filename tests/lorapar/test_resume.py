@@ -239,7 +239,7 @@ def test_ctrl_c_is_130_and_one_line(recipe_file: Path, tmp_path: Path):
     code, log = in_child(driver.kill_at_step, arguments, "run", recipe_file, "--output_dir", tmp_path / "run")
     assert code == 130
     lines = log.splitlines()
-    assert lines[-1] == "lorapar: interrupted; the same command goes on from here"
+    assert lines[-1] == "lorapar: interrupted; the same command resumes from here"
     assert all(line.startswith("lorapar: ") for line in lines), log
     assert "stopped: KeyboardInterrupt" in (tmp_path / "run" / "run.log").read_text()
     succeeds("sft", recipe_file, "--output_dir", tmp_path / "run")

@@ -411,7 +411,7 @@ def test_one_gradient_that_is_not_a_number_ends_training_before_it_is_used(tmp_p
     parameter = list(lora_parameters(model).values())[3]
     seen = []
     parameter.register_hook(lambda g: g * float("nan") if len(seen) == 2 else seen.append(0))
-    with pytest.raises(InputError, match="the norm of the gradients is nan"):
+    with pytest.raises(InputError, match="the norm of the gradients is nan .* or a max_grad_norm above 0, such as 1$"):
         lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=6, max_grad_norm=0))
     assert all(p.isfinite().all() for p in lora_parameters(model).values())
 

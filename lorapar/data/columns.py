@@ -36,6 +36,8 @@ BESIDE_A_QUESTION = ("input", "context", "passage", "article", "document", "choi
 LIKE_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "user", "human", "frage", "article")
 LIKE_COMPLETIONS = ("completion", "response", "output", "answer", "solution", "reply", "target", "assistant", "summary")
 LABEL = re.compile(r"(?:s|sys|system)?[\s_-]*[12](?:\.0*)?", re.IGNORECASE)
+# What a column is hardly called: a number, the end of a sentence, a long text.
+NO_NAME = re.compile(r"^[-+]?\d[\d.,]*$|[.?!=:]$|.{48}", re.DOTALL)
 LOOKED_AT = 200  # rows, for what a column holds
 
 Rows = Sequence[dict[str, Any]]
@@ -58,16 +60,27 @@ def find_columns(rows: Rows, config: "DataConfig", source: str) -> dict[str, str
     named = _named(there)
     if "messages" not in columns and "prompt" not in columns:
         columns |= _find_prompt(rows, columns, named, source, there)
-    if "answer" not in columns and "answer" in named:
+    taken = [theirs for ours, theirs in columns.items() if ours != "completion"]
+    if "answer" not in columns and "answer" in named and named["answer"] not in taken:
         columns["answer"] = named["answer"]
     if "completion" not in columns and "prompt" in columns:
         columns["completion"] = _find_completion(rows, columns, config.columns, named, source, there)
     _check_verdicts(rows, columns, config.columns, named, source)
     told = next((named[name] for name in SYSTEMS if name in named and _tells(rows, named[name])), None)
-    if "system" not in columns and told is not None:
+    if "system" not in columns and told is not None and told not in columns.values():
         columns["system"] = told
+    _check_apart(columns)
     _warn_of_unused(rows, columns, config, named, source)
     return columns
+
+
+def _check_apart(columns: dict[str, str]) -> None:
+    """InputError where one column stands for two of ours. A completion may be its own answer."""
+    seen: dict[str, str] = {}
+    for ours, theirs in columns.items():
+        if theirs in seen and {ours, seen[theirs]} != {"completion", "answer"}:
+            raise InputError(f"data.columns: {seen[theirs]} and {ours} are both column {theirs!r}; name one for each")
+        seen[theirs] = ours
 
 
 def _named(there: Sequence[str]) -> dict[str, str]:
@@ -87,8 +100,10 @@ def _find_prompt(
     if "completion" not in mapped and set(PREFERENCES) <= set(named):
         raise _of_preferences(rows, mapped, named, source, there)
     chat = next((named[name] for name in CHATS if name in named and _is(is_chat, rows, named[name])), None)
-    if chat is None and "messages" in named:
-        chat = named["messages"]
+    if chat is None:
+        # What is wrong with these, the rows say.
+        chat = next((named[name] for name in CHATS if name in named and (
+            name == "messages" or all(is_blank(row.get(named[name])) for row in rows))), None)  # fmt: skip
     if chat is not None:
         return {"messages": chat}
     if "instruction" in named:
@@ -218,6 +233,9 @@ def _not_known(
         begins = f"data.columns.prompt: {source} has no column prompt, question or messages, or another known name"
     else:
         begins = f"data.columns.completion: {source} has no column completion or answer, or another known name"
+    if re.search(r"\.[ct]sv(\.\w+)?$", source, re.IGNORECASE) and any(map(NO_NAME.search, there)):
+        return InputError(f"data.sources: {source} seems to have no header: its first line is {', '.join(there)}; put "
+                          "a line with the columns' names above it, such as prompt,completion")  # fmt: skip
     guessed = _guess(rows, known, there)
     if guessed is not None:
         return InputError(f"{begins}; {had}; write, if this is what they are, {columns_line(guessed)}")

@@ -42,6 +42,9 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
             raise InputError(f"{where} is text, expected a list of messages ({{role, content}}) or its JSON"
                              + (", as json.dumps writes it" if is_chat(value) else "")) from None  # fmt: skip
     value = [value] if isinstance(value, dict) else value
+    if isinstance(value, list) and value and all(isinstance(message, str) for message in value):
+        raise InputError(f"{where} is a list of texts, expected one text a row (or messages: {{role, content}}); write "
+                         "a row for each")  # fmt: skip
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise InputError(f"{where} is not a list of messages ({{role, content}})")
     return [_message(message, where) for message in value]

@@ -60,6 +60,9 @@ def _turns(
     names = [columns[ours] for ours in ("messages", "prompt", "completion") if ours in columns]
     names = names[:1] if "messages" in columns else names
     for name in names:
+        if name not in raw:
+            raise InputError(f"{where}: no column {name!r}, which other rows have; it has {', '.join(raw)}; give every "
+                             "row the same columns")  # fmt: skip
         if is_blank(raw.get(name)):
             raise InputError(f"{where}: column {name!r} is empty")
     history = _history(raw, columns, where)
@@ -126,6 +129,9 @@ def _history(raw: dict, columns: dict[str, str], where: str) -> list[dict]:
         return []
     pairs = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        if not all(isinstance(item, dict) for item in pairs) and not isinstance(value, str):
+            raise InputError(f"{where}: column {columns['history']!r} is {value!r:.40}, expected pairs: "
+                             "[[question, answer], ...]")  # fmt: skip
         return messages_of(value, f"{where}: column {columns['history']!r}")
     return [{"role": role, "content": "" if text is None else str(text)}
             for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # fmt: skip
@@ -285,6 +291,9 @@ def load_rows(
     formed: dict[str, list[dict[str, Any]]] = {}
     for name, source in zip(names, config.sources):
         read = read_source(source)
+        first = {column: where for where, raw in reversed(read) for column in raw}
+        for column, where in first.items():
+            _check_text(column, f"{where}: column {column!r}: its name")
         columns = find_columns([raw for _, raw in read], config, source.name)
         formed[name] = [_form_row(raw, columns, config, chat, where) for where, raw in read]
         if "messages" in columns:

@@ -175,13 +175,13 @@ def _json_rows(text: str, path: Path, lines: bool) -> list[Any]:
 def _rows_within(whole: dict[str, Any], path: Path, lines: bool) -> list[Any]:
     """The rows of a file that is one object: those under its one key with a list of objects, else itself."""
     tables = {key: value for key, value in whole.items() if _is_table(value)}
-    if any(key in CHATS or is_chat(value) for key, value in tables.items()) or (lines and len(whole) > 1):
+    if any(is_chat(value) for value in tables.values()) or set(CHATS) & set(whole) or (lines and len(whole) > 1):
         return [whole]
     if len(tables) == 1 and "tools" not in tables:
         return next(iter(tables.values()))
     if tables and len(tables) == len(whole):
         raise InputError(f"{path}: has rows under several keys ({', '.join(tables)}); keep those of one")
-    if whole and all(isinstance(value, dict | list) for value in whole.values()):
+    if whole and not lines and all(isinstance(value, dict | list) for value in whole.values()):
         raise InputError(f"{path}: expected a list of rows, got an object of columns ({', '.join(whole)}); write rows, "
                          "as pandas does with to_json(orient='records')")  # fmt: skip
     return [whole]

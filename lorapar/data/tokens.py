@@ -241,6 +241,12 @@ def _warn_of_tools(what: str) -> None:
     log.warning("rows have `tools`, which %s does not write: the model is not told of them", what)
 
 
+@functools.cache
+def _warn_of_calls() -> None:
+    log.warning("rows have tool calls, which the chat template does not write: the model does not see them in a "
+                "prompt; use another model.chat_template")  # fmt: skip
+
+
 def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: Any) -> str:
     """Messages as the chat template writes them, given the row's `tools` and `chat_template_kwargs`."""
     tools, kwargs, options = _tools(row), row_kwargs(row), {"tokenize": False, **options}
@@ -249,6 +255,8 @@ def render(turns: list[dict], row: dict[str, Any], tokenizer: Any, **options: An
         turns = [_in_blocks(turn) for turn in turns]
     if tools and not _writes_tools(tokenizer, str(tokenizer.chat_template)):
         _warn_of_tools("the chat template")
+    if any(turn.get("tool_calls") for turn in turns) and not writes_calls(tokenizer):
+        _warn_of_calls()
     refused: Exception | None = None
     for as_text in (False, True) if any(turn.get("tool_calls") for turn in turns) else (False,):
         called = [_with_arguments(turn, as_text) for turn in turns]
@@ -360,6 +368,33 @@ def _writes_tools(tokenizer: Any, template: str) -> bool:
             "properties": {}}}}  # fmt: skip
     content = [{"type": "text", "text": ""}] if _takes_blocks(tokenizer, template) else ""
     return WORDS in _probe(tokenizer, content, tools=[tool])
+
+
+def writes_calls(tokenizer: Any) -> bool:
+    """Whether the chat template writes the calls of an assistant's message; True where it refuses every message that
+    is tried, and so says itself what it wants."""
+    return _writes_calls(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=8)
+def _writes_calls(tokenizer: Any, template: str) -> bool:
+    asked, said = (
+        [{"type": "text", "text": text}] if _takes_blocks(tokenizer, template) else text for text in ("Q", "")
+    )
+    written = []
+    # As objects, and as the text that a few templates want.
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        call = {"id": "call00000", "type": "function", "function": {"name": WORDS, "arguments": arguments}}
+        calling = [{"role": "user", "content": asked}, {"role": "assistant", "content": said, "tool_calls": [call]}]
+        # Some ask for a system turn, some for the call's result.
+        for before, behind in (((), ()), (("system",), ()), ((), ("tool",)), (("system",), ("tool",))):
+            turns = [*({"role": role, "content": asked} for role in before), *calling,
+                     *({"role": role, "tool_call_id": "call00000", "content": asked} for role in behind)]  # fmt: skip
+            try:
+                written.append(tokenizer.apply_chat_template(turns, tokenize=False))
+            except (TemplateError, TypeError, ValueError):
+                continue
+    return not written or any(WORDS in text for text in written)
 
 
 def _probe(tokenizer: Any, content: Any, *following: dict[str, Any], tools: list[dict] | None = None) -> str:

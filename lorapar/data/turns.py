@@ -37,6 +37,7 @@ from .tokens import (
     text_ids_behind,
     thought_of,
     turn_end_token,
+    writes_calls,
     written_end,
 )
 
@@ -65,11 +66,14 @@ def labelled(row: dict[str, Any], tokenizer: Any, turns: Turns = "last") -> tupl
     check_weights(prompt, completion, turns, f"row {row.get('id', '(no id)')}")
     if turns == "last":
         return ids, labels
+    answers = [turn for turn in (*prompt, *completion) if turn.get("role") == "assistant"]
+    if any(turn.get("tool_calls") for turn in answers) and not writes_calls(tokenizer):
+        raise InputError(f"row {row.get('id', '(no id)')}: data.loss: assistant: the chat template does not write tool "
+                         "calls; use another model.chat_template, or leave such rows out")  # fmt: skip
     learned: list[Span] = []
     if any(turn.get("role") == "assistant" for turn in prompt):
         learned += _in_prompt(row, ids[:n_prompt], tokenizer)
     learned += [(n_prompt, len(ids))] if len(completion) == 1 else _in_completion(row, ids, n_prompt, tokenizer)
-    answers = [turn for turn in (*prompt, *completion) if turn.get("role") == "assistant"]
     if any(turn.get("weight") == 0 for turn in answers):
         learned = [span for span, turn in zip(learned, answers, strict=True) if turn.get("weight") != 0]
     labels = [IGNORED] * len(ids)

@@ -87,7 +87,13 @@ def _decided(
     needed = {system for stage in recipe.stages for system in getattr(recipe, stage).systems}
     if recipe.partition.selection != "all":
         needed |= {1, 2}
+    column = recipe.label.column
     for system in sorted(needed):
+        if column is not None and (system, "train") not in zip(labelled["system"], labelled["split"]):
+            raise InputError(
+                f"label.column: no train row is labelled System {system} by the column {column!r}; name one that has "
+                "both labels, or label with label.voters or label.teachers"
+            )
         rows_of(labelled, [system], "train")
     watched = recipe.watched_system()
     left = labelled

@@ -105,6 +105,14 @@ def test_a_label_column_that_is_missing(changed_recipe: Change, tmp_path: Path):
     refused("label", recipe, "--output_dir", tmp_path / "run", says=("label.column: the rows have no column 'kind'",))
 
 
+@pytest.mark.parametrize("label", [1, 2])
+def test_a_label_column_of_one_system(label: int, changed_recipe: Change, tmp_path: Path):
+    path = rows_file(tmp_path / "rows.jsonl", [{**row, "kind": label} for row in sums(20)])
+    recipe = changed_recipe(data={"sources": [str(path)], "held_out": 2}, label={"column": "kind"})
+    says = f"label.column: no train row is labelled System {3 - label} by the column 'kind'; name one that has both"
+    refused("label", recipe, "--output_dir", tmp_path / "run", says=(says,))
+
+
 def test_prompts_longer_than_the_limit_are_counted_and_left_out(changed_recipe: Change, tmp_path: Path):
     long = [{"prompt": "9 + 9 + " * 20 + f"{n} =", "completion": "5"} for n in range(7)]
     path = rows_file(tmp_path / "rows.jsonl", [*sums(12), *sums(12, 3), *long])

@@ -73,7 +73,15 @@ def test_columnar_files(tmp_path: Path):
 
 def test_one_row_and_one_chat_are_rows_not_tables(tmp_path: Path):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    for row in (chat, ROWS[0], {**chat, "tools": [{"name": "f"}]}, {**ROWS[0], "tools": [{"name": "f"}]}):
+    tools = {"tools": [{"name": "f"}]}
+    for row in (
+        chat,
+        ROWS[0],
+        {**chat, **tools},
+        {**ROWS[0], **tools},
+        {"messages": []},
+        {"conversations": [], **tools},
+    ):
         for name in ("one.json", "one.jsonl"):
             (tmp_path / name).write_text(json.dumps(row))
             assert read(tmp_path / name) == [row]
@@ -177,6 +185,12 @@ REFUSED = {
     "rows.xlsx": (b"PK", "not a data file; allowed: .jsonl, .json, .csv, .parquet"),
     "rows.txt.gz": (b"PK", "not a data file"),
 }
+
+
+def test_one_line_of_lists_is_a_row(tmp_path: Path):
+    for row in ({"prompt": ["a"]}, {"prompt": {"a": 1}}, {"conversation": [], "n": [1]}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        assert read(tmp_path / "rows.jsonl") == [row]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -319,6 +319,8 @@ REFUSED = {
     "a call in both forms": (
         {"messages": [QUESTION, {**CALLING, "function_call": CALL}]}, "tool_calls and function_call; keep one of them",
     ),
+    "a chat of nothing": ({"messages": []}, "row 1: column 'messages' is empty"),
+    "a conversation of nothing": ({"conversations": [], "id": "x"}, "row 1: column 'conversations' is empty"),
     "a call that is none": (
         {"conversations": [said("human", "a"), said("function_call", "add 2"), said("gpt", "c")]},
         "the role 'function_call' that is no JSON of {name, arguments}",
@@ -396,7 +398,17 @@ REFUSED = {
         {"question": "q", "answer": "1", "of": {"a": ["\ud83d"]}},
         "column 'of' has half of",
     ),
-    "a list that is no chat": ({"prompt": ["a", "b"], "completion": "c"}, "column 'prompt' is not a list of messages"),
+    "a list of prompts": ({"prompt": ["a", "b"], "completion": "c"}, "'prompt' is a list of texts, expected one"),
+    "a list of answers": ({"input": "a", "output": ["b", "c"]}, "'output' is a list of texts, expected one"),
+    "a list that is no chat": ({"prompt": ["a", 1], "completion": "c"}, "column 'prompt' is not a list of messages"),
+    "a history that is no pairs": (
+        {"instruction": "And 3?", "output": "6", "history": [["a"]]},
+        "column 'history' is [['a']], expected pairs: [[question, answer], ...]",
+    ),
+    "surrogate in a column's name": (
+        {"question": "q", "answer": "1", "a\ud83d": 1},
+        "row 1: column 'a\\ud83d': its name has half of a surrogate pair (U+D83D) at character 1; remove it",
+    ),
     "a number of more than 64 bits": (
         {"prompt": "a", "completion": "c", "n": 10**30},
         "column 'n' is 1000000000000000000000000000000, more than 64 bits hold; make it text",
@@ -412,6 +424,39 @@ def test_what_is_not_certain_is_refused_in_one_line(case: str, tmp_path: Path):
         error = error_of(tmp_path, row, tokenizer=tokenizer)
         assert says in error or (tokenizer is PLAIN and "which data.chat: false does not allow" in error)
         assert "rows.jsonl" in error
+
+
+@pytest.mark.parametrize("mapped", [
+    {"prompt": "prompt", "completion": "prompt"}, {"completion": "prompt"}, {"prompt": "completion"},
+    {"prompt": "prompt", "input": "prompt"}, {"prompt": "prompt", "answer": "prompt"},
+])  # fmt: skip
+def test_one_column_is_not_two_of_ours(mapped: dict, tmp_path: Path):
+    error = error_of(tmp_path, {"prompt": "2 + 2?", "completion": "4"}, columns=mapped)
+    assert re.match(r"data.columns: \w+ and \w+ are both column '\w+'; name one for each$", error)
+
+
+def test_a_completion_may_be_its_own_answer_and_a_prompt_may_be_called_so(tmp_path: Path):
+    both = {"completion": "completion", "answer": "completion"}
+    assert load(tmp_path, {"prompt": "2 + 2?", "completion": "4"}, columns=both)[0][0]["answer"] == "4"
+    asked = load(
+        tmp_path, {"answer": "4", "question": "2 + 2?"}, columns={"prompt": "answer", "completion": "question"}
+    )
+    assert (asked[0][0]["prompt"][0]["content"], asked[0][0]["answer"]) == ("4", "2 + 2?")
+
+
+def test_a_row_of_other_columns_is_named_with_them(tmp_path: Path):
+    error = error_of(
+        tmp_path, {"messages": [QUESTION, REPLY]}, {"conversations": [said("human", "a"), said("gpt", "b")]}
+    )
+    assert error.endswith("row 2: no column 'messages', which other rows have; it has conversations; give every "
+                          "row the same columns")  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["What is 2 + 2?,4", "2 + 2 =,four", f"Add them,{'long ' * 20}"])
+def test_a_table_without_a_header_is_named(first: str, tmp_path: Path):
+    (tmp_path / "rows.csv").write_text(f"{first}\n3 + 3?,6\n")
+    with pytest.raises(InputError, match="rows.csv seems to have no header: its first line is .*; put a line with the"):
+        load_rows(DataConfig([SourceConfig(str(tmp_path / "rows.csv"))], held_out=0), PLAIN)
 
 
 def test_a_pair_of_surrogates_and_one_answer_in_a_list_are_read(tmp_path: Path):

@@ -1,5 +1,6 @@
 """`data.loss`: the last answer's tokens or those of every turn of the assistant, whatever the chat template."""
 
+import logging
 import re
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import lorapar
 from lorapar import InputError
-from lorapar.data.tokens import IGNORED, encode, turn_end_token
+from lorapar.data import tokens
+from lorapar.data.tokens import IGNORED, encode, render, turn_end_token
 from lorapar.data.turns import labelled
 from lorapar.memory.needs import lengths_of
 from lorapar.pipeline.order import stages_of
@@ -298,6 +300,30 @@ def test_what_cannot_be_trusted_is_refused(template, says):
     labelled(MULTI, tokenizer)
     with pytest.raises(InputError, match=f"{re.escape(CANNOT)}: {says}.*use data.loss: last"):
         labelled(MULTI, tokenizer, "assistant")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_without_calls_is_named(template, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lorapar"), "propagate", True)
+    tokenizer = chat_tokenizer(template)
+    row = {"id": "7", "prompt": MIXED["prompt"], "completion": MIXED["completion"]}
+    tokens._warn_of_calls.cache_clear()
+    assert learned(row, tokenizer, "last") == ["A2<|im_end|>\n"]
+    assert caplog.text.count("rows have tool calls, which the chat template does not write") == 1
+    with pytest.raises(
+        InputError, match="row 7: data.loss: assistant: the chat template does not write tool calls; use"
+    ):
+        labelled(row, tokenizer, "assistant")
+
+
+@pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_whether_a_template_writes_calls(template):
+    tokenizer = of_library(template)
+    try:
+        text = render([user("Q0"), call("looking", {"x": 1})], {}, tokenizer)
+    except InputError:
+        return
+    assert tokens.writes_calls(tokenizer) == ("looking" in text)
 
 
 def test_arguments_that_hold_the_end_of_a_turn_are_refused():

@@ -59,7 +59,10 @@ class StageFailed(RuntimeError):
 
 
 class OutOfMemory(StageFailed):
-    """A stage ran out of memory; the message says what would lower its need."""
+    """A stage ran out of memory; the lines after the first say what would lower its need."""
+
+    def __init__(self, message: str):
+        RuntimeError.__init__(self, message)
 
 
 class RewardFailed(StageFailed):

@@ -295,7 +295,7 @@ def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
 
     `lengths`: of the labelled rows; None for a stage that is not planned for.
     """
-    message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command goes on"
+    message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command resumes"
     if lengths is None:
         return message
     try:

@@ -711,8 +711,10 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
     if len(reading) <= LONGEST and "≈" in without_latex(reading):
         # 10/3 ≈ 3.33; 5 ft ≈ 1.52 m is the second. What is no rounding contradicts itself.
         left, right = (whole_number(side.strip(" $")) for side in re.split(r"[=≈]", without_latex(reading))[-2:])
-        if left and (right is None or left.unit == right.unit) and equal(left, wanted):
-            return left
+        if left and (right is None or left.unit == right.unit):
+            named = re.match(r"[\s$]*[A-Za-z]\s*=", reading)
+            if equal(left, wanted) or (named and right and not is_rounding(right, left.value, cut=False)):
+                return left
     if not prose:
         # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.
         left, _, right = without_latex(reading).replace("≈", "=").rpartition("=")

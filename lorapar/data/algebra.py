@@ -16,7 +16,7 @@ import zlib
 from fractions import Fraction
 from typing import NamedTuple
 
-LONGEST, DEEPEST = 400, 40
+LONGEST, DEEPEST, MOST_OPERATORS = 400, 40, 150
 # A rational number of more bits than this is not worked out: 9**9**9 would never end.
 LARGEST_BITS = 6_000
 # A float that is smaller has lost digits, or all of them.
@@ -84,7 +84,7 @@ class _Reader:
     """Recursive descent over the tokens: sum, product, power, atom."""
 
     def __init__(self, text: str):
-        self.tokens, self.at, self.depth = _tokens(text), 0, 0
+        self.tokens, self.at, self.depth, self.operators = _tokens(text), 0, 0, 0
         latex = any(kind == "command" for kind, _ in self.tokens)
         # Two or three letters are a product (3xy) beside digits, operators or LaTeX; alone they are a word.
         self.bare = not latex and not any(kind in ("number", "sign") for kind, _ in self.tokens)
@@ -100,6 +100,12 @@ class _Reader:
         self.at += 1
         return token
 
+    def count(self) -> None:
+        """A long row of operators is a deep tree, and Python's stack is not."""
+        self.operators += 1
+        if self.operators > MOST_OPERATORS:
+            raise Unreadable("too many operators")
+
     def whole(self) -> Node:
         node = self.sum()
         if self.at < len(self.tokens):
@@ -112,6 +118,7 @@ class _Reader:
             raise Unreadable("too deep")
         node = self.product()
         while self.peek() in ("+", "-"):
+            self.count()
             operator, right = self.take(), self.product()
             node = ("+", node, right if operator == "+" else ("*", ("number", Fraction(-1)), right))
         self.depth -= 1
@@ -120,6 +127,7 @@ class _Reader:
     def product(self) -> Node:
         node = self.signed()
         while True:
+            self.count()
             token = self.peek()
             if token in ("*", "×", "·", "\\cdot", "\\times"):
                 self.take()
@@ -162,6 +170,7 @@ class _Reader:
     def power(self) -> Node:
         node = self.atom()
         while self.peek() == "!":
+            self.count()
             self.take()
             node = ("!", node)
         if self.peek() in ("^", "**"):

@@ -177,6 +177,15 @@ ONE_WORD_LINE = re.compile(r"\W*(?:yes|no|true|false)\W*\n", re.IGNORECASE)
 VERDICT = re.compile(r"\b(?:not\s+(?:true|false)|yes|no|true|false|or)\b", re.IGNORECASE)
 
 
+def _with_reason(found: Found) -> str:
+    """The shortest reading, with the "because ..." that was cut off: it may name another choice."""
+    short = found.shortest
+    for reading in found.readings:
+        if "\n" not in reading and reading.startswith(short) and BECAUSE.match(reading[len(short) :].lstrip(", ")):
+            return reading
+    return short
+
+
 def _truth(found: Found, gold: str) -> bool:
     """True where an answer begins or ends with this of yes, no, true, false, and takes it back nowhere."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s{0,3}\{([^{}]*)\}", r"\1", found.readings[0])
@@ -613,7 +622,7 @@ def is_correct(completion: str, answer: str) -> bool:
     if gold.number is not None:
         return _is_number_right(found.readings, found.sign, gold)
     if gold.choice:
-        return _choice(found.shortest, gold.choice)
+        return _choice(_with_reason(found), gold.choice)
     if gold.normal in TRUTH:
         return _truth(found, gold.normal)
     readings = (*found.readings, found.brief) if found.brief else found.readings
@@ -702,8 +711,10 @@ def _number_of(reading: str, sign: str, wanted: Number) -> Number | None:
     if len(reading) <= LONGEST and "≈" in without_latex(reading):
         # 10/3 ≈ 3.33; 5 ft ≈ 1.52 m is the second. What is no rounding contradicts itself.
         left, right = (whole_number(side.strip(" $")) for side in re.split(r"[=≈]", without_latex(reading))[-2:])
-        if left and (right is None or left.unit == right.unit) and equal(left, wanted):
-            return left
+        if left and (right is None or left.unit == right.unit):
+            named = re.match(r"[\s$]*[A-Za-z]\s*=", reading)
+            if equal(left, wanted) or (named and right and not is_rounding(right, left.value, cut=False)):
+                return left
     if not prose:
         # A formula is its value as a whole: 3x^2 - 7x + 4 is not 4. 3 + 4 = 7 is 7.
         left, _, right = without_latex(reading).replace("≈", "=").rpartition("=")

@@ -500,7 +500,11 @@ SIDE_BEFORE = re.compile(rf"(?:^|\b(?:is|so|thus|hence|therefore|get|have),?:?\s
 
 def contradicts_itself(text: str) -> bool:
     """True for 17 = 18, and for 17 ≈ 18: a number that is another's rounding in neither direction."""
-    parts = re.split(r"(?<![<>!=])([=≈])", without_latex(text[-LONGEST_LINE:]))
+    text = without_latex(text[-LONGEST_LINE:])
+    if re.match(r"[\s$]*[A-Za-z]\s*=", text):
+        # x = 7 = 11: the value of a name is what its chain ends in.
+        return False
+    parts = re.split(r"(?<![<>!=])([=≈])", text)
     for at in range(1, len(parts) - 1, 2):
         before, right = parts[at - 1].strip(" $"), parts[at + 1].strip(" $.")
         left = SIDE_BEFORE.search(before)

@@ -127,6 +127,7 @@ MATH_VERIFY_WHY = {
     "W(n)": "a name with another argument",
     "not it's not 10": "denied twice",
     "-2 \\\\le x": "an interval and its inequality are the same here",
+    "35 cm": "a measure and a number in braces are not read as a list",
     "1.22": "a right answer with a comma is a list",
     "0.111": "a right answer with a comma is a list",
 }

@@ -297,8 +297,8 @@ def check_generation(config: GRPOConfig, vocabulary: int) -> None:
                 "cache_implementation": config.cache_implementation, **given, **one}  # fmt: skip
     at = f"grpo.generation_kwargs: got {given!r}" if given else "grpo"
     with torch.random.fork_rng([]):
-        size = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **size))
+        size: Any = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **size))
         try:
             made = model.generate(torch.zeros(1, 2, dtype=torch.long),
                                   generation_config=GenerationConfig(**settings, disable_compile=True))  # fmt: skip

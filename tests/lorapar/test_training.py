@@ -373,10 +373,10 @@ def test_no_row_of_the_system_is_refused(tmp_path):
         )
 
 
-def test_a_learning_rate_of_zero_is_found_out(tmp_path):
+def test_a_learning_rate_that_moves_nothing_is_found_out(tmp_path):
     model, made = fresh()
     with pytest.raises(FrozenElementsChanged, match="not one of"):
-        lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, learning_rate=0.0))
+        lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, learning_rate=1e-30, weight_decay=0.0))
 
 
 def test_dropout_is_in_the_layers_and_off_in_evaluation(tmp_path):

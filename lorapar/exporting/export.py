@@ -161,7 +161,8 @@ def _merge_original(
 ) -> dict[str, float]:
     """`folder`/merged from the original weights; on the CPU, since a card that trained in 4 bits may not hold them."""
     with atomic_folder(folder / "merged") as temporary:
-        original = _load_plain(name, dtype, source)
+        # In fp32 as it is merged, whatever form its checkpoint has: base + delta is rounded once.
+        original = _load_plain(name, torch.float32, source)
         stored = {at: _stored_name(original, at) for at, _ in original.named_parameters()}
         size = merge_checkpoint(name, folder / "adapter", temporary, dtype, source["revision"], stored)
         settings = temporary / "generation_config.json"
@@ -175,7 +176,7 @@ def _merge_original(
         logits = _logits(back, probe)
         rounded = _check_merged_weights(adapted, back, dtype)
         difference = _check("merged", _logits(adapted, probe), logits, dtype, same=lambda: _has_experts(back))
-        wide = _with_and_without(adapted.to(torch.float32), probe)
+        wide = _with_and_without(adapted, probe)
         del adapted, original
         _check_nearer(wide, back, probe, rounded)
     from_trained = float((logits - ours.cpu()).abs().max() / ours.std())

@@ -34,9 +34,9 @@ def test_no_held_out_row_is_scored_or_trained_on(recipe_file: Path, tmp_path: Pa
     progress = importlib.import_module("lorapar.progress")
     scored, trained, score, begin = [], {}, scoring.score, progress.TrainingProgress.on_train_begin
 
-    def watched_score(model, tokenizer, rows, *rest):
+    def watched_score(model, tokenizer, rows, *rest, **options):
         scored.append(set(rows["id"]))
-        return score(model, tokenizer, rows, *rest)
+        return score(model, tokenizer, rows, *rest, **options)
 
     def watched_begin(self, args, state, control, **given):
         rows = given["train_dataloader"].dataset

@@ -183,7 +183,7 @@ def test_report_to_is_trl_s(changed_recipe: Change, tmp_path: Path, monkeypatch)
         succeeds(verb, recipe, "--output_dir", tmp_path / "run")
     for trained, key in (("sft", "loss"), ("grpo", "reward")):
         assert sum(key in logs for name, logs in Tracker.logged if name == trained) == 4
-    says = "grpo.report_to: 'wandb' is not installed here; allowed: none, tensorboard"
+    says = "grpo.report_to: 'wandb' is not installed here; allowed: none, all, tensorboard"
     refused("run", changed_recipe(grpo={"report_to": "wandb"}), "--output_dir", tmp_path / "other", says=(says,))
 
 

@@ -126,8 +126,10 @@ def in_child(patch: Callable[..., None], arguments: tuple[Any, ...], *words: obj
 
 
 def _child(patch: Callable[..., None], arguments: tuple[Any, ...], words: list[str], log: str) -> None:
-    # A shell that starts its jobs in the background has them ignore SIGINT; a terminal does not.
+    # A shell that starts its jobs in the background has them ignore SIGINT, nohup SIGHUP; a terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

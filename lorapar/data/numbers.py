@@ -237,12 +237,16 @@ def _at(text: str, match: re.Match) -> _Match | None:
         value = read
         mantissa = re.split(r"[eE](?=[-+\d])", match[0])[0]
         decimals = len(mantissa.split(".")[1]) if mantissa.count(".") == 1 else 0
+        # Those of the value: 8.1e-18 has nineteen.
+        exponent = int(match[0][len(mantissa) + 1 :] or 0)
+        decimals = max(decimals - exponent, 0)
         digits = len(re.sub(r"\D", "", mantissa).lstrip("0"))
     start, end = match.start(), match.end()
     power = re.match(r"\s?(?:×|x|\*|·)\s?10\s?(?:\^|\*\*)\s?[{(]?\s?([-+]?\d{1,3})\s?[})]?(?!\d)", text[end : end + 30])
     ten = re.match(r"\s?\^\s?[{(]?\s?([-+]?\d{1,3})\s?[})]?(?![\d.])", text[end : end + 20])
     if power:
         value, end = value * Fraction(10) ** int(power[1]), end + power.end()
+        decimals = max(decimals - int(power[1]), 0)
     elif ten and value == 10:
         value, end = Fraction(10) ** int(ten[1]), end + ten.end()
     scale = re.match(r"\s?(hundred|thousand|million|billion|trillion|lakh|crore|bn|mn)s?\b", text[end : end + 12], re.I)

@@ -14,32 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from . import algebra
-from .finding import (
-    ANSWER_TAG as ANSWER_TAG,
-)
-from .finding import (
-    BOXED as BOXED,
-)
-from .finding import (
-    HASHES as HASHES,
-)
-from .finding import (
-    STATED as STATED,
-)
-from .finding import (
-    TAIL,
-    Found,
-    find,
-    plain,
-    spoken,
-    without_markdown,
-)
-from .finding import (
-    extract_answer as extract_answer,
-)
-from .finding import (
-    marked_answer as marked_answer,
-)
+from .finding import TAIL, Found, extract_answer, find, marked_answer, plain, spoken, without_markdown
 from .numbers import (
     EQUATION,
     SEVERAL,
@@ -50,10 +25,10 @@ from .numbers import (
     read_number,
     whole_number,
     with_decimal_comma,
+    without_latex,
 )
-from .numbers import (
-    without_latex as without_latex,
-)
+
+__all__ = ["extract_answer", "is_correct", "last_number", "marked_answer", "text_of", "without_latex"]
 
 # Longer answers are compared as text alone.
 LONGEST = 400
@@ -102,7 +77,7 @@ def _tight(text: str) -> str:
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).replace("\\dots", "\\ldots")
-    text = re.sub(r"\\(le|ge|ne)q(?![a-z])", r"\\\1", text).replace("[bp]matrix", "matrix")
+    text = re.sub(r"\\(le|ge|ne)q(?![a-z])", r"\\\1", text)
     text = re.sub(r"\{[bp]matrix\}", "{matrix}", text).replace("\\varnothing", "\\emptyset").replace("∅", "\\emptyset")
     return re.sub(r"^\\[(\[]|\\[)\]]$", "", text).rstrip(".")
 
@@ -206,7 +181,6 @@ def _truth(found: Found, gold: str) -> bool:
 # Lists, sets, tuples, intervals
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-SEPARATOR = re.compile(r",(?!\d{3}(?!\d)\s*(?:[,;)]|$))|;")
 
 
 def _mathematics(text: str) -> str:
@@ -559,7 +533,6 @@ class Gold:
     text: str
     formula: bool
     normal: str
-    plain: str
     number: Number | None
     mathematics: str
     hexadecimal: int | None
@@ -580,7 +553,6 @@ def _gold(answer: str) -> Gold:
         text=text,
         formula=formula,
         normal=_normalised(text, formula),
-        plain=without_latex(short),
         number=whole_number(short) if short else None,
         mathematics=_mathematics(short),
         hexadecimal=_hexadecimal(short),
@@ -787,7 +759,11 @@ def last_number(text: str) -> tuple[Fraction, bool] | None:
 
 
 def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
-    """A completion's text, be it a string or a list of messages."""
+    """A completion's text, be it a string or a list of messages, whose content may be a list of text blocks."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(message.get("content") or "" for message in completion)
+    contents = [message.get("content") or "" for message in completion]
+    return "\n".join(
+        content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
+        for content in contents
+    )

@@ -7,7 +7,8 @@ depend on what the model got right.
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..data.answers import ANSWER_TAG, BOXED, HASHES, STATED, text_of
+from ..data.answers import text_of
+from ..data.finding import ANSWER_TAG, BOXED, HASHES, STATED
 from ..errors import InputError
 
 if TYPE_CHECKING:

@@ -1201,6 +1201,8 @@ def rewards_of(name, texts, answers=None):
     as_text = function(prompts=["?"] * len(texts), completions=texts, completion_ids=[[1]] * len(texts), **columns)
     as_chat = [[{"role": "assistant", "content": text}] for text in texts]
     assert function(prompts=["?"] * len(texts), completions=as_chat, **columns) == as_text
+    as_blocks = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in texts]
+    assert function(prompts=["?"] * len(texts), completions=as_blocks, **columns) == as_text
     return as_text
 
 

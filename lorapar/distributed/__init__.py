@@ -1,0 +1,1 @@
+"""Several processes of one launch (torchrun, accelerate launch), each with a device of its own."""

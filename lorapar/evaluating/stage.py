@@ -80,4 +80,5 @@ def stage(recipe: Recipe) -> Stage:
         writes=("metrics.json", "answers.jsonl"),
         check=check,
         check_rows=check_rows,
+        together=True,
     )

@@ -286,4 +286,5 @@ def stage(recipe: Recipe) -> Stage:
         writes=(LABELS, *(["votes.jsonl"] if recipe.label.teachers else [])),
         inputs=inputs,
         check=check,
+        together=True,
     )

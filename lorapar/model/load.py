@@ -221,7 +221,7 @@ def load_config(config: "ModelConfig") -> Any:
     return loaded
 
 
-def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedModel":
+def load_model(config: "ModelConfig", base: str | None = None, shard: bool = False) -> "PreTrainedModel":
     """The model in training mode, on the device and in the dtype that `config` says.
 
     base: "nf4" or "int8": its linear layers quantised by bitsandbytes as they are read; "bf16"; None: as `config` says.

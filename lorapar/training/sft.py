@@ -1,6 +1,5 @@
 """Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -49,17 +48,13 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         score_answers_alone(cast(Any, self.model).get_base_model(), None)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def backward_of_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """One batch, in parts where `micro_batch_tokens` is set: the same sums of losses and gradients."""
         parts = micro_batches(inputs, self.micro_batch_tokens)
         if num_items_in_batch is None and len(parts) > 1:
             raise InputError(f"sft.micro_batch_tokens: got {self.micro_batch_tokens}, but {NO_PARTS}")
-        losses = []
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+        return torch.stack([super(PartitionedSFTTrainer, self).backward_of_batch(model, part, num_items_in_batch)
+                            for part in parts]).sum()  # fmt: skip
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # It is the last batch of training that `dataloader_drop_last` leaves out; every row put aside is evaluated.

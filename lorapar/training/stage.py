@@ -116,7 +116,7 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
     """The stage's section as TRL's SFTConfig or GRPOConfig; going_on: with the batch of its checkpoints."""
     import trl
 
-    recipe = run.recipe
+    recipe, device = run.recipe, choose_device(run.recipe.model.device).type
     config_class = trl.SFTConfig if name == "sft" else trl.GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
     ours = {
         "output_dir": str(run.folder / name),
@@ -124,7 +124,9 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
         "data_seed": recipe.seed,
         # A bar for a person, a line a logging step for a file.
         "disable_tqdm": not sys.stderr.isatty(),
-        "gradient_checkpointing": checkpointing(getattr(recipe, name), choose_device(recipe.model.device).type),
+        "gradient_checkpointing": checkpointing(getattr(recipe, name), device),
+        # Without it, and without a GPU, transformers takes each process of a launch for the only one.
+        "use_cpu": device == "cpu",
     }
     given = getattr(recipe, name).trainer | (
         processes.from_main(lambda: _batch_as_before(run, name)) if going_on else {}
@@ -137,9 +139,9 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
     except (TypeError, ValueError) as error:
         # transformers names its arguments as its own scripts take them.
         raise InputError(f"{name}: {re.sub('--(?=[a-z])', f'{name}.', str(error))}") from error
-    _check_config(config, name, choose_device(recipe.model.device).type)
+    _check_config(config, name, device)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
-    check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
+    check_switches(vars(config) | offloading, name, device)
     return config
 
 
@@ -163,9 +165,8 @@ def _batch_as_before(run: Run, name: StageName) -> dict[str, int]:
         )
     size = sizes[-1]
     accumulation = rows // (size * count)
-    log.info("%s: begun by %s processes, and gone on with at the same %d rows a step: %d processes of "
-             "per_device_train_batch_size %d, gradient_accumulation_steps %d", name, made["processes"], rows, count,
-             size, accumulation)  # fmt: skip
+    log.info("%s: processes: %s at its start, %d now, at the same %d rows a step: per_device_train_batch_size %d, "
+             "gradient_accumulation_steps %d", name, made["processes"], count, rows, size, accumulation)  # fmt: skip
     batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     return batch | (
         {"generation_batch_size": made["generated"], "steps_per_generation": None} if made["generated"] else {}

@@ -109,6 +109,11 @@ class PartitionedTrainer(Trainer):
             take_over_products(made)
             if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
+        if self.args.world_size != processes.count():
+            raise InputError(
+                f"use_cpu: got {self.args.use_cpu}, so that the trainer takes this process for one of "
+                f"{self.args.world_size}, and there are {processes.count()}; set use_cpu to whether they are on a CPU"
+            )
         # It would log another number in the place of a loss that is not finite, and train on.
         self.args.logging_nan_inf_filter = False
         if self.args.gradient_checkpointing and self.args.device.type == "cpu":
@@ -254,8 +259,8 @@ class PartitionedTrainer(Trainer):
             super()._load_rng_state(checkpoint)
             return
         set_seed(self.args.seed + self.state.global_step)
-        log.info("%s: %d processes go on from what %d have made: random numbers (dropout, rollouts) are drawn anew",
-                 self.stage, self.args.world_size, count)  # fmt: skip
+        log.info("%s: random numbers (dropout, rollouts) are drawn anew: the checkpoint has those of %d processes",
+                 self.stage, count)  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -115,15 +115,15 @@ def _main_of_launch(arguments: Sequence[str] | None) -> int:
         return _main(arguments)
     except Stopped:
         # The launcher stops the others where one has ended.
-        line = launch.why_stopped()
+        line = launch.who_died()
         if line is None:
             raise
         launch.say_end(line)
         return 1
     except Exception as error:
         if launch.is_lost_connection(error):
-            launch.say_end(f"another process, or the way to it, was lost ({str(error).splitlines()[0][:120]}); "
-                           f"{launch.RESUMES}")  # fmt: skip
+            lost = f"the connection to another process was lost ({str(error).splitlines()[0]}); {launch.RESUMES}"
+            launch.say_end(launch.who_died(within=2.0) or lost)
             return 1
         if launch.claim(repr(error)):
             raise

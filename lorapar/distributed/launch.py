@@ -126,8 +126,8 @@ class _Watch:
                 # Its process has ended, and with it the store.
                 self.give_up(f"the first process, or its machine, was lost; {RESUMES}")
             self.reached = time.monotonic()
-            if dead := self.dead():
-                self.give_up(f"{_named(dead)} ended without a word (killed?); {RESUMES}")
+            if line := who_died():
+                self.give_up(line)
 
     def clock(self) -> None:
         while not self.stopped.wait(BEAT):
@@ -148,6 +148,8 @@ class _Watch:
             return
         if line is not None:
             say_end(line)
+        # run.log has the libraries' warnings, and the terminal has not.
+        warnings.warn(f"process {self.rank} ends: {line or 'another process has ended the run'}", stacklevel=2)
         os._exit(1)
 
 
@@ -169,7 +171,7 @@ def _named(ranks: list[int]) -> str:
 def watching() -> Iterator[None]:
     """While the block runs, the end of one process is the end of all; nothing where there is one process."""
     global _watch
-    if processes.count() == 1 or _watch is not None:
+    if processes.count() == 1:
         yield
         return
     _watch = _Watch()
@@ -179,7 +181,6 @@ def watching() -> Iterator[None]:
         processes.wait()
     finally:
         _watch.stopped.set()
-        _watch = None
 
 
 def say_end(line: str) -> bool:
@@ -187,7 +188,6 @@ def say_end(line: str) -> bool:
     first = claim(line)
     if first:
         print(f"lorapar: {line}", file=sys.stderr, flush=True)
-        warnings.warn(f"process {processes.rank()}: {line}", stacklevel=2)  # into run.log
         if processes.count() > 1 and processes.is_main():
             time.sleep(2 * BEAT)  # the store may end with this process, and the others have to see in it why
     return first
@@ -210,10 +210,19 @@ def claim(line: str) -> bool:
     return answer[0]
 
 
-def why_stopped() -> str | None:
-    """What a SIGTERM means where the launcher sends it because another process has ended; None: nothing of the kind."""
-    dead = [] if _watch is None else _watch.dead()
-    return f"{_named(dead)} ended without a word (killed?); {RESUMES}" if dead else None
+def who_died(within: float = 0.0) -> str | None:
+    """The line for processes of this host that have ended, or do so in the next seconds; None where all live.
+
+    It is what a SIGTERM means that the launcher sends because another process has ended, and a lost connection.
+    """
+    until = time.monotonic() + within
+    while _watch is not None:
+        if dead := _watch.dead():
+            return f"{_named(dead)} ended without a word (killed?); {RESUMES}"
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.05)
+    return None
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -83,14 +83,17 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _say(line: str) -> None:
-    """The line for the terminal that ends the command; of several processes of a launch, one says it."""
+def _say(line: str, stopped: bool = False) -> None:
+    """The line for the terminal that ends the command; of several processes of a launch, one says it.
+
+    stopped: by a signal, which the launcher sends where another process has died.
+    """
     if "RANK" not in os.environ:
         print(f"lorapar: {line}", file=sys.stderr)
         return
-    from .distributed.launch import say_end
+    from .distributed import launch
 
-    say_end(line)
+    launch.say_end((launch.who_died() if stopped else None) or line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stopped_by_signals():
             return _main(arguments) if "RANK" not in os.environ else _main_of_launch(arguments)
     except Stopped as stopped:
-        _say(f"stopped ({stopped}); the same command resumes from here")
+        _say(f"stopped ({stopped}); the same command resumes from here", stopped=True)
         return 128 + stopped.number
     except KeyboardInterrupt:
         if arguments is None:
@@ -113,13 +116,6 @@ def _main_of_launch(arguments: Sequence[str] | None) -> int:
 
     try:
         return _main(arguments)
-    except Stopped:
-        # The launcher stops the others where one has ended.
-        line = launch.who_died()
-        if line is None:
-            raise
-        launch.say_end(line)
-        return 1
     except Exception as error:
         if launch.is_lost_connection(error):
             lost = f"the connection to another process was lost ({str(error).splitlines()[0]}); {launch.RESUMES}"

@@ -16,8 +16,9 @@ ARROWS = {
     # At the bottom: what everybody may use.
     "errors": "",
     "files": "errors",
-    "logs": "errors",
-    "progress": "",
+    "distributed": "errors",
+    "logs": "distributed errors",
+    "progress": "distributed",
     # What a run is told, and what its rows and its model are.
     "recipe": "errors files",
     "data": "errors files",
@@ -30,18 +31,18 @@ ARROWS = {
     "scoring": "adapter data errors files model progress recipe stage",
     "partitioning": "adapter errors files recipe scoring stage",
     "renewing": "adapter data errors partitioning recipe scoring stage",
-    "training": "adapter data errors files memory model partitioning progress recipe rewards scoring stage",
+    "training": "adapter data distributed errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data errors files model partitioning progress recipe rewards stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
-    "stage": "data memory model",
+    "stage": "data distributed memory model",
     # What runs them.
     "pipeline": (
-        "adapter errors evaluating exporting files labeling logs memory partitioning recipe renewing reporting scoring "
-        "stage training __init__"
+        "adapter distributed errors evaluating exporting files labeling logs memory model partitioning recipe renewing "
+        "reporting scoring stage training __init__"
     ),
     "doctor": "memory model",
-    "cli": "doctor errors memory pipeline recipe",
+    "cli": "distributed doctor errors memory pipeline recipe",
     "__main__": "cli",
 }
 # The files that know a whole recipe: a stage's own, the order of the stages, the command line, and the plan, which is

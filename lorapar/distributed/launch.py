@@ -12,6 +12,7 @@ missed after `LOST` seconds.
 """
 
 import contextlib
+import datetime
 import os
 import socket
 import sys
@@ -29,6 +30,8 @@ from . import processes
 
 BEAT = 1.0  # seconds between two signs of life
 LOST = 40.0  # seconds without one after which a process counts as lost
+# Of a collective. A reward may take its time in one process, and whoever has died is noticed otherwise.
+LIMIT = datetime.timedelta(hours=2)
 RESUMES = "the same command resumes from here"
 INSTEAD = (
     "use DDP (torchrun, accelerate launch), or FSDP2 where the base is too large for one device (model.fsdp: true)"
@@ -83,7 +86,8 @@ def join(on_cpu: bool) -> None:
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True
-    PartialState(cpu=on_cpu)
+    if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+        PartialState(cpu=on_cpu, timeout=LIMIT)
 
 
 def asks_for_fsdp() -> bool:

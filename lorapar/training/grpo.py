@@ -88,8 +88,6 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
         score_answers_alone(cast(Any, made.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
-            if self._dist.is_zero3 or self._dist.is_fsdp:
-                raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
             cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, made)
 
     def _take_stop_tokens(self) -> None:

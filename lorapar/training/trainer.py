@@ -29,7 +29,7 @@ import lorapar_kernels as lk
 from ..adapter.attach import check_options, save_adapter, take_over_products, with_our_layers
 from ..adapter.layers import ADAPTER, activate, lora_parameters, masked_layers, masks_by_parameter
 from ..adapter.proof import Snapshot, verify
-from ..distributed import processes
+from ..distributed import launch, processes
 from ..distributed.exchange import GradientExchange
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
@@ -94,6 +94,7 @@ class PartitionedTrainer(Trainer):
     maybe_activation_offload_context: Any = contextlib.nullcontext()
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        launch.check()
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
         adapter = given.get("peft_config")
         if isinstance(adapter, PeftConfig):
@@ -109,6 +110,11 @@ class PartitionedTrainer(Trainer):
             take_over_products(made)
             if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                f"{self.stage}: the trainer was given an engine of its own (FSDP, DeepSpeed) that would take the adapter "
+                f"apart; {launch.INSTEAD}"
+            )
         if self.args.world_size != processes.count():
             raise InputError(
                 f"use_cpu: got {self.args.use_cpu}, so that the trainer takes this process for one of "
@@ -285,7 +291,7 @@ def batches_of(config: TrainingArguments) -> dict[str, int]:
     return {"processes": config.world_size, "batch": rows, **({"generated": generated} if generated else {})}
 
 
-def made_by(checkpoint: Path) -> dict[str, int | None]:
+def made_by(checkpoint: Path) -> dict[str, Any]:
     """`batches_of` the configuration that a checkpoint was made with; of an earlier version's, None each."""
     facts = read_json(checkpoint / "lorapar.json")
     return {name: facts.get(name) for name in ("processes", "batch", "generated")}

@@ -24,6 +24,7 @@ if TYPE_CHECKING or torch.distributed.is_available():
 else:  # of a torch that was built without, nothing is an instance of these
     FSDPModule = DTensor = ()
 
+
 def shard(model: nn.Module, device: torch.device) -> None:
     """Leave this process's part of every decoder block's frozen weights on `device`, and all else whole.
 
@@ -77,9 +78,7 @@ def decoder_blocks(base: nn.Module) -> list[nn.Module]:
     ]
     named = getattr(base, "_no_split_modules", None) or ()
     of_class = [(name, block) for name, block in members if type(block).__name__ in named] or members
-    outermost = [
-        block for name, block in of_class if not any(name.startswith(f"{other}.") for other, _ in of_class)
-    ]
+    outermost = [block for name, block in of_class if not any(name.startswith(f"{other}.") for other, _ in of_class)]
     blocks = [block for block in dict.fromkeys(outermost) if any(True for _ in block.parameters())]
     if not blocks:
         raise InputError(f"model.name: {type(base).__name__} has no list of decoder blocks, and cannot be sharded")

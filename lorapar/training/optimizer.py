@@ -131,7 +131,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         # Another stage of training, a loaded state or another device brings other tensors.
         tensors = [
-            id(tensor) for state, parameter in zip(states, parameters) for tensor in (local(parameter), state["exp_avg"])
+            id(tensor)
+            for state, parameter in zip(states, parameters)
+            for tensor in (local(parameter), state["exp_avg"])
         ]
         key = (parameters[0].device, tensors)
         if key != self._prepared[0]:

@@ -1,16 +1,19 @@
-"""What each process of a launch finds out about a sharded base, beside the same model whole; run by test_sharding.py:
+"""What each process of a launch finds out about a sharded model beside the same model whole; test_sharding.py runs it:
 
-    torchrun --nproc_per_node 2 -m tests.lorapar.sharded base <folder of the tiny model> <base> <folder for what is found>
+torchrun --nproc_per_node 2 -m tests.lorapar.sharded base <tiny model's folder> fp32 <folder for what is found>
 """
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import lorapar
 from lorapar.adapter.attach import attach, load_adapter, save_adapter
@@ -21,6 +24,7 @@ from lorapar.distributed import processes, sharding
 from lorapar.errors import InputError
 from lorapar.model.load import load_model
 from lorapar.recipe.sections import ModelConfig
+from tests.architectures import ARCHITECTURES, make
 from tests.lorapar.test_adapter import config, random_partition
 
 BATCH = torch.arange(2, 26).view(2, 12) * 7 % 250
@@ -35,28 +39,58 @@ def load(folder: str, base: str, shard: bool) -> nn.Module:
     return load_model(ModelConfig(folder, **keys), None if base == "fp32" else base, shard)
 
 
-def activated(model: nn.Module, dropout: float = 0.0):
-    lora = config()
-    lora.lora_dropout = dropout
-    model = attach(model, lora, start="twin")
+def activated(model: nn.Module, start: str = "twin", **keys: Any) -> nn.Module:
+    model = attach(model, config(**{"lora_dropout": 0.1, **keys}), start=start)
     activate(model, random_partition(model), "sft")
     return model.train()
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
+    torch.manual_seed(7)  # of the dropout
     return model(input_ids=BATCH, labels=BATCH).loss
 
 
 def gradients(model: nn.Module, rounds: int = 3) -> list[torch.Tensor]:
     """The loss and the adapter's gradients of the last of `rounds`; siblings are computed together from the second."""
-    for number in range(rounds):
+    for _ in range(rounds):
         model.zero_grad()
-        torch.manual_seed(number)
         loss = loss_of(model)
         loss.backward()
     grads = [sharding.local(p.grad).clone() for p in lora_parameters(model).values() if p.grad is not None]
     model.zero_grad()
     return [loss.detach(), *grads]
+
+
+def factors(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in lora_parameters(model).values()]
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if sharding.is_part(parameter)}
+
+
+def bytes_of(parts: dict[str, nn.Parameter]) -> int:
+    return sum(sharding.local(parameter).nbytes for parameter in parts.values())
+
+
+def evaluated(model: nn.Module) -> list[torch.Tensor]:
+    with torch.no_grad():
+        loss = loss_of(model)
+        logits = model.eval()(BATCH).logits
+    model.train()
+    return [loss, logits]
+
+
+def let_go(model: nn.Module) -> bool:
+    """Whether the weight that a layer computes with has memory in its forward, and none after it."""
+    layer, seen = model.get_base_model().model.layers[0].mlp.up_proj, []
+    hook = layer.register_forward_hook(
+        lambda *_: seen.append((layer.base_layer.weight, layer.base_layer.weight.untyped_storage().nbytes()))
+    )
+    loss_of(model).backward()
+    model.zero_grad()
+    hook.remove()
+    return seen[0][1] > 0 and seen[0][0].untyped_storage().nbytes() == 0
 
 
 def off_by(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
@@ -88,91 +122,66 @@ def answers(model: nn.Module, rank: int) -> list[list[int]]:
 def of_base(folder: str, base: str, out: Path) -> dict:
     """A sharded base under a whole adapter."""
     rank, found = processes.rank(), {}
-    before = torch.get_rng_state()
-    model = load(folder, base, shard=True)
-    whole = load(folder, base, shard=False)
-    torch.manual_seed(0)
+    model, whole = (load(folder, base, shard=shard) for shard in (True, False))
     found["sharded"] = sharding.is_sharded(model), sharding.is_sharded(whole)
-    parts = {name: p for name, p in model.named_parameters() if sharding.is_part(p)}
-    theirs = dict(whole.named_parameters())
-    found["share"] = sum(sharding.local(p).nbytes for p in parts.values()) / sum(theirs[n].nbytes for n in parts)
-    found["parts"] = sorted(parts)
-    found["whole"] = sorted(theirs.keys() - parts.keys())
-    del before
+    parts, theirs = parts_of(model), dict(whole.named_parameters())
+    found["share"] = bytes_of(parts) / sum(theirs[name].nbytes for name in parts)
+    found["in parts"], found["whole"] = sorted(parts), sorted(theirs.keys() - parts.keys())
 
     model, whole = activated(model), activated(whole)
-    torch.manual_seed(5)
-    loss_of(model)
-    stream = torch.get_rng_state()
-    torch.manual_seed(5)
-    found["stream"] = torch.equal(stream, torch.get_rng_state())
-    found["plain"] = off_by(gradients(model), gradients(whole))
+    found["gradients"] = off_by(gradients(model), gradients(whole))
     for reentrant in (False, True):
         for one in (model, whole):
             one.enable_input_require_grads()
             one.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        found[f"checkpointing {reentrant}"] = off_by(gradients(model), gradients(whole))
+        found["reentrant" if reentrant else "not reentrant"] = off_by(gradients(model), gradients(whole))
     for one in (model, whole):
         one.gradient_checkpointing_disable()
         one.disable_input_require_grads()
-        for module in one.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.1
-    found["dropout"] = off_by(gradients(model), gradients(whole))
-    with torch.no_grad():
-        found["evaluation"] = off_by([loss_of(model), model(BATCH).logits], [loss_of(whole), whole(BATCH).logits])
+    found["evaluated"] = off_by(evaluated(model), evaluated(whole))
     found["answers"] = answers(model, rank), answers(whole, rank)
-
-    ours, other = (lorapar.score(one, None, ROWS, batch_size=2) for one in (model, whole))
-    found["scores"] = off_by([ours[name] for name in sorted(other)], [other[name] for name in sorted(other)])
-    merged, expected = ({n: t.clone() for n, t in merged_parameters(one)} for one in (model, whole))
+    found["let go"] = let_go(model)
+    scores = [lorapar.score(one, None, ROWS, batch_size=2) for one in (model, whole)]
+    found["scores"] = off_by(*([of[name] for name in sorted(scores[1])] for of in scores))
+    merged, expected = ({name: tensor.clone() for name, tensor in merged_parameters(one)} for one in (model, whole))
     found["merged"] = list(merged) == list(expected) and all(torch.equal(merged[n], expected[n]) for n in expected)
-    found["gathered after"] = sum(sharding.local(p).nbytes for _, p in model.named_parameters() if sharding.is_part(p))
 
-    made = random_partition(model)
-    taken, counted = [], []
+    made, before = random_partition(model), [Snapshot.take(one) for one in (model, whole)]
     for one in (model, whole):
-        taken.append(Snapshot.take(one))
-        optimizer = lorapar.PartitionedAdamW(one, lr=1e-3)
-        torch.manual_seed(0)
         loss_of(one).backward()
-        optimizer.step()
+        lorapar.PartitionedAdamW(one, lr=1e-3).step()
         one.zero_grad()
-        counted.append(verify(one, taken[-1], made, "sft"))
-    found["proof"] = counted
-    found["stepped"] = off_by(*([p.detach() for p in lora_parameters(one).values()] for one in (model, whole)))
-
+    found["stepped"] = off_by(*(factors(one) for one in (model, whole)))
+    found["proof"] = [verify(one, taken, made, "sft") for one, taken in zip((model, whole), before)]
     if rank == 0:  # alone: a collective would wait for the other
         save_adapter(model, out / "adapter", start="twin")
         found["state"] = sum(".lora_" in name for name in model.state_dict())
     processes.wait()
     again = load_adapter(load(folder, base, shard=True), out / "adapter")
-    activate(again, made, "sft")
-    found["loaded"] = off_by(gradients(again, 1), gradients(whole.eval().train(), 1)) if False else None
-    first = next(p for p in lora_parameters(again).values() if p.requires_grad)
-    found["same adapter"] = all(
-        torch.equal(a, b) for a, b in zip(lora_parameters(again).values(), lora_parameters(model).values())
-    )
+    found["loaded"] = off_by(factors(again), factors(model))
+    found["same answers"] = answers(again, rank) == answers(model, rank)
 
-    if rank == 1:
-        with torch.no_grad():
-            first_lora = next(iter(lora_parameters(model).values()))
-            kept = first_lora.clone()
-            mask = made.active("sft")[next(iter(lora_parameters(model)))]
-            first_lora[mask] += 1.0
-    found["adapters differ"] = raised(lambda: verify(model, taken[0], made, "sft"), AdaptersDiffer)
-    if rank == 1:
-        with torch.no_grad():
-            first_lora.copy_(kept)
-            sharding.local(next(p for _, p in model.named_parameters() if sharding.is_part(p))).view(torch.uint8)[0] ^= 1
-    found["base changed"] = raised(lambda: verify(model, taken[0], made, "sft"), FrozenElementsChanged)
+    name, parameter = next(iter(lora_parameters(model).items()))
+    active = made.active("sft")[name]
+    with torch.no_grad():
+        parameter[active] += rank
+        found["adapters differ"] = raised(lambda: verify(model, before[0], made, "sft"), AdaptersDiffer)
+        parameter[active] -= rank
+        if rank == 1:
+            sharding.local(next(iter(parts_of(model).values()))).view(torch.uint8)[0] ^= 1
+    found["base changed"] = raised(lambda: verify(model, before[0], made, "sft"), FrozenElementsChanged)
 
-    # The other way round: sharded with its adapter there, and a start that reads the base.
-    late = activated(load(folder, base, shard=False))
+    # The other way round: sharded with its adapter there. And a start that reads the base.
+    late, whole = (activated(load(folder, base, shard=False)) for _ in range(2))
+    weights = [weakref.ref(p) for name, p in late.named_parameters() if ".layers." in name and ".lora_" not in name]
+    stream = torch.get_rng_state()
     sharding.shard(late, torch.device("cpu"))
-    found["attached before"] = off_by(gradients(late), gradients(activated(load(folder, base, shard=False))))
+    found["stream"] = torch.equal(stream, torch.get_rng_state())
+    gc.collect()
+    found["kept"] = sum(weight() is not None for weight in weights)
+    found["attached before"] = off_by(gradients(late), gradients(whole))
     started = [attach(load(folder, base, shard=shard), config(), start="pissa") for shard in (True, False)]
-    found["pissa"] = off_by(*([p.detach() for p in lora_parameters(one).values()] for one in started))
+    found["pissa"] = off_by(*(factors(one) for one in started))
     found["int8"] = raised(lambda: load(folder, "int8", shard=True), InputError)
     return found
 
@@ -180,7 +189,8 @@ def of_base(folder: str, base: str, out: Path) -> dict:
 def of_adapter(folder: str, base: str, out: Path) -> dict:
     """A user's own loop, in which the adapter is sharded too."""
     rank, found = processes.rank(), {}
-    model, whole = (activated(load(folder, base, shard=False)) for _ in range(2))
+    # Four rows over three processes: one has none.
+    model, whole = (activated(load(folder, base, shard=False), "paper") for _ in range(2))
     made = random_partition(whole)
     mesh = dist.init_device_mesh("cpu", (processes.count(),))
     for block in model.get_base_model().model.layers:
@@ -188,14 +198,13 @@ def of_adapter(folder: str, base: str, out: Path) -> dict:
     fully_shard(model, mesh=mesh)
     taken = [Snapshot.take(one) for one in (model, whole)]
     optimizers = [lorapar.PartitionedAdamW(one, lr=1e-3, weight_decay=0.1) for one in (model, whole)]
-    for step in range(3):
+    for _ in range(3):
         for one, optimizer in zip((model, whole), optimizers):
-            torch.manual_seed(step)
             loss_of(one).backward()
             optimizer.step()
             optimizer.zero_grad()
-    ours, theirs = lora_parameters(model), lora_parameters(whole)
-    found["stepped"] = off_by([p.full_tensor() for p in ours.values()], [p.detach() for p in theirs.values()])
+    ours = lora_parameters(model)
+    found["stepped"] = off_by([p.full_tensor().detach() for p in ours.values()], factors(whole))
     found["proof"] = [verify(one, before, made, "sft") for one, before in zip((model, whole), taken)]
     found["empty"] = sum(sharding.local(p).numel() == 0 for p in ours.values())
     found["state bytes"] = [sum(processes.gather(optimizers[0].state_bytes())), optimizers[1].state_bytes()]
@@ -205,17 +214,33 @@ def of_adapter(folder: str, base: str, out: Path) -> dict:
     found["other part"] = raised(lambda: optimizers[0].load_state_dict(state | {"part": [0, 7]}), InputError)
     with torch.no_grad():
         if rank == 0:
-            name, part = next((n, sharding.local(p)) for n, p in ours.items() if not p.requires_grad or True)
+            name, part = next((n, sharding.local(p)) for n, p in ours.items())
             still = ~sharding.local_part(made.active("sft")[name], ours[name])
             part[still] += 1.0
     found["inactive changed"] = raised(lambda: verify(model, taken[0], made, "sft"), FrozenElementsChanged)
     return found
 
 
+def of_architectures(folder: str, base: str, out: Path) -> dict:
+    """How many blocks each architecture has, and how far its loss and gradients are off."""
+    found = {}
+    for name in ARCHITECTURES:
+        model, whole = (activated(make(name), target_modules=None) for _ in range(2))
+        try:
+            sharding.shard(model, torch.device("cpu"))
+        except InputError as error:
+            found[name] = str(error)
+            continue
+        model.to("cpu")  # as trainers do
+        blocks = sum(isinstance(module, FSDPModule) for module in model.modules()) - 1
+        found[name] = [blocks, off_by(gradients(model), gradients(whole))]
+    return found
+
+
 if __name__ == "__main__":
     what, folder, base, out = sys.argv[1:]
     dist.init_process_group("gloo")
-    found = {"base": of_base, "adapter": of_adapter}[what](folder, base, Path(out))
+    found = {"base": of_base, "adapter": of_adapter, "architectures": of_architectures}[what](folder, base, Path(out))
     (Path(out) / f"{processes.rank()}.json").write_text(json.dumps(found))
     processes.wait()
     dist.destroy_process_group()

@@ -23,8 +23,8 @@ ARROWS = {
     "recipe": "errors files",
     "data": "errors files",
     "rewards": "data errors",
-    "adapter": "errors files recipe",
-    "model": "adapter data errors files progress",
+    "adapter": "distributed errors files recipe",
+    "model": "adapter data distributed errors files progress",
     "memory": "adapter data errors model recipe",
     # The stages, in their order.
     "labeling": "data errors files model progress recipe stage",

@@ -21,7 +21,7 @@ from lorapar_kernels import backend
 
 from .. import __version__
 from ..distributed import launch, processes
-from ..errors import InputError, OutOfMemory
+from ..errors import InputError, OutOfMemory, require
 from ..files import (
     TEMPORARY,
     disk_is_full,
@@ -130,6 +130,8 @@ def check_settings(run: Run, only: str | None = None) -> None:
         backend.forced()
     except ValueError as error:
         raise InputError(str(error)) from None
+    base = run.recipe.lora.get("base")
+    require(not run.shards() or base != "int8", "lora.base", base, "nf4 or bf16 with a base that is sharded")
     for stage in stages_of(run.recipe):
         if not (stage.trains and only in ("label", "report")):
             stage.check(run)

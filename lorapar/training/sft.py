@@ -58,8 +58,8 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
                             for part in parts]).sum()  # fmt: skip
 
     def parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The batch in parts of at most `micro_batch_tokens`; with a sharded base as many in every process, since all of
-        them make each forward."""
+        """The batch in parts of at most `micro_batch_tokens`; with a sharded base as many in every process, since all
+        make each forward together."""
         parts = micro_batches(inputs, self.micro_batch_tokens)
         if self.micro_batch_tokens is None or not is_sharded(cast(Any, self.model)):
             return parts

@@ -112,8 +112,8 @@ class PartitionedTrainer(Trainer):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
-                f"{self.stage}: the trainer was given an engine of its own (FSDP, DeepSpeed) that would take the adapter "
-                f"apart; {launch.INSTEAD}"
+                f"{self.stage}: the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the "
+                f"adapter apart; {launch.INSTEAD}"
             )
         if self.args.world_size != processes.count():
             raise InputError(

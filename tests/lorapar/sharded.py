@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorapar
 from lorapar.adapter.attach import attach, load_adapter, save_adapter
-from lorapar.adapter.layers import activate, lora_parameters
+from lorapar.adapter.layers import activate, lora_parameters, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.adapter.proof import AdaptersDiffer, FrozenElementsChanged, Snapshot, verify
 from lorapar.distributed import processes, sharding
@@ -47,16 +47,18 @@ def activated(model: Any, start: Any = "twin", **keys: Any) -> Any:
     return model.train()
 
 
-def loss_of(model: Any) -> torch.Tensor:
+def loss_of(model: Any, ids: torch.Tensor = BATCH) -> torch.Tensor:
     torch.manual_seed(7)  # of the dropout
-    return model(input_ids=BATCH, labels=BATCH).loss
+    return model(input_ids=ids, labels=ids).loss
 
 
-def gradients(model: Any, rounds: int = 3) -> list[torch.Tensor]:
-    """The loss and the adapter's gradients of the last of `rounds`; siblings are computed together from the second."""
-    for _ in range(rounds):
+def gradients(model: Any) -> list[torch.Tensor]:
+    """The loss and the adapter's gradients of this process's own batch, in the third round: siblings are computed
+    together from the second."""
+    own = BATCH if processes.is_main() else BATCH.flip(1).view(3, 8)
+    for _ in range(3):
         model.zero_grad()
-        loss = loss_of(model)
+        loss = loss_of(model, own)
         loss.backward()
     grads = [sharding.local(p.grad).clone() for p in lora_parameters(model).values() if p.grad is not None]
     model.zero_grad()
@@ -132,6 +134,9 @@ def of_base(folder: str, base: str, out: Path) -> dict:
 
     model, whole = activated(model), activated(whole)
     found["gradients"] = off_by(gradients(model), gradients(whole))
+    found["siblings"] = [
+        [layer._siblings.mode for layer in masked_layers(one).values() if layer._siblings] for one in (model, whole)
+    ]
     for reentrant in (False, True):
         for one in (model, whole):
             one.enable_input_require_grads()

@@ -83,7 +83,7 @@ def killed(folder: Path, which: str) -> None:
     def on_batch(running: score_sums.RunningSums) -> None:
         if which == "stable" and processes.is_main() and processes.count() > 1 and running.batches == 2:
             score_sums.SAVE_SECONDS = float("inf")
-        if running.batches < (2 if which == "plain" else 6):
+        if running.batches < (3 if which == "plain" else 6):
             return
         while processes.count() > 1 and not (processes.is_main() and seen(score_sums.file_of(path, 1), which)):
             time.sleep(0.05)

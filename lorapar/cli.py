@@ -83,30 +83,56 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _said_once(line: str) -> None:
-    """A line for the terminal, of the first process of a distributed launch alone."""
-    if os.environ.get("RANK", "0") == "0":
+def _say(line: str, stopped: bool = False) -> None:
+    """The line for the terminal that ends the command; of several processes of a launch, one says it.
+
+    stopped: by a signal, which the launcher sends where another process has died.
+    """
+    if "RANK" not in os.environ:
         print(f"lorapar: {line}", file=sys.stderr)
+        return
+    from .distributed import launch
+
+    launch.say_end((launch.who_died() if stopped else None) or line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stopped_by_signals():
-            return _main(arguments)
+            return _main(arguments) if "RANK" not in os.environ else _main_of_launch(arguments)
     except Stopped as stopped:
-        _said_once(f"stopped ({stopped}); the same command resumes from here")
+        _say(f"stopped ({stopped}); the same command resumes from here", stopped=True)
         return 128 + stopped.number
     except KeyboardInterrupt:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C while Python ends shows no traceback
-        _said_once("interrupted; the same command resumes from here")
+        _say("interrupted; the same command resumes from here")
         return 130
+
+
+def _main_of_launch(arguments: Sequence[str] | None) -> int:
+    """`_main` in one process of several: what ends one of them ends all, and is said once."""
+    from .distributed import launch
+
+    try:
+        return _main(arguments)
+    except Exception as error:
+        if launch.is_lost_connection(error):
+            lost = f"the connection to another process was lost ({str(error).splitlines()[0]}); {launch.RESUMES}"
+            launch.say_end(launch.who_died(within=2.0) or lost)
+            return 1
+        if launch.claim(repr(error)):
+            raise
+        return 1
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     try:
         words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(words)
+        prints = options.verb in ("doctor", "plan") or vars(options).get("dry_run") or vars(options).get("review")
+        if prints and os.environ.get("RANK", "0") != "0":
+            return 0  # one process of a launch prints
         if options.verb == "doctor":
             if overrides:
                 raise InputError(f"--{overrides[0][0]}: doctor takes no arguments")
@@ -118,15 +144,15 @@ def _main(arguments: Sequence[str] | None) -> int:
         else:
             _run(options, overrides)
     except InputError as error:
-        print(f"lorapar: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except StageFailed as error:
-        print(f"lorapar: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 1
     except ModuleNotFoundError as error:
         if error.name not in BROUGHT:
             raise
-        print(f"lorapar: error: {not_installed(error.name, 'quickstart')}", file=sys.stderr)
+        _say(f"error: {not_installed(error.name, 'quickstart')}")
         return 2
     return 0
 
@@ -222,7 +248,7 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         print(label_only(recipe, "dry_run" if options.dry_run else "review"))
         return
     folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
-    if options.verb in ("run", "report"):
+    if options.verb in ("run", "report") and os.environ.get("RANK", "0") == "0":
         print(folder / "report.html")
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
+from .distributed import processes
 from .errors import InputError, StageFailed
 
 log = logging.getLogger("lorapar")
@@ -62,10 +62,15 @@ def calm_libraries() -> Iterator[None]:
 def logging_to(path: Path) -> Iterator[None]:
     """Our log on the terminal, one line an event, and in `path` with times and libraries' warnings.
 
-    A second run in the same folder is refused meanwhile. In a distributed launch only the main process logs.
+    A second run in the same folder is refused meanwhile. Of the processes of a launch the main one alone logs.
     """
-    if not PartialState().is_main_process:
-        yield
+    if not processes.is_main():
+        before = log.handlers, log.propagate
+        log.handlers, log.propagate = [logging.NullHandler()], False
+        try:
+            yield
+        finally:
+            log.handlers, log.propagate = before
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not run.log itself: Windows lets nobody write or read the bytes that are locked. The system releases the lock

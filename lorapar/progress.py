@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from .distributed import processes
+
 log = logging.getLogger("lorapar")
 LOG_EVERY_SECONDS = 10.0
 
@@ -21,7 +23,8 @@ class Progress:
         self.done = self.first = done
         self.began = self.logged = time.monotonic()
         # A redrawn line would fill a file, so only a terminal gets one.
-        self.bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
+        seen = sys.stderr.isatty() and processes.is_main()
+        self.bar = tqdm(total=total, initial=done, desc=what, unit=unit) if seen else None
 
     def update(self, n: int, **facts: str) -> None:
         self.done += n

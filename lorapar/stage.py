@@ -4,7 +4,6 @@ Each stage is declared in the `stage.py` of its folder, the only file there that
 takes from the `Run` what its method needs and calls the method with plain arguments.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .data.labels import eval_rows, load_labels, put_aside
 from .data.rows import load_rows
+from .distributed import processes
+from .distributed.launch import asks_for_fsdp
 from .model.generate import set_stop_tokens
 from .model.load import load_config, load_model, load_tokenizer
 from .model.positions import positions_of
@@ -87,27 +88,13 @@ class Run:
 
     def load_model(self) -> "PreTrainedModel":
         """The base model, loaded for one stage: what the stage does to it (adapters, trainers' hooks) ends with it."""
-        from accelerate import PartialState
-
-        config = self.recipe.model
-        if config.device is None and PartialState().num_processes > 1:
-            config = dataclasses.replace(config, device=str(PartialState().device))
-        model = load_model(config, self.recipe.lora.get("base"))
+        model = load_model(self.recipe.model, self.recipe.lora.get("base"), shard=self.shards())
         set_stop_tokens(model, self.tokenizer)
         return model
 
-
-def is_main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def wait_for_everyone() -> None:
-    """Return once every process of a distributed launch has come here."""
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
+    def shards(self) -> bool:
+        """Whether the base is sharded over the processes of the launch."""
+        return processes.count() > 1 and (self.recipe.model.fsdp or asks_for_fsdp())
 
 
 def do_nothing(run: Run) -> None:
@@ -147,8 +134,9 @@ class Stage:
         optional_reads: files that it reads where they exist.
         check: raises InputError for settings that the stage cannot run with, before any work is done.
         check_rows: the same for the labelled rows, before the first stage that uses them.
-        discard: removes what an attempt with other inputs has left unfinished.
-        trains: every process of a distributed launch takes part; the other stages run on the first one.
+        discard: removes what an attempt with other inputs has left unfinished; in the main process alone.
+        together: every process of a launch takes part, and the main one writes; in the other stages it works alone.
+        trains: it has a trainer, whose settings are checked.
     """
 
     name: str
@@ -162,6 +150,7 @@ class Stage:
     check: Callable[[Run], None] = do_nothing
     check_rows: Callable[[Run], None] = do_nothing
     discard: Callable[[Run], None] = do_nothing
+    together: bool = False
     trains: bool = False
 
 

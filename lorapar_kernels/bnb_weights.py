@@ -52,6 +52,15 @@ def free_buffers() -> None:
     _buffers.clear()
 
 
+def quant_state(base: Any) -> Any:
+    """The scales and the shape of a 4-bit layer's weight; None before it is quantised.
+
+    The layer keeps them too: a parameter that FSDP puts in the place of bitsandbytes' own has none.
+    """
+    state = getattr(base.weight, "quant_state", None)
+    return base.quant_state if state is None else state
+
+
 def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a bitsandbytes layer, [out, in] in `dtype`, in a buffer that the next call writes over.
 
@@ -64,8 +73,7 @@ def dequantised(base: nn.Module, dtype: torch.dtype) -> Tensor:
         codes, scales = (state.state.CB, state.state.SCB) if moved else (weight.CB, weight.SCB)
         out = _buffer(codes.shape, codes.device, dtype)
         return torch.mul(codes, scales.unsqueeze(1) * (1.0 / 127.0), out=out)
-    bnb.fix_4bit_weight_quant_state_from_module(base)
-    state = weight.quant_state
+    state = quant_state(base)
     absmax = state.absmax
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -156,7 +164,10 @@ def frozen_weight(base: Any, x: Tensor) -> QuantisedWeight | None:
     None where `base(x)` has to make it: something of its own happens in the call, the product is computed in another
     dtype than x's, the bias is trained, or no gradient is asked of a 4-bit layer. Whoever asks has looked for hooks.
     """
-    if _has_own_forward(base) or type(base._parameters.get("weight")) not in (bnb.Params4bit, bnb.Int8Params):
+    kind = type(base._parameters.get("weight"))
+    # FSDP's is a plain one while its block computes.
+    of_fsdp = kind is nn.Parameter and isinstance(base, bnb.Linear4bit) and base.quant_state is not None
+    if _has_own_forward(base) or not (of_fsdp or kind in (bnb.Params4bit, bnb.Int8Params)):
         return None
     bias = base._parameters.get("bias")
     if (bias is not None and bias.requires_grad) or torch.compiler.is_compiling():

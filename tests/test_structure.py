@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     # At the bottom: what everybody may use.
     "errors": "",
-    "distributed": "",
     "files": "errors",
-    "logs": "errors",
-    "progress": "",
+    "distributed": "errors",
+    "logs": "distributed errors",
+    "progress": "distributed",
     # What a run is told, and what its rows and its model are.
     "recipe": "errors files",
     "data": "errors files",
     "rewards": "data errors",
-    "adapter": "errors files recipe",
+    "adapter": "distributed errors files recipe",
     "model": "adapter data distributed errors files progress",
     "memory": "adapter data errors model recipe",
     # The stages, in their order.
@@ -35,14 +35,14 @@ ARROWS = {
     "evaluating": "adapter data distributed errors files model partitioning progress recipe rewards stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
-    "stage": "data memory model",
+    "stage": "data distributed memory model",
     # What runs them.
     "pipeline": (
-        "adapter errors evaluating exporting files labeling logs memory partitioning recipe renewing reporting scoring "
-        "stage training __init__"
+        "adapter distributed errors evaluating exporting files labeling logs memory model partitioning recipe renewing "
+        "reporting scoring stage training __init__"
     ),
     "doctor": "memory model",
-    "cli": "doctor errors memory pipeline recipe",
+    "cli": "distributed doctor errors memory pipeline recipe",
     "__main__": "cli",
 }
 # The files that know a whole recipe: a stage's own, the order of the stages, the command line, and the plan, which is

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..distributed.sharding import whole_modules
 from ..errors import InputError
 from ..files import read_json, read_text, why_not_whole, write_json, write_text
 from ..recipe.checks import check_lora
@@ -70,11 +71,13 @@ def attach(
     layers = masked_layers(peft_model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in layers.values():
-            layer.trainable_rank = rank
-            layer.leave_meta()
-            if start != "peft":
-                _start_layer(layer, start, rank, generator, svd_device)
+        # Starts of the base's weights read them; of a sharded base, a block at a time.
+        for name, _ in whole_modules(peft_model) if start in ("pissa", "olora") else peft_model.named_modules():
+            if name in layers:
+                layers[name].trainable_rank = rank
+                layers[name].leave_meta()
+                if start != "peft":
+                    _start_layer(layers[name], start, rank, generator, svd_device)
     return peft_model
 
 

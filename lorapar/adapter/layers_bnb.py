@@ -99,7 +99,7 @@ def check_four_bits(model: nn.Module) -> None:
     By a probe of the width, for a checkpoint that is quantised already, whose own weights are nowhere.
     """
     for name, module in model.named_modules():
-        state = getattr(module.weight, "quant_state", None) if isinstance(module, bnb.Linear4bit) else None
+        state = bnb_weights.quant_state(module) if isinstance(module, bnb.Linear4bit) else None
         if state is None or module.weight.device.type == "meta":
             continue
         if getattr(state, "packing_format_for_cpu", False):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..distributed.sharding import whole_modules
 from ..errors import InputError
 from ..files import read_json, write_json
 from .layers import ADAPTER, MaskedLayer, MaskedLinear
@@ -37,12 +38,13 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: t
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter of a PEFT model's base by the name it has there, an adapted layer's with its delta added.
 
-    The tensors of adapted and of quantised layers (in the model's own dtype) are temporaries: each is given up as the
-    next is asked for. Of every other parameter the tensor itself is given, not to be written.
+    The tensors of adapted and of quantised layers (in the model's own dtype) and of a sharded base are temporaries:
+    each is given up as the next is asked for. Of every other parameter the tensor itself is given, not to be written.
+    A sharded base is gathered a block at a time, by every process: all of them go through all parameters.
     """
     plain_dtype = next(p.dtype for n, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in n)
     seen = set()  # a tied head is the embedding again
-    for name, module in model.named_modules():
+    for name, module in whole_modules(model):
         if isinstance(module, MaskedLayer):
             yield from _of_layer(name, module, plain_dtype)
             continue
@@ -73,7 +75,10 @@ def _of_layer(name: str, layer: MaskedLayer, dtype: torch.dtype) -> Iterator[tup
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not weight.is_floating_point()
+    # Codes of 4 bits may be stored in a floating dtype; their layer knows what they mean.
+    return isinstance(weight, Tensor) and (
+        not weight.is_floating_point() or getattr(module, "quant_state", None) is not None
+    )
 
 
 def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:

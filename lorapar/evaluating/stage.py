@@ -83,4 +83,5 @@ def stage(recipe: Recipe) -> Stage:
         writes=("metrics.json", "answers.jsonl"),
         check=check,
         check_rows=check_rows,
+        together=True,
     )

@@ -304,4 +304,5 @@ def stage(recipe: Recipe) -> Stage:
         writes=(LABELS, *(["votes.jsonl"] if recipe.label.teachers else [])),
         inputs=inputs,
         check=check,
+        together=True,
     )

@@ -18,6 +18,7 @@ from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..data.tokens import OURS, check_below, encode
+from ..distributed import sharding
 from ..errors import InputError, suggestion
 from ..files import read_text
 from .generate import make_greedy
@@ -221,10 +222,13 @@ def load_config(config: "ModelConfig") -> Any:
     return loaded
 
 
-def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedModel":
+def load_model(config: "ModelConfig", base: str | None = None, shard: bool = False) -> "PreTrainedModel":
     """The model in training mode, on the device and in the dtype that `config` says.
 
     base: "nf4" or "int8": its linear layers quantised by bitsandbytes as they are read; "bf16"; None: as `config` says.
+    shard: leave this process's part of it alone on the device (`distributed.sharding`), where every process of a launch
+    loads it; a plain base is read into main memory and goes to the device a block at a time, a 4-bit one is quantised
+    on the device first. InputError for one in 8 bits or another quantised form.
     Its `name_or_path` is the absolute folder or the hub id that it was loaded from, and its `lorapar_origin` what an
     adapter saved for it calls its base (`locate.origin`). Its generation settings are greedy: sampling settings that
     the model came with are taken out.
@@ -241,6 +245,9 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
     form = given_form(own)
     if base is not None and form is not None and form != base:
         raise InputError(f"lora.base: got {base}, but {config.name!r} holds its weights as {form}; leave the key out")
+    held_as = form or (base if base in QUANTISED else None)
+    if shard and held_as not in (None, "nf4", "fp4"):
+        raise InputError(f"lora.base: {held_as} weights cannot be sharded over processes; use nf4 or bf16")
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if base in QUANTISED and form is None:
         options["quantization_config"] = quantisation(base, dtype)
@@ -272,4 +279,8 @@ def load_model(config: "ModelConfig", base: str | None = None) -> "PreTrainedMod
         # weight torch's CPU matmul does not fold it but copies the weight once a row: 250 times the time for 64 prompts
         # of SmolLM2-135M (torch 2.13).
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    return (model if "device_map" in options else model.to(device)).train()
+    if shard:
+        sharding.shard(model, device)
+    elif "device_map" not in options:
+        model.to(device)
+    return model.train()

@@ -34,7 +34,7 @@ def fingerprint(stage: Stage, run: Run) -> str:
     """
     recipe, folder = run.recipe, run.folder
     values = recipe.as_dict()
-    for name in ("score", "sft", "grpo", "evaluate"):
+    for name in ("model", "score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
     # The stages that learn from tokens say it by themselves; labels are the same.
     del values["data"]["loss"]

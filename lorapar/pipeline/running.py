@@ -9,6 +9,7 @@ import errno
 import importlib.metadata
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ import yaml
 from lorapar_kernels import backend
 
 from .. import __version__
-from ..errors import InputError, OutOfMemory
+from ..distributed import launch, processes
+from ..errors import InputError, OutOfMemory, require
 from ..files import (
     TEMPORARY,
     disk_is_full,
@@ -34,9 +36,10 @@ from ..logs import RUN_LOCK, calm_libraries, logging_to
 from ..memory.advice import NEEDS_MODEL, check_memory, check_targets, out_of_memory
 from ..memory.needs import data_is_here
 from ..memory.process import is_out_of_memory, peak_memory_bytes, release_freed, reset_peak_memory
+from ..model.load import choose_device
 from ..recipe.reading import dump_yaml, load_recipe, parse, parse_yaml
 from ..recipe.sections import Recipe, changes_result
-from ..stage import LABELS, Run, Stage, is_main_process, wait_for_everyone
+from ..stage import LABELS, Run, Stage
 from ..training import stage as training
 from .order import stages_of
 from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("lorapar")
+SEEN_AFTER = 60.0  # seconds after which a network file system has shown a new file to every machine
 CANNOT_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -65,16 +69,22 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
         adds = "; score.renew: true adds it" if only == "renew" else ""
         raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)}){adds}")
     with calm_libraries(), as_input_error(this.folder):
-        check_settings(this, only)
-        _check_folder(recipe, this.folder, update)
-        with logging_to(this.folder / "run.log"):
-            _claim(recipe, this.folder)
-            for stage in stages:
-                if only in (None, stage.name):
-                    _run_stage(stage, this)
-                if only is None and stage.name == "label":
-                    _check_rows(stages, this)
+        launch.join(choose_device(recipe.model.device).type == "cpu")
+        with launch.watching():
+            check_settings(this, only)
+            processes.from_main(lambda: _check_folder(recipe, this.folder, update))
+            with logging_to(this.folder / "run.log"):
+                _run_stages(this, stages, only)
     return this.folder
+
+
+def _run_stages(run: Run, stages: Sequence[Stage], only: str | None) -> None:
+    _claim(run.recipe, run.folder)
+    for stage in stages:
+        if only in (None, stage.name):
+            _run_stage(stage, run)
+        if only is None and stage.name == "label":
+            processes.from_main(lambda: _check_rows(stages, run))
 
 
 def _run_of(recipe: Recipe) -> Run:
@@ -120,6 +130,8 @@ def check_settings(run: Run, only: str | None = None) -> None:
         backend.forced()
     except ValueError as error:
         raise InputError(str(error)) from None
+    base = run.recipe.lora.get("base")
+    require(not run.shards() or base != "int8", "lora.base", base, "nf4 or bf16 with a base that is sharded")
     for stage in stages_of(run.recipe):
         if not (stage.trains and only in ("label", "report")):
             stage.check(run)
@@ -137,40 +149,24 @@ def _check_rows(stages: Sequence[Stage], run: Run) -> None:
 
 
 def _run_stage(stage: Stage, run: Run) -> None:
-    folder = run.folder
-    for name in stage.reads:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; run the stage that makes it before {stage.name}")
-    wanted, record = fingerprint(stage, run), records(folder).get(stage.name, {})
-    done = record.get("fingerprint") == wanted and all((folder / name).is_file() for name in stage.writes)
-    if done and (fault := cut_short(folder, record)):
-        log.warning("%s: %s; made again", stage.name, fault)
-        done = False
-    # Every process has read the record before the first one writes it.
-    wait_for_everyone()
+    folder, main = run.folder, processes.is_main()
+    # By what the main process sees: on a network file system the others may see it later.
+    wanted, record, done = processes.from_main(lambda: _looked_up(stage, run))
     if done:
-        check_whole(run, stage.writes)
         log.info("%s: done before, skipped", stage.name)
         return
-    # Check the inputs before earlier work is discarded: they may be damaged, or need more memory than there is.
-    check_whole(run, stage.reads)
-    main = is_main_process()
+    takes_part = main or stage.together
     release_freed()
     planned_for = stage.name in NEEDS_MODEL
-    if planned_for and (main or stage.trains):
+    if planned_for and takes_part:
         check_memory(stage.name, run.recipe, run.lengths())
-    if wanted not in (record.get("started"), record.get("fingerprint")) and (main or stage.trains):
-        stage.discard(run)
-    if main:
-        write_json(folder / "stages.json", records(folder) | {stage.name: {"started": wanted}})
-    # No process may go on from a checkpoint that the first is about to remove.
-    wait_for_everyone()
+    processes.from_main(lambda: _begin(stage, run, wanted, record))
     log.info("%s: started", stage.name)
     reset_peak_memory()
-    began = time.perf_counter()
+    began, waited = time.perf_counter(), processes.waited()
     written = _times(stage, folder)
     try:
-        facts = stage.run(run) if main or stage.trains else {}
+        facts = stage.run(run) if takes_part else {}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -180,17 +176,43 @@ def _run_stage(stage: Stage, run: Run) -> None:
         if main and record and written == _times(stage, folder):
             write_json(folder / "stages.json", records(folder) | {stage.name: record})
         raise
+    busy = time.perf_counter() - began - (processes.waited() - waited)
+    of_each = processes.gather((round(busy, 3), peak_memory_bytes()))
     seconds = time.perf_counter() - began
     if main:
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = {"fingerprint": wanted, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes(),
+        together = {"busy_seconds": [busy for busy, _ in of_each]} if len(of_each) > 1 else {}
+        record = {"fingerprint": wanted, "seconds": round(seconds, 3), **together,
+                  "peak_memory_bytes": max(peak for _, peak in of_each),
                   "finished": finished, **facts, "files": manifest(folder, stage)}  # fmt: skip
         write_json(folder / "stages.json", records(folder) | {stage.name: record})
         if stage.name != "report":
             planned = [planned.name for planned in stages_of(run.recipe)]
             refresh_metrics(folder, {name: r for name, r in records(folder).items() if name in planned})
-    wait_for_everyone()
+    processes.wait()
     log.info("%s: done in %.1f s%s", stage.name, seconds, _said(facts))
+
+
+def _looked_up(stage: Stage, run: Run) -> tuple[str, dict[str, Any], bool]:
+    """(the stage's fingerprint, its record so far, whether it is done); InputError where what it reads is not whole."""
+    folder = run.folder
+    for name in stage.reads:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; run the stage that makes it before {stage.name}")
+    wanted, record = fingerprint(stage, run), records(folder).get(stage.name, {})
+    done = record.get("fingerprint") == wanted and all((folder / name).is_file() for name in stage.writes)
+    if done and (fault := cut_short(folder, record)):
+        log.warning("%s: %s; made again", stage.name, fault)
+        done = False
+    # Check the inputs before earlier work is discarded: they may be damaged, or need more memory than there is.
+    check_whole(run, stage.writes if done else stage.reads)
+    return wanted, record, done
+
+
+def _begin(stage: Stage, run: Run, wanted: str, record: dict[str, Any]) -> None:
+    if wanted not in (record.get("started"), record.get("fingerprint")):
+        stage.discard(run)
+    write_json(run.folder / "stages.json", records(run.folder) | {stage.name: {"started": wanted}})
 
 
 def _times(stage: Stage, folder: Path) -> dict[str, int]:
@@ -229,14 +251,28 @@ def _check_folder(recipe: Recipe, folder: Path, update: bool) -> None:
 def _claim(recipe: Recipe, folder: Path) -> None:
     """Write the resolved recipe where it is not there yet, and clear away what a killed process has left."""
     path, text = folder / "recipe.yaml", dump_yaml(recipe.as_dict())
-    if is_main_process():
+    if processes.is_main():
         remove_left_over(folder)
         if not path.exists() or path.read_bytes() != text.encode():
             write_text(path, text)
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
         # Out of a checkout that was never installed there is no metadata of our own.
         log.info("version %s, %s", __version__, ", ".join(versions))
-    wait_for_everyone()
+    _check_shared(path)
+
+
+def _check_shared(path: Path) -> None:
+    """InputError where a process does not see the file that the main one has written: it is on another machine, and the
+    folder is not shared."""
+    processes.wait()
+    until = time.monotonic() + SEEN_AFTER
+    while not path.is_file() and time.monotonic() < until:
+        time.sleep(0.5)
+    hosts = processes.gather(None if path.is_file() else socket.gethostname())
+    blind = [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host is not None]
+    if blind:
+        raise InputError(f"output_dir: {path.parent} is another folder for {', '.join(blind)}; give one on a file "
+                         "system that all machines share")  # fmt: skip
 
 
 def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] | None:

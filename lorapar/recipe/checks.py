@@ -62,8 +62,8 @@ REFUSED_TRAINER_KEYS = {
     ),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "parallelism_config"),
-        "masks, the proof and the optimizer need whole parameters; use DDP (torchrun or accelerate launch), and a base "
-        "in 4 bits where memory is short",
+        "masks, the proof and the optimizer know whole parameters by name; launch several processes (torchrun or "
+        "accelerate launch), with model.fsdp: true where the base is too large for one device (FSDP2)",
     ),
     "optim_target_modules": "the optimizer is PartitionedAdamW; lora.target_modules says what is adapted",
     "sync_ref_model": "the reference is the adapter as the stage received it, which TRL does not synchronise",

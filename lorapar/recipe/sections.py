@@ -36,6 +36,10 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "run the model's own code from the hub")
     device: str | None = key(None, "cpu, cuda or cuda:<number>; by default the GPU where there is one")
     attn_implementation: str | None = key(None, "transformers' name of the attention implementation")
+    fsdp: bool = key(
+        False, "shard the frozen base over the processes of a launch (FSDP2); one process holds all of it",
+        changes_result=False,
+    )  # fmt: skip
     chat_template: str | None = key(
         None, "a .jinja file, or a template's text, in place of the tokenizer's chat template"
     )

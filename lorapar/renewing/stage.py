@@ -83,4 +83,5 @@ def stage(recipe: Recipe) -> Stage:
         writes=(SCORES_RENEWED, PARTITION_RENEWED),
         inputs=tokens_learned,
         discard=discard,
+        together=True,
     )

@@ -80,4 +80,5 @@ def stage(recipe: Recipe) -> Stage:
         inputs=tokens_learned if scored else no_inputs,
         check=check,
         discard=discard,
+        together=True,
     )

@@ -14,6 +14,7 @@ from typing import Any, cast
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from ..adapter.attach import restore_factors
+from ..distributed import processes
 from ..errors import InputError, require
 
 log = logging.getLogger("lorapar")
@@ -84,7 +85,7 @@ def keep_best(trainer: Any) -> dict[str, Any]:
     """
     args, folder = trainer.args, Path(cast(str, trainer.args.output_dir))
     # The first process may still be writing.
-    trainer.accelerator.wait_for_everyone()
+    processes.wait()
     values = _evaluations(args, trainer.state.log_history)
     saved = {step: value for step, value in values.items() if (folder / f"checkpoint-{step}").is_dir()}
     metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"

@@ -39,7 +39,7 @@ from ..scoring.batches import read_examples
 from .answer_head import score_answers_alone
 from .rehearsal import longest, rehearsing
 from .tally import EARLY, RewardTally
-from .trainer import PAPER, PartitionedTrainer, Trained, train
+from .trainer import PAPER, PartitionedTrainer, Trained, made_by, of_each_process, train
 from .watching import LossWatch, check_watching
 
 log = logging.getLogger("lorapar")
@@ -88,8 +88,6 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         needs_trl = self._entropy_bonus_enabled or bool(cast(GRPOConfig, self.args).cast_lm_head_to_fp32)
         score_answers_alone(cast(Any, made.get_base_model()), logprob_tokens, self.temperature, needs_trl)
         if self.use_vllm:
-            if self._dist.is_zero3 or self._dist.is_fsdp:
-                raise InputError("grpo.use_vllm: not with sharded parameters (FSDP, ZeRO-3); use ZeRO-2 or DDP")
             cast(Any, self.vllm_generation)._iter_named_params = functools.partial(merged_parameters, made)
 
     def _take_stop_tokens(self) -> None:
@@ -105,21 +103,32 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
     # Going on from a checkpoint. TRL would generate anew in the middle of a generation batch (steps_per_generation,
     # num_iterations), and take the prompts of a later epoch in the order of the first.
 
-    def checkpoint_files(self) -> list[str]:
-        return [*super().checkpoint_files(), *self._of_each_process(ROLLOUTS)]
+    def checkpoint_files(self, count: int) -> list[str]:
+        return [*super().checkpoint_files(count), *of_each_process(ROLLOUTS, count)]
+
+    def why_not_by_others(self, checkpoint: Path, count: int) -> str | None:
+        files = [checkpoint / name for name in of_each_process(ROLLOUTS, count)]
+        waiting = any(torch.load(file, map_location="cpu", weights_only=True)["batches"] is not None for file in files)
+        return f"{count} processes have completions there that they have not trained on yet" if waiting else None
 
     def _save_rng_state(self, output_dir: str) -> None:
         # As each process's random numbers, and before the file that makes a checkpoint whole.
         super()._save_rng_state(output_dir)
         done = self._step % (cast(Any, self.args).steps_per_generation * self.num_iterations) == 0
         state = {"step": self._step, "batches": None if done else self._buffered_inputs}
-        torch.save(state, Path(output_dir) / self._of_each_process(ROLLOUTS)[self.args.process_index])
+        torch.save(state, self._rollouts(output_dir))
+
+    def _rollouts(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / of_each_process(ROLLOUTS, self.args.world_size)[self.args.process_index]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / self._of_each_process(ROLLOUTS)[self.args.process_index]
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            if made_by(Path(checkpoint))["processes"] not in (None, self.args.world_size):
+                # Taken only where every completion there has been trained on.
+                self._step = self.state.global_step * self.args.gradient_accumulation_steps
+                return
+            state = torch.load(self._rollouts(checkpoint), map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["batches"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -177,10 +186,10 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         content = last.get("content")
         return [*others, {**last, "content": content.removesuffix(end)}] if isinstance(content, str) else made
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward_of_batch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Rollouts and their log-probabilities keep nothing for a backward, so nothing of theirs moves.
         with self.maybe_activation_offload_context:
-            return super().training_step(*args, **kwargs)
+            return super().backward_of_batch(*args, **kwargs)
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, *rest: Any, **kw: Any

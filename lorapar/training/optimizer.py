@@ -16,6 +16,8 @@ import lorapar_kernels as lk
 from lorapar_kernels.bitmask import TILE
 
 from ..adapter.layers import lora_parameters, masks_by_parameter
+from ..distributed import processes
+from ..distributed.sharding import is_part, local, local_part
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
@@ -32,6 +34,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
     1-D fp32 of the parameter's active elements in row-major order: 8 bytes an active element. With 8-bit moments they
     are int8 and uint8, about 2 bytes, with "scales" for each tile of 512 elements.
 
+    Of an adapter that is sharded (FSDP2, `fully_shard` over the whole activated model) it steps on this process's part:
+    make it after the model is sharded.
+
     It takes the adapter alone. A head that PEFT trains whole beside it (task_type SEQ_CLS and the like) needs an
     optimizer of its own, which a warning says.
 
@@ -44,8 +49,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
         skip_nonfinite: where the gradient of an active element is infinite or NaN, leave out the step.
         seed: of the random bits of stochastic rounding and of 8-bit moments.
 
-    `state_dict()` carries a digest of the masks; `load_state_dict` refuses a state of another partition. A state may be
-    loaded on another device, and whether csrc's library is there or not; it keeps the form of its moments and rounding.
+    `state_dict()` carries a digest of the masks; `load_state_dict` refuses a state of another partition, and one of
+    another part of a sharded adapter (another process, or number of processes). A state may be loaded on another
+    device, and whether csrc's library is there or not; it keeps the form of its moments and rounding.
     """
 
     def __init__(
@@ -78,8 +84,17 @@ class PartitionedAdamW(torch.optim.Optimizer):
             log.warning("PartitionedAdamW takes the adapter alone; %d other trainable parameters need an optimizer of "
                         "their own: %s", len(others), ", ".join(others[:3]))  # fmt: skip
         self.partition_digest = _digest(masks)
-        self._masks = {parameter: lk.index_mask(masks[name]) for name, parameter in parameters.items()}  # type: ignore[arg-type]
-        trained = [parameter for parameter in parameters.values() if self._masks[parameter].active]
+        # Of a sharded adapter, which part this is of how many.
+        sharded = any(map(is_part, parameters.values()))
+        self.part = [processes.rank(), processes.count()] if sharded else None
+        if sharded and skip_nonfinite:
+            raise InputError("skip_nonfinite: a process sees its own part of a sharded adapter; leave the key out")
+        self._masks = {
+            parameter: lk.index_mask(local_part(masks[name], parameter))  # type: ignore[arg-type]
+            for name, parameter in parameters.items()
+        }
+        # The same in every process, also where this one's part has nothing active.
+        trained = [parameter for name, parameter in parameters.items() if masks[name].any()]  # type: ignore[union-attr]
         _check_rounding(rounding, trained)
         group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, moments=moments,
                      rounding=rounding, skip_nonfinite=skip_nonfinite, seed=seed)  # fmt: skip
@@ -116,13 +131,15 @@ class PartitionedAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         # Another stage of training, a loaded state or another device brings other tensors.
         tensors = [
-            id(tensor) for state, parameter in zip(states, parameters) for tensor in (parameter, state["exp_avg"])
+            id(tensor)
+            for state, parameter in zip(states, parameters)
+            for tensor in (local(parameter), state["exp_avg"])
         ]
         key = (parameters[0].device, tensors)
         if key != self._prepared[0]:
             packed = {name: [state[name] for state in states] if name in states[0] else None for name in PACKED}
             prepared = lk.PreparedAdamW(
-                parameters,
+                [local(parameter) for parameter in parameters],
                 [self._index(parameter) for parameter in parameters],
                 packed["exp_avg"],  # type: ignore[arg-type]
                 packed["exp_avg_sq"],  # type: ignore[arg-type]
@@ -131,7 +148,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
             )
             self._prepared = key, prepared
         done = self._prepared[1].step(
-            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [local(parameter.grad) for parameter in parameters],  # type: ignore[arg-type]
             step,
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -162,7 +179,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
             dtypes["compensation"] = parameter.dtype
         state = {key: torch.zeros(count, dtype=dtype, device=parameter.device) for key, dtype in dtypes.items()}
         if eight:
-            state["scales"] = torch.zeros(2, -(-parameter.numel() // TILE), device=parameter.device)
+            state["scales"] = torch.zeros(2, -(-local(parameter).numel() // TILE), device=parameter.device)
         return {"step": torch.tensor(0.0), **state}
 
     def state_bytes(self) -> int:
@@ -170,7 +187,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         return sum(state[key].nbytes for state in self.state.values() for key in PACKED if key in state)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"partition": self.partition_digest}
+        return super().state_dict() | {"partition": self.partition_digest, "part": self.part}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         given = state_dict.get("partition")
@@ -179,7 +196,13 @@ class PartitionedAdamW(torch.optim.Optimizer):
                 f"optimizer state: it belongs to partition {str(given)[:12]}, the model's is "
                 f"{self.partition_digest[:12]}; resume with the partition that the checkpoint was made with"
             )
-        rest = {key: value for key, value in state_dict.items() if key != "partition"}
+        if state_dict.get("part") != self.part:
+            saved, here = (
+                "a whole adapter" if part is None else f"part {part[0]} of {part[1]} of a sharded adapter"
+                for part in (state_dict.get("part"), self.part)
+            )
+            raise InputError(f"optimizer state: it belongs to {saved}, this process holds {here}")
+        rest = {key: value for key, value in state_dict.items() if key not in ("partition", "part")}
         # A state of an earlier version lacks the newer settings.
         group = {**self.defaults, **rest["param_groups"][0]}
         super().load_state_dict(rest | {"param_groups": [group]})

@@ -1,6 +1,5 @@
 """Stage 1: SFT of one system's elements on that system's rows (paper section 3.4), on TRL's trainer."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from ..data.labels import rows_of
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import IGNORED, check_known
 from ..data.turns import Turns, labelled
+from ..distributed.sharding import is_sharded
 from ..errors import InputError, require
 from ..memory.switches import default_micro_batch_tokens
 from ..model.positions import positions_of
@@ -49,17 +49,23 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         score_answers_alone(cast(Any, self.model).get_base_model(), None)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def backward_of_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """One batch, in parts where `micro_batch_tokens` is set: the same sums of losses and gradients."""
-        parts = micro_batches(inputs, self.micro_batch_tokens)
+        parts = self.parts(inputs)
         if num_items_in_batch is None and len(parts) > 1:
             raise InputError(f"sft.micro_batch_tokens: got {self.micro_batch_tokens}, but {NO_PARTS}")
-        losses = []
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+        return torch.stack([super(PartitionedSFTTrainer, self).backward_of_batch(model, part, num_items_in_batch)
+                            for part in parts]).sum()  # fmt: skip
+
+    def parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch in parts of at most `micro_batch_tokens`; with a sharded base as many in every process, since all
+        make each forward together."""
+        parts = micro_batches(inputs, self.micro_batch_tokens)
+        if self.micro_batch_tokens is None or not is_sharded(cast(Any, self.model)):
+            return parts
+        most = torch.tensor(len(parts), device=self.args.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return in_so_many(parts, int(most))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # It is the last batch of training that `dataloader_drop_last` leaves out; every row put aside is evaluated.
@@ -80,7 +86,7 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any):
         """One batch of an evaluation, in the parts that training takes: the mean over all its tokens."""
-        parts = micro_batches(inputs, self.micro_batch_tokens)
+        parts = self.parts(inputs)
         if len(parts) == 1 or not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
         counts = torch.tensor([int((part["labels"][:, 1:] != IGNORED).sum()) for part in parts])
@@ -100,7 +106,7 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
         what = f"{len(chosen)} rows of up to {lengths[chosen[0]]} tokens"
         with rehearsing(self, model, what), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(self.data_collator([rows[place] for place in chosen]))
-            for part in micro_batches(inputs, self.micro_batch_tokens):
+            for part in self.parts(inputs):
                 self.accelerator.backward(self.compute_loss(model, part))
 
 
@@ -120,6 +126,21 @@ def micro_batches(inputs: dict[str, Any], tokens: int | None) -> list[dict[str, 
             width = max(lengths[start:end])
             parts.append({n: v[start:end, :width] if n in of_tokens else v for n, v in inputs.items()})
             start = end
+    return parts
+
+
+def in_so_many(parts: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Those parts of a batch, the ones of most rows halved until there are `count`."""
+    parts = list(parts)
+    while len(parts) < count:
+        rows = [len(part["input_ids"]) for part in parts]
+        place = rows.index(max(rows))
+        part = parts.pop(place)
+        shape = part["input_ids"].shape
+        middle = (shape[0] + 1) // 2
+        for half in (slice(middle, None), slice(0, middle)):
+            cut = {n: v[half] if isinstance(v, Tensor) and v.shape == shape else v for n, v in part.items()}
+            parts.insert(place, cut)
     return parts
 
 

@@ -15,7 +15,9 @@ from transformers.integrations import get_available_reporting_integrations  # py
 from ..adapter.attach import load_adapter
 from ..adapter.layers import lora_parameters
 from ..data.labels import once_a_prompt, rows_of
+from ..distributed import processes
 from ..errors import InputError, require
+from ..files import why_not_whole
 from ..memory.switches import check_switches, checkpointing
 from ..model.load import choose_device
 from ..partitioning.partition import Partition
@@ -28,14 +30,13 @@ from ..stage import (
     Run,
     Stage,
     adapter_files,
-    is_main_process,
     partition_of,
     tokens_learned,
     tokens_watched,
     weights_of,
 )
 from .best import check_evaluation
-from .trainer import StageName, save_stage
+from .trainer import StageName, checkpoints_of, made_by, save_stage
 from .watching import WATCHED, check_watching
 
 log = logging.getLogger("lorapar")
@@ -45,7 +46,7 @@ def sft_stage(run: Run) -> Facts:
     from .sft import sft
 
     set_seed(run.recipe.seed)
-    section, config = run.recipe.sft, trainer_config(run, "sft")
+    section, config = run.recipe.sft, trainer_config(run, "sft", going_on=True)
     model, tokenizer, partition = _to_train(run, "sft")
     rows, evaluated = run.rows_of_sft()
     trainer, trained = sft(
@@ -60,7 +61,11 @@ def grpo_stage(run: Run) -> Facts:
     from .grpo import grpo
 
     set_seed(run.recipe.seed)
-    section, rewards, config = run.recipe.grpo, resolve_rewards(run.recipe.grpo.rewards), trainer_config(run, "grpo")
+    section, rewards, config = (
+        run.recipe.grpo,
+        resolve_rewards(run.recipe.grpo.rewards),
+        trainer_config(run, "grpo", going_on=True),
+    )
     model, tokenizer, partition = _to_train(run, "grpo")
     rows, watched = run.put_aside()
     trainer, trained = grpo(
@@ -87,7 +92,7 @@ def before(recipe: Recipe, name: StageName) -> str:
 
 def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
     systems = getattr(run.recipe, name).systems
-    if is_main_process():
+    if processes.is_main():
         facts = {"stage": name, "start": run.recipe.start, "partition": trainer.partition.hash, "systems": systems}
         save_stage(trainer, run.folder / name, facts, trained)
     return {
@@ -107,11 +112,11 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
     }
 
 
-def trainer_config(run: Run, name: StageName) -> Any:
-    """The stage's section as TRL's SFTConfig or GRPOConfig."""
+def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
+    """The stage's section as TRL's SFTConfig or GRPOConfig; going_on: with the batch of its checkpoints."""
     import trl
 
-    recipe = run.recipe
+    recipe, device = run.recipe, choose_device(run.recipe.model.device).type
     config_class = trl.SFTConfig if name == "sft" else trl.GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
     ours = {
         "output_dir": str(run.folder / name),
@@ -119,20 +124,53 @@ def trainer_config(run: Run, name: StageName) -> Any:
         "data_seed": recipe.seed,
         # A bar for a person, a line a logging step for a file.
         "disable_tqdm": not sys.stderr.isatty(),
-        "gradient_checkpointing": checkpointing(getattr(recipe, name), choose_device(recipe.model.device).type),
+        "gradient_checkpointing": checkpointing(getattr(recipe, name), device),
+        # Without it, and without a GPU, transformers takes each process of a launch for the only one.
+        "use_cpu": device == "cpu",
     }
-    backend = getattr(recipe, name).trainer.get("ddp_backend")
+    given = getattr(recipe, name).trainer | (
+        processes.from_main(lambda: _batch_as_before(run, name)) if going_on else {}
+    )
+    backend = given.get("ddp_backend")
     require(backend is None or "LOCAL_RANK" in os.environ, f"{name}.ddp_backend", backend,
             "nothing but under torchrun or accelerate launch")  # fmt: skip
     try:
-        config = config_class(**(ours | getattr(recipe, name).trainer))
+        config = config_class(**(ours | given))
     except (TypeError, ValueError) as error:
         # transformers names its arguments as its own scripts take them.
         raise InputError(f"{name}: {re.sub('--(?=[a-z])', f'{name}.', str(error))}") from error
-    _check_config(config, name, choose_device(recipe.model.device).type)
+    _check_config(config, name, device)
     offloading = {"activation_offloading": recipe.grpo.activation_offloading} if name == "grpo" else {}
-    check_switches(vars(config) | offloading, name, choose_device(recipe.model.device).type)
+    check_switches(vars(config) | offloading, name, device)
     return config
+
+
+def _batch_as_before(run: Run, name: StageName) -> dict[str, int]:
+    """What has this launch take the batches that the stage's last checkpoint was made with, where that was another
+    number of processes: a recipe's batch is one process's, and the steps that are left are of as many rows as before.
+
+    Raises InputError where so many processes cannot share the batch.
+    """
+    found = (made_by(path) for path in checkpoints_of(run.folder / name) if not why_not_whole(path / "lorapar.json"))
+    made = next(found, {"processes": None})
+    count, section = processes.count(), getattr(run.recipe, name)
+    if made["processes"] in (None, count):
+        return {}
+    rows, largest = made["batch"], section.setting("per_device_train_batch_size")
+    sizes = [size for size in range(1, largest + 1) if rows % (size * count) == 0]
+    if not sizes:
+        raise InputError(
+            f"{name}: {count} processes cannot share the batches of {rows} rows that {made['processes']} began with; "
+            f"launch another number, or remove {run.folder / name}/checkpoint-*"
+        )
+    size = sizes[-1]
+    accumulation = rows // (size * count)
+    log.info("%s: processes: %s at its start, %d now, at the same %d rows a step: per_device_train_batch_size %d, "
+             "gradient_accumulation_steps %d", name, made["processes"], count, rows, size, accumulation)  # fmt: skip
+    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    return batch | (
+        {"generation_batch_size": made["generated"], "steps_per_generation": None} if made["generated"] else {}
+    )
 
 
 def _check_config(config: Any, name: StageName, device: str) -> None:
@@ -217,11 +255,10 @@ def discard(run: Run, name: StageName) -> None:
         from .sft import check_lengths
 
         check_lengths(rows, None, run.tokenizer, trainer_config(run, name), run.recipe.data.loss)
-    for checkpoint in checkpoints if is_main_process() else ():
+    for checkpoint in checkpoints:
         log.info("%s: made from other inputs, removed", checkpoint)
         shutil.rmtree(checkpoint)
-    if is_main_process():
-        losses.unlink(missing_ok=True)
+    losses.unlink(missing_ok=True)
 
 
 def stage(recipe: Recipe, name: StageName) -> Stage:
@@ -235,5 +272,6 @@ def stage(recipe: Recipe, name: StageName) -> Stage:
         check=lambda run: check(run, name),
         check_rows=lambda run: check_rows(run, name),
         discard=lambda run: discard(run, name),
+        together=True,
         trains=True,
     )

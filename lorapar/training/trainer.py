@@ -4,6 +4,7 @@ Rows and a partition → a TRL trainer whose optimizer is `PartitionedAdamW` →
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import math
@@ -19,15 +20,17 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import lorapar_kernels as lk
 
 from ..adapter.attach import check_options, save_adapter, take_over_products, with_our_layers
-from ..adapter.layers import ADAPTER, activate, lora_parameters, masked_layers
+from ..adapter.layers import ADAPTER, activate, lora_parameters, masked_layers, masks_by_parameter
 from ..adapter.proof import Snapshot, verify
+from ..distributed import launch, processes
+from ..distributed.exchange import GradientExchange
 from ..errors import InputError
 from ..files import read_json, why_not_whole, write_json
 from ..memory.process import give_back_large_blocks
@@ -43,7 +46,7 @@ StageName = Literal["sft", "grpo"]
 CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
-# Of each process of a run.
+# Of each process of a launch.
 RANDOM_STATE = "rng_state{}.pth"
 PAPER = {
     "title": "LoRA-PAR: A Flexible Dual-System LoRA Partitioning Approach to Efficient LLM Fine-Tuning",
@@ -84,12 +87,14 @@ class PartitionedTrainer(Trainer):
     partition: Partition | None = None
     stage: StageName
     longest_first: bool = False
+    exchange: GradientExchange | None = None
     _sampler: Any = None
     watch: LossWatch | None = None
     # TRL's SFT trainer puts its off-loading here, and runs a training step within it.
     maybe_activation_offload_context: Any = contextlib.nullcontext()
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        launch.check()
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
         adapter = given.get("peft_config")
         if isinstance(adapter, PeftConfig):
@@ -105,6 +110,16 @@ class PartitionedTrainer(Trainer):
             take_over_products(made)
             if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                f"{self.stage}: the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the "
+                f"adapter apart; {launch.INSTEAD}"
+            )
+        if self.args.world_size != processes.count():
+            raise InputError(
+                f"use_cpu: got {self.args.use_cpu}, so that the trainer takes this process for one of "
+                f"{self.args.world_size}, and there are {processes.count()}; set use_cpu to whether they are on a CPU"
+            )
         # It would log another number in the place of a loss that is not finite, and train on.
         self.args.logging_nan_inf_filter = False
         if self.args.gradient_checkpointing and self.args.device.type == "cpu":
@@ -127,6 +142,7 @@ class PartitionedTrainer(Trainer):
         if self.optimizer is None:
             activate(cast(Any, self.model), self.what_is_trained(), self.stage)
             args = self.args
+            self.exchange = _exchange(cast(nn.Module, self.model))
             self.optimizer = PartitionedAdamW(
                 cast(Any, self.model),
                 lr=args.learning_rate,
@@ -136,11 +152,27 @@ class PartitionedTrainer(Trainer):
             )
         return self.optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Without DDP, which would exchange every element's gradient: `exchange` does it.
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            self.accelerator.prepare_model = prepare
+
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.longest_first and not self.is_deepspeed_enabled:  # DeepSpeed's backward takes a step
+        if self.longest_first:
             self.longest_first = False
             model.train()
             self.rehearse(model)
+        loss = self.backward_of_batch(model, *args, **kwargs)
+        if self.exchange is not None and self.accelerator.sync_gradients:
+            self.exchange.average()
+        return loss
+
+    def backward_of_batch(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's training step of one batch, which takes no step yet."""
         return super().training_step(model, *args, **kwargs)
 
     def rehearse(self, model: Any) -> None:
@@ -218,14 +250,23 @@ class PartitionedTrainer(Trainer):
     def _load_best_model(self) -> None:
         """`train` does it, from the checkpoints as they are then (best.py)."""
 
-    def checkpoint_files(self) -> list[str]:
-        """The files without which no process can go on from a checkpoint as if it had not been stopped."""
-        return [*CHECKPOINT_FILES, *self._of_each_process(RANDOM_STATE)]
+    def checkpoint_files(self, count: int) -> list[str]:
+        """The files without which nothing can go on from a checkpoint of `count` processes as if it had not been
+        stopped."""
+        return [*CHECKPOINT_FILES, *of_each_process(RANDOM_STATE, count)]
 
-    def _of_each_process(self, name: str) -> list[str]:
-        """The files that the processes write each, as transformers names them: all, so that all take one checkpoint."""
-        count = self.args.world_size
-        return [name.format(f"_{index}") for index in range(count)] if count > 1 else [name.format("")]
+    def why_not_by_others(self, checkpoint: Path, count: int) -> str | None:
+        """Why no other number of processes can go on from a checkpoint of `count`; None where it can."""
+        return None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        count = None if checkpoint is None else made_by(Path(checkpoint))["processes"]
+        if count in (None, self.args.world_size):
+            super()._load_rng_state(checkpoint)
+            return
+        set_seed(self.args.seed + self.state.global_step)
+        log.info("%s: random numbers (dropout, rollouts) are drawn anew: the checkpoint has those of %d processes",
+                 self.stage, count)  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -234,7 +275,43 @@ class PartitionedTrainer(Trainer):
         folder = Path(output_dir or cast(str, self.args.output_dir))
         partition = self.what_is_trained()
         partition.save(folder / "lorapar_partition.safetensors")
-        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": partition.hash})
+        write_json(folder / "lorapar.json", {"stage": self.stage, "partition": partition.hash, **batches_of(self.args)})
+
+
+def of_each_process(name: str, count: int) -> list[str]:
+    """The files that so many processes write each, as transformers names them."""
+    return [name.format(f"_{index}") for index in range(count)] if count > 1 else [name.format("")]
+
+
+def batches_of(config: TrainingArguments) -> dict[str, int]:
+    """What a checkpoint says of how it was made: the processes, the rows a step of all of them together, and GRPO's
+    completions that are generated together."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    generated = getattr(config, "generation_batch_size", None)
+    return {"processes": config.world_size, "batch": rows, **({"generated": generated} if generated else {})}
+
+
+def made_by(checkpoint: Path) -> dict[str, Any]:
+    """`batches_of` the configuration that a checkpoint was made with; of an earlier version's, None each."""
+    facts = read_json(checkpoint / "lorapar.json")
+    return {name: facts.get(name) for name in ("processes", "batch", "generated")}
+
+
+def _exchange(model: nn.Module) -> GradientExchange | None:
+    """What averages the gradients of an activated model; None where there is one process."""
+    if processes.count() == 1:
+        return None
+    parameters = lora_parameters(model)
+    masks = {parameters[name]: mask for name, mask in masks_by_parameter(model).items() if mask is not None}
+    # What DDP does at its start.
+    processes.wait()
+    for parameter in masks:
+        torch.distributed.broadcast(parameter.data, 0)
+    exchange = GradientExchange(masks)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in masks)
+    log.info("%d processes exchange %.2f MB of gradients a step, %.0f %% of all of the adapter's", processes.count(),
+             exchange.bytes / 1e6, 100 * exchange.bytes / total)  # fmt: skip
+    return exchange
 
 
 def _finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -261,7 +338,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
     output_dir = Path(cast(str, trainer.args.output_dir))
     watch = trainer.watch
     judged = None if watch is None else watch.recorded()
-    checkpoint = last_checkpoint(output_dir, partition, trainer.checkpoint_files(), judged) if resume else None
+    checkpoint = last_checkpoint(output_dir, trainer, partition, judged) if resume else None
     if watch is not None:
         watch.go_on_from(None if checkpoint is None else step_of(checkpoint))
     if resume:
@@ -312,25 +389,42 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(
-    output_dir: Path, partition: Partition, files: Sequence[str], judged: Collection[int] | None = None
+    output_dir: Path, trainer: PartitionedTrainer, partition: Partition, judged: Collection[int] | None = None
 ) -> Path | None:
-    """The newest `checkpoint-N` that was written whole; InputError where it belongs to another partition.
+    """The newest `checkpoint-N` that was written whole, as the main process sees it; InputError where it belongs to
+    another partition.
 
-    files: those that it must hold.
     judged: the steps whose loss is on file, where losses are watched: no other checkpoint is gone on from.
     """
+    return processes.from_main(lambda: _last_checkpoint(output_dir, trainer, partition, judged))
+
+
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N` there, the newest first."""
     there = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(there, key=step_of, reverse=True):
+    return sorted(there, key=step_of, reverse=True)
+
+
+def _last_checkpoint(
+    output_dir: Path, trainer: PartitionedTrainer, partition: Partition, judged: Collection[int] | None
+) -> Path | None:
+    here = trainer.args.world_size
+    for folder in checkpoints_of(output_dir):
         if judged is not None and step_of(folder) not in judged:
             log.info("%s: its loss is not in %s, passed over", folder, WATCHED)
             continue
         # A kill in the middle of writing leaves files out, or half of one; transformers would start without them.
-        faults = [fault for fault in (why_not_whole(folder / name) for name in files) if fault]
+        faults = [fault for fault in (why_not_whole(folder / "lorapar.json"),) if fault]
+        count = here if faults else made_by(folder)["processes"] or here
+        faults += [fault for name in trainer.checkpoint_files(count) if (fault := why_not_whole(folder / name))]
         if faults:
             log.info("%s: not whole (%s), passed over", folder, faults[0])
             continue
         if not _finite(load_file(folder / "adapter_model.safetensors").values()):
             log.info("%s: its weights are not finite, passed over", folder)
+            continue
+        if count != here and (fault := trainer.why_not_by_others(folder, count)):
+            log.info("%s: %s, passed over", folder, fault)
             continue
         facts = read_json(folder / "lorapar.json")
         if facts["partition"] != partition.hash:

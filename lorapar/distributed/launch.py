@@ -1,0 +1,240 @@
+"""A launch of several processes: joined at its start, watched while it runs, and ended with one line.
+
+torchrun and accelerate start the processes and say to each which one it is; torch's process group is how they meet.
+
+    check()     another engine than DDP and FSDP2 is asked for: one line, before anything is loaded
+    join()      the process group, and whether accelerate's configuration asks for FSDP2
+    watching()  two threads see to it that a process that has failed, died or cannot be reached ends all the others
+
+Who fails says why, and nobody else says anything: the others would only report that they were stopped. A process that
+was killed says nothing, so the first that misses it does. Within a host that takes seconds; a host that is cut off is
+missed after `LOST` seconds.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+
+from ..errors import InputError
+from . import processes
+
+BEAT = 1.0  # seconds between two signs of life
+LOST = 40.0  # seconds without one after which a process counts as lost
+# Of a collective. A reward may take its time in one process, and whoever has died is noticed otherwise.
+LIMIT = datetime.timedelta(hours=2)
+RESUMES = "the same command resumes from here"
+INSTEAD = (
+    "use DDP (torchrun, accelerate launch), or FSDP2 where the base is too large for one device (model.fsdp: true)"
+)
+# Engines of accelerate's configuration that cut up the model or take the optimizer's step.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO-1 to 3), which flattens the parameters that masks and the optimizer "
+    "know by name",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which cuts layers apart",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (tensor, context or pipeline parallel), which "
+    "cuts layers apart",
+}
+# What accelerate's FSDP configuration may say beside its version, and what would go unheeded.
+FSDP_UNHEEDED = {
+    "FSDP_OFFLOAD_PARAMS": ("false", "hold the base in 4 bits instead (lora.base: nf4)"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set sft.gradient_checkpointing and grpo.gradient_checkpointing"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "a block's weights are given up after its forward"),
+    "FSDP_IGNORED_MODULES": ("none", "all but the decoder blocks stays whole"),
+    "FSDP_AUTO_WRAP_POLICY": (
+        "transformer_based_wrap",
+        "the decoder block is the unit: PEFT's fsdp_auto_wrap_policy, and a policy by size, wrap leaves whose weights "
+        "our layers read outside their forward",
+    ),
+}
+
+_fsdp = False
+
+
+def check(environment: Mapping[str, str] = os.environ) -> None:
+    """InputError where the launch asks for an engine that cannot train a partition."""
+    for name, what in ENGINES.items():
+        if environment.get(name, "false").lower() == "true":
+            raise InputError(f"{name}: the launch asks for {what}; {INSTEAD}")
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise InputError(f"fsdp_version: got {version}, expected 2: FSDP1 flattens parameters, and masks and the "
+                         "optimizer know them by name; set fsdp_version: 2 in accelerate's configuration")  # fmt: skip
+    for name, (needed, remedy) in FSDP_UNHEEDED.items():
+        given = environment.get(name, needed)
+        if given.lower() not in (needed, "no_wrap" if needed == "none" else needed, "full_shard"):
+            raise InputError(f"{name.lower()}: got {given}, expected {needed}: {remedy}")
+
+
+def join(on_cpu: bool) -> None:
+    """Meet the other processes of the launch, where there is one, and note whether it asks for FSDP2."""
+    global _fsdp
+    from accelerate import PartialState
+
+    check()
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
+        _fsdp = True
+    if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+        PartialState(cpu=on_cpu, timeout=LIMIT)
+
+
+def asks_for_fsdp() -> bool:
+    """Whether accelerate's configuration asked for FSDP2."""
+    return _fsdp
+
+
+class _Watch:
+    """This process's signs of life, and a look at those of the others."""
+
+    def __init__(self) -> None:
+        self.store: Any = processes.store().clone()
+        self.rank, self.count = processes.rank(), processes.count()
+        here = (socket.gethostname(), os.getpid())
+        everybody = processes.gather(here)
+        self.siblings = {r: pid for r, (host, pid) in enumerate(everybody) if host == here[0] and r != self.rank}
+        self.seen = dict.fromkeys((r for r in range(self.count) if r != self.rank), (b"", time.monotonic()))
+        self.reached = time.monotonic()
+        self.stopped = threading.Event()
+        # The store does not answer where its host is cut off, so another thread looks at the clock.
+        for look in (self.beat, self.clock):
+            threading.Thread(target=look, daemon=True, name=f"lorapar-{look.__name__}").start()
+
+    def beat(self) -> None:
+        number = 0
+        while not self.stopped.wait(BEAT):
+            number += 1
+            try:
+                self.store.set(f"lorapar/alive/{self.rank}", str(number))
+                if self.store.check(["lorapar/end"]):
+                    self.give_up(None)
+                for other, (value, _) in self.seen.items():
+                    key = f"lorapar/alive/{other}"
+                    now = self.store.get(key) if self.store.check([key]) else b""
+                    if now != value:
+                        self.seen[other] = now, time.monotonic()
+            except Exception:
+                if self.stopped.is_set():
+                    return
+                # Its process has ended, and with it the store.
+                self.give_up(f"the first process, or its machine, was lost; {RESUMES}")
+            self.reached = time.monotonic()
+            if line := who_died():
+                self.give_up(line)
+
+    def clock(self) -> None:
+        while not self.stopped.wait(BEAT):
+            now = time.monotonic()
+            silent = [other for other, (_, at) in self.seen.items() if now - at > LOST]
+            if now - self.reached > LOST:
+                self.give_up(f"the machine of the first process has not answered for {LOST:.0f} s; {RESUMES}")
+            elif silent:
+                self.give_up(f"{_named(silent)} has given no sign of life for {LOST:.0f} s; {RESUMES}")
+
+    def dead(self) -> list[int]:
+        """Processes of this host that have ended."""
+        return [other for other, pid in self.siblings.items() if not _lives(pid)]
+
+    def give_up(self, line: str | None) -> None:
+        """End this process, whatever its main thread waits for; None: another has said why."""
+        if self.stopped.is_set():
+            return
+        if line is not None:
+            say_end(line)
+        # run.log has the libraries' warnings, and the terminal has not.
+        warnings.warn(f"process {self.rank} ends: {line or 'another process has ended the run'}", stacklevel=2)
+        os._exit(1)
+
+
+_watch: _Watch | None = None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _named(ranks: list[int]) -> str:
+    return f"process {', '.join(map(str, ranks))} of {processes.count()}"
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """While the block runs, the end of one process is the end of all; nothing where there is one process."""
+    global _watch
+    if processes.count() == 1:
+        yield
+        return
+    _watch = _Watch()
+    try:
+        yield
+        # Who is ready earlier would be missed by the others.
+        processes.wait()
+    finally:
+        _watch.stopped.set()
+
+
+def say_end(line: str) -> bool:
+    """Print the line that ends the launch, unless another process has said why; returns whether it was printed."""
+    first = claim(line)
+    if first:
+        print(f"lorapar: {line}", file=sys.stderr, flush=True)
+        if processes.count() > 1 and processes.is_main():
+            time.sleep(2 * BEAT)  # the store may end with this process, and the others have to see in it why
+    return first
+
+
+def claim(line: str) -> bool:
+    """Whether this process is the first to end. Where nobody can be asked, each host's first process is."""
+    answer = [os.environ.get("LOCAL_RANK", "0") == "0"]
+    if processes.count() > 1:
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                mine = f"{processes.rank()}: {line}".encode()
+                answer[0] = processes.store().compare_set("lorapar/end", "", mine) == mine
+
+        # A store that is cut off does not answer.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(5.0)
+    return answer[0]
+
+
+def who_died(within: float = 0.0) -> str | None:
+    """The line for processes of this host that have ended, or do so in the next seconds; None where all live.
+
+    It is what a SIGTERM means that the launcher sends because another process has ended, and a lost connection.
+    """
+    until = time.monotonic() + within
+    while _watch is not None:
+        if dead := _watch.dead():
+            return f"{_named(dead)} ended without a word (killed?); {RESUMES}"
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.05)
+    return None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process has gone."""
+    if processes.count() == 1:
+        return False
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(part in text for part in ("gloo", "Connection closed by peer", "Connection reset", "NCCL"))
+    )

@@ -92,7 +92,7 @@ def join(on_cpu: bool) -> None:
 
 
 def shares(fsdp: bool) -> int:
-    """Over how many processes the base is sharded. fsdp: `model.fsdp`; accelerate's configuration may ask for it too."""
+    """Over how many processes the base is sharded; `model.fsdp`, or accelerate's configuration, asks for it."""
     return processes.count() if fsdp or _fsdp else 1
 
 

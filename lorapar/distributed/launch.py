@@ -44,16 +44,17 @@ ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (tensor, context or pipeline parallel), which "
     "cuts layers apart",
 }
-# What accelerate's FSDP configuration may say beside its version, and what would go unheeded.
-FSDP_UNHEEDED = {
-    "FSDP_OFFLOAD_PARAMS": ("false", "hold the base in 4 bits instead (lora.base: nf4)"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set sft.gradient_checkpointing and grpo.gradient_checkpointing"),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "a block's weights are given up after its forward"),
-    "FSDP_IGNORED_MODULES": ("none", "all but the decoder blocks stays whole"),
+# What accelerate's FSDP configuration may say beside its version: the values that we go by, and what to do otherwise.
+FSDP_HEEDED = {
+    "FSDP_OFFLOAD_PARAMS": (("false",), "hold the base in 4 bits instead (lora.base: nf4)"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "set sft.gradient_checkpointing and grpo.gradient_checkpointing"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard"), "a block's weights are given up after its forward"),
+    "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "every process holds its part of each block"),
+    "FSDP_IGNORED_MODULES": (("none", ""), "all but the decoder blocks stays whole"),
     "FSDP_AUTO_WRAP_POLICY": (
-        "transformer_based_wrap",
+        ("transformer_based_wrap",),
         "the decoder block is the unit: PEFT's fsdp_auto_wrap_policy, and a policy by size, wrap leaves whose weights "
-        "our layers read outside their forward",
+        "our layers read outside of their forward",
     ),
 }
 
@@ -72,10 +73,10 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
     if version != "2":
         raise InputError(f"fsdp_version: got {version}, expected 2: FSDP1 flattens parameters, and masks and the "
                          "optimizer know them by name; set fsdp_version: 2 in accelerate's configuration")  # fmt: skip
-    for name, (needed, remedy) in FSDP_UNHEEDED.items():
-        given = environment.get(name, needed)
-        if given.lower() not in (needed, "no_wrap" if needed == "none" else needed, "full_shard"):
-            raise InputError(f"{name.lower()}: got {given}, expected {needed}: {remedy}")
+    for name, (allowed, remedy) in FSDP_HEEDED.items():
+        given = environment.get(name, allowed[0])
+        if given.lower() not in allowed:
+            raise InputError(f"{name.lower()}: got {given}, expected {allowed[0]}: {remedy}")
 
 
 def join(on_cpu: bool) -> None:

@@ -3,15 +3,21 @@
     python -m tests.end_to_end.in_processes RECIPE OUTPUT_DIR sft,grpo [--section.key VALUE ...]
 
 Rollouts are a function of the prompt, so that GRPO learns from the same completions in any number of processes. What is
-handed to all-reduces of gradients is written to `exchanged.json`. In the environment, END names how process END_RANK
-ends at the fourth step of the stage END_IN (or, of another stage, at its start): killed, or refused.
+handed to all-reduces of gradients is written to `exchanged.json`. In the environment,
+
+    END names how process END_RANK ends, killed or refused, at the fourth step of the stage END_IN, or, of a stage that
+    does not train, at its start;
+    PAUSE has the main process sleep so many seconds in each stage that is its work alone;
+    LIMIT is how many seconds a collective may take.
 """
 
+import datetime
 import hashlib
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,10 @@ import torch
 from trl import GRPOTrainer
 
 from lorapar.cli import main
+from lorapar.distributed import launch
 from lorapar.distributed.exchange import GradientExchange
 from lorapar.errors import InputError
+from lorapar.pipeline import running
 from lorapar.training.trainer import PartitionedTrainer
 
 
@@ -59,8 +67,25 @@ def watch(folder: Path) -> None:
         if os.environ.get("RANK") == "0":
             (folder / "exchanged.json").write_text(json.dumps(exchanged))
 
+    run_stage, reset_peak_memory = running._run_stage, running.reset_peak_memory
+    stages: list[Any] = []
+
+    def noted(stage: Any, run: Any) -> None:
+        stages.append(stage)
+        run_stage(stage, run)
+
+    def at_start() -> None:
+        reset_peak_memory()
+        if mine and stages[-1].name == os.environ.get("END_IN") and not stages[-1].trains:
+            end(os.environ["END"])
+        if os.environ.get("RANK") == "0" and not stages[-1].together:
+            time.sleep(float(os.environ.get("PAUSE", "0")))
+
+    running._run_stage, running.reset_peak_memory = noted, at_start
+    launch.LIMIT = datetime.timedelta(seconds=float(os.environ.get("LIMIT", "7200")))
+    mine = os.environ.get("RANK", "0") == os.environ.get("END_RANK")
+
     def until(trainer: Any, *arguments: Any, **options: Any) -> torch.Tensor:
-        mine = os.environ.get("RANK", "0") == os.environ.get("END_RANK")
         if mine and trainer.stage == os.environ.get("END_IN") and trainer.state.global_step == 3:
             end(os.environ["END"])
         return backward(trainer, *arguments, **options)

@@ -204,3 +204,42 @@ def test_control_c_is_said_once(runs):
     process.wait(60)
     assert said.count("resumes from here") == 1, said
     assert "lorapar: interrupted; the same command resumes from here" in said
+
+
+STAGES = ("label", "score", "partition", "sft", "grpo", "evaluate", "export", "report")
+
+
+def test_a_run_that_loses_a_process_in_every_stage_is_finished_by_the_same_command(runs):
+    folder = runs.folder / "losing"
+    arguments = runs.arguments(folder, 2, (), "run")
+    for place, stage in enumerate(STAGES):
+        rank, began = place % 2, time.monotonic()
+        stopped = launch(2, arguments, END="killed", END_IN=stage, END_RANK=str(rank))
+        assert stopped.returncode != 0, stage
+        assert time.monotonic() - began < 60 + 60, stage  # the second minute is for reaching the stage
+        ours = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar: ")]
+        lost = f"lorapar: process {rank} of 2 ended without a word (killed?); the same command resumes from here"
+        assert [line for line in ours if "resumes from here" in line] == [lost], stopped.stderr[-3000:]
+        assert "finished" not in json.loads((folder / "stages.json").read_text())[stage]
+    done = launch(2, arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(folder / "report.html")]
+    undisturbed = runs.folder / "undisturbed"
+    assert launch(2, runs.arguments(undisturbed, 2, (), "run")).returncode == 0
+    for name in ("labels.jsonl", "partition.safetensors", "answers.jsonl"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    check_same(undisturbed, folder)
+    check_proof(folder)
+
+
+def test_what_one_process_does_alone_is_not_awaited_in_a_collective(runs):
+    """Three stages take the main process longer than a collective may take."""
+    folder = runs.folder / "patient"
+    done = launch(2, runs.arguments(folder, 2, (), "run"), PAUSE="25", LIMIT="20")
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = json.loads((folder / "stages.json").read_text())
+    assert set(records) == set(STAGES)
+    for name in ("partition", "export", "report"):
+        busy = records[name]["busy_seconds"]
+        assert busy[0] > 25
+        assert busy[1] < 5  # the rest is waiting, which no limit ends

@@ -161,6 +161,7 @@ def test_a_signal_ahead_of_the_run_and_a_handler_of_the_callers(recipe_file, mon
     assert taken == [1]
     # In another process of a distributed launch nothing is said twice.
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert lorapar("run", recipe_file) == (143, "", "")
 
 

@@ -234,12 +234,8 @@ def test_a_run_that_loses_a_process_in_every_stage_is_finished_by_the_same_comma
 
 def test_what_one_process_does_alone_is_not_awaited_in_a_collective(runs):
     """Three stages take the main process longer than a collective may take."""
-    folder = runs.folder / "patient"
-    done = launch(2, runs.arguments(folder, 2, (), "run"), PAUSE="25", LIMIT="20")
+    folder, began = runs.folder / "patient", time.monotonic()
+    done = launch(2, runs.arguments(folder, 2, (), "run"), PAUSE="20", LIMIT="15")
     assert done.returncode == 0, done.stderr[-3000:]
-    records = json.loads((folder / "stages.json").read_text())
-    assert set(records) == set(STAGES)
-    for name in ("partition", "export", "report"):
-        busy = records[name]["busy_seconds"]
-        assert busy[0] > 25
-        assert busy[1] < 5  # the rest is waiting, which no limit ends
+    assert time.monotonic() - began > 3 * 20
+    assert set(json.loads((folder / "stages.json").read_text())) == set(STAGES)

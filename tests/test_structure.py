@@ -25,7 +25,7 @@ ARROWS = {
     "rewards": "data errors",
     "adapter": "distributed errors files recipe",
     "model": "adapter data distributed errors files progress",
-    "memory": "adapter data errors model recipe",
+    "memory": "adapter data distributed errors model recipe",
     # The stages, in their order.
     "labeling": "data distributed errors files model progress recipe stage",
     "scoring": "adapter data distributed errors files model progress recipe stage",

@@ -187,29 +187,27 @@ class ScoredBatches:
 
     def look(self) -> None:
         """Take one example at a time from now on where one in a batch is not what it is alone."""
-        with self._else_alone():
+        try:
             check_batches(self.model, self.layers)
+        except NotByExample as reason:
+            self._take_alone(reason)
 
     def add(self, batch: list[Example]) -> float:
         """Forward and backward of one batch; returns what the loss was multiplied by."""
         if self.together:
-            with self._else_alone():
+            try:
                 return score_batch(self.model, self.layers, batch, self.packed)
+            except NotByExample as reason:
+                if is_sharded(self.model):
+                    # The other processes are in the midst of a forward.
+                    raise InputError(f"score.batch_size: {reason}; with a sharded base give 1") from None
+                self._take_alone(reason)
         scales = [score_alone(self.model, self.layers, example) for example in batch]
         return scales[0]
 
-    @contextlib.contextmanager
-    def _else_alone(self) -> Iterator[None]:
-        try:
-            yield
-        except NotByExample as reason:
-            if is_sharded(self.model):
-                # As many forwards as examples, and another process may have another number of them in its batch.
-                raise InputError(
-                    f"score.batch_size: {reason}; with a sharded base it can be scored with batch_size 1 alone"
-                ) from None
-            log.warning("score: %s; scored one example at a time, whatever batch_size says", reason)
-            self.together = False
+    def _take_alone(self, reason: NotByExample) -> None:
+        log.warning("score: %s; scored one example at a time, whatever batch_size says", reason)
+        self.together = False
 
 
 @torch.no_grad()

@@ -124,14 +124,14 @@ def score(
             stack.enter_context(short_attention(model, max(len(example.ids) for example in examples)))
             packed = packs_examples(model)
             plan = plan_batches([len(example.ids) for example in examples], batch_size, marks, padded=not packed)
+            batches = ScoredBatches(model, layers, packed)
+            if not packed and len(plan) < len(examples):
+                batches.look()
+            if is_sharded(model) and (not batches.together or len(plan) == len(examples)):
+                # As many forwards for every batch; and nothing is left to find out in the midst of one.
+                batches.together, plan = False, [[i] for batch in plan for i in batch]
             if checkpoint is not None:
                 key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
-            batches = ScoredBatches(model, layers, packed)
-            if len(plan) == len(examples) and is_sharded(model):
-                # Nothing to find out on the way, where one process could find it before another.
-                batches.together = False
-            elif not packed and len(plan) < len(examples):
-                batches.look()
             add = batches.add
         else:
             plan = [[i] for i in range(len(examples))]

@@ -2,25 +2,28 @@
 <folder> <what> ...`. Each function writes what it found into the folder, and fails where the processes do not agree."""
 
 import json
+import math
 import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 
 import lorapar
 from lorapar.adapter.layers import MaskedLayer
 from lorapar.distributed import processes
+from lorapar.distributed.sharding import is_sharded, shard
+from lorapar.errors import InputError
 from lorapar.files import load_tensors
 from lorapar.labeling import local
 from lorapar.labeling.stage import label_stage
-from lorapar.model import generate
 from lorapar.recipe.reading import parse
 from lorapar.scoring import batches
-from lorapar.scoring import score as scoring
 from lorapar.scoring import sums as score_sums
 from lorapar.scoring.batches import mean_answer_loss, read_examples
 from lorapar.scoring.scores import Scores, save_scores
@@ -30,7 +33,7 @@ from tests.lorapar.test_scoring import rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = 70  # in an odd number of batches
-STABLE = {"batch_size": 4, "until_stable": 1.0}
+STABLE: dict[str, Any] = {"batch_size": 4, "until_stable": 1.0}
 
 
 def model():
@@ -71,7 +74,7 @@ def scored(folder: Path) -> None:
         lorapar.partition(one, two, theta=0.9, alpha=0.5, beta=0.5).save(folder / "partition.safetensors")
 
 
-PASSES = {"plain": {"batch_size": 4}, "stable": STABLE}
+PASSES: dict[str, dict[str, Any]] = {"plain": {"batch_size": 4}, "stable": STABLE}
 
 
 def killed(folder: Path, which: str) -> None:
@@ -125,39 +128,44 @@ def read_back(folder: Path) -> None:
     save_one(folder / "read_back.safetensors", scores)
 
 
-def kept_in_step(folder: Path) -> None:
-    """As with a sharded base: every process makes as many forwards and backwards, and the scores are the same."""
-    for module in (scoring, batches, generate):
-        module.is_sharded = lambda model: True
+def with_a_sharded_base(folder: Path) -> None:
+    """Scores, answers and loss of a base in parts, whose forwards are collectives: as many in every process."""
+    whole, parts = model(), model()
+    shard(parts, torch.device("cpu"))
+    assert is_sharded(parts)
+    # One process has a batch fewer.
     assert len(batches.plan_batches([len(row["input_ids"]) for row in rows(ROWS)], 4, [], True)) % processes.count()
-    whole = model()
-    forwards, backwards, steps = [], [], []
-    layer = next(module for module in whole.modules() if isinstance(module, MaskedLayer))
+    forwards: list[int] = []
+    layer = next(module for module in parts.modules() if isinstance(module, MaskedLayer))
     layer.register_forward_hook(lambda *_: forwards.append(1))
-    layer.register_full_backward_hook(lambda *_: backwards.append(1))
-    scores = same_in_all(lorapar.score(whole, None, rows(ROWS), 4))
-    agreed((len(forwards), len(backwards)))
-    produce = whole.generate
-
-    def in_step(*args, synced_gpus, **kwargs):
-        steps.append(synced_gpus)
-        return produce(*args, **kwargs)
-
-    whole.generate = in_step
-    rows_of_one = [{"id": str(i), "prompt": "?" * (i + 1), "answer": "1"} for i in range(5)]
-    lorapar.evaluate(whole, tiny_tokenizer(), rows_of_one, 4, 1)
-    assert agreed(steps) == [True] * (-(-5 // processes.count()))
-    before = len(forwards)
-    mean_answer_loss(whole, read_examples(rows(5), None, None), 1)
-    assert agreed(len(forwards) - before) == -(-5 // processes.count())
-    if processes.is_main():
-        save_one(folder / "in_step.safetensors", scores)
+    for batch_size, some in ((4, rows(ROWS)), (1, rows(5))):
+        scores, wanted = (same_in_all(lorapar.score(one, None, some, batch_size)) for one in (parts, whole))
+        agreed(len(forwards))
+        if batch_size == 4 and processes.is_main():
+            save_one(folder / "sharded.safetensors", scores)
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(scores[name], tensor, rtol=1e-5, atol=0.0)
+    asked = [{"id": str(i), "prompt": "?" * (i + 1), "answer": "1"} for i in range(5)]
+    given, wanted = (agreed(lorapar.evaluate(one, tiny_tokenizer(), asked, 4, 1)) for one in (parts, whole))
+    agreed(len(forwards))
+    assert given == wanted
+    examples = read_examples(rows(5), None, None)
+    loss, wanted = (agreed(mean_answer_loss(one, examples, 1)) for one in (parts, whole))
+    agreed(len(forwards))
+    assert math.isclose(loss, wanted, rel_tol=1e-6)
+    # A row that cannot be scored, in a batch of every process: no row by itself is named, which would take forwards
+    # that the others do not make.
+    with torch.no_grad():
+        parts.get_input_embeddings().weight[200] = torch.nan
+    bad = [{**row, "input_ids": [200, *row["input_ids"][1:]]} for row in rows(ROWS)]
+    with pytest.raises(InputError, match=r"row \d+ to \d+: NaN or Inf in the gradient of"):
+        lorapar.score(parts, None, bad, 4)
 
 
 def evaluated(folder: Path) -> None:
     """Answers, a metric that notes each of its calls, and the mean loss of a watched system."""
 
-    def letters(prompts, completions, **columns):
+    def letters(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         with open(folder / "called.txt", "a") as file:
             file.write(f"{processes.rank()} {len(completions)}\n")
         return [len(text) / 7 for text in completions]

@@ -38,12 +38,12 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    return shared(2, tmp_path_factory.mktemp("two"), "scored", "evaluated", "kept_in_step")
+    return shared(2, tmp_path_factory.mktemp("two"), "scored", "evaluated", "with_a_sharded_base")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
-    return shared(4, tmp_path_factory.mktemp("four"), "scored", "kept_in_step")
+    return shared(4, tmp_path_factory.mktemp("four"), "scored", "with_a_sharded_base")
 
 
 def assert_same(found: Scores, wanted: Scores) -> None:
@@ -100,7 +100,7 @@ def test_a_killed_pass_goes_on_in_any_number_of_processes(one, which, killed_in,
 
 @pytest.mark.parametrize("processes", ["two", "four"])
 def test_with_a_sharded_base_every_process_makes_as_many_forwards(processes, request):
-    found, _ = load_scores(request.getfixturevalue(processes) / "in_step.safetensors")
+    found, _ = load_scores(request.getfixturevalue(processes) / "sharded.safetensors")
     assert_same(found, lorapar.score(sharing.model(), None, rows(sharing.ROWS), 4))
 
 

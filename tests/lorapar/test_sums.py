@@ -7,6 +7,7 @@ import lorapar
 import lorapar_kernels as lk
 from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.errors import InputError
+from lorapar.files import load_tensors
 from lorapar.memory.step import LiveBytes
 from lorapar.scoring import sums as score_sums
 from lorapar.scoring.batches import read_examples, score_batch
@@ -117,6 +118,43 @@ def test_a_damaged_file_of_sums_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="sums.safetensors: corrupt or truncated"):
         lorapar.score(model, None, rows(), checkpoint=path)
+
+
+def test_files_of_other_processes_are_known_by_their_rank_alone(tmp_path):
+    path = tmp_path / "sums[1].safetensors"
+    assert score_sums.file_of(path, 0) == path
+    ours = [score_sums.file_of(path, rank) for rank in range(3)]
+    others = [tmp_path / name for name in ("sums[1].old.safetensors", "sums[1].1.json", "sums1.1.safetensors",
+                                           "sums[1].1.2.safetensors", ".sums[1].1.safetensors.x.tmp")]  # fmt: skip
+    for file in (*ours[1:], *others):
+        file.touch()
+    assert score_sums.files_of(path) == ours[1:]
+    ours[0].touch()
+    assert score_sums.files_of(path) == ours
+    score_sums.remove(path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_sums_of_several_processes_are_one_pass(tmp_path):
+    """Two files of half of the plan each go on as one, in which every batch is once."""
+    model = lorapar.attach(tiny_model(), config(), start="paper")
+    path, files = tmp_path / "sums.safetensors", []
+    whole = lorapar.score(model, None, rows(), 2, on_batch=lambda running: files.append(list(running.done)))
+    places = files[-1]
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lorapar.distributed.processes.rounds", lambda left, rank=rank: left[rank::2])
+            patch.setattr("lorapar.distributed.processes.rank", lambda rank=rank: rank)
+            patch.setattr(score_sums.RunningSums, "restore", lambda *_: [])
+            lorapar.score(model, None, rows(), 2, checkpoint=path)
+    assert [load_tensors(file)[1]["done"] for file in score_sums.files_of(path)] == [places[::2], places[1::2]]
+    counted = []
+    both = lorapar.score(model, None, rows(), 2, checkpoint=path, on_batch=lambda running: counted.append(1))
+    assert (counted, both.metadata) == ([], whole.metadata)
+    assert all(torch.allclose(both[name], whole[name], rtol=1e-6, atol=0.0) for name in whole)
+    # One file is left, of all of it.
+    assert score_sums.files_of(path) == [path]
+    assert sorted(load_tensors(path)[1]["done"]) == places
 
 
 def test_until_stable_stops_at_the_first_look_that_reaches_the_level():

@@ -22,8 +22,10 @@ log = logging.getLogger("lorapar")
 T = TypeVar("T")
 LONGEST_POLL = 0.1  # seconds between two looks at the store
 SAY_AFTER = 60.0  # seconds after which a process says whom it waits for
+PIECE = 4 << 20  # bytes; the store breaks off at 8 MiB
 _rounds = itertools.count()  # every process takes the same ones, in the same order
 _waited = 0.0
+_pieces = 0  # of this process's words in the round before
 
 
 def count() -> int:
@@ -65,12 +67,17 @@ def rounds(items: Sequence[T]) -> list[T | None]:
 def gather(value: T) -> list[T]:
     """What each process hands over, in the order of their ranks, in every process. Pickled: words and numbers, not
     tensors of a model's size."""
-    global _waited
+    global _waited, _pieces
     if count() == 1:
         return [value]
     number, meeting = next(_rounds), store()
     keys = [f"lorapar/{number}/{other}" for other in range(count())]
-    meeting.set(keys[rank()], pickle.dumps(value))
+    words = pickle.dumps(value)
+    pieces = [words[at : at + PIECE] for at in range(0, len(words), PIECE)]
+    for place, piece in enumerate(pieces):
+        meeting.set(f"{keys[rank()]}/{place}", piece)
+    # Last, so that whoever sees it finds the pieces.
+    meeting.set(keys[rank()], str(len(pieces)))
     began, said, pause = time.monotonic(), False, 1e-3
     while not meeting.check(keys):
         if not said and time.monotonic() - began > SAY_AFTER:
@@ -80,12 +87,18 @@ def gather(value: T) -> list[T]:
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL)
     _waited += time.monotonic() - began
-    found = [value if other == rank() else pickle.loads(meeting.get(key)) for other, key in enumerate(keys)]
-    if number and is_main():
+    found = [value if other == rank() else _read(meeting, key) for other, key in enumerate(keys)]
+    if number:
         # Whoever has come to this round has read all of the one before.
-        for other in range(count()):
-            meeting.delete_key(f"lorapar/{number - 1}/{other}")
+        before = f"lorapar/{number - 1}/{rank()}"
+        for key in (before, *(f"{before}/{place}" for place in range(_pieces))):
+            meeting.delete_key(key)
+    _pieces = len(pieces)
     return found
+
+
+def _read(meeting: Any, key: str) -> Any:
+    return pickle.loads(b"".join(meeting.get(f"{key}/{place}") for place in range(int(meeting.get(key)))))
 
 
 def wait() -> None:

@@ -46,6 +46,9 @@ def main(folder: Path) -> None:
     # What one process says, in all of them; what each says, in their order.
     assert processes.from_main(lambda: ("main", processes.rank())) == ("main", 0)
     assert processes.gather(rank * rank) == [r * r for r in range(count)]
+    # More than the store takes at once.
+    long = [bytes([r]) * (9 << 20) for r in range(count)]
+    assert processes.gather(long[rank]) == long
     big = 2.0**60
     (total,) = processes.sum_in_order([torch.tensor([1.0, big if rank == 0 else -big if rank == 1 else 3.0])])
     assert total.tolist() == [count, 3.0 * (count - 2)]

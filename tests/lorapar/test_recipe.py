@@ -472,7 +472,12 @@ BEYOND = {
     [
         ("sft", "push_to_hub", True, "got True: a run uploads nothing"),
         ("grpo", "hub_token", "hf_secret", "got a value: a run uploads nothing"),
-        ("sft", "deepspeed", "ds.json", "got 'ds.json': masks, the proof and the optimizer know whole parameters by name"),
+        (
+            "sft",
+            "deepspeed",
+            "ds.json",
+            "got 'ds.json': masks, the proof and the optimizer know whole parameters by name",
+        ),
         ("sft", "fsdp", "full_shard", "got 'full_shard': masks"),
         ("sft", "assistant_only_loss", True, "set data.loss: assistant"),
         ("sft", "auto_find_batch_size", True, "`lorapar plan` says what fits"),

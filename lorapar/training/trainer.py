@@ -308,9 +308,8 @@ def _exchange(model: nn.Module) -> GradientExchange | None:
     for parameter in masks:
         torch.distributed.broadcast(parameter.data, 0)
     exchange = GradientExchange(masks)
-    total = sum(parameter.numel() * parameter.element_size() for parameter in masks)
-    log.info("%d processes exchange %.2f MB of gradients a step, %.0f %% of all of the adapter's", processes.count(),
-             exchange.bytes / 1e6, 100 * exchange.bytes / total)  # fmt: skip
+    log.info("%d processes exchange %.2f MB a step: the gradients of %d active elements of %d", processes.count(),
+             exchange.bytes / 1e6, exchange.elements, sum(parameter.numel() for parameter in masks))  # fmt: skip
     return exchange
 
 

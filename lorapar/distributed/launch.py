@@ -58,6 +58,7 @@ FSDP_UNHEEDED = {
 }
 
 _fsdp = False
+_ending = threading.Lock()  # taken for good by the thread of this process that ends it
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:
@@ -150,8 +151,8 @@ class _Watch:
         """End this process, whatever its main thread waits for; None: another has said why."""
         if self.stopped.is_set():
             return
-        if line is not None:
-            say_end(line)
+        if line is not None and not say_end(line):
+            time.sleep(BEAT)  # the main thread may be about to say it
         # run.log has the libraries' warnings, and the terminal has not.
         warnings.warn(f"process {self.rank} ends: {line or 'another process has ended the run'}", stacklevel=2)
         os._exit(1)
@@ -201,6 +202,8 @@ def claim(line: str) -> bool:
     """Whether this process is the first to end. Where nobody can be asked, each host's first process is."""
     answer = [os.environ.get("LOCAL_RANK", "0") == "0"]
     if processes.count() > 1:
+        if not _ending.acquire(blocking=False):
+            return False
 
         def ask() -> None:
             with contextlib.suppress(Exception):

@@ -1,91 +1,206 @@
-"""Two processes on the CPU (gloo) train the SFT stage as one process does at the same global batch."""
+"""Several processes on the CPU (gloo) train as one process does at the same global batch, sharded or not."""
 
+import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import lorapar
-from tests.tiny import TARGETS
+from tests.launched import command, environment, launch
+from tests.lorapar.driver import recipe_values
 
-RECIPE = {
-    "data": {
-        "sources": [
-            {
-                "name": "reasoning_gym:chain_sum",
-                "size": 150,
-                "config": {"min_terms": n, "max_terms": n, "min_digits": 1, "max_digits": 1},
-            }
-            for n in (2, 3)
-        ],
-        "held_out": 10,
-    },
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": TARGETS},
-    "score": {"examples": 8},
-    "stages": ["sft"],
-    "sft": {
-        "max_steps": 5,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        # Less than a process's batch, so that it goes through in parts and gradients are exchanged after the last.
-        "micro_batch_tokens": 100,
-    },
-}  # fmt: skip
+pytestmark = pytest.mark.slow
+FSDP, NF4 = ("--model.fsdp", "true"), ("--lora.base", "nf4")
 
 
-def write_recipe(path: Path, tiny_folder: Path, batch: int) -> Path:
-    recipe = {"model": {"name": str(tiny_folder), "dtype": "float32"}, **RECIPE}
-    recipe["sft"] = RECIPE["sft"] | {"per_device_train_batch_size": batch}
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+@dataclasses.dataclass
+class Runs:
+    """Output folders with everything up to the partition, made once for each form of the base."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    def recipe(self, processes: int) -> Path:
+        """The same rows a step for any number of processes; the smaller batch of two goes through in parts."""
+        values = json.loads(json.dumps(self.values))
+        for stage in ("sft", "grpo"):
+            values[stage]["per_device_train_batch_size"] = 8 // processes
+        path = self.folder / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def begun(self, base: tuple[str, ...]) -> Path:
+        folder = self.folder / ("begun" + "".join(base).replace("--", "-"))
+        if not folder.exists():
+            overrides = [("output_dir", str(folder)), *([("lora.base", "nf4")] if base else [])]
+            recipe = lorapar.load_recipe(self.recipe(1), overrides)
+            for verb in ("label", "score", "partition"):
+                lorapar.run(recipe, only=verb)
+        return folder
+
+    def copy(self, name: str, of: Path) -> Path:
+        return Path(shutil.copytree(of, self.folder / name))
+
+    def arguments(self, folder: Path, processes: int, options: tuple[str, ...], stages: str = "sft,grpo") -> list[str]:
+        # --update: the recipe's batch is another one.
+        run = ["-m", "tests.end_to_end.in_processes", str(self.recipe(processes)), str(folder), stages, "--update"]
+        return [*run, *options]
+
+    def trained(self, name: str, processes: int, *options: str) -> Path:
+        """A copy with both stages trained by so many processes."""
+        folder = self.folder / name
+        if not folder.exists():
+            self.copy(name, self.begun(NF4 if "nf4" in options else ()))
+            done = launch(processes, self.arguments(folder, processes, options))
+            assert done.returncode == 0, done.stderr[-3000:]
+        return folder
 
 
-def losses(folder: Path) -> list[float]:
-    return [e["loss"] for e in json.loads((folder / "sft" / "log_history.json").read_text()) if "loss" in e]
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    values = recipe_values(tiny_folder)
+    values["sft"] |= {"max_steps": 5, "micro_batch_tokens": 100}
+    values["grpo"] |= {"max_steps": 5, "scale_rewards": "none"}
+    values["partition"] = {"theta": 0.88}
+    return Runs(tmp_path_factory.mktemp("runs"), values)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path, tiny_folder):
-    outputs = {}
-    for processes in (1, 2):
-        folder = tmp_path / f"run{processes}"
-        recipe = write_recipe(tmp_path / f"{processes}.yaml", tiny_folder, 8 // processes)
-        for verb in ("label", "score", "partition"):
-            assert lorapar.run(lorapar.load_recipe(recipe, [("output_dir", str(folder))]), only=verb) == folder
-        # Without a GPU accelerate starts several processes only when asked as for several GPUs.
-        several = ["--multi_gpu"] if processes > 1 else []
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
-        command = [*launch, "-m", "lorapar", "sft", str(recipe), "--output_dir", str(folder)]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        outputs[processes] = folder
-    one, two = losses(outputs[1]), losses(outputs[2])
-    assert len(one) == 5
-    assert two == pytest.approx(one, rel=1e-4)
-    adapters = [_adapter(folder) for folder in outputs.values()]
-    made = lorapar.Partition.load(outputs[2] / "partition.safetensors").active("sft")
-    start = _adapter(outputs[2], "start")
-    for name, tensor in adapters[1].items():
-        torch.testing.assert_close(tensor, adapters[0][name], rtol=1e-3, atol=1e-5)
-        mask = made[name.replace(".weight", ".default.weight")]
-        assert torch.equal(tensor[~mask], start[name][~mask])
-        assert not torch.equal(tensor[mask], start[name][mask]) or not mask.any()
-    record = json.loads((outputs[2] / "stages.json").read_text())["sft"]
-    assert record["optimizer_state_bytes"] == 8 * record["active"]
+def logged(folder: Path, stage: str, key: str) -> list[float]:
+    history = json.loads((folder / stage / "log_history.json").read_text())
+    return [entry[key] for entry in history if key in entry]
 
 
-def _adapter(folder: Path, stage: str = "sft") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
+def adapter(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / stage / "adapter_model.safetensors")
+
+
+def flat(folder: Path, stage: str) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1).double() for _, tensor in sorted(adapter(folder, stage).items())])
+
+
+KEYS = {"sft": ("loss", "grad_norm"), "grpo": ("reward", "grad_norm", "kl")}
+
+
+def check_same(one: Path, other: Path, stages: str = "sft,grpo") -> None:
+    """Losses, gradients and rewards of every step, and the adapters after each stage."""
+    for stage in stages.split(","):
+        for key in KEYS[stage]:
+            wanted = logged(one, stage, key)
+            assert len(wanted) == 5
+            assert logged(other, stage, key) == pytest.approx(wanted, rel=1e-3, abs=1e-5), (stage, key)
+        # By norms: Adam makes steps of their full size of gradients that are rounding alone.
+        made, given, start = flat(other, stage), flat(one, stage), flat(one, "start")
+        assert float((made - given).norm()) < 5e-3 * float((given - start).norm())
+
+
+def check_proof(folder: Path, stages: str = "sft,grpo") -> None:
+    """What is inactive is as it was before the stage, to the bit, and the counts are of the whole adapter."""
+    partition = lorapar.Partition.load(folder / "partition.safetensors")
+    records = json.loads((folder / "stages.json").read_text())
+    for stage in stages.split(","):
+        before = {"sft": "start", "grpo": "sft"}[stage]
+        masks, was, became = partition.active(stage), adapter(folder, before), adapter(folder, stage)  # type: ignore[arg-type]
+        for name, tensor in became.items():
+            inactive = ~masks[name.replace(".weight", ".default.weight")]
+            assert torch.equal(tensor[inactive], was[name][inactive])
+        active = sum(int(mask.sum()) for mask in masks.values())
+        assert records[stage]["active"] == active
+        assert active * 0.9 < records[stage]["moved"] <= active
+        assert records[stage]["optimizer_state_bytes"] == 8 * active
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "like"),
+    [("ddp", (), "one"), ("fsdp", FSDP, "one"), ("nf4-ddp", NF4, "one-nf4"), ("nf4-fsdp", NF4 + FSDP, "one-nf4")],
+)
+def test_two_processes_train_as_one_does(runs, name, options, like):
+    one = runs.trained(like, 1, *(NF4 if "nf4" in like else ()))
+    two = runs.trained(name, 2, *options)
+    check_same(one, two)
+    check_proof(two)
+
+
+def test_a_sharded_base_gives_the_very_bits(runs):
+    # The same arithmetic in the same order: a block is whole while it computes.
+    plain, sharded = runs.trained("ddp", 2), runs.trained("fsdp", 2, *FSDP)
+    for stage in ("sft", "grpo"):
+        assert logged(plain, stage, "loss") == logged(sharded, stage, "loss")
+        for name, tensor in adapter(plain, stage).items():
+            assert torch.equal(tensor, adapter(sharded, stage)[name])
+
+
+def test_active_gradients_alone_are_exchanged(runs):
+    folder = runs.trained("ddp", 2)
+    partition = lorapar.Partition.load(folder / "partition.safetensors").summary()
+    share, elements = partition["fraction"]["active_sft"], json.loads((folder / "stages.json").read_text())["sft"]
+    assert 0.38 < share < 0.42
+    # Half of the elements are the start's frozen twin, which a dense exchange could leave out too.
+    dense = 4 * elements["elements"] / 2
+    exchanged = json.loads((folder / "exchanged.json").read_text())
+    assert len(exchanged) == 10  # one a step of either stage, though a batch of sft goes through in parts
+    assert max(exchanged) <= 0.45 * dense
+    assert min(exchanged) >= share * dense
+
+
+@pytest.mark.parametrize(
+    ("begun_by", "goes_on_in", "stage"), [(2, 1, "sft"), (1, 2, "sft"), (2, 1, "grpo"), (1, 2, "grpo")]
+)
+def test_another_number_of_processes_resumes(runs, begun_by, goes_on_in, stage):
+    undisturbed = runs.trained("one", 1)
+    folder = runs.copy(f"killed-{begun_by}-{stage}", runs.begun(()))
+    stages = "sft" if stage == "sft" else "sft,grpo"
+    arguments = runs.arguments(folder, begun_by, (), stages)
+    began = time.monotonic()
+    stopped = launch(begun_by, arguments, END="killed", END_IN=stage, END_RANK=str(begun_by - 1))
+    assert stopped.returncode != 0
+    assert time.monotonic() - began < 60
+    if begun_by > 1:
+        ours = [line for line in stopped.stderr.splitlines() if "resumes from here" in line]
+        assert ours == ["lorapar: process 1 of 2 ended without a word (killed?); the same command resumes from here"]
+    done = launch(goes_on_in, [word for word in arguments if word != "--update"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((folder / "stages.json").read_text())[stage]
+    assert record["resumed_from"] == "checkpoint-2"
+    assert f"processes: {begun_by} at its start, {goes_on_in} now, at the same 8 rows a step" in done.stderr
+    check_same(undisturbed, folder, stages)
+    check_proof(folder, stages)
+
+
+def test_a_process_that_is_refused_ends_all_with_its_line(runs):
+    folder = runs.copy("refused", runs.begun(()))
+    began = time.monotonic()
+    done = launch(2, runs.arguments(folder, 2, ()), END="refused", END_IN="sft", END_RANK="1")
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    last = [line for line in done.stderr.splitlines() if line.startswith("lorapar: ")][-1]
+    assert last == "lorapar: error: row 17: refused for the test"
+    assert done.stderr.count("lorapar: error:") == 1
+    assert "resumes from here" not in done.stderr
+
+
+def test_control_c_is_said_once(runs):
+    folder = runs.copy("interrupted", runs.begun(()))
+    arguments = runs.arguments(folder, 2, ("--sft.max_steps", "100000"), "sft")
+    process = subprocess.Popen(
+        command(2, arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
+        process_group=0,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "went first" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.stderr.read()
+    process.wait(60)
+    assert said.count("resumes from here") == 1, said
+    assert "lorapar: interrupted; the same command resumes from here" in said

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def activated(model: nn.Module) -> GradientExchange:
     """The exchange of a partition that has 40 % of the elements active."""
     parameters = lora_parameters(model)
     masks = {name: torch.rand(parameter.shape) < ACTIVE for name, parameter in parameters.items()}
-    sets = dict.fromkeys(("s1", "s2", "sft", "grpo"), masks)
+    sets: dict[str, Any] = dict.fromkeys(("s1", "s2", "sft", "grpo"), masks)
     activate(model, lorapar.Partition(sets, {"theta": 0.9, "rank": None}), "sft")
     return GradientExchange(
         {parameters[name]: mask for name, mask in masks_by_parameter(model).items() if mask is not None}
@@ -86,8 +87,9 @@ def measure(layers: int) -> dict[str, tuple[float, float]]:
 
     model = adapted(base(layers))
     elements = sum(parameter.numel() for parameter in lora_parameters(model).values())
-    found["DDP, every element"] = ring * 4 * elements, bytes_a_step(
-        functools.partial(backward, DistributedDataParallel(model))
+    found["DDP, every element"] = (
+        ring * 4 * elements,
+        bytes_a_step(functools.partial(backward, DistributedDataParallel(model))),
     )
 
     model = adapted(base(layers))
@@ -109,8 +111,9 @@ def measure(layers: int) -> dict[str, tuple[float, float]]:
     of_base = 2 * gather * blocks
     found["FSDP2"] = of_base + exchanged, bytes_a_step(step)
     found["FSDP2, two micro-batches a step"] = 2 * of_base + exchanged, bytes_a_step(functools.partial(step, 2))
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    peft_model: Any = model
+    peft_model.enable_input_require_grads()
+    peft_model.gradient_checkpointing_enable({"use_reentrant": False})
     found["FSDP2, gradient checkpointing"] = of_base + exchanged, bytes_a_step(step)
     return found
 

@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
-from tests.lorapar.driver import recipe_values, succeeds, write_recipe
 from tests.launched import environment
+from tests.lorapar.driver import recipe_values, succeeds, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -48,17 +48,19 @@ class Machine:
 
     def __init__(self, number: int):
         self.number, self.name = number, f"lorapar{os.getpid()}-{number}"
-        self.said: Path | None = None
+        self.said = Path()
         self.process: subprocess.Popen[bytes] | None = None
         ip("netns", "add", self.name)
 
-    def start(self, log: Path, *arguments: object, processes: int = 1, machines: int = 2) -> None:
+    def start(self, log: Path, *arguments: object, host: str | None = None) -> None:
         """torchrun's part of `python -m lorapar <arguments>` on this machine; `log` gets what it prints."""
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines), "--node_rank",
-                 str(self.number if machines > 1 else 0), "--nproc_per_node", str(processes), "--master_addr",
-                 ADDRESSES[0 if machines > 1 else self.number], "--master_port", PORT, "-m", "lorapar",
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(self.number),
+                 "--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", PORT, "-m", "lorapar",
                  *map(str, arguments)]  # fmt: skip
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"machine{self.number}", *words]
+        # Numbers of processes, too, are a machine's own.
+        own = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        numbered = f"echo {1000 * self.number + 100} > /proc/sys/kernel/ns_last_pid"
+        named = [*own, "sh", "-c", f'{numbered} && hostname "$0" && exec "$@"', host or f"machine{self.number}", *words]
         self.said = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(["ip", "netns", "exec", self.name, *named], stdout=out, stderr=out,
@@ -73,10 +75,12 @@ class Machine:
     def unplug(self) -> None:
         ip("-n", self.name, "link", "set", "eth0", "down")
 
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def end(self, within: float) -> tuple[int, list[str]]:
         """(exit status, the lines of ours that name an end) once all that runs here has ended by itself."""
         assert self.process is not None
-        assert self.said is not None
         until = time.monotonic() + within
         status = self.process.wait(within)
         while left := ip("netns", "pids", self.name).split():
@@ -86,14 +90,18 @@ class Machine:
                         if line.startswith("lorapar: ") and ("resumes" in line or "error" in line)]  # fmt: skip
 
 
-@pytest.fixture
-def machines() -> Iterator[tuple[Machine, Machine]]:
+@pytest.fixture(scope="module")
+def permitted() -> None:
     if reason := why_not():
         pytest.skip(reason)
-    both = []
+
+
+@pytest.fixture
+def machines(permitted) -> Iterator[tuple[Machine, Machine]]:
+    both: list[Machine] = []
     try:
-        both += [Machine(0)]
-        both += [Machine(1)]
+        for number in range(2):
+            both.append(Machine(number))
         first, second = both
         ip("link", "add", "eth0", "netns", first.name, "type", "veth", "peer", "name", "eth0", "netns", second.name)
         for machine, address in zip(both, ADDRESSES, strict=True):
@@ -112,7 +120,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 @pytest.fixture(scope="module")
 def file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe whose training of two rows a step and process takes some seconds, and writes checkpoints."""
-    values = recipe_values(tiny_folder) | {"stages": ["sft"]}
+    values: dict[str, Any] = recipe_values(tiny_folder) | {"stages": ["sft"]}
     values["sft"] |= {"max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3, "learning_rate": 1e-4,
                       "per_device_train_batch_size": 2}  # fmt: skip
     # 44 rows of System 1: a launch would fill up an epoch's last batch that is not full with other rows.
@@ -121,7 +129,7 @@ def file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def alone(permitted, file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """(an output folder up to its partition, the losses of one process at the batch of two)."""
     folder = tmp_path_factory.mktemp("alone")
     for verb in ("label", "score", "partition"):
@@ -140,7 +148,7 @@ def wait_for_checkpoint(folder: Path, *machines: Machine) -> None:
     until = time.monotonic() + 120
     while not list((folder / "sft").glob(f"checkpoint-{2 * SAVE_STEPS}")):
         for machine in machines:
-            assert machine.process.poll() is None, machine.said.read_text()
+            assert machine.runs(), machine.said.read_text()
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -149,7 +157,8 @@ def test_two_machines_train_as_one_process_does(machines, alone, file, tmp_path)
     partitioned, trained = alone
     folder = shutil.copytree(partitioned, tmp_path / "run")
     for machine in machines:
-        machine.start(tmp_path / f"{machine.number}.log", "sft", file, "--output_dir", folder)
+        # Machines of one image may have one name.
+        machine.start(tmp_path / f"{machine.number}.log", "sft", file, "--output_dir", folder, host="localhost")
     for machine in machines:
         assert machine.end(200) == (0, []), machine.said.read_text()
     assert len(losses(folder)) == STEPS
@@ -158,9 +167,7 @@ def test_two_machines_train_as_one_process_does(machines, alone, file, tmp_path)
 
 @pytest.mark.parametrize("how", ["killed", "unplugged"])
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_machine_that_is_lost_ends_the_run_which_the_other_resumes(
-    machines, alone, file, tmp_path, lost, how, capsys
-):
+def test_a_machine_that_is_lost_ends_the_run_which_the_other_resumes(machines, alone, file, tmp_path, lost, how):
     partitioned, trained = alone
     folder = shutil.copytree(partitioned, tmp_path / "run")
     for machine in machines:
@@ -171,16 +178,12 @@ def test_a_machine_that_is_lost_ends_the_run_which_the_other_resumes(
     gone.kill() if how == "killed" else gone.unplug()
     status, lines = left.end(70)
     seconds = time.monotonic() - began
-    with capsys.disabled():
-        print(f"\n{how} {lost}: {seconds:.1f} s", status, lines)
     assert status != 0
     assert len(lines) == 1, left.said.read_text()
     assert lines[0].endswith("the same command resumes from here")
     assert seconds < 60
     if how == "unplugged":  # it is cut off from the other just so
         status, lines = gone.end(30)
-        with capsys.disabled():
-            print(time.monotonic() - began, status, lines)
         assert status != 0
         assert len(lines) == 1, gone.said.read_text()
     assert not (folder / "sft" / "log_history.json").exists()
@@ -197,5 +200,13 @@ def test_a_folder_that_the_machines_do_not_share_is_refused(machines, alone, fil
         # As a disk of its own would be mounted.
         folder = shutil.copytree(partitioned, tmp_path / str(machine.number))
         machine.start(tmp_path / f"{machine.number}.log", "sft", file, "--output_dir", folder)
-    ended = [machine.end(150) for machine in machines]
-    print(ended)
+    (status, first), (other, second) = [machine.end(150) for machine in machines]
+    assert status != 0
+    assert other != 0
+    [line] = first + second
+    assert re.fullmatch(
+        rf"lorapar: error: output_dir: {tmp_path}/[01] is another folder for process 1 on machine1; give one on a file "
+        "system that all machines share",
+        line,
+    )
+    assert not (tmp_path / "0" / "sft").exists()

@@ -4,6 +4,7 @@ Each stage is declared in the `stage.py` of its folder, the only file there that
 takes from the `Run` what its method needs and calls the method with plain arguments.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .data.labels import eval_rows, load_labels, put_aside
 from .data.rows import load_rows
-from .distributed import processes
-from .distributed.launch import asks_for_fsdp
+from .distributed.launch import shares
 from .model.generate import set_stop_tokens
-from .model.load import load_config, load_model, load_tokenizer
+from .model.load import best_dtype, choose_device, load_config, load_model, load_tokenizer
 from .model.positions import positions_of
 
 if TYPE_CHECKING:
@@ -88,13 +88,25 @@ class Run:
 
     def load_model(self) -> "PreTrainedModel":
         """The base model, loaded for one stage: what the stage does to it (adapters, trainers' hooks) ends with it."""
-        model = load_model(self.recipe.model, self.recipe.lora.get("base"), shard=self.shards())
+        model = load_model(self.recipe.model, self.recipe.lora.get("base"), shard=self.is_sharded())
         set_stop_tokens(model, self.tokenizer)
         return model
 
-    def shards(self) -> bool:
+    def load_whole_model(self) -> "PreTrainedModel":
+        """The same in the main process alone: in main memory where no device holds all of a base that is sharded."""
+        config, base = self.recipe.model, self.recipe.lora.get("base")
+        if self.is_sharded():
+            dtype = config.dtype
+            if dtype == "auto" and base != "bf16":
+                dtype = str(best_dtype(choose_device(config.device))).removeprefix("torch.")
+            config = dataclasses.replace(config, device="cpu", dtype=dtype)
+        model = load_model(config, base)
+        set_stop_tokens(model, self.tokenizer)
+        return model
+
+    def is_sharded(self) -> bool:
         """Whether the base is sharded over the processes of the launch."""
-        return processes.count() > 1 and (self.recipe.model.fsdp or asks_for_fsdp())
+        return shares(self.recipe.model.fsdp) > 1
 
 
 def do_nothing(run: Run) -> None:

@@ -91,9 +91,9 @@ def join(on_cpu: bool) -> None:
         PartialState(cpu=on_cpu, timeout=LIMIT)
 
 
-def asks_for_fsdp() -> bool:
-    """Whether accelerate's configuration asked for FSDP2."""
-    return _fsdp
+def shares(fsdp: bool) -> int:
+    """Over how many processes the base is sharded; `model.fsdp`, or accelerate's configuration, asks for it."""
+    return processes.count() if fsdp or _fsdp else 1
 
 
 class _Watch:

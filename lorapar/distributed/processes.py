@@ -55,6 +55,13 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[rank() :: count()])
 
 
+def rounds(items: Sequence[T]) -> list[T | None]:
+    """`share`, and None at its end where another process has one more: what takes part in a collective (a forward of a
+    sharded base) must come as often as the others."""
+    mine = share(items)
+    return [*mine, *[None] * (-(-len(items) // count()) - len(mine))]
+
+
 def gather(value: T) -> list[T]:
     """What each process hands over, in the order of their ranks, in every process. Pickled: words and numbers, not
     tensors of a model's size."""

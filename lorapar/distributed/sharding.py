@@ -18,6 +18,7 @@ from ..errors import InputError
 from . import processes
 
 if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -38,10 +39,10 @@ def shard(model: nn.Module, device: torch.device) -> None:
         return
     base = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
     blocks = decoder_blocks(base)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # fully_shard takes the current one
     # By this name PEFT knows that a layer still computes with its whole weight.
-    mesh = torch.distributed.init_device_mesh(device.type, (processes.count(),), mesh_dim_names=("fsdp",))
+    mesh = init_device_mesh(device.type, (processes.count(),), mesh_dim_names=("fsdp",))
     whole = _whole_parameters(base, blocks)
     for block in blocks:
         for module in block.modules():
@@ -53,10 +54,15 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
-    # One root for all blocks, which lets each gather its weights while the one before computes.
+    # One root for all blocks: in the backward each gathers its weights while the one before it computes.
+    kind = type(base)
     fully_shard(base, mesh=mesh, ignored_params=whole)
-    # transformers' `generate` then keeps the processes in step.
+    # FSDP's class is for the parameters of a module's own, of which it has none here; PEFT saves the class's name.
+    base.__class__ = kind
+    # transformers' `generate` keeps the processes in step by this.
     base._is_fsdp_managed_module = True  # type: ignore[assignment]
+    # The first forward is a collective: nobody sits in it while others still load.
+    processes.wait()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -139,9 +145,10 @@ def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, module in model.named_modules():
             while gathered and not f"{name}.".startswith(gathered[-1][0]):
                 gathered.pop()[1].reshard()
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                gathered.append((f"{name}." if name else "", module))
+            block: Any = module
+            if isinstance(block, FSDPModule):
+                block.unshard()
+                gathered.append((f"{name}." if name else "", block))
             yield name, module
     finally:
         while gathered:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import check_known, prompt_ids
+from ..distributed import processes
 from ..errors import require
 from ..model.generate import answer_greedily
 from ..model.positions import positions_of
@@ -37,6 +38,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer every row greedily and say what the answers are worth.
 
+    In a launch every process calls it with the same arguments, answers its part of the batches, and returns the same;
+    the main process alone calls the metric.
+
     Args:
         dataset: rows with prompt, what the metric reads (answer), and, for the figures by system, system.
         max_new_tokens: an answer's length limit, or less where the model's positions end; batch_size: prompts generated
@@ -60,8 +64,10 @@ def evaluate(
         for row, prompt in zip(rows, ids):
             check_known(prompt, model, tokenizer, str(row.get("id", "(no id)")))
         rows, ids = _answerable(rows, ids, max_new_tokens, positions_of(getattr(model, "config", None)))
-        completions = answer_greedily(model, tokenizer, ids, max_new_tokens, batch_size, progress.update)
-    values = _values(reward, rows, completions, tokenizer)
+        completions = answer_greedily(
+            model, tokenizer, ids, max_new_tokens, batch_size, progress.update, shared=True
+        )  # fmt: skip
+    values = processes.from_main(lambda: _values(reward, rows, completions, tokenizer))
     answers = [
         {
             "id": row.get("id"),

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from ..adapter.attach import load_adapter
 from ..data.labels import rows_of
+from ..distributed import processes
 from ..errors import InputError
 from ..files import write_json, write_jsonl
 from ..partitioning.partition import Partition
@@ -42,7 +43,6 @@ def evaluate_stage(run: Run) -> Facts:
         answers += [{"model": name, **answer} for answer in result.pop("answers")]
         results[name] = result
         log.info("evaluate: %s: %s", name, {k: round(v, 4) for k, v in result[mean].items()})
-    write_jsonl(folder / "answers.jsonl", answers)
     of_model = {key: {name: result[key] for name, result in results.items()} for key in results["base"]}
     if mean == "accuracy":
         # Which rows have an answer is the same for every model.
@@ -50,9 +50,12 @@ def evaluate_stage(run: Run) -> Facts:
         del of_model["interval_by"]
         if not any(of_model["none"].values()):
             del of_model["none"]
-    partition = Partition.load(folder / partition_of(recipe, recipe.stages[-1])).summary()
-    named = {} if mean == "accuracy" else {"metric": config.metric}
-    write_json(folder / "metrics.json", {**named, **of_model, "partition": partition})
+    if processes.is_main():
+        write_jsonl(folder / "answers.jsonl", answers)
+        partition = Partition.load(folder / partition_of(recipe, recipe.stages[-1])).summary()
+        named = {} if mean == "accuracy" else {"metric": config.metric}
+        write_json(folder / "metrics.json", {**named, **of_model, "partition": partition})
+    processes.wait()
     return {name: round(result[mean]["all"], 4) if result[mean] else None for name, result in results.items()}
 
 

@@ -12,7 +12,7 @@ from .export import export
 def export_stage(run: Run) -> Facts:
     """Write the last stage's adapter as plain PEFT loads it, and the merged model."""
     recipe, folder, config = run.recipe, run.folder, run.recipe.export
-    model = load_adapter(run.load_model(), folder / recipe.stages[-1])
+    model = load_adapter(run.load_whole_model(), folder / recipe.stages[-1])
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     differences = export(model, run.tokenizer, folder, config.merged, dtype, recipe.model.revision,
                          recipe.model.trust_remote_code, example_prompt(run))  # fmt: skip

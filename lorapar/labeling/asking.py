@@ -84,14 +84,14 @@ class _Asking:
 
     async def run(self, tokenizer: Any) -> dict[str, array]:
         members = self.panel.members
-        self.gates = {member.name: Gate(member.config.in_flight, member.config.per_minute) for member in members}
+        self.gates = {member.name: Gate(member.in_flight, member.config.per_minute) for member in members}
         try:
             await self._check_teachers()
             check_context(self.panel, self.rows, self.store, tokenizer)
             self.progress = {member.name: Progress(f"label: {member.name}", self.missing[member.name], "vote")
                              for member in members if self.missing[member.name] and not member.aside}  # fmt: skip
             # Twice what can be in flight, so that calls do not run out while some examples wait for their next try.
-            under_way = asyncio.Semaphore(max(64, 2 * sum(member.config.in_flight for member in members)))
+            under_way = asyncio.Semaphore(max(64, 2 * sum(member.in_flight for member in members)))
             async with asyncio.TaskGroup() as tasks:
                 for example in examples(self.rows):
                     await under_way.acquire()

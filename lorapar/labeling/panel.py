@@ -60,6 +60,12 @@ class Member:
         return self.teacher.name
 
     @property
+    def in_flight(self) -> int:
+        """How many of its calls are made at a time: of a local model, a batch in each process that answers."""
+        helpers = len(self.teacher.helpers) if isinstance(self.teacher, LocalTeacher) else 0
+        return self.config.in_flight * (1 + helpers)
+
+    @property
     def price(self) -> PriceConfig:
         return self.config.price or PriceConfig(0.0, 0.0)
 
@@ -93,6 +99,11 @@ class Panel:
     @property
     def reserves(self) -> list[Member]:
         return [member for member in self.members if member.config.reserve]
+
+    @property
+    def here(self) -> list[LocalTeacher]:
+        """The teachers that run on this machine."""
+        return [member.teacher for member in self.members if isinstance(member.teacher, LocalTeacher)]
 
     def weight(self, name: str) -> float:
         return self.label.weights.get(name, 1.0)

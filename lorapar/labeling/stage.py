@@ -11,6 +11,7 @@ from ..data.labels import eval_rows, put_aside, rows_of
 from ..data.tables import local_files
 from ..data.tokens import check_below, encode
 from ..data.turns import labelled as labelled_tokens
+from ..distributed import processes
 from ..errors import InputError, require
 from ..files import sha256_file, write_jsonl
 from ..model.load import load_config
@@ -18,6 +19,7 @@ from ..recipe.sections import Recipe
 from ..stage import LABELS, Facts, Run, Stage
 from .agreement import fleiss_kappa
 from .asking import ask
+from .local import help_with, helped
 from .panel import UNANSWERED, UNASKED, Panel, check_weights, examples, make_panel, remaining, store_path, table_of
 from .review import read_corrections, write_review
 from .store import VoteStore
@@ -34,7 +36,10 @@ VOTE_FACTS = ("outcome", "reason", "latency", "tokens_in", "tokens_out", "calls"
 
 
 def label_stage(run: Run) -> Facts:
-    """Ask every voter about every row, the teachers after the voters that need no network."""
+    """Ask every voter about every row, the teachers after the voters that need no network.
+
+    The processes of a launch share what models on this machine are asked; all else is the main process's work.
+    """
     recipe, folder = run.recipe, run.folder
     # First, so that a missing key or an unusable template is refused before a model is loaded.
     panel = panel_of(recipe, voter_names(recipe))
@@ -50,16 +55,25 @@ def label_stage(run: Run) -> Facts:
     check_tokens(run, rows)
     votes, facts = local_votes(run, rows), {}
     if panel is not None:
-        from_teachers, facts = ask_panel(panel, rows, votes, folder, run.tokenizer)
+        if not processes.is_main():
+            help_with(panel.here)
+        from_teachers, facts = processes.from_main(lambda: ask_panel(panel, rows, votes, folder, run.tokenizer))
         votes |= from_teachers
-    labelled, dropped = _decided(recipe, rows, votes, corrections)
-    write_dropped(folder, dropped)
-    write_jsonl(folder / LABELS, labelled)
+    facts = {"sources": counts, **facts}
+    return processes.from_main(lambda: _write(run, rows, votes, corrections, facts))
+
+
+def _write(
+    run: Run, rows: "Dataset", votes: Mapping[str, Sequence[int | None]], corrections: Mapping[str, int], facts: Facts
+) -> Facts:
+    """Decide by the votes and write the labelled rows, and those dropped; the facts for the stage's record."""
+    labelled, dropped = _decided(run.recipe, rows, votes, corrections)
+    write_dropped(run.folder, dropped)
+    write_jsonl(run.folder / LABELS, labelled)
     split_system = list(zip(labelled["split"], labelled["system"]))
     return {
         "rows": len(labelled),
         **({"dropped": len(dropped)} if len(dropped) else {}),
-        "sources": counts,
         **facts,
         **decided_otherwise(labelled),
         **{f"{split}_system{s}": split_system.count((split, s)) for split in ("train", "held_out") for s in (1, 2)},
@@ -140,7 +154,11 @@ def local_votes(run: Run, rows: "Dataset") -> dict[str, list[int | None]]:
         return votes_of([Column(label.column)], rows)
     voters = label.voters or []
     model = run.load_model() if any(map(asks_model, voters)) else None
-    return votes_of(make_voters(voters, model, run.tokenizer), rows)
+    made = make_voters(voters, model, run.tokenizer)
+    together = [voter for voter, spec in zip(made, voters) if asks_model(spec)]
+    alone = [voter for voter in made if voter not in together]
+    votes = processes.from_main(lambda: votes_of(alone, rows)) | votes_of(together, rows)
+    return {voter.name: votes[voter.name] for voter in made}
 
 
 def voter_names(recipe: Recipe) -> list[str]:
@@ -168,7 +186,7 @@ def ask_panel(
     panel: Panel, rows: "Dataset", local: Mapping[str, Sequence[int | None]], folder: Path, tokenizer: Any
 ) -> tuple[dict[str, list[int | None]], dict[str, Any]]:
     """Ask what is missing, write `votes.jsonl`; ({teacher: votes}, facts for the stage's record)."""
-    with VoteStore(store_path(panel.label, folder)) as store:
+    with helped(panel.here), VoteStore(store_path(panel.label, folder)) as store:
         codes = ask(panel, rows, store, local, tokenizer)
         write_jsonl(folder / "votes.jsonl", _vote_lines(panel, rows, codes, store))
         calls, cost = store.spent()

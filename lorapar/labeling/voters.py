@@ -25,6 +25,7 @@ class Probe:
     """System 1 if the target model's greedy short answer is right, else System 2.
 
     What the model answers without working needs no deliberation. A row without an answer to compare with gets no vote.
+    In a launch every process has it vote on the same rows, and each asks its model about a part of them.
     """
 
     name = "probe"
@@ -48,7 +49,7 @@ class Probe:
         ids = [prompt_ids(rows[index], self.tokenizer) for index in asked]
         with Progress("label: probe", len(ids), "row") as progress:
             given = answer_greedily(
-                self.model, self.tokenizer, ids, self.max_new_tokens, self.batch_size, progress.update
+                self.model, self.tokenizer, ids, self.max_new_tokens, self.batch_size, progress.update, shared=True
             )
         votes: list[int | None] = [None] * len(rows)
         for index, text in zip(asked, given):
@@ -117,7 +118,8 @@ class Random:
 
 
 # Every voter that a recipe can list, by name; the arguments of its class are its options. A class with `asks_model` is
-# given the target model and its tokenizer first, and does no more than keep them until it votes.
+# given the target model and its tokenizer first, and does no more than keep them until it votes. In a launch such a
+# voter votes in every process, the others in the main one alone.
 VOTERS: dict[str, Any] = {
     "operations": Operations,
     "steps": ReasoningSteps,

@@ -20,6 +20,8 @@ from ..data.rows import load_rows
 from ..data.tables import local_files
 from ..data.tokens import IGNORED, encode
 from ..data.turns import labelled
+from ..distributed import launch
+from ..distributed.sharding import decoder_blocks
 from ..model.load import DTYPES, auto_class, best_dtype, choose_device, load_config, load_tokenizer
 from ..model.positions import positions_of
 from ..model.quantised import given_form
@@ -146,7 +148,7 @@ def _is_here(source: SourceConfig) -> bool:
 
 def describe(recipe: Recipe) -> Model:
     """Count the model's weights and the adapter's elements on the meta device; the same parts of a recipe once."""
-    key = repr((recipe.model, recipe.lora, recipe.start))
+    key = repr((recipe.model, recipe.lora, recipe.start, launch.shares(recipe.model.fsdp)))
     if key not in _MODELS:
         _MODELS[key] = _describe(recipe)
     return _MODELS[key]
@@ -170,13 +172,19 @@ def _describe(recipe: Recipe) -> Model:
     head, lora = model.get_output_embeddings(), lora_config(recipe.lora)
     rank = lora.r * (1 if recipe.start in ("paper", "peft") else 2)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    held = {}
     for module in linears.values():
         count = module.weight.numel()
         if base == "nf4":
-            weights += int(count * NF4_BYTES) - module.weight.nbytes
+            held[module.weight] = int(count * NF4_BYTES)
         elif base == "int8":
-            weights += count + 4 * module.out_features - module.weight.nbytes
+            held[module.weight] = count + 4 * module.out_features
+    weights = sum(held.get(parameter, parameter.nbytes) for parameter in model.parameters())
+    shares = launch.shares(recipe.model.fsdp)
+    if shares > 1:
+        blocks = [sum(held.get(p, p.nbytes) for p in block.parameters()) for block in decoder_blocks(model)]
+        # One that computes and one that is gathered meanwhile are whole.
+        weights -= int(sum(blocks) * (1 - 1 / shares)) - min(2, len(blocks)) * max(blocks)
     targets = resolve(model, lora)
     elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.

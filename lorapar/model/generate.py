@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.tokens import turn_end_token
+from ..distributed import processes
+from ..distributed.sharding import is_sharded
 from ..errors import InputError
 from .positions import positions_of
 
@@ -55,6 +57,7 @@ def answer_greedily(
     batch_size: int,
     on_batch: Callable[[int], None] = lambda count: None,
     stopped: Callable[[], bool] = lambda: False,
+    shared: bool = False,
 ) -> list[str]:
     """The model's most likely continuation of each prompt, as text without special tokens, in the prompts' order.
 
@@ -62,6 +65,9 @@ def answer_greedily(
     answer, and so does the model's last position. Prompts of like length share a batch, padded on the left; `on_batch`
     hears how many each batch held. `stopped`, asked after every token, ends it with what is there by then. The model's
     mode is left as it was. Raises InputError for a prompt that takes all of the model's positions.
+
+    `shared`: the processes of a launch all make this call with the same prompts and share its batches, which are those
+    of one process; each returns every answer, and `on_batch` hears about how many all have answered together.
     """
     stops = stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
@@ -70,13 +76,20 @@ def answer_greedily(
     if positions is not None and longest >= positions:
         raise InputError(f"a prompt has {longest} tokens, and the model's {positions} positions leave none to answer")
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-    answers = [""] * len(ids)
+    batches = _batches(order, [len(prompt) for prompt in ids], max_new_tokens, batch_size, positions)
+    # A sharded base takes part in every process's forwards: as many batches, and as many tokens each.
+    in_step = shared and is_sharded(model)
+    answers: dict[int, str] = {}
+    unsaid = len(ids)
     training = model.training
     model.eval()
     try:
-        for batch in _batches(order, [len(prompt) for prompt in ids], max_new_tokens, batch_size, positions):
+        for dealt in processes.rounds(batches) if shared else batches:
             if stopped():
                 break
+            if dealt is None and not in_step:
+                continue
+            batch = [order[-1]] if dealt is None else dealt
             width = max(len(ids[i]) for i in batch)
             padded = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
@@ -92,15 +105,23 @@ def answer_greedily(
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                synced_gpus=in_step,
             )
+            if dealt is None:
+                continue
             ended = [until(row, stops) for row in produced[:, width:].tolist()]
             texts_out = tokenizer.batch_decode(ended, skip_special_tokens=True)
-            for index, text in zip(batch, texts_out):
-                answers[index] = text.strip()
-            on_batch(len(batch))
+            answers |= {index: text.strip() for index, text in zip(batch, texts_out)}
+            said = min(len(batch) * (processes.count() if shared else 1), unsaid)
+            unsaid -= said
+            on_batch(said)
     finally:
         model.train(training)
-    return answers
+    if shared:
+        answers = {index: text for part in processes.gather(answers) for index, text in part.items()}
+        if unsaid:
+            on_batch(unsaid)
+    return [answers.get(index, "") for index in range(len(ids))]
 
 
 def _batches(order: list[int], lengths: list[int], new: int, size: int, positions: int | None) -> list[list[int]]:

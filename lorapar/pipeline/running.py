@@ -132,7 +132,7 @@ def check_settings(run: Run, only: str | None = None) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     base = run.recipe.lora.get("base")
-    require(not run.shards() or base != "int8", "lora.base", base, "nf4 or bf16 with a base that is sharded")
+    require(not run.is_sharded() or base != "int8", "lora.base", base, "nf4 or bf16 with a base that is sharded")
     for stage in stages_of(run.recipe):
         if not (stage.trains and only in ("label", "report")):
             stage.check(run)

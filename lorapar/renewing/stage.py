@@ -6,10 +6,12 @@ from transformers import set_seed
 
 from ..adapter.attach import load_adapter
 from ..data.labels import drawn
+from ..distributed import processes
 from ..partitioning.partition import Partition
 from ..recipe.sections import Recipe
 from ..scoring.score import score
-from ..scoring.scores import facts_of, load_scores, save_scores
+from ..scoring.scores import Scores, facts_of, load_scores, save_scores
+from ..scoring.sums import files_of, remove
 from ..stage import (
     ADAPTED,
     LABELS,
@@ -44,12 +46,19 @@ def renew_stage(run: Run) -> Facts:
         config.method, config.max_length, recipe.seed, config.until_stable, recipe.partition.theta, folder / SUMS,
         turns=recipe.data.loss,
     )  # fmt: skip
+    return processes.from_main(lambda: _write(run, scores))
+
+
+def _write(run: Run, scores: Scores) -> Facts:
+    """The stage's two files, made of the second stage's renewed scores; the facts for its record."""
+    folder, (first, second) = run.folder, run.recipe.stages
+    system = SYSTEM_OF[second]
     both = list(load_scores(folder / SCORES))
     both[system - 1] = scores
     made = renew(Partition.load(folder / PARTITION), *both, stage=second)
     save_scores(folder / SCORES_RENEWED, *both)
     made.save(folder / PARTITION_RENEWED)
-    (folder / SUMS).unlink()
+    remove(folder / SUMS)
     summary = made.summary()
     kept = made.metadata["renewed"]["jaccard"]
     log.info("renew: Jaccard %.4f of System %d's kept set before %s and after it", kept, system, first)
@@ -58,8 +67,7 @@ def renew_stage(run: Run) -> Facts:
 
 def discard(run: Run) -> None:
     """Remove the running sums of an attempt that had other inputs."""
-    sums = run.folder / SUMS
-    if sums.exists():
+    for sums in files_of(run.folder / SUMS):
         log.info("%s: made from other inputs, removed", sums)
         sums.unlink()
 

@@ -11,6 +11,7 @@ ahead sees the padding. `ScoredBatches` notices each of these before anything is
 time, whose whole gradient autograd leaves in the factors.
 """
 
+import bisect
 import contextlib
 import inspect
 import logging
@@ -27,6 +28,8 @@ from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import IGNORED, check_columns
 from ..data.turns import Turns, labelled
+from ..distributed import processes
+from ..distributed.sharding import is_sharded
 from ..errors import InputError
 
 log = logging.getLogger("lorapar")
@@ -119,6 +122,16 @@ def plan_batches(lengths: list[int], batch_size: int, marks: list[int], padded: 
     return batches
 
 
+def stretches(plan: list[list[int]], marks: list[int]) -> list[list[int]]:
+    """The places of the plan's batches, by the mark that they come before; the last list: those after every mark."""
+    parts: list[list[int]] = [[] for _ in range(len(marks) + 1)]
+    taken = 0
+    for place, batch in enumerate(plan):
+        taken += len(batch)
+        parts[bisect.bisect_left(marks, taken)].append(place)
+    return parts
+
+
 def packs_examples(model: nn.Module) -> bool:
     """Whether batches are packed: the attention is FlashAttention's, and packed examples are shown to stay apart."""
     implementation = str(getattr(_text_config(model), "_attn_implementation", ""))
@@ -190,6 +203,11 @@ class ScoredBatches:
         try:
             yield
         except NotByExample as reason:
+            if is_sharded(self.model):
+                # As many forwards as examples, and another process may have another number of them in its batch.
+                raise InputError(
+                    f"score.batch_size: {reason}; with a sharded base it can be scored with batch_size 1 alone"
+                ) from None
             log.warning("score: %s; scored one example at a time, whatever batch_size says", reason)
             self.together = False
 
@@ -310,11 +328,17 @@ def _backward(logits: Tensor, targets: Tensor, batch: list[Example]) -> float:
 def mean_answer_loss(model: nn.Module, examples: list[Example], batch_size: int) -> float:
     """The mean cross-entropy over all answer tokens of `examples`, in nats a token; the model is as it was afterwards.
 
-    In eval mode, without gradients, in batches of like length; the softmax in fp32 at least, the sum in float64.
+    In eval mode, without gradients, in batches of like length; the softmax in fp32 at least, the sum in float64. The
+    processes of a launch share the batches and return the same mean.
     """
     device, total = next(iter(lora_parameters(model).values())).device, 0.0
+    plan = plan_batches([len(example.ids) for example in examples], batch_size, [], padded=True)
     with torch.no_grad(), evaluating(model):
-        for places in plan_batches([len(example.ids) for example in examples], batch_size, [], padded=True):
+        for places in processes.rounds(plan):
+            if places is None:
+                if is_sharded(model):
+                    _logits(model, _inputs([examples[plan[-1][-1]]], packed=False, device=device))
+                continue
             batch = [examples[i] for i in places]
             inputs = _inputs(batch, packed=False, device=device)
             targets = torch.full(inputs["input_ids"].shape, IGNORED)
@@ -327,7 +351,7 @@ def mean_answer_loss(model: nn.Module, examples: list[Example], batch_size: int)
                 total += float(
                     torch.nn.functional.cross_entropy(some.to(wide), words, reduction="none").sum(dtype=torch.float64)
                 )
-    return total / sum(example.answers for example in examples)
+    return sum(processes.gather(total)) / sum(example.answers for example in examples)
 
 
 def add_gradients(layers: Mapping[str, MaskedLayer]) -> None:

@@ -2,6 +2,8 @@
 
 Rows → token batches of like length (batches.py) → forward and a backward that carries each example's gradient
 into two sums a factor (`lorapar_kernels.importance`) → running sums (sums.py) → I(φ) by parameter name.
+
+The processes of a launch share the batches, which are those of one process, and add up what each of them has summed.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ import lorapar_kernels as lk
 from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layers
 from ..data.tokens import check_known
 from ..data.turns import Turns
+from ..distributed import processes
+from ..distributed.sharding import is_sharded
 from ..errors import InputError, require
 from ..model.positions import positions_of
 from ..progress import Progress
@@ -33,6 +37,7 @@ from .batches import (
     plan_batches,
     read_examples,
     short_attention,
+    stretches,
 )
 from .scores import Scores, shuffled, trainable_mask
 from .sums import Method, RunningSums, fingerprint_of, first_fault, marks_of, not_finite
@@ -62,6 +67,9 @@ def score(
 ) -> Scores:
     """Score the attached adapter's elements on one system's rows.
 
+    In a launch every process calls it with the same arguments, takes its part of the batches, and returns the scores of
+    them all.
+
     Args:
         model: what `lorapar.attach` returned. tokenizer: None where the rows hold `input_ids` and `labels`.
         dataset: rows with prompt and completion, messages, or input_ids and labels (−100 on the prompt).
@@ -71,8 +79,9 @@ def score(
         max_length: rows with more tokens are refused (InputError), never cut; None: no limit but the model's positions.
         until_stable: stop once the kept set at `theta` has at least this Jaccard index with the one at half as many
             examples (looks at 16, 32, 64, ...); the rows are then taken in their own order. None: take every row.
-        checkpoint: a file that the sums are kept in between batches and gone on from; remove it when you are done.
-        on_batch: called after every batch; `RunningSums.importance` reads the mean so far.
+        checkpoint: a file that the sums are kept in between batches and gone on from, by any number of processes; each
+            but the main one keeps a file of its own beside it. `sums.remove` takes them away when you are done.
+        on_batch: called after every batch of this process; `RunningSums.importance` reads the mean so far.
         loss: of a model that is no causal language model (a classifier, an encoder, a Sequential): `loss(model, row)`
             returns the loss of one row, a tensor of one element. The dataset's rows are then whatever it reads, taken
             one at a time; tokenizer and batch_size are not used, max_length and checkpoint are refused.
@@ -118,24 +127,29 @@ def score(
             if checkpoint is not None:
                 key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
             batches = ScoredBatches(model, layers, packed)
-            if not packed and len(plan) < len(examples):
+            if len(plan) == len(examples) and is_sharded(model):
+                # Nothing to find out on the way, where one process could find it before another.
+                batches.together = False
+            elif not packed and len(plan) < len(examples):
                 batches.look()
             add = batches.add
         else:
             plan = [[i] for i in range(len(examples))]
             add = partial(_add_loss, model, layers, loss)
         running = RunningSums(layers)
-        if checkpoint is not None:
-            running.restore(checkpoint, key)
-        _run(running, examples, names, plan, add, until_stable, theta, marks, checkpoint, key, on_batch)
-        scores = running.importance(method)
+        done = [] if checkpoint is None else running.restore(checkpoint, key)
+        # With a sharded base every process makes as many forwards as the others.
+        idle = partial(_unsummed, running, add, [examples[plan[-1][-1]]]) if is_sharded(model) else None
+        _run(running, examples, names, plan, done, add, idle, until_stable, theta, marks, checkpoint, key, on_batch)
+        scores = running.importance(method, together=True)
+        taken = sum(processes.gather(running.examples))
     if not any(bool(tensor.any()) for tensor in scores.values()):
         raise InputError(ALL_ZERO)
     rank = next(iter(layers.values())).trainable_rank
     if method == "random":
         trainable = {name: trainable_mask(name, tensor, rank) for name, tensor in scores.items()}
         scores = shuffled([scores], trainable, seed)[0]
-    facts: dict[str, Any] = {"examples": running.examples, "method": method, "rank": rank}
+    facts: dict[str, Any] = {"examples": taken, "method": method, "rank": rank}
     if until_stable is not None:
         stable = bool(running.looks) and running.looks[-1][1] >= until_stable
         facts |= {"until_stable": until_stable, "theta": theta, "stable": stable, "looks": running.looks}
@@ -159,12 +173,28 @@ def _add_loss(
     return scale
 
 
+def _unsummed(running: RunningSums, add: Add, batch: list[Any]) -> None:
+    """Forward and backward of a batch, which leave the sums as they are."""
+    kept = running.sums
+    _set_zero(running)
+    add(batch)
+    for name, layer in running.layers.items():
+        layer.scoring = kept[name]
+
+
+def _set_zero(running: RunningSums) -> None:
+    for layer in running.layers.values():
+        layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
+
+
 def _run(
     running: RunningSums,
     examples: list[Any],
     names: list[str],
     plan: list[list[int]],
+    done: list[int],
     add: Add,
+    idle: Callable[[], None] | None,
     until_stable: float | None,
     theta: float,
     marks: list[int],
@@ -172,41 +202,67 @@ def _run(
     key: str,
     on_batch: Callable[[RunningSums], None],
 ) -> None:
-    """Every batch of the plan that is not in the sums yet, until they are stable where that is asked for."""
+    """This process's share of the batches that are not `done`, until all processes' sums are stable where that is asked
+    for; `idle`: what it does where it has one batch fewer than another, None: nothing."""
     if until_stable is not None and running.looks and running.looks[-1][1] >= until_stable:
         return
-    with Progress("score", len(examples), "example", running.examples) as progress:
-        for batch in plan[running.batches :]:
-            running.loss_scale = add([examples[i] for i in batch])
-            if not running.finite():
-                raise error_of_first_bad_row(running, [examples[i] for i in batch], [names[i] for i in batch], add)
-            running.examples += len(batch)
-            running.batches += 1
-            jaccard = None
-            if until_stable is not None and running.examples in (*marks, len(examples)):
-                jaccard = running.look(theta)
-                if jaccard is not None:
-                    log.info("score: %d examples, Jaccard %.4f with half of them", running.examples, jaccard)
-            on_batch(running)
-            progress.update(len(batch))
-            if until_stable is not None and jaccard is not None and jaccard >= until_stable:
+    before, at = set(done), 0  # examples up to the end of a stretch
+    with Progress("score", len(examples), "example", sum(len(plan[place]) for place in done)) as progress:
+        for places in stretches(plan, marks):
+            at += sum(len(plan[place]) for place in places)
+            left = [place for place in places if place not in before]
+            unsaid = sum(len(plan[place]) for place in left)
+            for place in processes.rounds(left):
+                if place is None:
+                    if idle is not None:
+                        idle()
+                    continue
+                batch, rows = [examples[i] for i in plan[place]], [names[i] for i in plan[place]]
+                running.loss_scale = add(batch)
+                if not running.finite():
+                    raise error_of_first_bad_row(running, batch, rows, add, sharded=idle is not None)
+                running.examples += len(batch)
+                running.done.append(place)
+                on_batch(running)
+                # The others are about as far.
+                said = min(len(batch) * processes.count(), unsaid)
+                unsaid -= said
+                progress.update(said)
+                if checkpoint is not None:
+                    running.save_if_due(checkpoint, key)
+            if unsaid:
+                progress.update(unsaid)
+            if until_stable is None or running.looked >= at:
+                continue
+            jaccard = running.look(theta, at)
+            if jaccard is None:
+                continue
+            log.info("score: %d examples, Jaccard %.4f with half of them", at, jaccard)
+            if jaccard >= until_stable:
                 break
-            if checkpoint is not None:
-                running.save_if_due(checkpoint, key)
     if checkpoint is not None:
         running.save(checkpoint, key)
 
 
-def error_of_first_bad_row(running: RunningSums, batch: list[Any], names: list[str], add: Add) -> InputError:
-    """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began."""
+def error_of_first_bad_row(
+    running: RunningSums, batch: list[Any], names: list[str], add: Add, sharded: bool
+) -> InputError:
+    """The error that names the first row of a batch whose gradient is NaN or Inf, and the layer where it began.
+
+    With a sharded base it names the batch's rows, since the others make no more forwards.
+    """
+    scaled = running.loss_scale != 1.0
+    rows = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    fault = first_fault(running.layers)
+    if sharded and fault is not None:
+        return not_finite(rows, fault, scaled)
     for example, name in zip(batch, names):
-        for layer in running.layers.values():
-            layer.scoring = lk.ScoreSums.zeros_like(*layer.factors(ADAPTER)[:2])
+        _set_zero(running)
         add([example])
         fault = first_fault(running.layers)
         if fault is not None:
-            return not_finite(name, fault, running.loss_scale != 1.0)
-    return not_finite(f"{names[0]} to {names[-1]}", "the sums leave fp32's range", running.loss_scale != 1.0)
+            return not_finite(name, fault, scaled)
+    return not_finite(rows, "the sums leave fp32's range", scaled)
 
 
 @contextlib.contextmanager

@@ -8,15 +8,18 @@ from transformers import set_seed
 from ..adapter.attach import attach, save_adapter
 from ..adapter.options import lora_config
 from ..data.labels import drawn
+from ..distributed import processes
 from ..files import atomic_folder
 from ..model.quantised import QUANTISED, quantisation
 from ..recipe.sections import Recipe
 from ..stage import ADAPTED, LABELS, SCORES, Facts, Run, Stage, adapter_files, no_inputs, tokens_learned
 from .score import score
 from .scores import facts_of, save_scores
+from .sums import files_of, remove
 
 log = logging.getLogger("lorapar")
-SUMS = "scoring-system{}.safetensors"  # a system's running sums, until scores.safetensors is there
+# A system's running sums, until scores.safetensors is there; each process but the main one has its rank in the name.
+SUMS = "scoring-system{}.safetensors"
 
 
 def score_stage(run: Run) -> Facts:
@@ -37,14 +40,15 @@ def score_stage(run: Run) -> Facts:
         )  # fmt: skip
         both.append(scores)
         facts |= facts_of(scores, system)
-    with atomic_folder(folder / "start") as temporary:
-        save_adapter(model, temporary, start=recipe.start, stage="start")
-    if not both:
-        return {"scored": "nothing: partition.selection is all"}
-    save_scores(folder / SCORES, *both)
-    for system in (1, 2):
-        (folder / SUMS.format(system)).unlink()
-    return facts
+    if processes.is_main():
+        with atomic_folder(folder / "start") as temporary:
+            save_adapter(model, temporary, start=recipe.start, stage="start")
+        if both:
+            save_scores(folder / SCORES, *both)
+            for system in (1, 2):
+                remove(folder / SUMS.format(system))
+    processes.wait()
+    return facts if both else {"scored": "nothing: partition.selection is all"}
 
 
 def check(run: Run) -> None:
@@ -57,9 +61,10 @@ def check(run: Run) -> None:
 
 def discard(run: Run) -> None:
     """Remove the running sums of an attempt that had other inputs."""
-    for sums in run.folder.glob(SUMS.format("*")):
-        log.info("%s: made from other inputs, removed", sums)
-        sums.unlink()
+    for system in (1, 2):
+        for sums in files_of(run.folder / SUMS.format(system)):
+            log.info("%s: made from other inputs, removed", sums)
+            sums.unlink()
 
 
 def stage(recipe: Recipe) -> Stage:

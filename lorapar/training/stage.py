@@ -145,14 +145,14 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
     return config
 
 
-def _batch_as_before(run: Run, name: StageName) -> dict[str, int]:
+def _batch_as_before(run: Run, name: StageName) -> dict[str, int | None]:
     """What has this launch take the batches that the stage's last checkpoint was made with, where that was another
     number of processes: a recipe's batch is one process's, and the steps that are left are of as many rows as before.
 
     Raises InputError where so many processes cannot share the batch.
     """
     found = (made_by(path) for path in checkpoints_of(run.folder / name) if not why_not_whole(path / "lorapar.json"))
-    made = next(found, {"processes": None})
+    made: dict[str, Any] = next(found, {"processes": None})
     count, section = processes.count(), getattr(run.recipe, name)
     if made["processes"] in (None, count):
         return {}

@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..adapter.attach import restore_factors
+from ..distributed import processes
 from ..errors import InputError, require
 from ..files import read_json, sha256_json, write_json
 from ..scoring.batches import Example, mean_answer_loss
@@ -81,7 +82,7 @@ class LossWatch:
                         trainer.stage, step, count, limit)  # fmt: skip
         if step != trainer.state.global_step:
             # The first process may still be writing.
-            trainer.accelerator.wait_for_everyone()
+            processes.wait()
             restore_factors(trainer.model, self.folder / f"checkpoint-{step}")
         facts = self._facts() | {"kept": step}
         self._write(trainer, kept=step)

@@ -8,21 +8,24 @@ import json
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorapar
 from lorapar.adapter.attach import attach, load_adapter, save_adapter
-from lorapar.adapter.layers import activate, lora_parameters
+from lorapar.adapter.layers import activate, lora_parameters, masked_layers
 from lorapar.adapter.merging import merged_parameters
 from lorapar.adapter.proof import AdaptersDiffer, FrozenElementsChanged, Snapshot, verify
 from lorapar.distributed import processes, sharding
 from lorapar.errors import InputError
 from lorapar.model.load import load_model
+from lorapar.model.quantised import quantisation
 from lorapar.recipe.sections import ModelConfig
 from tests.architectures import ARCHITECTURES, make
 from tests.lorapar.test_adapter import config, random_partition
@@ -35,37 +38,38 @@ ROWS = [
 
 
 def load(folder: str, base: str, shard: bool) -> nn.Module:
-    keys = {"dtype": "float32", "device": "cpu"}
-    return load_model(ModelConfig(folder, **keys), None if base == "fp32" else base, shard)
+    return load_model(ModelConfig(folder, dtype="float32", device="cpu"), None if base == "fp32" else base, shard)
 
 
-def activated(model: nn.Module, start: str = "twin", **keys: Any) -> nn.Module:
+def activated(model: Any, start: Any = "twin", **keys: Any) -> Any:
     model = attach(model, config(**{"lora_dropout": 0.1, **keys}), start=start)
     activate(model, random_partition(model), "sft")
     return model.train()
 
 
-def loss_of(model: nn.Module) -> torch.Tensor:
+def loss_of(model: Any, ids: torch.Tensor = BATCH) -> torch.Tensor:
     torch.manual_seed(7)  # of the dropout
-    return model(input_ids=BATCH, labels=BATCH).loss
+    return model(input_ids=ids, labels=ids).loss
 
 
-def gradients(model: nn.Module, rounds: int = 3) -> list[torch.Tensor]:
-    """The loss and the adapter's gradients of the last of `rounds`; siblings are computed together from the second."""
-    for _ in range(rounds):
+def gradients(model: Any) -> list[torch.Tensor]:
+    """The loss and the adapter's gradients of this process's own batch, in the third round: siblings are computed
+    together from the second."""
+    own = BATCH if processes.is_main() else BATCH.flip(1).view(3, 8)
+    for _ in range(3):
         model.zero_grad()
-        loss = loss_of(model)
+        loss = loss_of(model, own)
         loss.backward()
     grads = [sharding.local(p.grad).clone() for p in lora_parameters(model).values() if p.grad is not None]
     model.zero_grad()
     return [loss.detach(), *grads]
 
 
-def factors(model: nn.Module) -> list[torch.Tensor]:
+def factors(model: Any) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in lora_parameters(model).values()]
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Parameter]:
+def parts_of(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if sharding.is_part(parameter)}
 
 
@@ -73,7 +77,7 @@ def bytes_of(parts: dict[str, nn.Parameter]) -> int:
     return sum(sharding.local(parameter).nbytes for parameter in parts.values())
 
 
-def evaluated(model: nn.Module) -> list[torch.Tensor]:
+def evaluated(model: Any) -> list[torch.Tensor]:
     with torch.no_grad():
         loss = loss_of(model)
         logits = model.eval()(BATCH).logits
@@ -81,7 +85,7 @@ def evaluated(model: nn.Module) -> list[torch.Tensor]:
     return [loss, logits]
 
 
-def let_go(model: nn.Module) -> bool:
+def let_go(model: Any) -> bool:
     """Whether the weight that a layer computes with has memory in its forward, and none after it."""
     layer, seen = model.get_base_model().model.layers[0].mlp.up_proj, []
     hook = layer.register_forward_hook(
@@ -107,7 +111,7 @@ def raised(call, kind: type[Exception]) -> str:
     return "nothing"
 
 
-def answers(model: nn.Module, rank: int) -> list[list[int]]:
+def answers(model: Any, rank: int) -> list[list[int]]:
     """Greedy answers that end after one token in process 0 and after up to twelve in process 1."""
     ids = BATCH[:, rank:6].contiguous()
     model.eval()
@@ -130,6 +134,9 @@ def of_base(folder: str, base: str, out: Path) -> dict:
 
     model, whole = activated(model), activated(whole)
     found["gradients"] = off_by(gradients(model), gradients(whole))
+    found["siblings"] = [
+        [layer._siblings.mode for layer in masked_layers(one).values() if layer._siblings] for one in (model, whole)
+    ]
     for reentrant in (False, True):
         for one in (model, whole):
             one.enable_input_require_grads()
@@ -155,6 +162,7 @@ def of_base(folder: str, base: str, out: Path) -> dict:
     found["proof"] = [verify(one, taken, made, "sft") for one, taken in zip((model, whole), before)]
     if rank == 0:  # alone: a collective would wait for the other
         save_adapter(model, out / "adapter", start="twin")
+        found["class"] = json.loads((out / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
         found["state"] = sum(".lora_" in name for name in model.state_dict())
     processes.wait()
     again = load_adapter(load(folder, base, shard=True), out / "adapter")
@@ -186,13 +194,35 @@ def of_base(folder: str, base: str, out: Path) -> dict:
     return found
 
 
+def of_stored(folder: str, base: str, out: Path) -> dict:
+    """4-bit bases that come in other ways: from a checkpoint that is quantised, and with codes in a floating dtype."""
+    whole, found = load(folder, "nf4", shard=False), {}
+    if processes.is_main():
+        whole.save_pretrained(out / "quantised")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out / "quantised")
+    processes.wait()
+    whole = activated(whole)
+    settings = quantisation("nf4", torch.float32)
+    settings.bnb_4bit_quant_storage = torch.float32
+    floating = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", quantization_config=settings,
+                                                    device_map={"": "cpu"})  # fmt: skip
+    sharding.shard(floating, torch.device("cpu"))
+    quantised = load(str(out / "quantised"), "nf4", shard=True)
+    expected = {name: tensor.clone() for name, tensor in merged_parameters(whole)}
+    for name, model in (("floating", floating), ("quantised", quantised)):
+        model = activated(model)
+        found[name] = off_by(gradients(model), gradients(whole))
+        found[f"{name} merged"] = all(torch.equal(tensor, expected[of]) for of, tensor in merged_parameters(model))
+    return found
+
+
 def of_adapter(folder: str, base: str, out: Path) -> dict:
     """A user's own loop, in which the adapter is sharded too."""
     rank, found = processes.rank(), {}
     # Four rows over three processes: one has none.
     model, whole = (activated(load(folder, base, shard=False), "paper") for _ in range(2))
     made = random_partition(whole)
-    mesh = dist.init_device_mesh("cpu", (processes.count(),))
+    mesh = init_device_mesh("cpu", (processes.count(),))
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -204,7 +234,7 @@ def of_adapter(folder: str, base: str, out: Path) -> dict:
             optimizer.step()
             optimizer.zero_grad()
     ours = lora_parameters(model)
-    found["stepped"] = off_by([p.full_tensor().detach() for p in ours.values()], factors(whole))
+    found["stepped"] = off_by([cast(Any, p).full_tensor().detach() for p in ours.values()], factors(whole))
     found["proof"] = [verify(one, before, made, "sft") for one, before in zip((model, whole), taken)]
     found["empty"] = sum(sharding.local(p).numel() == 0 for p in ours.values())
     found["state bytes"] = [sum(processes.gather(optimizers[0].state_bytes())), optimizers[1].state_bytes()]
@@ -240,7 +270,9 @@ def of_architectures(folder: str, base: str, out: Path) -> dict:
 if __name__ == "__main__":
     what, folder, base, out = sys.argv[1:]
     dist.init_process_group("gloo")
-    found = {"base": of_base, "adapter": of_adapter, "architectures": of_architectures}[what](folder, base, Path(out))
+    found = {"base": of_base, "adapter": of_adapter, "stored": of_stored, "architectures": of_architectures}[what](
+        folder, base, Path(out)
+    )
     (Path(out) / f"{processes.rank()}.json").write_text(json.dumps(found))
     processes.wait()
     dist.destroy_process_group()

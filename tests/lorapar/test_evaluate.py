@@ -11,7 +11,7 @@ from tests.tiny import chat_tokenizer, tiny_model, tiny_tokenizer
 def test_counts_by_system(monkeypatch):
     rows = [{"id": str(i), "prompt": "?", "answer": str(i), "system": 1 + (i > 3)} for i in range(10)]
     said = [str(i) if i in (0, 1, 5) else "no" for i in range(10)]
-    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_: said)
+    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_, **__: said)
     result = lorapar.evaluate(tiny_model(), tiny_tokenizer(), rows)
     assert result["accuracy"] == {"all": 0.3, "system1": 0.5, "system2": pytest.approx(1 / 6)}
     assert result["n"] == {"all": 10, "system1": 4, "system2": 6}
@@ -21,7 +21,7 @@ def test_counts_by_system(monkeypatch):
 
 
 def test_rows_without_a_system_give_the_whole_only(monkeypatch):
-    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_: ["1"])
+    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_, **__: ["1"])
     result = lorapar.evaluate(tiny_model(), tiny_tokenizer(), [{"prompt": "?", "answer": "1"}])
     assert result["accuracy"] == {"all": 1.0}
 
@@ -47,7 +47,7 @@ ROWS = [
 
 
 def evaluated(monkeypatch, said, metric, rows=ROWS):
-    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_: said)
+    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_, **__: said)
     return lorapar.evaluate(tiny_model(), tiny_tokenizer(), rows, metric=metric)
 
 
@@ -107,7 +107,7 @@ def test_a_metric_of_the_user_s_by_name_async_and_in_chat_form(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     tokenizer = chat_tokenizer()
-    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_: ["a b c", "a"])
+    monkeypatch.setitem(lorapar.evaluate.__globals__, "answer_greedily", lambda *_, **__: ["a b c", "a"])
     rows = [{"prompt": [{"role": "user", "content": "?"}], "answer": "1"}] * 2
     model = tiny_model(vocabulary=len(tokenizer))
     result = lorapar.evaluate(model, tokenizer, rows, metric="my_metrics_of_the_test:words")

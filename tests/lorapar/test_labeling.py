@@ -194,7 +194,8 @@ def test_a_column_that_is_not_there():
 def test_probe_votes_by_what_the_model_says(monkeypatch):
     asked = {}
 
-    def says(model, tokenizer, ids, max_new_tokens, batch_size, on_batch):
+    def says(model, tokenizer, ids, max_new_tokens, batch_size, on_batch, shared):
+        assert shared
         asked.update(ids=ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
         return ["It is 7.", "8"]
 

@@ -57,7 +57,10 @@ def test_each_process_holds_its_share_of_the_blocks_and_the_rest_whole(found, ba
 @pytest.mark.parametrize("way", ["gradients", "not reentrant", "reentrant", "evaluated", "attached before", "stepped"])
 def test_loss_gradients_and_a_step_are_those_of_the_whole_model(found, base, way):
     """With dropout, plain and with both kinds of gradient checkpointing; siblings computed together."""
-    assert all(of[way] <= ROUNDING for of in found("base", base, 2))
+    for of in found("base", base, 2):
+        assert of[way] <= ROUNDING
+        assert of["siblings"][0] == of["siblings"][1]
+        assert of["siblings"][0].count("shared") >= 7
 
 
 @BASES
@@ -89,7 +92,12 @@ def test_the_proof_is_of_the_whole_adapter_and_of_every_part_of_the_base(found, 
 
 @BASES
 def test_one_process_saves_the_adapter_alone_and_it_loads_onto_a_sharded_base(found, base):
-    assert found("base", base, 2)[0]["state"] == 24
+    alone = found("base", base, 2)[0]
+    assert alone["state"] == 24
+    assert alone["class"] == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
     for of in found("base", base, 2):
         assert of["loaded"] == 0
         assert of["same answers"]
@@ -98,6 +106,14 @@ def test_one_process_saves_the_adapter_alone_and_it_loads_onto_a_sharded_base(fo
 @BASES
 def test_sharding_draws_no_random_numbers(found, base):
     assert all(of["stream"] for of in found("base", base, 2))
+
+
+@needs_bnb
+@pytest.mark.parametrize("form", ["floating", "quantised"])
+def test_other_four_bit_bases_are_sharded_too(found, form):
+    for of in found("stored", "nf4", 2):
+        assert of[form] <= ROUNDING
+        assert of[f"{form} merged"]
 
 
 def test_eight_bits_are_refused(found):

@@ -291,9 +291,9 @@ def spied(monkeypatch):
         seen["grpo"] += prompts
         return roll(self, prompts, *args, **kwargs)
 
-    def evaluate(model, tokenizer, ids, *args):
+    def evaluate(model, tokenizer, ids, *args, **kwargs):
         seen["evaluate"] += ids
-        return answer(model, tokenizer, ids, *args)
+        return answer(model, tokenizer, ids, *args, **kwargs)
 
     monkeypatch.setattr(lorapar.scoring.score, "read_examples", score)
     monkeypatch.setattr(PartitionedSFTTrainer, "__init__", sft)

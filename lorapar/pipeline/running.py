@@ -159,8 +159,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
     takes_part = main or stage.together
     release_freed()
     planned_for = stage.name in NEEDS_MODEL
-    # The plan is for one device, which holds the base whole.
-    if planned_for and takes_part and not run.shards():
+    if planned_for and takes_part:
         check_memory(stage.name, run.recipe, run.lengths())
     processes.from_main(lambda: _begin(stage, run, wanted, record))
     log.info("%s: started", stage.name)

@@ -312,15 +312,6 @@ def test_a_recipe_that_cannot_fit_is_refused_before_weights_load(changed_recipe,
     assert not (tmp_path / "run" / "scores.safetensors").exists()
 
 
-def test_a_base_that_is_sharded_is_not_refused_for_what_one_device_would_need(recipe_file, tmp_path, monkeypatch):
-    words = ("label", recipe_file, "--output_dir", tmp_path / "run")
-    succeeds(*words)
-    monkeypatch.setattr(remedies, "available_bytes", lambda *_: 10**6)
-    refused("score", *words[1:], says=("score needs",))
-    monkeypatch.setattr(stage.Run, "shards", lambda _: True)
-    succeeds("score", *words[1:])
-
-
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 def test_running_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(recipe_file, tmp_path, monkeypatch, error):

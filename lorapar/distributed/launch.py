@@ -103,9 +103,10 @@ class _Watch:
     def __init__(self) -> None:
         self.store: Any = processes.store().clone()
         self.rank, self.count = processes.rank(), processes.count()
-        here = (socket.gethostname(), os.getpid())
-        everybody = processes.gather(here)
-        self.siblings = {r: pid for r, (host, pid) in enumerate(everybody) if host == here[0] and r != self.rank}
+        # With torchrun's number of the machine: machines of one image may have one name.
+        here = socket.gethostname(), os.environ.get("GROUP_RANK")
+        everybody = processes.gather((here, os.getpid()))
+        self.siblings = {r: pid for r, (host, pid) in enumerate(everybody) if host == here and r != self.rank}
         self.seen = dict.fromkeys((r for r in range(self.count) if r != self.rank), (b"", time.monotonic()))
         self.reached = time.monotonic()
         self.stopped = threading.Event()

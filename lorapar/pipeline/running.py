@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -258,21 +259,31 @@ def _claim(recipe: Recipe, folder: Path) -> None:
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
         # Out of a checkout that was never installed there is no metadata of our own.
         log.info("version %s, %s", __version__, ", ".join(versions))
-    _check_shared(path)
+    _check_shared(folder)
 
 
-def _check_shared(path: Path) -> None:
-    """InputError where a process does not see the file that the main one has written: it is on another machine, and the
-    folder is not shared."""
-    processes.wait()
+def _check_shared(folder: Path) -> None:
+    """InputError where a process does not see a file that the main one has just made: it is on another machine, and the
+    folder is not shared. (A copy of the folder there has all that was written before.)"""
+    if processes.count() == 1:
+        return
+    sign = folder / processes.from_main(lambda: _new_file(folder))
     until = time.monotonic() + SEEN_AFTER
-    while not path.is_file() and time.monotonic() < until:
+    while not sign.is_file() and time.monotonic() < until:
         time.sleep(0.5)
-    hosts = processes.gather(None if path.is_file() else socket.gethostname())
+    hosts = processes.gather(None if sign.is_file() else socket.gethostname())
+    if processes.is_main():
+        sign.unlink()
     blind = [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host is not None]
     if blind:
-        raise InputError(f"output_dir: {path.parent} is another folder for {', '.join(blind)}; give one on a file "
-                         "system that all machines share")  # fmt: skip
+        raise InputError(f"output_dir: {folder} is another folder for {', '.join(blind)}; give one on a file system "
+                         "that all machines share")  # fmt: skip
+
+
+def _new_file(folder: Path) -> str:
+    handle, path = tempfile.mkstemp(prefix=".launch.", suffix=".tmp", dir=folder)
+    os.close(handle)
+    return Path(path).name
 
 
 def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] | None:

@@ -117,9 +117,8 @@ def _main_of_launch(arguments: Sequence[str] | None) -> int:
     try:
         return _main(arguments)
     except Exception as error:
-        if launch.is_lost_connection(error):
-            lost = f"the connection to another process was lost ({str(error).splitlines()[0]}); {launch.RESUMES}"
-            launch.say_end(launch.who_died(within=2.0) or lost)
+        if lost := launch.what_was_lost(error):
+            launch.say_end(lost)
             return 1
         if launch.claim(repr(error)):
             raise

@@ -32,6 +32,9 @@ BEAT = 1.0  # seconds between two signs of life
 LOST = 40.0  # seconds without one after which a process counts as lost
 # Of a collective. A reward may take its time in one process, and whoever has died is noticed otherwise.
 LIMIT = datetime.timedelta(hours=2)
+# What gloo, NCCL and the store say of a connection whose other end has gone.
+BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused",
+          "remote process exited", "failed to recv")  # fmt: skip
 RESUMES = "the same command resumes from here"
 INSTEAD = (
     "use DDP (torchrun, accelerate launch), or FSDP2 where the base is too large for one device (model.fsdp: true)"
@@ -234,12 +237,13 @@ def who_died(within: float = 0.0) -> str | None:
     return None
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process has gone."""
+def what_was_lost(error: BaseException) -> str | None:
+    """The line for an error that another process's end has caused; None where it is one of this process's own."""
     if processes.count() == 1:
-        return False
+        return None
     text = str(error)
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError)
-        and any(part in text for part in ("gloo", "Connection closed by peer", "Connection reset", "NCCL"))
+    broken = isinstance(error, RuntimeError | OSError) and any(words in text for words in BROKEN)
+    # Its end may show a moment after the connection's.
+    return who_died(within=2.0 if broken else 0.0) or (
+        f"the connection to another process was lost ({text.splitlines()[0]}); {RESUMES}" if broken else None
     )

@@ -242,8 +242,8 @@ def what_was_lost(error: BaseException) -> str | None:
     if processes.count() == 1:
         return None
     text = str(error)
-    broken = isinstance(error, RuntimeError | OSError) and any(words in text for words in BROKEN)
+    broken = next((words for words in BROKEN if words in text), None) if isinstance(error, RuntimeError) else None
     # Its end may show a moment after the connection's.
     return who_died(within=2.0 if broken else 0.0) or (
-        f"the connection to another process was lost ({text.splitlines()[0]}); {RESUMES}" if broken else None
+        f"the connection to another process was lost ({broken}); {RESUMES}" if broken else None
     )

@@ -374,7 +374,7 @@ def test_anchors_and_merge_keys_are_yamls_own(tmp_path: Path):
 # Keys that change how a result is computed, but not the result, before each key declared it of itself. A folder made
 # then must resume now.
 ONLY_HOW = re.compile(
-    r"output_dir|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
+    r"output_dir|model\.fsdp|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
     r"|(sft|grpo)\.(longest_first|activation_offloading|gradient_checkpointing)"
     r"|sft\.micro_batch_tokens|grpo\.(rollout_batch_size|logprob_tokens)"
     r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"

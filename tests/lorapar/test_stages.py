@@ -67,7 +67,7 @@ def test_no_held_out_row_is_scored_or_trained_on(recipe_file: Path, tmp_path: Pa
 def test_both_systems_are_scored_in_one_model_load(recipe_file: Path, tmp_path: Path, monkeypatch):
     loads, load = [], stage.load_model
     succeeds("label", recipe_file, "--output_dir", tmp_path / "run")
-    monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
+    monkeypatch.setattr(stage, "load_model", lambda *given, **more: loads.append(1) or load(*given, **more))
     succeeds("score", recipe_file, "--output_dir", tmp_path / "run")
     assert loads == [1]
 
@@ -84,7 +84,7 @@ def test_labels_and_tokenizer_are_read_once_a_run(recipe_file: Path, tmp_path: P
 def test_base_and_stages_are_evaluated_in_one_model_load(recipe_file: Path, finished: Path, monkeypatch):
     loads, load, answers = [], stage.load_model, read_jsonl(finished / "answers.jsonl")
     (finished / "answers.jsonl").unlink()
-    monkeypatch.setattr(stage, "load_model", lambda *given: loads.append(1) or load(*given))
+    monkeypatch.setattr(stage, "load_model", lambda *given, **more: loads.append(1) or load(*given, **more))
     succeeds("evaluate", recipe_file, "--output_dir", finished)
     assert loads == [1]
     assert read_jsonl(finished / "answers.jsonl") == answers
@@ -115,7 +115,7 @@ def test_each_model_is_evaluated_with_its_own_adapter(recipe_file: Path, finishe
 @pytest.mark.parametrize(("option", "says"), [({"batch_size": 0}, "at least 1, got 0"), ({"size": 1}, "no option")])
 def test_a_probe_s_options_are_refused_before_a_model_is_loaded(option, says, changed_recipe: Change, tmp_path: Path,
                                                                monkeypatch):  # fmt: skip
-    monkeypatch.setattr(stage, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     recipe = changed_recipe(label={"voters": [{"name": "probe", **option}]})
     refused("label", recipe, "--output_dir", tmp_path / "run", says=("label.voters: ", says), alone=True)
 

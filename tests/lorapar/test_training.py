@@ -17,7 +17,7 @@ from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.adapter.proof import FrozenElementsChanged
 from lorapar.errors import InputError
 from lorapar.progress import TrainingProgress
-from lorapar.training.trainer import CHECKPOINT_FILES, CHOICES, last_checkpoint, save_stage, take_choices
+from lorapar.training.trainer import CHOICES, last_checkpoint, save_stage, take_choices
 from lorapar_kernels import lora_product
 from tests.lorapar.test_adapter import TOKENS, config, logits, random_partition
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -313,13 +313,13 @@ def test_a_checkpoint_of_another_partition_is_refused(tmp_path):
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     model, made = fresh()
     keys = dict(save_strategy="steps", save_steps=2)
-    lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys))
-    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-4"
+    trainer, _ = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, **keys))
+    assert last_checkpoint(tmp_path, trainer, made).name == "checkpoint-4"
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:40])
-    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, trainer, made).name == "checkpoint-2"
     state.unlink()
-    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, trainer, made).name == "checkpoint-2"
 
 
 def test_saved_stage_holds_only_what_vllm_and_peft_know(tmp_path, tiny_folder):
@@ -427,12 +427,12 @@ def test_a_model_that_is_not_finite_is_not_blamed_on_the_learning_rate(tmp_path)
 def test_a_checkpoint_whose_weights_are_not_finite_is_neither_written_nor_gone_on_from(tmp_path):
     model, made = fresh()
     keys = dict(save_strategy="steps", save_steps=1)
-    lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=2, **keys))
+    trainer, _ = lorapar.sft(model, tiny_tokenizer(), ROWS, made, sft_config(tmp_path, max_steps=2, **keys))
     path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
     weights = load_file(path)
     next(iter(weights.values()))[0, 0] = float("inf")
     save_file(weights, path)
-    assert last_checkpoint(tmp_path, made, CHECKPOINT_FILES).name == "checkpoint-1"
+    assert last_checkpoint(tmp_path, trainer, made).name == "checkpoint-1"
     again, _ = fresh()
     wild = sft_config(tmp_path / "wild", learning_rate=1e30, weight_decay=1e10, **keys)
     with pytest.raises(InputError, match="after step 1: a weight of the adapter is not finite"):

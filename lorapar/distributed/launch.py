@@ -70,7 +70,7 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
     for name, what in ENGINES.items():
         if environment.get(name, "false").lower() == "true":
             raise InputError(f"{name}: the launch asks for {what}; {INSTEAD}")
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not accelerate_shards(environment):
         return
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
@@ -82,15 +82,21 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
             raise InputError(f"{name.lower()}: got {given}, expected {allowed[0]}: {remedy}")
 
 
+def accelerate_shards(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether accelerate's configuration asks for FSDP, and accelerate would do it itself."""
+    return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def join(on_cpu: bool) -> None:
     """Meet the other processes of the launch, where there is one, and note whether it asks for FSDP2."""
     global _fsdp
     from accelerate import PartialState
 
     check()
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if accelerate_shards():
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True
+        del os.environ["ACCELERATE_USE_FSDP"]
     if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
         PartialState(cpu=on_cpu, timeout=LIMIT)
 

@@ -46,6 +46,10 @@ StageName = Literal["sft", "grpo"]
 CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
+ENGINE = (
+    "the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the adapter apart; leave it out, and "
+    "shard the base with lorapar.distributed.sharding.shard"
+)
 # Of each process of a launch.
 RANDOM_STATE = "rng_state{}.pth"
 PAPER = {
@@ -95,6 +99,8 @@ class PartitionedTrainer(Trainer):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         launch.check()
+        if launch.accelerate_shards():
+            raise InputError(ENGINE)
         given = inspect.signature(super().__init__).bind(model, *args, **kwargs).arguments
         adapter = given.get("peft_config")
         if isinstance(adapter, PeftConfig):
@@ -111,10 +117,7 @@ class PartitionedTrainer(Trainer):
             if getattr(made, "is_loaded_in_4bit", False) or getattr(made, "is_loaded_in_8bit", False):
                 as_given = {parameter: parameter.data.float() for parameter in _trained(made)}
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError(
-                f"{self.stage}: the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the "
-                f"adapter apart; {launch.INSTEAD}"
-            )
+            raise InputError(ENGINE)
         if self.args.world_size != processes.count():
             raise InputError(
                 f"use_cpu: got {self.args.use_cpu}, so that the trainer takes this process for one of "

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lorapar.distributed import launch, processes
 from lorapar.errors import InputError
 from lorapar.training.sft import in_so_many
+from tests.launched import ROOT
 from tests.launched import launch as start
 
 # As `accelerate launch --use_fsdp --fsdp_version 2` sets it.
@@ -55,6 +57,27 @@ def test_engines_name_fsdp2_instead():
     for name in launch.ENGINES:
         with pytest.raises(InputError, match="FSDP2 where the base is too large for one device"):
             launch.check({name: "true"})
+
+
+@pytest.mark.slow
+def test_the_page_s_script_trains_in_two_processes(tiny_folder, tmp_path):
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    code = page.split("## In a script of your own")[1].split("```python\n")[1].split("```")[0]
+    rows = [[{"prompt": f"{i} and {i + k} is", "completion": f" {2 * i + k}"} for i in range(8)] for k in (1, 2)]
+    given = f"""
+from datasets import Dataset
+NAME, FOLDER = {str(tiny_folder)!r}, {str(tmp_path / "out")!r}
+SYSTEM1, SYSTEM2 = (Dataset.from_list(rows) for rows in {rows!r})
+"""
+    script = tmp_path / "script.py"
+    script.write_text(given + code)
+    done = start(2, [str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 * 7
+    refused = start(2, [str(script)], **FSDP2)
+    assert refused.returncode != 0
+    assert "shard the base with lorapar.distributed.sharding.shard" in refused.stderr
 
 
 @pytest.mark.slow

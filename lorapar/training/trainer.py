@@ -47,8 +47,8 @@ CHOICES = "product_choices.json"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "lorapar.json", "lorapar_partition.safetensors", "optimizer.pt",
                     "scheduler.pt", "trainer_state.json")  # fmt: skip
 ENGINE = (
-    "the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the adapter apart; leave it out, and "
-    "shard the base with lorapar.distributed.sharding.shard"
+    "the trainer was given an engine of its own (FSDP, DeepSpeed), which would take the adapter apart; leave it out, "
+    "and shard the base with lorapar.distributed.sharding.shard"
 )
 # Of each process of a launch.
 RANDOM_STATE = "rng_state{}.pth"

@@ -83,12 +83,17 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _in_launch() -> bool:
+    """As `distributed.launch.is_launched`, which takes a second to import."""
+    return {"RANK", "WORLD_SIZE"} <= set(os.environ)
+
+
 def _say(line: str, stopped: bool = False) -> None:
     """The line for the terminal that ends the command; of several processes of a launch, one says it.
 
     stopped: by a signal, which the launcher sends where another process has died.
     """
-    if "RANK" not in os.environ:
+    if not _in_launch():
         print(f"lorapar: {line}", file=sys.stderr)
         return
     from .distributed import launch
@@ -99,7 +104,7 @@ def _say(line: str, stopped: bool = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stopped_by_signals():
-            return _main(arguments) if "RANK" not in os.environ else _main_of_launch(arguments)
+            return _main_of_launch(arguments) if _in_launch() else _main(arguments)
     except Stopped as stopped:
         _say(f"stopped ({stopped}); the same command resumes from here", stopped=True)
         return 128 + stopped.number
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main_of_launch(arguments: Sequence[str] | None) -> int:
     """`_main` in one process of several: what ends one of them ends all, and is said once."""
-    from .distributed import launch
+    from .distributed import launch, processes
 
     try:
         return _main(arguments)
@@ -120,7 +125,8 @@ def _main_of_launch(arguments: Sequence[str] | None) -> int:
         if lost := launch.what_was_lost(error):
             launch.say_end(lost)
             return 1
-        if launch.claim(repr(error)):
+        # Before the processes have met, none knows of another's error.
+        if processes.count() == 1 or launch.claim(repr(error)):
             raise
         return 1
 
@@ -130,7 +136,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(words)
         prints = options.verb in ("doctor", "plan") or vars(options).get("dry_run") or vars(options).get("review")
-        if prints and os.environ.get("RANK", "0") != "0":
+        if prints and _in_launch() and os.environ["RANK"] != "0":
             return 0  # one process of a launch prints
         if options.verb == "doctor":
             if overrides:
@@ -247,7 +253,7 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         print(label_only(recipe, "dry_run" if options.dry_run else "review"))
         return
     folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
-    if options.verb in ("run", "report") and os.environ.get("RANK", "0") == "0":
+    if options.verb in ("run", "report") and not (_in_launch() and os.environ["RANK"] != "0"):
         print(folder / "report.html")
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..distributed.sharding import whole_modules
+from ..distributed.sharding import is_part, whole_modules
 from ..errors import InputError
 from ..files import read_json, read_text, why_not_whole, write_json, write_text
 from ..recipe.checks import check_lora
@@ -171,8 +171,11 @@ def _plain_weight(layer: MaskedLayer, device: str | None) -> Tensor:
 def save_adapter(model: PeftModel, folder: Path, **facts: Any) -> None:
     """A plain PEFT adapter folder, with `facts` (start, stage, ...) and the trainable rank in lorapar.json.
 
+    Raises InputError for an adapter that is sharded.
     It calls its base what `load_model` has found as its origin; of a model that came otherwise, what PEFT says.
     """
+    if any(map(is_part, lora_parameters(model).values())):
+        raise InputError("lora: the adapter is sharded; gather it (full_tensor) before it is saved")
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER])
     name, revision = getattr(model.get_base_model(), "lorapar_origin", (None, None))
     if name is not None:

@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from ..errors import InputError
 from . import processes
@@ -62,7 +63,8 @@ FSDP_HEEDED = {
 }
 
 _fsdp = False
-_ending = threading.Lock()  # taken for good by the thread of this process that ends it
+_lock = threading.Lock()
+_ending: tuple[threading.Thread, bool] | None = None  # the thread that ends this process, and whether it says why
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:
@@ -82,6 +84,11 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
             raise InputError(f"{name.lower()}: got {given}, expected {allowed[0]}: {remedy}")
 
 
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return {"RANK", "WORLD_SIZE"} <= set(os.environ)
+
+
 def accelerate_shards(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether accelerate's configuration asks for FSDP, and accelerate would do it itself."""
     return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -97,13 +104,20 @@ def join(on_cpu: bool) -> None:
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True
         del os.environ["ACCELERATE_USE_FSDP"]
-    if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+    # The recipe says in which precision it trains.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if is_launched() and not processes.have_met():
         PartialState(cpu=on_cpu, timeout=LIMIT)
 
 
 def shares(fsdp: bool) -> int:
-    """Over how many processes the base is sharded; `model.fsdp`, or accelerate's configuration, asks for it."""
-    return processes.count() if fsdp or _fsdp else 1
+    """Over how many processes the base is sharded; `model.fsdp`, or accelerate's configuration, asks for it.
+
+    A plan has not met the others: it goes by how many there are to be.
+    """
+    planned = int(os.environ.get("WORLD_SIZE", "1"))
+    count = processes.count() if processes.have_met() else planned
+    return count if fsdp or _fsdp or accelerate_shards() else 1
 
 
 class _Watch:
@@ -112,8 +126,7 @@ class _Watch:
     def __init__(self) -> None:
         self.store: Any = processes.store().clone()
         self.rank, self.count = processes.rank(), processes.count()
-        # With torchrun's number of the machine: machines of one image may have one name.
-        here = socket.gethostname(), os.environ.get("GROUP_RANK")
+        here = _this_host()
         everybody = processes.gather((here, os.getpid()))
         self.siblings = {r: pid for r, (host, pid) in enumerate(everybody) if host == here and r != self.rank}
         self.seen = dict.fromkeys((r for r in range(self.count) if r != self.rank), (b"", time.monotonic()))
@@ -128,11 +141,11 @@ class _Watch:
         while not self.stopped.wait(BEAT):
             number += 1
             try:
-                self.store.set(f"lorapar/alive/{self.rank}", str(number))
-                if self.store.check(["lorapar/end"]):
-                    self.give_up(None)
+                self.store.set(f"alive/{self.rank}", str(number))
+                if self.store.check(["end"]):
+                    self.give_up(None, self.store.get("end").decode())
                 for other, (value, _) in self.seen.items():
-                    key = f"lorapar/alive/{other}"
+                    key = f"alive/{other}"
                     now = self.store.get(key) if self.store.check([key]) else b""
                     if now != value:
                         self.seen[other] = now, time.monotonic()
@@ -146,37 +159,58 @@ class _Watch:
                 self.give_up(line)
 
     def clock(self) -> None:
+        last = time.monotonic()
         while not self.stopped.wait(BEAT):
             now = time.monotonic()
-            silent = [other for other, (_, at) in self.seen.items() if now - at > LOST]
+            if now - last > 10 * BEAT:
+                # This process was stopped itself (Ctrl-Z, a suspended job), and its clock went on.
+                self.reached = now
+                self.seen = {other: (value, now) for other, (value, _) in self.seen.items()}
+            last = now
+            silent = [other for other, (_, at) in self.seen.items() if now - at > LOST and not self.runs(other)]
             if now - self.reached > LOST:
                 self.give_up(f"the machine of the first process has not answered for {LOST:.0f} s; {RESUMES}")
             elif silent:
                 self.give_up(f"{_named(silent)} has given no sign of life for {LOST:.0f} s; {RESUMES}")
 
+    def runs(self, other: int) -> bool:
+        """Whether a process of this host is there and not stopped: its threads may wait for one that holds Python."""
+        pid = self.siblings.get(other)
+        return pid is not None and _state(pid) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
+
     def dead(self) -> list[int]:
         """Processes of this host that have ended."""
-        return [other for other, pid in self.siblings.items() if not _lives(pid)]
+        return [other for other, pid in self.siblings.items() if _state(pid) in (None, psutil.STATUS_ZOMBIE)]
 
-    def give_up(self, line: str | None) -> None:
-        """End this process, whatever its main thread waits for; None: another has said why."""
+    def give_up(self, line: str | None, why: str = "") -> None:
+        """End this process, whatever its main thread waits for; None: another has said `why`."""
         if self.stopped.is_set():
             return
         if line is not None and not say_end(line):
             time.sleep(BEAT)  # the main thread may be about to say it
         # run.log has the libraries' warnings, and the terminal has not.
-        warnings.warn(f"process {self.rank} ends: {line or 'another process has ended the run'}", stacklevel=2)
+        warnings.warn(f"process {self.rank} ends: {line or why}", stacklevel=2)
         os._exit(1)
 
 
 _watch: _Watch | None = None
 
 
-def _lives(pid: int) -> bool:
+def _state(pid: int) -> str | None:
+    """psutil's word for a process of this host; None where there is none."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return None
+
+
+def _this_host() -> tuple[str, ...]:
+    """What tells the processes that see one another apart from the rest: machines of one image may have one name, and
+    containers of one machine do not see one another's processes."""
+    facts = [socket.gethostname(), os.environ.get("GROUP_RANK", "")]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return tuple(facts)
 
 
 def _named(ranks: list[int]) -> str:
@@ -195,6 +229,9 @@ def watching() -> Iterator[None]:
         yield
         # Who is ready earlier would be missed by the others.
         processes.wait()
+    except BaseException as error:
+        claim("".join(traceback.format_exception(error)))
+        raise
     finally:
         _watch.stopped.set()
 
@@ -209,22 +246,31 @@ def say_end(line: str) -> bool:
     return first
 
 
-def claim(line: str) -> bool:
-    """Whether this process is the first to end. Where nobody can be asked, each host's first process is."""
+def claim(why: str) -> bool:
+    """Whether this thread is the one that ends the launch, and says why. Where nobody can be asked, each host's first
+    process is."""
+    global _ending
+    if processes.count() == 1:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    with _lock:
+        if _ending is None:
+            _ending = threading.current_thread(), _is_first(why)
+    thread, first = _ending
+    return first and thread is threading.current_thread()
+
+
+def _is_first(why: str) -> bool:
     answer = [os.environ.get("LOCAL_RANK", "0") == "0"]
-    if processes.count() > 1:
-        if not _ending.acquire(blocking=False):
-            return False
 
-        def ask() -> None:
-            with contextlib.suppress(Exception):
-                mine = f"{processes.rank()}: {line}".encode()
-                answer[0] = processes.store().compare_set("lorapar/end", "", mine) == mine
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            mine = f"process {processes.rank()}: {why[-processes.PIECE // 2 :]}".encode()
+            answer[0] = processes.store().compare_set("end", "", mine) == mine
 
-        # A store that is cut off does not answer.
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(5.0)
+    # A store that is cut off does not answer.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(5.0)
     return answer[0]
 
 

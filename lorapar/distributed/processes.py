@@ -7,8 +7,10 @@ nothing to do waits here, for as long as it takes. Tensors go through collective
 Without a launch there is one process, and nothing is said or waited for.
 """
 
+import inspect
 import itertools
 import logging
+import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -30,12 +32,12 @@ _pieces = 0  # of this process's words in the round before
 
 def count() -> int:
     """How many processes there are; 1 where there is no process group."""
-    return dist.get_world_size() if _is_launch() else 1
+    return dist.get_world_size() if have_met() else 1
 
 
 def rank() -> int:
     """Which of them this one is, from 0."""
-    return dist.get_rank() if _is_launch() else 0
+    return dist.get_rank() if have_met() else 0
 
 
 def is_main() -> bool:
@@ -43,13 +45,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _is_launch() -> bool:
+def have_met() -> bool:
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def store() -> Any:
-    """The store at which the processes have met."""
-    return dist.distributed_c10d._get_default_store()
+    """The store at which the processes have met; where torchrun starts them again, without the words of before."""
+    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+    return dist.distributed_c10d.PrefixStore(f"lorapar/{attempt}", dist.distributed_c10d._get_default_store())
 
 
 def share(items: Sequence[T]) -> list[T]:
@@ -71,8 +75,8 @@ def gather(value: T) -> list[T]:
     if count() == 1:
         return [value]
     number, meeting = next(_rounds), store()
-    keys = [f"lorapar/{number}/{other}" for other in range(count())]
-    words = pickle.dumps(value)
+    keys = [f"{number}/{other}" for other in range(count())]
+    words = pickle.dumps((_caller(), value))
     pieces = [words[at : at + PIECE] for at in range(0, len(words), PIECE)]
     for place, piece in enumerate(pieces):
         meeting.set(f"{keys[rank()]}/{place}", piece)
@@ -83,18 +87,30 @@ def gather(value: T) -> list[T]:
         if not said and time.monotonic() - began > SAY_AFTER:
             said = True
             missing = [str(other) for other, key in enumerate(keys) if not meeting.check([key])]
-            log.info("waiting for process %s of %d", ", ".join(missing), count())
+            log.warning("%s: waiting for process %s of %d", _caller(), ", ".join(missing), count())
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL)
     _waited += time.monotonic() - began
-    found = [value if other == rank() else _read(meeting, key) for other, key in enumerate(keys)]
+    found = [_read(meeting, key) for key in keys]
+    for other, (caller, _) in enumerate(found):
+        if caller != _caller():
+            raise RuntimeError(f"process {other} is in {caller}, and process {rank()} in {_caller()}: every process "
+                               "of a launch makes the same calls in the same order")  # fmt: skip
     if number:
         # Whoever has come to this round has read all of the one before.
-        before = f"lorapar/{number - 1}/{rank()}"
+        before = f"{number - 1}/{rank()}"
         for key in (before, *(f"{before}/{place}" for place in range(_pieces))):
             meeting.delete_key(key)
     _pieces = len(pieces)
-    return found
+    return [value if other == rank() else theirs for other, (_, theirs) in enumerate(found)]
+
+
+def _caller() -> str:
+    """The function outside of this file that has something said."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"
 
 
 def _read(meeting: Any, key: str) -> Any:
@@ -112,8 +128,29 @@ def waited() -> float:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, in every process; the others do not call it, and wait."""
-    return cast(T, gather(make() if is_main() else None)[0])
+    """What `make` returns in the main process, in every process; the others do not call it, and wait. What it raises is
+    raised in all."""
+    made: Any = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+    told = error if _can_be_told(error) else RuntimeError(f"{type(error).__name__}: {error}")
+    made, told = gather((made, told if error is not None else None))[0]
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return cast(T, made)
+
+
+def _can_be_told(error: Exception | None) -> bool:
+    try:
+        return repr(pickle.loads(pickle.dumps(error))) == repr(error)
+    except Exception:
+        return False
 
 
 @torch.no_grad()

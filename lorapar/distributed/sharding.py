@@ -29,8 +29,8 @@ else:  # of a torch that was built without, nothing is an instance of these
 def shard(model: nn.Module, device: torch.device) -> None:
     """Leave this process's part of every decoder block's frozen weights on `device`, and all else whole.
 
-    model: a base or a PeftModel, on the CPU or on `device`; blocks go to the device one at a time, so that the model
-    need not fit there. Adapters may be there already or be attached afterwards. With one process it is moved alone.
+    model: a base or a PeftModel, on the CPU or on `device`; from the CPU blocks go to the device one at a time, so
+    that the model need not fit there. Adapters may be there already or be attached afterwards. With one process it is moved alone.
 
     Raises InputError where no decoder blocks are found.
     """
@@ -93,13 +93,16 @@ def decoder_blocks(base: nn.Module) -> list[nn.Module]:
 
 def _whole_parameters(base: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
     """What stays whole: the adapters', those outside of the blocks, and what several blocks share."""
-    inside = {module: number for number, block in enumerate(blocks) for module in block.modules()}
+    inside: dict[nn.Module, set[int | None]] = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            inside.setdefault(module, set()).add(number)
     owners: dict[nn.Parameter, set[int | None]] = {}
     whole: set[nn.Parameter] = set()
     for name, module in base.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(parameter, set()).add(inside.get(module))
+                owners.setdefault(parameter, set()).update(inside.get(module, {None}))
                 if ".lora_" in name or ".modules_to_save" in name:
                     whole.add(parameter)
     return whole | {parameter for parameter, of in owners.items() if None in of or len(of) > 1}

@@ -35,6 +35,7 @@ GATHER_SECONDS = 0.02
 POLL_SECONDS = (1e-3, 0.05)
 # By helping process, the numbers of the batches it is handed; both sides count, over the life of the process.
 _batches: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+_LOADING = threading.Lock()
 
 
 class LocalTeacher:
@@ -81,7 +82,7 @@ class LocalTeacher:
         self.closed.clear()
         try:
             self.tokens("")
-            self.model = await asyncio.to_thread(load_model, ModelConfig(self.config.model))
+            self.model = await asyncio.to_thread(_load, self.config.model)
         except InputError as error:
             message = re.sub(r"^model\.(\w+)", rf"{self.at}.\1", str(error))
             raise InputError(f"{message}; a teacher without base_url is a local model") from None
@@ -135,6 +136,12 @@ class LocalTeacher:
         self.model = None
 
 
+def _load(name: str) -> Any:
+    # One at a time: while it loads, torch's default dtype is the model's, for every thread.
+    with _LOADING:
+        return load_model(ModelConfig(name))
+
+
 @contextmanager
 def helped(teachers: Sequence[LocalTeacher]) -> Iterator[None]:
     """In the main process: have the others, which are in `help_with`, answer batches of these teachers meanwhile."""
@@ -168,7 +175,7 @@ def help_with(teachers: Sequence[LocalTeacher]) -> None:
 def _hand(rank: int, batch: tuple[int, list[list[int]]] | None) -> str:
     """Hand a batch (the teacher's number, its prompts), or the word that no more will come, to another process; the key
     of its reply."""
-    key = f"lorapar/teachers/{rank}/{next(_batches[rank])}"
+    key = f"teachers/{rank}/{next(_batches[rank])}"
     processes.store().set(key, pickle.dumps(batch))
     return f"{key}/reply"
 
@@ -185,7 +192,7 @@ async def _answered_by(rank: int, number: int, ids: list[list[int]]) -> list[str
 
 def _next_batch() -> tuple[int, list[list[int]], str] | None:
     rank, store, pause = processes.rank(), processes.store(), POLL_SECONDS[0]
-    key = f"lorapar/teachers/{rank}/{next(_batches[rank])}"
+    key = f"teachers/{rank}/{next(_batches[rank])}"
     while not store.check([key]):
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS[1])

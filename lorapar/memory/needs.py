@@ -184,7 +184,9 @@ def _describe(recipe: Recipe) -> Model:
     if shares > 1:
         blocks = [sum(held.get(p, p.nbytes) for p in block.parameters()) for block in decoder_blocks(model)]
         # One that computes and one that is gathered meanwhile are whole.
-        weights -= int(sum(blocks) * (1 - 1 / shares)) - min(2, len(blocks)) * max(blocks)
+        shared = weights - int(sum(blocks) * (1 - 1 / shares)) + min(2, len(blocks)) * max(blocks)
+        # A base in 4 bits is quantised on its device before it is sharded.
+        weights = weights if base in ("nf4", "fp4") else min(weights, shared)
     targets = resolve(model, lora)
     elements = rank * sum(module.in_features + module.out_features for module in targets.modules.values())
     # A quantised weight is made plain in one buffer.

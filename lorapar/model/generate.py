@@ -1,5 +1,6 @@
 """Greedy answers of a model to a list of prompts, and the tokens that end one."""
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,11 @@ def answer_greedily(
         raise InputError(f"a prompt has {longest} tokens, and the model's {positions} positions leave none to answer")
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
     batches = _batches(order, [len(prompt) for prompt in ids], max_new_tokens, batch_size, positions)
+
+    def limit_of(batch: list[int]) -> int:
+        width = len(ids[batch[0]])
+        return max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+
     # A sharded base takes part in every process's forwards: as many batches, and as many tokens each.
     in_step = shared and is_sharded(model)
     answers: dict[int, str] = {}
@@ -84,19 +90,16 @@ def answer_greedily(
     training = model.training
     model.eval()
     try:
-        for dealt in processes.rounds(batches) if shared else batches:
+        for batch, counts in _shared(batches, limit_of, in_step) if shared else [(batch, True) for batch in batches]:
             if stopped():
                 break
-            if dealt is None and not in_step:
-                continue
-            batch = [order[-1]] if dealt is None else dealt
             width = max(len(ids[i]) for i in batch)
             padded = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
             produced = model.generate(
                 input_ids=padded,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens if positions is None else min(max_new_tokens, positions - width),
+                max_new_tokens=limit_of(batch),
                 stopping_criteria=[lambda seen, *_, **__: torch.full((len(seen),), stopped(), device=seen.device)],
                 do_sample=False,
                 eos_token_id=stops or None,
@@ -107,7 +110,7 @@ def answer_greedily(
                 top_k=None,
                 synced_gpus=in_step,
             )
-            if dealt is None:
+            if not counts:
                 continue
             ended = [until(row, stops) for row in produced[:, width:].tolist()]
             texts_out = tokenizer.batch_decode(ended, skip_special_tokens=True)
@@ -122,6 +125,21 @@ def answer_greedily(
         if unsaid:
             on_batch(unsaid)
     return [answers.get(index, "") for index in range(len(ids))]
+
+
+def _shared(
+    batches: list[list[int]], limit_of: Callable[[list[int]], int], in_step: bool
+) -> list[tuple[list[int], bool]]:
+    """This process's batches, and whether each is to be answered.
+
+    in_step: as many in every process, the last one's answers unused where there are fewer; and each beside batches that
+    may be as long, since all go on until the longest answer of all is done.
+    """
+    if not in_step:
+        return [(batch, True) for batch in processes.share(batches)]
+    # They are in the order of their prompts' lengths, and so of their limits.
+    groups = [list(group) for _, group in itertools.groupby(batches, key=limit_of)]
+    return [(batch or group[-1], batch is not None) for group in groups for batch in processes.rounds(group)]
 
 
 def _batches(order: list[int], lengths: list[int], new: int, size: int, positions: int | None) -> list[list[int]]:

@@ -95,7 +95,7 @@ TRAINER_NUMBERS: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_iterations",
       "eval_accumulation_steps", "steps_per_generation", "generation_batch_size", "max_completion_length", "max_length",
       "pad_to_multiple_of", "dataloader_prefetch_factor", "torch_empty_cache_steps", "dataset_num_proc",
-      "vllm_max_model_length", "vllm_tensor_parallel_size", "ddp_timeout", "ddp_bucket_cap_mb"),
+      "vllm_max_model_length", "vllm_tensor_parallel_size"),
      "at least 1", lambda number: number >= 1),
     (("num_generations",), "at least 2: completions are compared with each other", lambda number: number >= 2),
     (("max_steps",), "at least 1, or -1: as num_train_epochs says", lambda number: number == -1 or number >= 1),
@@ -105,7 +105,6 @@ OF_BOTH: dict[str, tuple[Any, ...]] = {
     "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
-    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
 }
 TRAINER_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "sft": {**OF_BOTH, "loss_type": ("nll", "dft"), "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped")},

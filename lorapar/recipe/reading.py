@@ -201,6 +201,10 @@ def _split_trainer_keys(stage: str, values: Mapping[str, Any], section: type[Sta
         if key in values:
             raise InputError(f"{stage}.{key}: set by the run itself; the optimizer is PartitionedAdamW, output_dir and "
                              "seed are top-level keys, gradient_checkpointing is TRL's name")  # fmt: skip
+    for key in values:
+        if key.startswith("ddp_"):
+            raise InputError(f"{stage}.{key}: nothing is wrapped in DDP, as active elements' gradients are exchanged "
+                             "once a step; leave it out")  # fmt: skip
     # YAML reads the word no as false.
     strategies = ("eval_strategy", "save_strategy", "logging_strategy")
     values = {key: "no" if key in strategies and plain(value) is False else value for key, value in values.items()}

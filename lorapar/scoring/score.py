@@ -22,7 +22,7 @@ from ..adapter.layers import ADAPTER, MaskedLayer, lora_parameters, masked_layer
 from ..data.tokens import check_known
 from ..data.turns import Turns
 from ..distributed import processes
-from ..distributed.sharding import is_sharded
+from ..distributed.sharding import is_part, is_sharded
 from ..errors import InputError, require
 from ..model.positions import positions_of
 from ..progress import Progress
@@ -127,8 +127,8 @@ def score(
             batches = ScoredBatches(model, layers, packed)
             if not packed and len(plan) < len(examples):
                 batches.look()
-            if is_sharded(model) and (not batches.together or len(plan) == len(examples)):
-                # As many forwards for every batch; and nothing is left to find out in the midst of one.
+            if not batches.together or (is_sharded(model) and len(plan) == len(examples)):
+                # As many forwards for every batch; and with a sharded base nothing is left to find out in one.
                 batches.together, plan = False, [[i] for batch in plan for i in batch]
             if checkpoint is not None:
                 key = fingerprint_of(layers, examples, plan, packed=packed, theta=theta if marks else None)
@@ -204,8 +204,6 @@ def _run(
 ) -> None:
     """This process's share of the batches that are not `done`, until all processes' sums are stable where that is asked
     for; `idle`: what it does where it has one batch fewer than another, None: nothing."""
-    if until_stable is not None and running.looks and running.looks[-1][1] >= until_stable:
-        return
     before, at = set(done), 0  # examples up to the end of a stretch
     with Progress("score", len(examples), "example", sum(len(plan[place]) for place in done)) as progress:
         for places in stretches(plan, marks):
@@ -232,13 +230,12 @@ def _run(
                     running.save_if_due(checkpoint, key)
             if unsaid:
                 progress.update(unsaid)
-            if until_stable is None or running.looked >= at:
+            if until_stable is None:
                 continue
-            jaccard = running.look(theta, at)
-            if jaccard is None:
-                continue
-            log.info("score: %d examples, Jaccard %.4f with half of them", at, jaccard)
-            if jaccard >= until_stable:
+            if running.looked < at and (jaccard := running.look(theta, at)) is not None:
+                log.info("score: %d examples, Jaccard %.4f with half of them", at, jaccard)
+            # Also of a look before this process began: what was summed by then may have been another's, and lost.
+            if running.looked == at and running.looks and running.looks[-1][1] >= until_stable:
                 break
     if checkpoint is not None:
         running.save(checkpoint, key)
@@ -269,6 +266,8 @@ def error_of_first_bad_row(
 def scoring(model: nn.Module) -> Iterator[dict[str, MaskedLayer]]:
     """Put the layers into scoring mode with fresh sums; on leaving, everything is as it was."""
     layers, training = masked_layers(model), {module: module.training for module in model.modules()}
+    if any(map(is_part, lora_parameters(model).values())):
+        raise InputError("lora: the adapter is sharded; score it before fully_shard, which is for training")
     given = {parameter: (parameter.requires_grad, parameter.grad) for parameter in lora_parameters(model).values()}
     model.eval()
     for module in training:

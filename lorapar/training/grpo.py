@@ -26,6 +26,7 @@ from ..adapter.proof import NothingMoved
 from ..data.labels import once_a_prompt, rows_of
 from ..data.tokens import check_known, prompt_ids, row_kwargs
 from ..data.turns import Turns
+from ..distributed import processes
 from ..errors import InputError, NothingLearned, not_installed, require
 from ..model.generate import set_stop_tokens, stop_tokens
 from ..model.positions import positions_of
@@ -111,9 +112,7 @@ class PartitionedGRPOTrainer(PartitionedTrainer, GRPOTrainer):
         waiting = any(torch.load(file, map_location="cpu", weights_only=True)["batches"] is not None for file in files)
         return f"{count} processes have completions there that they have not trained on yet" if waiting else None
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        # As each process's random numbers, and before the file that makes a checkpoint whole.
-        super()._save_rng_state(output_dir)
+    def save_of_each(self, output_dir: str) -> None:
         done = self._step % (cast(Any, self.args).steps_per_generation * self.num_iterations) == 0
         state = {"step": self._step, "batches": None if done else self._buffered_inputs}
         torch.save(state, self._rollouts(output_dir))
@@ -376,9 +375,9 @@ def _say_rewards(trainer: PartitionedGRPOTrainer) -> None:
     """What of the rewards taught nothing, where something did not."""
     tally = trainer.tally
     for reward in trainer.reward_funcs:
-        if isinstance(reward, CheckedReward) and reward.not_finite:
-            log.warning("grpo: %d values of %s were nan or infinite and counted as None", reward.not_finite,
-                        reward.name)  # fmt: skip
+        strange = sum(processes.gather(getattr(reward, "not_finite", 0)))
+        if isinstance(reward, CheckedReward) and strange:
+            log.warning("grpo: %d values of %s were nan or infinite and counted as None", strange, reward.name)
     if tally.all_equal:
         log.warning("grpo: %s", tally.said(trainer.remedies()))
     elif tally.equal:
@@ -458,6 +457,7 @@ def grpo(
         trained = train(trainer, partition, "grpo", len(examples), resume)
     except NothingMoved as error:
         tally = trainer.tally
+        tally.ended = sum(processes.gather(tally.ended))
         if config.mask_truncated_completions and tally.ended < tally.completions:
             raise NothingLearned(
                 f"grpo: nothing was trained: {tally.ended} of {tally.completions} completions ended, and "

@@ -15,7 +15,7 @@ from ..data.labels import rows_of
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import IGNORED, check_known
 from ..data.turns import Turns, labelled
-from ..distributed.sharding import is_sharded
+from ..distributed import processes
 from ..errors import InputError, require
 from ..memory.switches import default_micro_batch_tokens
 from ..model.positions import positions_of
@@ -58,10 +58,10 @@ class PartitionedSFTTrainer(PartitionedTrainer, SFTTrainer):
                             for part in parts]).sum()  # fmt: skip
 
     def parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The batch in parts of at most `micro_batch_tokens`; with a sharded base as many in every process, since all
-        make each forward together."""
+        """The batch in parts of at most `micro_batch_tokens`, as many in every process: TRL gathers its metrics after
+        each, and the forwards of a sharded base are everybody's."""
         parts = micro_batches(inputs, self.micro_batch_tokens)
-        if self.micro_batch_tokens is None or not is_sharded(cast(Any, self.model)):
+        if self.micro_batch_tokens is None or processes.count() == 1:
             return parts
         most = torch.tensor(len(parts), device=self.args.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -193,7 +193,7 @@ def check_lengths(rows: Dataset, evaluated: Dataset | None, tokenizer: Any, conf
                 break
         if dataset is not None and not short:
             examples_that_fit(dataset, tokenizer, config.max_length, turns=turns, what=what)
-        elif dataset is rows:
+        elif dataset is rows and not config.packing:
             check_batch(short, config)
 
 

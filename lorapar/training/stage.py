@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import re
 import shutil
 import sys
@@ -113,7 +112,10 @@ def _finish(run: Run, name: StageName, trainer: Any, trained: Any) -> Facts:
 
 
 def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
-    """The stage's section as TRL's SFTConfig or GRPOConfig; going_on: with the batch of its checkpoints."""
+    """The stage's section as TRL's SFTConfig or GRPOConfig, with the batch of its checkpoints.
+
+    going_on: every process of the launch makes it, to go on from one of them.
+    """
     import trl
 
     recipe, device = run.recipe, choose_device(run.recipe.model.device).type
@@ -128,12 +130,13 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
         # Without it, and without a GPU, transformers takes each process of a launch for the only one.
         "use_cpu": device == "cpu",
     }
-    given = getattr(recipe, name).trainer | (
-        processes.from_main(lambda: _batch_as_before(run, name)) if going_on else {}
-    )
-    backend = given.get("ddp_backend")
-    require(backend is None or "LOCAL_RANK" in os.environ, f"{name}.ddp_backend", backend,
-            "nothing but under torchrun or accelerate launch")  # fmt: skip
+    batch = processes.from_main(lambda: _batch_as_before(run, name)) if going_on else _batch_as_before(run, name)
+    if going_on and "batch" in batch:
+        raise InputError(
+            f"{name}: {processes.count()} processes cannot share the batches of {batch['batch']} rows that it was "
+            f"begun with; launch another number, or remove {run.folder / name}/checkpoint-*"
+        )
+    given = getattr(recipe, name).trainer | {key: value for key, value in batch.items() if key != "batch"}
     try:
         config = config_class(**(ours | given))
     except (TypeError, ValueError) as error:
@@ -149,7 +152,7 @@ def _batch_as_before(run: Run, name: StageName) -> dict[str, int | None]:
     """What has this launch take the batches that the stage's last checkpoint was made with, where that was another
     number of processes: a recipe's batch is one process's, and the steps that are left are of as many rows as before.
 
-    Raises InputError where so many processes cannot share the batch.
+    {"batch": its rows} where so many processes cannot share it.
     """
     found = (made_by(path) for path in checkpoints_of(run.folder / name) if not why_not_whole(path / "lorapar.json"))
     made: dict[str, Any] = next(found, {"processes": None})
@@ -159,10 +162,7 @@ def _batch_as_before(run: Run, name: StageName) -> dict[str, int | None]:
     rows, largest = made["batch"], section.setting("per_device_train_batch_size")
     sizes = [size for size in range(1, largest + 1) if rows % (size * count) == 0]
     if not sizes:
-        raise InputError(
-            f"{name}: {count} processes cannot share the batches of {rows} rows that {made['processes']} began with; "
-            f"launch another number, or remove {run.folder / name}/checkpoint-*"
-        )
+        return {"batch": rows}
     size = sizes[-1]
     accumulation = rows // (size * count)
     log.info("%s: processes: %s at its start, %d now, at the same %d rows a step: per_device_train_batch_size %d, "

@@ -143,9 +143,8 @@ class PartitionedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         # Built here, after the trainer has done all it does to the model, so that no parameter is replaced afterwards.
         if self.optimizer is None:
-            activate(cast(Any, self.model), self.what_is_trained(), self.stage)
+            self.activated()
             args = self.args
-            self.exchange = _exchange(cast(nn.Module, self.model))
             self.optimizer = PartitionedAdamW(
                 cast(Any, self.model),
                 lr=args.learning_rate,
@@ -155,7 +154,13 @@ class PartitionedTrainer(Trainer):
             )
         return self.optimizer
 
+    def activated(self) -> nn.Module:
+        """The model, its masks set as the stage asks: the trainer may have replaced its parameters."""
+        activate(cast(Any, self.model), self.what_is_trained(), self.stage)
+        return cast(nn.Module, self.model)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.exchange = _exchange(self.activated()) if processes.count() > 1 else None
         # Without DDP, which would exchange every element's gradient: `exchange` does it.
         prepare = self.accelerator.prepare_model
         self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
@@ -184,6 +189,9 @@ class PartitionedTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         self._sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(self._sampler, LengthGroupedSampler):
+            # One order of the rows for any number of processes.
+            self._sampler.batch_size = batches_of(self.args)["batch"]
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -262,6 +270,15 @@ class PartitionedTrainer(Trainer):
         """Why no other number of processes can go on from a checkpoint of `count`; None where it can."""
         return None
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.save_of_each(output_dir)
+        # Before older checkpoints are removed: this one is whole when every process has written.
+        processes.wait()
+
+    def save_of_each(self, output_dir: str) -> None:
+        """What each process keeps in a checkpoint beside its random numbers."""
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         count = None if checkpoint is None else made_by(Path(checkpoint))["processes"]
         if count in (None, self.args.world_size):
@@ -300,10 +317,8 @@ def made_by(checkpoint: Path) -> dict[str, Any]:
     return {name: facts.get(name) for name in ("processes", "batch", "generated")}
 
 
-def _exchange(model: nn.Module) -> GradientExchange | None:
-    """What averages the gradients of an activated model; None where there is one process."""
-    if processes.count() == 1:
-        return None
+def _exchange(model: nn.Module) -> GradientExchange:
+    """What averages the gradients of an activated model over the processes of the launch."""
     parameters = lora_parameters(model)
     masks = {parameters[name]: mask for name, mask in masks_by_parameter(model).items() if mask is not None}
     # What DDP does at its start.
@@ -337,6 +352,11 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TrainingProgress(stage))
+    # Each process has read them for itself, and a network file system may show one of them older files.
+    for rank, seen in enumerate(processes.gather((partition.hash, rows))):
+        if seen != (partition.hash, rows):
+            raise InputError(f"{stage}: process {rank} has {seen[1]} rows and partition {seen[0][:12]}, process "
+                             f"{processes.rank()} {rows} rows and partition {partition.hash[:12]}")  # fmt: skip
     output_dir = Path(cast(str, trainer.args.output_dir))
     watch = trainer.watch
     judged = None if watch is None else watch.recorded()

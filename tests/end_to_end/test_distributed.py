@@ -69,7 +69,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     values = recipe_values(tiny_folder)
-    values["sft"] |= {"max_steps": 5, "micro_batch_tokens": 100}
+    values["sft"] |= {"max_steps": 5, "micro_batch_tokens": 138}
     values["grpo"] |= {"max_steps": 5, "scale_rewards": "none"}
     values["partition"] = {"theta": 0.88}
     return Runs(tmp_path_factory.mktemp("runs"), values)

@@ -457,7 +457,7 @@ BEYOND = {
         "neftune_noise_alpha": [-1.0], "per_device_eval_batch_size": [0], "eval_accumulation_steps": [0],
         "num_train_epochs": [-1.0, math.inf], "eval_steps": [-1.0, 1.5], "save_steps": [0.0, -1.0],
         "logging_steps": [0.0, math.inf], "label_smoothing_factor": [1.0], "dataloader_prefetch_factor": [2],
-        "log_level": ["foo"], "train_sampling_strategy": ["foo"], "ddp_backend": ["foo"], "packing_strategy": ["foo"],
+        "log_level": ["foo"], "train_sampling_strategy": ["foo"], "packing_strategy": ["foo"],
     },
     "grpo": {
         "num_generations": [0, 1], "top_k": [-5], "min_p": [2.0], "repetition_penalty": [0.0], "beta": [-1.0, math.inf],
@@ -479,6 +479,8 @@ BEYOND = {
             "got 'ds.json': masks, the proof and the optimizer know whole parameters by name",
         ),
         ("sft", "fsdp", "full_shard", "got 'full_shard': masks"),
+        ("grpo", "ddp_timeout", 5, "nothing is wrapped in DDP"),
+        ("sft", "ddp_backend", "gloo", "nothing is wrapped in DDP"),
         ("sft", "assistant_only_loss", True, "set data.loss: assistant"),
         ("sft", "auto_find_batch_size", True, "`lorapar plan` says what fits"),
         ("sft", "loss_type", "bogus", "got 'bogus', expected nll or dft"),
@@ -526,7 +528,7 @@ def test_a_trainers_key_that_cannot_work_is_refused_with_the_recipe(section, key
     "sft",
     [{"save_steps": 0, "save_strategy": "no"}, {"save_steps": 0.5}, {"eval_steps": 2.0, "eval_strategy": "steps"},
      {"num_train_epochs": 0, "max_steps": 3}, {"dataloader_prefetch_factor": 2, "dataloader_num_workers": 1},
-     {"pad_to_multiple_of": "auto"}, {"ddp_backend": "gloo"}],
+     {"pad_to_multiple_of": "auto"}],
 )  # fmt: skip
 def test_a_trainers_key_that_works_beside_another_is_taken(sft):
     assert parse(values(sft=sft)).sft.trainer == sft

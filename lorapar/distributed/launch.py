@@ -11,6 +11,7 @@ was killed says nothing, so the first that misses it does. Within a host that ta
 missed after `LOST` seconds.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from ..errors import InputError
 from . import processes
@@ -229,11 +231,19 @@ def watching() -> Iterator[None]:
         yield
         # Who is ready earlier would be missed by the others.
         processes.wait()
+        atexit.register(_leave)
     except BaseException as error:
         claim("".join(traceback.format_exception(error)))
         raise
     finally:
         _watch.stopped.set()
+
+
+def _leave() -> None:
+    """Close the connections at the end of a process that has nothing left to say: gloo may abort in a process whose
+    peers have gone before it."""
+    if processes.have_met():
+        torch.distributed.destroy_process_group()
 
 
 def say_end(line: str) -> bool:

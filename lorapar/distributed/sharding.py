@@ -29,8 +29,9 @@ else:  # of a torch that was built without, nothing is an instance of these
 def shard(model: nn.Module, device: torch.device) -> None:
     """Leave this process's part of every decoder block's frozen weights on `device`, and all else whole.
 
-    model: a base or a PeftModel, on the CPU or on `device`; from the CPU blocks go to the device one at a time, so
-    that the model need not fit there. Adapters may be there already or be attached afterwards. With one process it is moved alone.
+    model: a base or a PeftModel, on the CPU or on `device`; from the CPU blocks go to the device one at a time, so that
+    the model need not fit there. Adapters may be there already or be attached afterwards. With one process it is moved
+    alone.
 
     Raises InputError where no decoder blocks are found.
     """

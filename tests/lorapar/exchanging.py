@@ -4,11 +4,25 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 
 from lorapar.distributed import processes
 from lorapar.distributed.exchange import GradientExchange
+from lorapar.errors import InputError
+
+
+def _fail(error: Exception) -> int:
+    raise error
+
+
+def _one() -> list[int]:
+    return processes.gather(1)
+
+
+def _other() -> list[int]:
+    return processes.gather(1)
 
 
 def main(folder: Path) -> None:
@@ -52,6 +66,14 @@ def main(folder: Path) -> None:
     big = 2.0**60
     (total,) = processes.sum_in_order([torch.tensor([1.0, big if rank == 0 else -big if rank == 1 else 3.0])])
     assert total.tolist() == [count, 3.0 * (count - 2)]
+    # What fails in the main process fails in all, and they stay in step.
+    for error in (InputError("label.enough: too few"), OSError("a disk")):
+        with pytest.raises(type(error), match=str(error)):
+            processes.from_main(lambda error=error: _fail(error))
+    assert processes.from_main(lambda: 7) == 7
+    with pytest.raises(RuntimeError, match="every process of a launch makes the same calls in the same order"):
+        _one() if rank == 0 else _other()
+    assert processes.gather(rank) == list(range(count))
     if rank == 0:
         (folder / "worst.json").write_text(json.dumps(worst))
 

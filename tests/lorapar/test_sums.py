@@ -7,7 +7,7 @@ import lorapar
 import lorapar_kernels as lk
 from lorapar.adapter.layers import lora_parameters, masked_layers
 from lorapar.errors import InputError
-from lorapar.files import load_tensors
+from lorapar.files import load_tensors, save_tensors
 from lorapar.memory.step import LiveBytes
 from lorapar.scoring import sums as score_sums
 from lorapar.scoring.batches import read_examples, score_batch
@@ -198,3 +198,19 @@ def test_a_pass_holds_sixteen_bytes_an_element_beyond_what_training_on_its_batch
     # One example's products in float64 are there for one factor at a time.
     assert with_sums.peak <= training.peak + sums + 5 * 8 * largest
     assert 5 * 8 * largest < sums / 4
+
+
+def test_a_look_that_was_reached_with_sums_that_are_lost_is_not_taken_for_all_of_it(tmp_path):
+    """As where another process's file was never written, or lies on another machine."""
+    path, level = tmp_path / "sums.safetensors", 1e-3
+    stable = {"batch_size": 4, "until_stable": level, "checkpoint": path}
+    whole = lorapar.score(lorapar.attach(tiny_model(), config(), start="paper"), None, rows(70), **stable)
+    assert whole.metadata["stable"]
+    assert whole.metadata["examples"] < 70
+    tensors, facts = load_tensors(path)
+    save_tensors(path, {name: 0 * tensor if name != "kept" else tensor for name, tensor in tensors.items()},
+                 facts | {"done": [], "examples": 0})  # fmt: skip
+    again = lorapar.score(lorapar.attach(tiny_model(), config(), start="paper"), None, rows(70), **stable)
+    assert again.metadata == whole.metadata
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)

@@ -19,6 +19,7 @@ from lorapar.labeling.store import VoteStore
 from lorapar.labeling.teacher import CallFailed, Reply
 from lorapar.memory.process import peak_memory_bytes, reset_peak_memory
 from lorapar.recipe.sections import BudgetConfig, LabelConfig, PriceConfig, TeacherConfig
+from tests.tiny import tiny_model
 
 from .teaching_server import BROKEN, GOOD, MODELS, final_vote, opinion, requests_of, running, tally
 
@@ -334,3 +335,26 @@ def test_time_is_bounded_by_the_call_not_by_each_byte(tmp_path: Path):
         votes = ask(panel, rows_of(20), tmp_path / "v.sqlite")
     assert set(votes["ada"]) == {UNANSWERED}
     assert time.monotonic() - began < 25
+
+
+def test_local_teachers_are_loaded_one_at_a_time(tiny_folder, monkeypatch):
+    """torch's default dtype is that of the model that loads, for every thread: two at once got mixed weights."""
+    from lorapar.labeling import local
+
+    loading, most = [], []
+
+    def load(config):
+        loading.append(config.name)
+        most.append(len(loading))
+        time.sleep(0.05)
+        loading.pop()
+        return tiny_model()
+
+    monkeypatch.setattr(local, "load_model", load)
+    teachers = [local.LocalTeacher(TeacherConfig(model=str(tiny_folder), name=name), "t") for name in "abc"]
+
+    async def check() -> None:
+        await asyncio.gather(*(teacher.check() for teacher in teachers))
+
+    asyncio.run(check())
+    assert most == [1, 1, 1]

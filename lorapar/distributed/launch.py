@@ -102,6 +102,10 @@ def join(on_cpu: bool) -> None:
     from accelerate import PartialState
 
     check()
+    alone = os.environ.get("WORLD_SIZE", "1")
+    if alone != "1" and not is_launched():
+        raise InputError(f"WORLD_SIZE: got {alone} in the environment, but no RANK: start the processes with torchrun or "
+                         "accelerate launch, or unset it")  # fmt: skip
     if accelerate_shards():
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True

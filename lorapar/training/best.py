@@ -84,10 +84,10 @@ def keep_best(trainer: Any) -> dict[str, Any]:
     Of equals the first is kept. Raises InputError where no checkpoint has a finite metric.
     """
     args, folder = trainer.args, Path(cast(str, trainer.args.output_dir))
-    # The first process may still be writing.
-    processes.wait()
     values = _evaluations(args, trainer.state.log_history)
-    saved = {step: value for step, value in values.items() if (folder / f"checkpoint-{step}").is_dir()}
+    # As the main process sees them, when it has written the last.
+    there = processes.from_main(lambda: [step for step in values if (folder / f"checkpoint-{step}").is_dir()])
+    saved = {step: values[step] for step in there}
     metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
     step = best_step(saved, bool(args.greater_is_better))
     if step is None:

@@ -359,7 +359,7 @@ def train(trainer: PartitionedTrainer, partition: Partition, stage: StageName, r
                              f"{processes.rank()} {rows} rows and partition {partition.hash[:12]}")  # fmt: skip
     output_dir = Path(cast(str, trainer.args.output_dir))
     watch = trainer.watch
-    judged = None if watch is None else watch.recorded()
+    judged = None if watch is None else processes.from_main(watch.recorded)
     checkpoint = last_checkpoint(output_dir, trainer, partition, judged) if resume else None
     if watch is not None:
         watch.go_on_from(None if checkpoint is None else step_of(checkpoint))

@@ -55,7 +55,8 @@ class LossWatch:
 
     def go_on_from(self, step: int | None) -> None:
         """Take the losses on file up to `step`, the checkpoint that the stage resumes from; None: it starts anew."""
-        self.losses = {} if step is None else {at: loss for at, loss in self.recorded().items() if at <= step}
+        recorded = processes.from_main(self.recorded)
+        self.losses = {} if step is None else {at: loss for at, loss in recorded.items() if at <= step}
 
     def measure(self, trainer: Any) -> None:
         """Note the loss of the trainer's model as it is now, in the file and in the trainer's log."""

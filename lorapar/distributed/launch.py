@@ -104,8 +104,8 @@ def join(on_cpu: bool) -> None:
     check()
     alone = os.environ.get("WORLD_SIZE", "1")
     if alone != "1" and not is_launched():
-        raise InputError(f"WORLD_SIZE: got {alone} in the environment, but no RANK: start the processes with torchrun or "
-                         "accelerate launch, or unset it")  # fmt: skip
+        raise InputError(f"WORLD_SIZE: got {alone} in the environment, but no RANK: start the processes with torchrun "
+                         "or accelerate launch, or unset it")  # fmt: skip
     if accelerate_shards():
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True

@@ -75,6 +75,22 @@ def test_weights_and_elements_are_counted_exactly(tiny_folder, start, rank):
     assert found.elements == rank * sum(m.in_features + m.out_features for m in layers)
 
 
+def test_a_sharded_base_is_planned_for_by_the_processes_that_there_are_to_be(tmp_path, monkeypatch):
+    shape = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=12, vocab_size=258,
+                                     num_attention_heads=4)  # fmt: skip
+    model = transformers.LlamaForCausalLM(shape)
+    model.save_pretrained(tmp_path)
+    sharded = recipe_of(tmp_path, model={"name": str(tmp_path), "dtype": "float32", "fsdp": True})
+    whole = sum(p.nbytes for p in model.parameters())
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    for count in (1, 2, 4):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        # A process's part of the blocks, and two that are whole.
+        held = whole if count == 1 else whole - 12 * block + 12 * block // count + 2 * block
+        assert abs(describe(sharded).weights - held) <= 1
+        assert describe(recipe_of(tmp_path, model={"name": str(tmp_path), "dtype": "float32"})).weights == whole
+
+
 def test_quantised_forms_weigh_what_they_hold(tiny_folder):
     plain, four, eight = (describe(recipe_of(tiny_folder, lora={"r": 4, "base": base} if base else {}))
                           for base in (None, "nf4", "int8"))  # fmt: skip

@@ -66,6 +66,7 @@ FSDP_HEEDED = {
 
 _fsdp = False
 _lock = threading.Lock()
+_said = False
 _ending: tuple[threading.Thread, bool] | None = None  # the thread that ends this process, and whether it says why
 
 
@@ -251,9 +252,12 @@ def _leave() -> None:
 
 
 def say_end(line: str) -> bool:
-    """Print the line that ends the launch, unless another process has said why; returns whether it was printed."""
-    first = claim(line)
+    """Print the line that ends the launch, unless it was said already, by whichever process; returns whether it was
+    printed."""
+    global _said
+    first = claim(line) and not _said
     if first:
+        _said = True
         print(f"lorapar: {line}", file=sys.stderr, flush=True)
         if processes.count() > 1 and processes.is_main():
             time.sleep(2 * BEAT)  # the store may end with this process, and the others have to see in it why

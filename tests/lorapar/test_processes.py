@@ -144,8 +144,9 @@ def test_a_local_teacher_is_asked_each_question_once_and_only_where_it_is_needed
         assert sorted(itertools.chain(*by_rank)) == sorted(
             [*(f"258 {i}" for i in range(40)), *(f"262 {i}" for i in range(1, 40, 2))]
         )
-        # All processes have answered, for each teacher.
-        assert [{line.split()[0] for line in lines} for lines in by_rank] == [{"258", "262"}] * processes
+        # All processes have answered: the first teacher's questions wait together, and each takes a batch.
+        assert len(by_rank) == processes
+        assert all(any(line.startswith("258 ") for line in lines) for lines in by_rank)
     first, second = ((folder / "labels.jsonl").read_text() for folder in folders)
     assert first == second
     assert json.loads((folders[0] / "facts.json").read_text()) == json.loads((folders[1] / "facts.json").read_text())

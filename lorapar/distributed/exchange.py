@@ -3,8 +3,8 @@
 Everything that is trained is in one place and known beforehand, so there is nothing for DDP's buckets to find out: each
 process lays the active elements' gradients side by side in one buffer, which is summed over the processes and divided
 by their number, as DDP does. At 40 % active that is 40 % of DDP's bytes. It happens after a step's last backward, so
-that accumulation costs no exchange; what overlapping it with the backward would save is small beside the rest (a
-7 B model's adapter at r = 16 and 40 % active has 64 MB of such gradients, and a step takes a second).
+that accumulation costs no exchange. Trade-off: it does not overlap with the backward, as DDP's buckets do; a 7 B
+model's adapter at r = 16 and 40 % active has 64 MB of such gradients.
 
 Behind each parameter's elements goes a number: whether it has a gradient here. A parameter that no process has one for
 (an expert that no token has reached) keeps none, and is not stepped, as in one process.

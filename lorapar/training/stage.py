@@ -130,12 +130,15 @@ def trainer_config(run: Run, name: StageName, going_on: bool = False) -> Any:
         # Without it, and without a GPU, transformers takes each process of a launch for the only one.
         "use_cpu": device == "cpu",
     }
-    batch = processes.from_main(lambda: _batch_as_before(run, name)) if going_on else _batch_as_before(run, name)
+    batch = _batch_as_before(run, name) if not going_on else processes.from_main(lambda: _batch_as_before(run, name))
     if going_on and "batch" in batch:
         raise InputError(
             f"{name}: {processes.count()} processes cannot share the batches of {batch['batch']} rows that it was "
             f"begun with; launch another number, or remove {run.folder / name}/checkpoint-*"
         )
+    if going_on and batch:
+        log.info("%s: begun in another number of processes, and gone on with in %d at the same rows a step: %s", name,
+                 processes.count(), ", ".join(f"{key} {value}" for key, value in batch.items() if value))  # fmt: skip
     given = getattr(recipe, name).trainer | {key: value for key, value in batch.items() if key != "batch"}
     try:
         config = config_class(**(ours | given))
@@ -163,11 +166,7 @@ def _batch_as_before(run: Run, name: StageName) -> dict[str, int | None]:
     sizes = [size for size in range(1, largest + 1) if rows % (size * count) == 0]
     if not sizes:
         return {"batch": rows}
-    size = sizes[-1]
-    accumulation = rows // (size * count)
-    log.info("%s: processes: %s at its start, %d now, at the same %d rows a step: per_device_train_batch_size %d, "
-             "gradient_accumulation_steps %d", name, made["processes"], count, rows, size, accumulation)  # fmt: skip
-    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    batch = {"per_device_train_batch_size": sizes[-1], "gradient_accumulation_steps": rows // (sizes[-1] * count)}
     return batch | (
         {"generation_batch_size": made["generated"], "steps_per_generation": None} if made["generated"] else {}
     )

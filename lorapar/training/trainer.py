@@ -284,7 +284,8 @@ class PartitionedTrainer(Trainer):
         if count in (None, self.args.world_size):
             super()._load_rng_state(checkpoint)
             return
-        set_seed(self.args.seed + self.state.global_step)
+        # Others in each process: of a group that lies in two of them no completion shall come twice.
+        set_seed(self.args.seed + self.state.global_step + 1_000_003 * self.args.process_index)
         log.info("%s: random numbers (dropout, rollouts) are drawn anew: the checkpoint has those of %d processes",
                  self.stage, count)  # fmt: skip
 

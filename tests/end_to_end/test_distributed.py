@@ -171,7 +171,7 @@ def test_another_number_of_processes_resumes(runs, begun_by, goes_on_in, stage):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((folder / "stages.json").read_text())[stage]
     assert record["resumed_from"] == "checkpoint-2"
-    assert f"processes: {begun_by} at its start, {goes_on_in} now, at the same 8 rows a step" in done.stderr
+    assert f"begun in another number of processes, and gone on with in {goes_on_in} at the same rows" in done.stderr
     check_same(undisturbed, folder, stages)
     check_proof(folder, stages)
 

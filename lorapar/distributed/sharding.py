@@ -3,7 +3,7 @@
 FSDP2 (`torch.distributed.fsdp.fully_shard`) by decoder block. The adapter stays whole in every process, so masks,
 optimizer, checkpoints and proof are those of one process; embeddings, final norm and head stay whole too, as they are
 used outside of a block's forward. A leaf cannot be sharded for itself: the LoRA layers read its weight without calling
-it. Quantised codes of 4 bits are sharded as they are (uint8), their scales stay whole.
+it. Quantised codes of 4 bits are sharded as they are held (uint8 too, with torch 2.13), their scales stay whole.
 
 A forward and a backward of a sharded model are collectives: every process makes as many, in the same order.
 """

@@ -250,7 +250,7 @@ def load_model(config: "ModelConfig", base: str | None = None, shard: bool = Fal
         raise InputError(f"lora.base: {held_as} weights cannot be sharded over processes; use nf4 or bf16")
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if base in QUANTISED and form is None:
-        options["quantization_config"] = quantisation(base, dtype)
+        options["quantization_config"] = quantisation(base, dtype, shard)
         from ..adapter.layers_bnb import held_to_their_weights
 
         held = held_to_their_weights()

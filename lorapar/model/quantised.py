@@ -16,8 +16,11 @@ from ..errors import InputError, not_installed
 QUANTISED = ("nf4", "int8")
 
 
-def quantisation(base: str, dtype: torch.dtype) -> Any:
-    """transformers' BitsAndBytesConfig of `base`, computing in `dtype`; InputError where bitsandbytes is missing."""
+def quantisation(base: str, dtype: torch.dtype, shard: bool = False) -> Any:
+    """transformers' BitsAndBytesConfig of `base`, computing in `dtype`; InputError where bitsandbytes is missing.
+
+    shard: 4-bit codes are held as numbers of `dtype`, since FSDP2 of older torch makes parameters of those alone.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"lora.base: {base} needs {not_installed('bitsandbytes, which', 'bnb')}")
     from transformers import BitsAndBytesConfig
@@ -25,8 +28,9 @@ def quantisation(base: str, dtype: torch.dtype) -> Any:
     if base == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if shard else torch.uint8,
+    )  # fmt: skip
 
 
 def given_form(model_config: Any) -> str | None:

@@ -28,7 +28,7 @@ import lorapar_kernels as lk
 
 from ..adapter.attach import check_options, save_adapter, take_over_products, with_our_layers
 from ..adapter.layers import ADAPTER, activate, lora_parameters, masked_layers, masks_by_parameter
-from ..adapter.proof import Snapshot, verify
+from ..adapter.proof import Snapshot, check_adapters_equal, verify
 from ..distributed import launch, processes
 from ..distributed.exchange import GradientExchange
 from ..errors import InputError
@@ -254,6 +254,8 @@ class PartitionedTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if not _finite(lora_parameters(cast(nn.Module, self.model)).values()):
             raise self.diverged(f"after step {self.state.global_step}", "a weight of the adapter is not finite")
+        # Machines that round otherwise are found out here, and not after the whole stage.
+        check_adapters_equal(cast(nn.Module, self.model), self.stage)
         if self.watch is not None:
             self.watch.measure(self)
         super()._save_checkpoint(*args, **kwargs)

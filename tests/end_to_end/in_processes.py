@@ -6,7 +6,7 @@ Rollouts are a function of the prompt, so that GRPO learns from the same complet
 handed to all-reduces of gradients is written to `exchanged.json`. In the environment,
 
     END names how process END_RANK ends, killed or refused, at the fourth step of the stage END_IN, or, of a stage that
-    does not train, at its start;
+    does not train, at its start; "drifts": it does not end, but has a weight of its own from then on;
     PAUSE has the main process sleep so many seconds in each stage that is its work alone;
     LIMIT is how many seconds a collective may take.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from lorapar.adapter.layers import lora_parameters
 from lorapar.cli import main
 from lorapar.distributed import launch
 from lorapar.distributed.exchange import GradientExchange
@@ -87,7 +88,9 @@ def watch(folder: Path) -> None:
 
     def until(trainer: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         if mine and trainer.stage == os.environ.get("END_IN") and trainer.state.global_step == 3:
-            end(os.environ["END"])
+            if os.environ["END"] != "drifts":
+                end(os.environ["END"])
+            next(iter(lora_parameters(trainer.model).values())).data[0, 0] += 1e-3
         return backward(trainer, *arguments, **options)
 
     GradientExchange.average, PartitionedTrainer.backward_of_batch = counted, until  # type: ignore[method-assign]

@@ -188,6 +188,14 @@ def test_a_process_that_is_refused_ends_all_with_its_line(runs):
     assert "resumes from here" not in done.stderr
 
 
+def test_an_adapter_that_drifts_apart_is_found_before_its_checkpoint_is_written(runs):
+    folder = runs.copy("drifts", runs.begun(()))
+    done = launch(2, runs.arguments(folder, 2, (), "sft"), END="drifts", END_IN="sft", END_RANK="1")
+    assert done.returncode != 0
+    assert "AdaptersDiffer: sft: the adapter of process 1 is not that of process 0" in done.stderr
+    assert [path.name for path in folder.glob("sft/checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_control_c_is_said_once(runs):
     folder = runs.copy("interrupted", runs.begun(()))
     arguments = runs.arguments(folder, 2, ("--sft.max_steps", "100000"), "sft")

@@ -14,6 +14,7 @@ missed after `LOST` seconds.
 import atexit
 import contextlib
 import datetime
+import logging
 import os
 import socket
 import sys
@@ -31,6 +32,7 @@ import torch
 from ..errors import InputError
 from . import processes
 
+log = logging.getLogger("lorapar")
 BEAT = 1.0  # seconds between two signs of life
 LOST = 40.0  # seconds without one after which a process counts as lost
 # Of a collective. A reward may take its time in one process, and whoever has died is noticed otherwise.
@@ -111,8 +113,11 @@ def join(on_cpu: bool) -> None:
         # The sharding is ours (sharding.py): accelerate would put the adapter's parameters into it.
         _fsdp = True
         del os.environ["ACCELERATE_USE_FSDP"]
-    # The recipe says in which precision it trains.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    given = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    if given != "no" and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "mixed_precision: %s of accelerate's configuration is not heeded; sft.bf16 and grpo.bf16 are", given
+        )
     if is_launched() and not processes.have_met():
         PartialState(cpu=on_cpu, timeout=LIMIT)
 

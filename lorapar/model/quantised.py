@@ -19,7 +19,7 @@ QUANTISED = ("nf4", "int8")
 def quantisation(base: str, dtype: torch.dtype, shard: bool = False) -> Any:
     """transformers' BitsAndBytesConfig of `base`, computing in `dtype`; InputError where bitsandbytes is missing.
 
-    shard: 4-bit codes are held as numbers of `dtype`, since FSDP2 of older torch makes parameters of those alone.
+    shard: 4-bit codes are held as numbers of `dtype`, as accelerate advises for FSDP2; with torch 2.13 uint8 works too.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"lora.base: {base} needs {not_installed('bitsandbytes, which', 'bnb')}")

@@ -251,8 +251,8 @@ def error_of_first_bad_row(
     scaled = running.loss_scale != 1.0
     rows = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     fault = first_fault(running.layers)
-    if sharded and fault is not None:
-        return not_finite(rows, fault, scaled)
+    if sharded:
+        return not_finite(rows, fault or "the sums leave fp32's range", scaled)
     for example, name in zip(batch, names):
         _set_zero(running)
         add([example])

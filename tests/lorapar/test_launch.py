@@ -1,6 +1,7 @@
 """What a launch may ask for, and what its processes exchange."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -57,6 +58,13 @@ def test_engines_name_fsdp2_instead():
     for name in launch.ENGINES:
         with pytest.raises(InputError, match="FSDP2 where the base is too large for one device"):
             launch.check({name: "true"})
+
+
+def test_the_recipe_and_not_accelerate_says_the_precision(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launch.join(on_cpu=True)
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert "mixed_precision: bf16 of accelerate's configuration is not heeded" in caplog.text
 
 
 @pytest.mark.slow

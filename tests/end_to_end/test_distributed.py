@@ -163,7 +163,7 @@ def test_another_number_of_processes_resumes(runs, begun_by, goes_on_in, stage):
     began = time.monotonic()
     stopped = launch(begun_by, arguments, END="killed", END_IN=stage, END_RANK=str(begun_by - 1))
     assert stopped.returncode != 0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60 + 60  # the first minute is for getting there
     if begun_by > 1:
         ours = [line for line in stopped.stderr.splitlines() if "resumes from here" in line]
         assert ours == ["lorapar: process 1 of 2 ended without a word (killed?); the same command resumes from here"]
@@ -181,7 +181,7 @@ def test_a_process_that_is_refused_ends_all_with_its_line(runs):
     began = time.monotonic()
     done = launch(2, runs.arguments(folder, 2, ()), END="refused", END_IN="sft", END_RANK="1")
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60 + 60  # the first minute is for getting there
     last = [line for line in done.stderr.splitlines() if line.startswith("lorapar: ")][-1]
     assert last == "lorapar: error: row 17: refused for the test"
     assert done.stderr.count("lorapar: error:") == 1
@@ -224,7 +224,7 @@ def test_a_run_that_loses_a_process_in_every_stage_is_finished_by_the_same_comma
         rank, began = place % 2, time.monotonic()
         stopped = launch(2, arguments, END="killed", END_IN=stage, END_RANK=str(rank))
         assert stopped.returncode != 0, stage
-        assert time.monotonic() - began < 60 + 60, stage  # the second minute is for reaching the stage
+        assert time.monotonic() - began < 60 + 60, stage  # the first minute is for getting there
         ours = [line for line in stopped.stderr.splitlines() if line.startswith("lorapar: ")]
         lost = f"lorapar: process {rank} of 2 ended without a word (killed?); the same command resumes from here"
         assert [line for line in ours if "resumes from here" in line] == [lost], stopped.stderr[-3000:]

@@ -6,6 +6,7 @@ stopped by SIGTERM and SIGHUP.
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -41,7 +42,19 @@ STABLE_HELP = (
 BROUGHT = {"accelerate", "certifi", "datasets", "filelock", "gguf", "matplotlib", "peft", "psutil",
            "reasoning_gym", "safetensors", "transformers", "trl", "yaml"}  # fmt: skip
 ANY_KEY = "--section.key VALUE sets any key of the recipe, as YAML: --partition.theta 0.5. docs/recipe.md lists them."
-MORE_OPTIONS = {"label": "[--dry-run | --review] "}
+# Shorthands for a key of the recipe that holds a list: words with commas between them.
+LISTS = {"tasks": "evaluate.tasks", "gguf": "export.gguf"}
+LISTS_HELP = {
+    "tasks": "benchmarks of lm-evaluation-harness for the base and each stage: names, or .yaml files of tasks; sets "
+    "evaluate.tasks",
+    "gguf": "files for llama.cpp and Ollama: adapter, f16, q8_0 (the merged model), base; sets export.gguf",
+}
+MORE_OPTIONS = {
+    "label": "[--dry-run | --review] ",
+    "run": "[--tasks NAME,...] [--gguf FORM,...] ",
+    "evaluate": "[--tasks NAME,...] [--run-code] ",
+    "export": "[--gguf FORM,...] ",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,7 +148,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(words)
-        prints = options.verb in ("doctor", "plan") or vars(options).get("dry_run") or vars(options).get("review")
+        prints = (
+            options.verb in ("doctor", "plan", "chat", "push")
+            or vars(options).get("dry_run")
+            or vars(options).get("review")
+        )
         if prints and _in_launch() and os.environ["RANK"] != "0":
             return 0  # one process of a launch prints
         if options.verb == "doctor":
@@ -146,6 +163,10 @@ def _main(arguments: Sequence[str] | None) -> int:
             print(doctor())
         elif options.verb == "plan":
             return _plan(options, overrides)
+        elif options.verb == "chat":
+            _chat(options, overrides)
+        elif options.verb == "push":
+            _push(options, overrides)
         else:
             _run(options, overrides)
     except InputError as error:
@@ -188,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb in ("run", "score"):
             # Read by split_overrides, which comes first; here for the help.
             sub.add_argument("--until-stable", metavar="J", nargs="?", help=STABLE_HELP)
+        # Read by split_overrides too.
+        for word in [word for word in LISTS if f"--{word} " in MORE_OPTIONS.get(verb, "")]:
+            sub.add_argument(f"--{word}", metavar="NAME,...", help=LISTS_HELP[word])
+        if verb == "evaluate":
+            what = "let a task execute code that the model writes, in a process without network; sets evaluate.run_code"
+            sub.add_argument("--run-code", action="store_true", help=what)
         sub.add_argument("--update", action="store_true", help=takes_over)
         if verb == "label":
             what = "say how many calls, tokens and what cost remain, and ask nobody"
@@ -213,6 +240,40 @@ def _parser() -> argparse.ArgumentParser:
         "--tflops", metavar="RATE", help="TFLOP/s that the machine sustains, to turn operations into hours"
     )
     sub.add_argument("--gbytes", metavar="RATE", help="GB/s that it sustains, for the hours of decoding")
+    text = "ask the base and each stage's result the same question, side by side in the terminal"
+    sub = verbs.add_parser(
+        "chat",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=ANY_KEY,
+        usage="lorapar chat RECIPE.yaml [--once TEXT] [--max_new_tokens N] [--temperature T] [--output_dir DIR] "
+        "[--section.key VALUE ...]",
+        allow_abbrev=False,
+    )
+    sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe of a run whose stages have been trained")
+    sub.add_argument("--output_dir", metavar="DIR", help="where its artefacts are, in the recipe's place")
+    sub.add_argument("--once", metavar="TEXT", help="ask this, print the answers and end; - reads it from stdin")
+    sub.add_argument("--max_new_tokens", metavar="N", help="an answer's length at most (default: evaluate's)")
+    sub.add_argument(
+        "--temperature", metavar="T", help="draw answers at this temperature (default: greedy, as evaluate)"
+    )
+    text = "publish a finished run on the Hugging Face hub: adapter, partition, report and model card"
+    sub = verbs.add_parser(
+        "push",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=ANY_KEY,
+        usage="lorapar push RECIPE.yaml OWNER/NAME [--dry-run] [--private] [--with-answers] [--output_dir DIR] "
+        "[--section.key VALUE ...]",
+        allow_abbrev=False,
+    )
+    sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe of a run that has been exported")
+    sub.add_argument("repository", metavar="OWNER/NAME", help="the repository on the hub, made where there is none")
+    sub.add_argument("--output_dir", metavar="DIR", help="where its artefacts are, in the recipe's place")
+    sub.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
+    sub.add_argument("--private", action="store_true", help="make the repository a private one")
+    what = "leave the held-out rows and their answers in the report, which are taken out of it by default"
+    sub.add_argument("--with-answers", action="store_true", help=what)
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
@@ -243,18 +304,44 @@ def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "R
     return load_recipe(recipe_path, overrides)
 
 
-def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+def _recipe_of_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Recipe":
     recipe = _recipe(options, overrides)
     if options.output_dir is not None:
         recipe.output_dir = options.output_dir
+    return recipe
+
+
+def _chat(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    recipe = _recipe_of_run(options, overrides)
+    from .chatting.verb import chat_verb
+
+    chat_verb(recipe, options.once, options.max_new_tokens, options.temperature)
+
+
+def _push(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    recipe = _recipe_of_run(options, overrides)
+    from .publishing.verb import push_verb
+
+    print(push_verb(recipe, options.repository, options.dry_run, options.private, options.with_answers))
+
+
+def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    recipe = _recipe_of_run(options, overrides)
     from .pipeline.running import label_only, run
 
     if options.verb == "label" and (options.dry_run or options.review):
         print(label_only(recipe, "dry_run" if options.dry_run else "review"))
         return
     folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
+    if options.verb == "evaluate" and recipe.evaluate.tasks:
+        run(recipe, only="benchmark", update=options.update)
     if options.verb in ("run", "report") and not (_in_launch() and os.environ["RANK"] != "0"):
         print(folder / "report.html")
+
+
+# What argparse reads itself: words alone, and words before a value.
+FLAGS = ("--help", "--update", "--dry-run", "--review", "--run-code", "--private", "--with-answers")
+WORDS = ("output_dir", "vram", "tflops", "gbytes", "once", "max_new_tokens", "temperature")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -266,9 +353,10 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "--update", "--dry-run", "--review"):
+        if word in FLAGS:
             ours.append(word)
-        elif key in ("output_dir", "vram", "tflops", "gbytes") and word.startswith("--"):
+            overrides += [("evaluate.run_code", "true")] if word == "--run-code" else []
+        elif key in WORDS and word.startswith("--"):
             ours.append(word)
             ours += [rest.pop(0)] if rest and not equals else []
         elif word.startswith("--") and key == "until-stable":
@@ -283,6 +371,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
                 if not rest:
                     raise InputError(f"--{key}: needs a value, as in --{key} VALUE")
                 value = rest.pop(0)
+            if key in LISTS:
+                key, value = LISTS[key], json.dumps([name.strip() for name in value.split(",") if name.strip()])
             overrides.append((key, value))
         else:
             ours.append(word)

@@ -33,6 +33,7 @@ ARROWS = {
     "renewing": "adapter data distributed errors partitioning recipe scoring stage",
     "training": "adapter data distributed errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data distributed errors files model partitioning progress recipe rewards stage",
+    "benchmarking": "adapter distributed errors files model recipe stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files labeling partitioning recipe scoring stage",
     "stage": "data distributed memory model",
@@ -41,8 +42,11 @@ ARROWS = {
         "adapter distributed errors evaluating exporting files labeling logs memory model partitioning recipe renewing "
         "reporting scoring stage training __init__"
     ),
+    # What people do with a finished run.
+    "chatting": "adapter data errors logs model pipeline recipe stage",
+    "publishing": "errors exporting files partitioning pipeline recipe reporting stage",
     "doctor": "memory model",
-    "cli": "distributed doctor errors memory pipeline recipe",
+    "cli": "chatting distributed doctor errors memory pipeline publishing recipe",
     "__main__": "cli",
 }
 # The files that know a whole recipe: a stage's own, the order of the stages, the command line, and the plan, which is
@@ -54,6 +58,8 @@ KNOW_RECIPE = (
     "memory/needs.py",
     "memory/advice.py",
     "memory/work.py",
+    "chatting/verb.py",
+    "publishing/verb.py",
     "cli.py",
     "__init__.py",
 )

@@ -24,6 +24,7 @@ LATER_KEYS = {
     "grpo": ("watch_rows",),
     "evaluate": ("metric",),
     "partition": ("system1_cost",),
+    "export": ("gguf",),
 }
 
 

@@ -88,6 +88,21 @@ def _run_stages(run: Run, stages: Sequence[Stage], only: str | None) -> None:
             processes.from_main(lambda: _check_rows(stages, run))
 
 
+def finished_run(recipe: Recipe, reads: Sequence[str]) -> Run:
+    """The run that a recipe has made, to be read: nothing is written there.
+
+    Raises InputError where its folder is not there, or another recipe's, and where a file of `reads`, of the folder, is
+    missing or not what its stage wrote.
+    """
+    this = _run_of(recipe)
+    with as_input_error(this.folder):
+        if not (this.folder / "recipe.yaml").is_file():
+            raise InputError(f"{this.folder}: not a run's output folder, it holds no recipe.yaml; run the recipe first")
+        _check_folder(recipe, this.folder, update=False)
+        check_whole(this, reads)
+    return this
+
+
 def _run_of(recipe: Recipe) -> Run:
     return Run(recipe, expanded(recipe.output_dir, "output_dir"))
 

@@ -310,6 +310,19 @@ class EvaluateConfig:
     metric: str | None = key(
         None, "what an answer is worth: a name of lorapar.rewards, or module:function; null: accuracy, right or wrong"
     )
+    tasks: list[str] = key(
+        list, "benchmarks of lm-evaluation-harness for the base and each stage: a task's name, or its .yaml file",
+        changes_result=False,
+    )  # fmt: skip
+    task_limit: int | None = key(None, "documents of each task at most; null: all", at_least=1, changes_result=False)
+    task_shots: int | None = key(
+        None, "worked examples before each question of a task; null: as the task says", at_least=0, changes_result=False
+    )
+    task_chat: bool = key(False, "ask a task's questions through the chat template", changes_result=False)
+    run_code: bool = key(
+        False, "let a task execute the code that the model writes (HumanEval, MBPP), in a process without network",
+        changes_result=False,
+    )  # fmt: skip
 
 
 @dataclass
@@ -318,6 +331,10 @@ class ExportConfig:
 
     merged: bool = key(False, "also write the model with the adapter merged in")
     dtype: Dtype = key("auto", "of the merged weights")
+    gguf: list[Literal["adapter", "f16", "q8_0", "base"]] = key(
+        list, "also write for llama.cpp and Ollama: the adapter, the merged model in f16 or q8_0, the base in f16",
+        changes_result=False,
+    )  # fmt: skip
 
 
 @dataclass

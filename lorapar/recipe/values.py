@@ -30,7 +30,8 @@ def key(
         at_least, more_than, at_most: bounds of a number, or of each number in a mapping. kind: what a number between
             two bounds is, for errors: "a share" in (0, 1].
         not_empty: what a text or list must hold, for errors. one_of: the values allowed.
-        changes_result: False: the key changes only how a result is computed, so it may change between two commands.
+        changes_result: False: the key changes only how a result is computed, or what is made of it beside the rest, so
+            it may change between two commands.
     """
     about = {"help": help, "at_least": at_least, "more_than": more_than, "at_most": at_most, "kind": kind,
              "not_empty": not_empty, "one_of": one_of, "changes_result": changes_result}  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_one(given, key, neares
 
 
 def test_a_key_like_no_other_lists_what_is_allowed():
-    assert fault(export={"zzz": 1}) == "export.zzz: unknown key; allowed: dtype, merged"
+    assert fault(export={"zzz": 1}) == "export.zzz: unknown key; allowed: dtype, gguf, merged"
     assert fault(training={}).startswith("training: unknown key; allowed: data, evaluate, export, grpo, label, lora")
     # GRPO's own keys are not SFT's, and ours in grpo are not in sft.
     assert fault(sft={"num_generations": 4}).startswith("sft.num_generations: unknown key")
@@ -376,6 +376,7 @@ def test_anchors_and_merge_keys_are_yamls_own(tmp_path: Path):
 ONLY_HOW = re.compile(
     r"output_dir|model\.fsdp|label\.(budget|store|set_aside|enough)\b.*|(score|evaluate)\.batch_size"
     r"|(sft|grpo)\.(longest_first|activation_offloading|gradient_checkpointing)"
+    r"|evaluate\.(task.*|run_code)|export\.gguf"
     r"|sft\.micro_batch_tokens|grpo\.(rollout_batch_size|logprob_tokens)"
     r"|label\.teachers\[\d+\]\.(api_key_env|price|in_flight|per_minute|timeout|attempts|backoff|check_model)\b.*"
 )

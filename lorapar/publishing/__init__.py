@@ -1,0 +1,1 @@
+"""A finished run on the hub: adapter, partition, report and model card."""

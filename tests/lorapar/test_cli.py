@@ -16,7 +16,7 @@ from lorapar.doctor import doctor, operations
 from lorapar.errors import InputError
 
 from .driver import lorapar as command
-from .driver import refused, succeeds
+from .driver import refused, succeeds, tree
 
 OPERATIONS = ["lora_linear", "lora_add", "lora_linear_scored", "lora_add_scored", "top_mass", "top_count",
               "tile_sums", "masked_adamw", "dropout_mask", "pack_mask", "unpack_mask"]  # fmt: skip
@@ -40,7 +40,7 @@ def test_help_of_every_verb(verb: str):
 def test_help_names_every_verb_and_loads_no_heavy_library():
     code, out, _ = command("--help")
     assert code == 0
-    for verb in ("run", *STAGES, "doctor"):
+    for verb in ("run", *STAGES, "plan", "chat", "push", "doctor"):
         assert re.search(rf"^    {verb}\b", out, re.M), verb
     assert command("doctor", "--help")[0] == 0
     loaded = "import sys; from lorapar.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
@@ -64,6 +64,14 @@ def test_help_names_every_verb_and_loads_no_heavy_library():
         (("doctor", "now"), "unrecognized arguments: now"),
         (("doctor", "--theta", "1"), "--theta: doctor takes no arguments"),
         (("run", "-x"), "arguments are required"),
+        (("chat",), "arguments are required: RECIPE.yaml"),
+        (("chat", "gone.yaml"), "gone.yaml: no such recipe"),
+        (("chat", "r.yaml", "--once"), "--once: expected one argument"),
+        (("push", "r.yaml"), "arguments are required: OWNER/NAME"),
+        (("push", "gone.yaml", "me/it"), "gone.yaml: no such recipe"),
+        (("push", "r.yaml", "me/it", "--dry"), "--dry: needs a value"),
+        (("evaluate", "r.yaml", "--tasks"), "--tasks: needs a value"),
+        (("export", "r.yaml", "--gguf"), "--gguf: needs a value"),
     ],
 )
 def test_unusable_arguments_are_one_line_and_exit_status_2(words, says):
@@ -171,6 +179,72 @@ def test_an_overridden_value_may_look_like_an_option_or_hold_anything():
 )
 def test_until_stable_takes_a_level_or_none(words, level):
     assert split_overrides(words) == (["score", "r.yaml"], [("score.until_stable", level)])
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["evaluate", "r.yaml", "--tasks", "gsm8k,mmlu"], [("evaluate.tasks", '["gsm8k", "mmlu"]')]),
+        (["evaluate", "--tasks=gsm8k, a b/t.yaml,", "r.yaml"], [("evaluate.tasks", '["gsm8k", "a b/t.yaml"]')]),
+        (["export", "r.yaml", "--gguf", "adapter,q8_0"], [("export.gguf", '["adapter", "q8_0"]')]),
+    ],
+)
+def test_lists_are_words_with_commas(words, overrides):
+    assert split_overrides(words) == ([words[0], "r.yaml"], overrides)
+
+
+def test_code_of_a_model_runs_only_where_the_word_says_so(recipe_file: Path):
+    ours, overrides = split_overrides(["evaluate", "r.yaml", "--run-code"])
+    assert (ours, overrides) == (["evaluate", "r.yaml", "--run-code"], [("evaluate.run_code", "true")])
+    assert not lorapar.load_recipe(recipe_file).evaluate.run_code
+
+
+def test_words_of_chat_and_push_are_no_keys_of_the_recipe():
+    words = [
+        "chat",
+        "r.yaml",
+        "--once",
+        "--what is 2 + 3?",
+        "--max_new_tokens=8",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "7",
+    ]
+    ours, overrides = split_overrides(words)
+    assert (ours, overrides) == (words[:7], [("seed", "7")])
+    words = ["push", "r.yaml", "me/it", "--dry-run", "--private", "--with-answers"]
+    assert split_overrides(words) == (words, [])
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("chat", ("--once", "--max_new_tokens", "--temperature", "--output_dir", "--section.key")),
+        ("push", ("OWNER/NAME", "--dry-run", "--private", "--with-answers", "--output_dir")),
+        ("evaluate", ("--tasks", "--run-code")),
+        ("export", ("--gguf", "adapter, f16, q8_0")),
+        ("run", ("--tasks", "--gguf")),
+    ],
+)
+def test_help_says_the_words_of_its_own(verb: str, words: tuple[str, ...]):
+    code, out, err = command(verb, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: lorapar {verb} RECIPE.yaml")
+    for said in words:
+        assert said in out
+
+
+@pytest.mark.parametrize("verb", [("chat", "RECIPE", "--once", "x"), ("push", "RECIPE", "me/it", "--dry-run")])
+def test_a_run_that_is_read_must_be_there_and_of_this_recipe(verb, recipe_file: Path, finished: Path, tmp_path: Path):
+    words = [recipe_file if word == "RECIPE" else word for word in verb]
+    refused(*words, "--output_dir", tmp_path / "gone", says=("gone: not a run's output folder",), alone=True)
+    assert not (tmp_path / "gone").exists()
+    before = tree(finished)
+    at = ("--output_dir", finished)
+    refused(*words, *at, "--partition.theta", "0.5", says=("made by another recipe (partition.theta",), alone=True)
+    refused(*words, *at, "--partition.tehta", "0.5", says=("partition.tehta: unknown key",), alone=True)
+    assert tree(finished) == before
 
 
 def test_until_stable_with_an_empty_level_is_refused():

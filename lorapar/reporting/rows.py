@@ -20,7 +20,7 @@ from .sections import SYSTEMS, TITLES
 
 ROWS_SHOWN = 1000
 LETTERS_SHOWN = 2000
-ROWS_PRINTED = 20  # of each way in which a row can change
+ROWS_PRINTED = 10  # of each way in which a row can change
 # Answers of a row that are all as short as this stand in its headline.
 SHORT_ANSWER = 24
 CUT = '<small class="cut">'
@@ -183,8 +183,8 @@ def _changed(rows: list[Answered], judged: Judged, before: str, after: str, titl
     helped, hurt = number(counts["helped"]), number(counts["hurt"])
     if judged.is_share:
         told = (
-            f"Of {number(n)} held-out rows, <b>{helped}</b> went from wrong to right (helped) and <b>{hurt}</b> from right "
-            "to wrong (hurt)"
+            f"Of {number(n)} held-out rows, <b>{helped}</b> went from wrong to right (helped) and <b>{hurt}</b> from "
+            "right to wrong (hurt)"
         )
         figures = ["change, points", "p"]
     else:
@@ -243,7 +243,7 @@ def _list(rows: list[Answered], judged: Judged, models: list[str]) -> str:
     said = []
     if len(shown) < len(rows):
         every = counts["hurt"] + counts["helped"] == sum(kind in ("hurt", "helped") for kind in change)
-        which = "all that changed, and of the others every so many" if every else "every so many of those that changed"
+        which = "all that changed and an even spread of the others" if every else "an even spread of those that changed"
         said.append(f"Shown: {number(len(shown))} of {number(len(rows))} rows ({which}).")
     if any(CUT in item for item in items):
         said.append(f"Texts of more than {number(LETTERS_SHOWN)} letters are cut in the middle.")
@@ -291,7 +291,7 @@ def _tools(judged: Judged, counts: Counter, systems: Counter) -> str:
         '<label for="row-search">Search prompts and answers</label><input type="search" id="row-search" '
         f'autocomplete="off" spellcheck="false">{"".join(groups)}'
         '<p class="found"><span role="status" id="row-count"></span> '
-        '<button type="button" id="row-open">open these</button></p></div>'
+        '<button type="button" id="row-open">open all</button></p></div>'
     )
 
 

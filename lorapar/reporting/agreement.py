@@ -82,7 +82,7 @@ def _pairs_panel(measured: Agreement) -> charts.Panel:
                 axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=charts.MUTED)
                 continue
             # Two voters that toss coins agree on half of the rows, which is drawn in the page's own colour.
-            strength = 0.85 * max(0.0, 2 * share - 1)
+            strength = charts.STRONGEST * max(0.0, 2 * share - 1)
             axes.add_patch(
                 Rectangle((j + 0.02, i + 0.03), 0.96, 0.94, color=charts.SHARED, alpha=strength, linewidth=0)
             )

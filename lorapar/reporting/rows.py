@@ -318,8 +318,8 @@ def _row(row: Answered, judged: Judged, change: str, on_paper: bool) -> str:
         answers += _text(f"{title} {mark}", text)
     excerpt = "(labels.jsonl lacks this row)" if row.prompt is None else question(row.prompt)
     system = f'<span class="s{row.system}">System&nbsp;{row.system}</span>' if row.system in (1, 2) else ""
-    # A prompt that the headline shows whole is not said twice.
-    given = [] if row.prompt == excerpt else _given(row.prompt)
+    # What the headline shows whole is not said twice.
+    given = [(title, text) for title, text in _given(row.prompt) if text != excerpt]
     given += [("reference", reference)] if reference else []
     css = "row" + " paper" * on_paper + " short" * short
     return (

@@ -16,6 +16,7 @@ import pytest
 from lorapar.errors import InputError
 from lorapar.files import read_json, read_jsonl, write_json, write_jsonl
 from lorapar.intervals import bootstrap, mcnemar
+from lorapar.reporting import charts
 from lorapar.reporting import rows as answered
 from lorapar.reporting.report import report
 
@@ -287,16 +288,25 @@ def test_the_page_s_colours_can_be_read(tmp_path: Path):
     )
     assert set(light) == set(dark)
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    def luminance(colour: Sequence[float]) -> float:
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
         return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
 
+    def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
     for scheme in (light, dark):
+        rgb = {name: [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for name, colour in scheme.items()}
         for ink in ("ink", "muted", "s1", "s2-text", "shared-text", "good", "bad"):
             for ground in ("page", "panel"):
-                one, other = sorted((luminance(scheme[ink]), luminance(scheme[ground])))
-                assert (other + 0.05) / (one + 0.05) >= 4.5, (ink, scheme[ink], ground)
+                assert contrast(rgb[ink], rgb[ground]) >= 4.5, (ink, scheme[ink], ground)
+        # A map's numbers on its strongest cell, and the numbers on the bars of votes.
+        for colour in ("s1", "s2", "shared", "inactive"):
+            cell = [charts.STRONGEST * a + (1 - charts.STRONGEST) * b for a, b in zip(rgb[colour], rgb["page"])]
+            assert contrast(rgb["ink"], cell) >= 4.5, (colour, contrast(rgb["ink"], cell))
+        assert contrast(rgb["page"], rgb["s1"]) >= 4.5
+        assert contrast(rgb["page"], rgb["s2"]) >= 4.5
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -116,7 +116,9 @@ def joined(run: Artefacts) -> list[Answered]:
         lacking = [key for key in ("model", "id", "completion", value) if key not in answer]
         if lacking:
             raise InputError(f"{path}: line {line} lacks {', '.join(lacking)}")
-        by_model.setdefault(str(answer["model"]), []).append(answer)
+        if answer["model"] not in TITLES:
+            raise InputError(f"{path}: line {line} has the model {answer['model']!r}, expected {', '.join(TITLES)}")
+        by_model.setdefault(answer["model"], []).append(answer)
     ids = {name: [answer["id"] for answer in answers] for name, answers in by_model.items()}
     first = next(iter(ids))
     for name in ids:
@@ -197,14 +199,13 @@ def _changed(rows: list[Answered], judged: Judged, before: str, after: str, titl
 def _how_sure(judged: Judged) -> str:
     if not judged.is_share:
         return (
-            '<p class="muted">Each row is compared with itself. The interval is the percentile bootstrap’s of the mean '
-            "difference; it speaks of more rows like these, not of what another seed would give.</p>"
+            '<p class="muted">Each row is compared with itself. The interval is a percentile bootstrap of the mean '
+            "change; it speaks of more rows like these, not of what another seed would give.</p>"
         )
     return (
-        '<p class="muted">p is of McNemar’s exact test: '
-        "the chance of a split of the changed rows at least as uneven if either way were equally likely. It speaks of "
-        "more rows like these, not of what another seed would give, and no correction is made for the several "
-        "lines.</p>"
+        '<p class="muted">p is of the exact McNemar test: the chance of a split of the changed rows at least as uneven '
+        "if either way were equally likely. It speaks of more rows like these, not of what another seed would give, "
+        "and no correction is made for the several lines.</p>"
     )
 
 
@@ -312,7 +313,7 @@ def _row(row: Answered, judged: Judged, change: str, on_paper: bool) -> str:
     if short and reference:
         marks = f'<span>reference <bdi class="said">{escaped(_line(reference))}</bdi></span>'
     for model, text in row.completions.items():
-        title, mark = TITLES.get(model, escaped(model)), judged.mark(row.values[model])
+        title, mark = TITLES[model], judged.mark(row.values[model])
         said = f' <bdi class="said">{escaped(_line(text))}</bdi>' if short else ""
         marks += f"<span>{title} {mark}{said}</span>"
         answers += _text(f"{title} {mark}", text)

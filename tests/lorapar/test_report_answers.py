@@ -259,6 +259,9 @@ def test_a_file_of_answers_that_does_not_fit_gets_one_line(tmp_path: Path):
     write_jsonl(tmp_path / "answers.jsonl", whole[:-1])
     with pytest.raises(InputError, match=r"answers\.jsonl: grpo answered other rows than base"):
         report(tmp_path)
+    write_jsonl(tmp_path / "answers.jsonl", [{**row, "model": "dpo"} for row in whole])
+    with pytest.raises(InputError, match=r"answers\.jsonl: line 1 has the model 'dpo', expected base, sft, grpo"):
+        report(tmp_path)
     del whole[2]["completion"]
     write_jsonl(tmp_path / "answers.jsonl", whole)
     with pytest.raises(InputError, match=r"answers\.jsonl: line 3 lacks completion"):

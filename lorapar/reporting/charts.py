@@ -17,9 +17,10 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours for System 1, System 2 and shared, which stay apart for colour-blind readers.
+# Okabe and Ito's colours for System 1, System 2 and shared, which stay apart for colour-blind readers; System 2's is a
+# shade darker than theirs, so that white text on it can be read.
 PAGE, INK, MUTED, RULE = "#ffffff", "#1b1f24", "#68707a", "#d8dce1"
-S1, S2, SHARED, INACTIVE = "#0072b2", "#d55e00", "#009e73", "#949ba3"
+S1, S2, SHARED, INACTIVE = "#0072b2", "#c25500", "#009e73", "#949ba3"
 REGION_COLOURS = (INACTIVE, S1, S2, SHARED)
 CSS_NAMES = {
     PAGE: "page", INK: "ink", MUTED: "muted", RULE: "rule",
@@ -27,6 +28,8 @@ CSS_NAMES = {
 }  # fmt: skip
 
 FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+# The opacity of a map's highest cell: more, and the number in it would have too little contrast in one scheme.
+STRONGEST = 0.55
 # One inch of a drawing on the page: 8 pt text is then about 11 px, on a desktop and on a phone alike.
 PIXELS_PER_INCH = 102
 PNG_DPI = 200
@@ -232,7 +235,7 @@ def heat_panel(
             if np.isnan(share):
                 continue
             # Opacity, not a colour map: the lowest share is then the page itself, in either scheme.
-            axes.add_patch(Rectangle((j, i), 0.96, 0.94, color=colour, alpha=0.85 * share / highest, linewidth=0))
+            axes.add_patch(Rectangle((j, i), 0.96, 0.94, color=colour, alpha=STRONGEST * share / highest, linewidth=0))
             if len(layers) <= 48:
                 axes.text(j + 0.48, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.3)
         axes.set_xlim(0, len(modules))

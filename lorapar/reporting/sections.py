@@ -223,7 +223,7 @@ def layer_map(run: Artefacts, figures: Figures) -> str:
         panels.append(charts.heat_panel(title, colour, regions.layers, short, shares, alt))
     caption = (
         "Each region's share of the elements of every layer (rows) and module (columns), A and B together. "
-        "Each map runs from the page's colour at 0 % to full colour at its own highest cell; a "
+        "Each map runs from the page's colour at 0 % to the strongest at its own highest cell; a "
         "place's four numbers add to 100 % but for rounding."
     )
     rows = []

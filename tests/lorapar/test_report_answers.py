@@ -345,7 +345,7 @@ def test_an_address_filters_the_rows_in_a_browser(many: Path, tmp_path: Path):
     dom = in_browser(many, "", tmp_path / "profile")
     assert "<title>LoRA-PAR" in dom, "an answer's script did not run"
     assert len(visible(dom)) == 25
-    assert "60 rows fit; the first 25 are below." in dom
+    assert "60 rows match; the first 25 are below." in dom
     assert 'hidden=""' not in re.findall(r'<div id="row-tools"[^>]*>', dom)[0]
     dom = in_browser(many, "#change=hurt&system=2", tmp_path / "profile")
     assert visible(dom) == [f"Question number {i}?" for i in range(3, 60, 6)]
@@ -356,7 +356,7 @@ def test_an_address_filters_the_rows_in_a_browser(many: Path, tmp_path: Path):
                       ("2", "true", "10")]  # fmt: skip
     dom = in_browser(many, "#q=GRPO+says+1", tmp_path / "profile")
     assert sorted(visible(dom)) == sorted(f"Question number {i}?" for i in (1, *range(10, 20)))
-    assert "No row fits." in in_browser(many, "#q=nobody+said+this&change=made-up", tmp_path / "profile")
+    assert "No row matches." in in_browser(many, "#q=nobody+said+this&change=made-up", tmp_path / "profile")
 
 
 @browser
@@ -386,14 +386,14 @@ def test_clicks_and_typing_filter_the_rows_in_a_browser(many: Path, tmp_path: Pa
     dom = in_browser(copy, "", tmp_path / "profile")
     log = json.loads(html.unescape(re.findall(r'<pre id="log">(.*?)</pre>', dom, re.S)[0]))
     assert log == [
-        [60, "60 rows fit.", "", 0],
-        [20, "20 rows fit.", "#change=helped", 0],
-        [10, "10 rows fit.", "#change=helped&system=1", 0],
-        [10, "10 rows fit.", "#change=helped&system=1", 10],
-        [10, "10 rows fit.", "#change=helped&system=1", 0],
-        [0, "No row fits.", "#q=++NUMBER+7%3F&change=helped&system=1", 0],
+        [60, "60 rows match.", "", 0],
+        [20, "20 rows match.", "#change=helped", 0],
+        [10, "10 rows match.", "#change=helped&system=1", 0],
+        [10, "10 rows match.", "#change=helped&system=1", 10],
+        [10, "10 rows match.", "#change=helped&system=1", 0],
+        [0, "No row matches.", "#q=++NUMBER+7%3F&change=helped&system=1", 0],
         [1, "1 row fits.", "#q=++NUMBER+7%3F&change=helped", 0],
-        [25, "60 rows fit; the first 25 are below.", "#answers", 0],
+        [25, "60 rows match; the first 25 are below.", "#answers", 0],
     ]
 
 
@@ -404,7 +404,7 @@ def test_the_policy_stops_any_other_script(many: Path, tmp_path: Path):
     copy.write_text(text.replace("</body>", "<script>document.title = 'taken'</script></body>"), encoding="utf-8")
     dom = in_browser(copy, "", tmp_path / "profile")
     assert "<title>LoRA-PAR" in dom
-    assert "60 rows fit" in dom
+    assert "60 rows match" in dom
 
 
 def test_metrics_and_answers_stand_on_one_page(tmp_path: Path):

@@ -392,7 +392,7 @@ def test_clicks_and_typing_filter_the_rows_in_a_browser(many: Path, tmp_path: Pa
         [10, "10 rows match.", "#change=helped&system=1", 10],
         [10, "10 rows match.", "#change=helped&system=1", 0],
         [0, "No row matches.", "#q=++NUMBER+7%3F&change=helped&system=1", 0],
-        [1, "1 row fits.", "#q=++NUMBER+7%3F&change=helped", 0],
+        [1, "1 row matches.", "#q=++NUMBER+7%3F&change=helped", 0],
         [25, "60 rows match; the first 25 are below.", "#answers", 0],
     ]
 

@@ -15,6 +15,7 @@ from ..files import atomic_folder, read_text, sha256_file, write_text
 from . import sections
 from .agreement import agreement
 from .artefacts import Artefacts, active_counts, evaluated, measured, model_name, read_artefacts
+from .benchmarks import benchmarks
 from .charts import Figures
 from .html import duration, escaped, percent
 from .sections import SYSTEMS, TITLES, second_stage_cost
@@ -37,6 +38,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
         judged = "Accuracy" if run.metrics is None or measured(run).is_share else "Metric"
         parts = [
             ("accuracy", judged, sections.accuracy),
+            *([("benchmarks", "Benchmarks", benchmarks)] if (run.metrics or {}).get("tasks") else []),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),
             ("theta", "θ and granularity", sections.theta),

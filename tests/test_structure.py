@@ -39,8 +39,8 @@ ARROWS = {
     "stage": "data distributed memory model",
     # What runs them.
     "pipeline": (
-        "adapter benchmarking distributed errors evaluating exporting files labeling logs memory model partitioning recipe renewing "
-        "reporting scoring stage training __init__"
+        "adapter benchmarking distributed errors evaluating exporting files labeling logs memory model partitioning "
+        "recipe renewing reporting scoring stage training __init__"
     ),
     # What people do with a finished run.
     "chatting": "adapter data errors logs model pipeline recipe stage",
@@ -214,7 +214,8 @@ def test_every_stage_is_declared_in_its_own_folder():
     edges = graph("lorapar")
     stages = {name for name in edges if name.endswith(".stage")}
     assert stages == {f"{folder}.stage" for folder in ("labeling", "scoring", "partitioning", "renewing", "training",
-                                                       "evaluating", "benchmarking", "exporting", "reporting")}  # fmt: skip
+                                                       "evaluating", "benchmarking", "exporting",
+                                                       "reporting")}  # fmt: skip
     assert edges["pipeline.order"] >= stages
     for name, others in edges.items():
         if name not in ("pipeline.order", "pipeline.running"):

@@ -154,9 +154,9 @@ def measure(lm: LM, loaded: Loaded, limit: int | None, seed: int, chat: bool = F
         limit: documents of each task at most. seed: of the draw of worked examples, the same for every model, and of
             tasks that sample. chat: ask through the chat template.
 
-    Returns {task: {"n": documents, "of": documents there are, "shots": ..., "version": ..., "subtasks": [...] of a
-    group, "higher_is_better": {metric: bool}, "figures": {"metric,filter": {"value": ..., "stderr": ...}}}}. None stands
-    for a figure that is no number, and for a standard error that lm_eval does not give.
+    Returns {task: {"n": documents, "of": documents there are, "shots": ..., "version": ..., "subtasks": [...] (of a
+    group), "higher_is_better": {metric: bool}, "figures": {"metric,filter": {"value": ..., "stderr": ...}}}}. None
+    stands for a figure that is no number, and for a standard error that lm_eval does not give.
     """
     results = _evaluate(lm, loaded, limit, seed, chat)
     return {name: _facts(name, results) for name in results["results"]}

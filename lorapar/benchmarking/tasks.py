@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness that a recipe names: which there are, which execute code, what a task's file reads.
+"""The tasks of lm-evaluation-harness that a recipe names: which there are, which execute code, what their files read.
 
 Found in the tasks' own YAML alone: nothing of a task is imported, and no data set is asked for.
 """

@@ -28,7 +28,7 @@ Loaded = dict[str, dict[str, Any]]  # lm_eval's TaskDict: tasks and groups by na
 Figures = dict[str, Any]
 
 
-class LoadedModel(HFLM):
+class LoadedModel(cast(Any, HFLM)):  # its decorator hides from type checkers what it is
     """lm_eval's model around one that is loaded; it shows our progress in place of lm_eval's, and keeps its answers.
 
     Attributes: answers: what it has said to each kind of request, in their order.
@@ -182,8 +182,10 @@ def _evaluate(lm: LM, loaded: Loaded, limit: int | None, seed: int, chat: bool) 
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed)
     with quiet():
-        return evaluate(lm, loaded, limit=limit, log_samples=False, apply_chat_template=chat, fewshot_as_multiturn=chat,
-                        confirm_run_unsafe_code=True)  # fmt: skip
+        return evaluate(
+            lm, cast(Any, loaded), limit=limit, log_samples=False, apply_chat_template=chat,
+            fewshot_as_multiturn=chat, confirm_run_unsafe_code=True,
+        )  # fmt: skip
 
 
 def _facts(name: str, results: dict[str, Any]) -> Figures:

@@ -48,8 +48,8 @@ def _parts(tasks: dict[str, Any]) -> set[str]:
 def _documents(facts: dict[str, Any]) -> str:
     if facts["n"] is None:
         return "–"
-    cut = facts["of"] is not None and facts["of"] > facts["n"]
-    return number(facts["n"]) + (f"<small>of {number(facts['of'])}</small>" if cut else "")
+    n, of = int(facts["n"]), facts["of"]
+    return number(n) + (f"<small>of {number(of)}</small>" if of is not None and of > n else "")
 
 
 def _figure(figure: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def benchmark_files(finished_run: Path, tiny_folder: Path, tmp_path_factory) -> 
     """A folder with two tasks, and their figures by hand: {model: (exact match, accuracy)}."""
     folder = tmp_path_factory.mktemp("benchmarks")
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    models = {"base": AutoModelForCausalLM.from_pretrained(tiny_folder).eval()}
+    models: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(tiny_folder).eval()}
     for name in ("sft", "grpo"):
         base = AutoModelForCausalLM.from_pretrained(tiny_folder)
         models[name] = PeftModel.from_pretrained(base, str(finished_run / name)).eval()
@@ -257,6 +257,21 @@ def test_a_task_of_its_own_code_that_fails_is_one_line(recipe_file: Path, finish
     assert code == 1
     assert err.splitlines()[-1] == "lorapar: error: benchmark: lm-evaluation-harness failed (KeyError: 'none_such')"
     assert "Traceback" in (finished / "run.log").read_text()
+
+
+def test_the_task_of_the_page_is_one(tmp_path: Path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("tasks").mkdir()
+    Path("tasks/capitals.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    rows = [{"question": "France?", "answer": "Paris"}, {"question": "Italy?", "answer": "Rome"}]
+    Path("tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = harness.load_tasks(["tasks/capitals.yaml"], None)["tasks/capitals.yaml"]
+    figures = harness.judge(loaded, {"generate_until": [" Paris", "Milan"]}, None, 0)["capitals"]["figures"]
+    assert figures == {"exact_match,stripped": {"value": 0.5, "stderr": 0.5}}
+    shown = json.loads(page.partition("```json\n")[2].partition("```")[0].join("{}").replace("{...}", "{}"))
+    right = shown["tasks"]["gsm8k"]["base"]["exact_match,strict-match"]
+    assert right["stderr"] == pytest.approx(math.sqrt(right["value"] * (1 - right["value"]) / 199), abs=1e-4)
 
 
 class Asked(harness.Answered):

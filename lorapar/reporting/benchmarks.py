@@ -21,9 +21,7 @@ def benchmarks(run: Artefacts, figures: Figures) -> str:
         for key in facts["base"]:
             metric, _, filtered = key.partition(",")
             better = {True: " ↑", False: " ↓"}.get(facts["higher_is_better"].get(metric), "")
-            shots = "" if facts["shots"] is None else f"{number(facts['shots'])}-shot"
-            cells = [f"<th>{escaped(name)}<small>{shots}{', chat' if facts['chat'] else ''}</small></th>",
-                     f"<td>{_documents(facts)}</td>",
+            cells = [f"<th>{escaped(name)}</th><td>{_documents(facts)}</td>",
                      f"<td>{escaped(metric)}{better}<small>{escaped(filtered.removeprefix('none'))}</small></td>",
                      *(f"<td>{_figure(facts.get(step, {}).get(key, {}))}</td>" for step in steps)]  # fmt: skip
             rows.append("".join(cells))
@@ -46,10 +44,12 @@ def _parts(tasks: dict[str, Any]) -> set[str]:
 
 
 def _documents(facts: dict[str, Any]) -> str:
-    if facts["n"] is None:
-        return "–"
-    n, of = int(facts["n"]), facts["of"]
-    return number(n) + (f"<small>of {number(of)}</small>" if of is not None and of > n else "")
+    """How many documents were asked, and how; a group does not say how many there are."""
+    n, of, shots = (None if facts[key] is None else int(facts[key]) for key in ("n", "of", "shots"))
+    how = [f"of {number(of)}"] if n is not None and of is not None and of > n else []
+    how += [] if shots is None else [f"{shots}-shot"]
+    how += ["chat"] if facts["chat"] else []
+    return ("–" if n is None else number(n)) + f"<small>{', '.join(how)}</small>"
 
 
 def _figure(figure: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -180,6 +182,10 @@ def test_what_has_changed_is_measured_again_and_nothing_else(
     (finished / "tasks.json").write_text(json.dumps(kept))
     succeeds(*words, "--update")
     assert "tasks" not in metrics_of(finished)
+    # `run` asks them in their place.
+    log = succeeds("run", *words[1:], "--tasks", first)
+    assert log.index("evaluate: done before") < log.index("benchmark: started") < log.index("export: done before")
+    assert list(metrics_of(finished)["tasks"]) == ["first"]
 
 
 def test_the_stage_is_there_only_where_a_recipe_names_tasks(recipe_file: Path):
@@ -357,21 +363,19 @@ def test_help_says_what_the_options_do():
 # Code that a model writes
 
 
-def _can_be_isolated() -> bool:
-    try:
-        isolation.check_isolation()
-    except InputError:
-        return False
-    return True
+def _has_namespaces() -> bool:
+    """By util-linux's own command, so that a fault of ours skips nothing."""
+    command = shutil.which("unshare")
+    return command is not None and subprocess.run([command, "-rn", "true"], capture_output=True).returncode == 0
 
 
-isolates = pytest.mark.skipif(not _can_be_isolated(), reason="this system cuts no process off from the network")
+isolates = pytest.mark.skipif(not _has_namespaces(), reason="this system cuts no process off from the network")
 HEAD = """
 import json, os, socket, sys, time
 from pathlib import Path
-from lorapar.benchmarking.isolation import cut_off, limit
-cut_off(int(sys.argv[1]))
-limit(20)
+from lorapar.benchmarking import isolation
+isolation.cut_off(int(sys.argv[1]))
+isolation.limit(20)
 request, result = Path(sys.argv[2]).read_text(), Path(sys.argv[3])
 """
 
@@ -410,6 +414,17 @@ result.write_text(json.dumps(found))
     assert "done" not in refusals.values(), refusals
     assert (refusals["parent"], refusals["namespace"]) == ("PermissionError", "PermissionError")
     assert (found["secrets"], found["home"]) == ([], [])
+
+
+@isolates
+def test_a_process_that_still_reaches_its_parent_does_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(globals(), "HEAD", HEAD.replace("isolation.cut", "isolation.CLONE_NEWNET = 0; isolation.cut"))
+    done = tmp_path / "done"
+    with pytest.raises(
+        InputError, match=r"could not be cut off from the network \(127.0.0.1 is reached nevertheless\)"
+    ):
+        isolated(tmp_path, monkeypatch, f"Path({str(done)!r}).touch()")
+    assert not done.exists()
 
 
 @isolates

@@ -335,6 +335,8 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
     if options.verb == "evaluate" and recipe.evaluate.tasks:
         run(recipe, only="benchmark", update=options.update)
+        if (folder / "report.html").is_file():
+            run(recipe, only="report", update=options.update)
     if options.verb in ("run", "report") and not (_in_launch() and os.environ["RANK"] != "0"):
         print(folder / "report.html")
 

@@ -19,7 +19,8 @@ from .errors import InputError, StageFailed
 
 log = logging.getLogger("lorapar")
 RUN_LOCK = ".run.log.lock"  # beside run.log; stays there, and means nothing once its process has ended
-LIBRARIES = ("transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "torch", "py.warnings")
+LIBRARIES = ("transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "torch", "py.warnings",
+             "lm_eval")  # fmt: skip
 
 
 class _RunLog(logging.FileHandler):

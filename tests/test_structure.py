@@ -34,14 +34,14 @@ ARROWS = {
     "renewing": "adapter data distributed errors partitioning recipe scoring stage",
     "training": "adapter data distributed errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data distributed errors files intervals model partitioning progress recipe rewards stage",
-    "benchmarking": "adapter distributed errors files model recipe stage",
+    "benchmarking": "adapter errors files memory progress recipe stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files intervals labeling partitioning recipe scoring stage",
     "stage": "data distributed memory model",
     # What runs them.
     "pipeline": (
-        "adapter distributed errors evaluating exporting files labeling logs memory model partitioning recipe renewing "
-        "reporting scoring stage training __init__"
+        "adapter benchmarking distributed errors evaluating exporting files labeling logs memory model partitioning "
+        "recipe renewing reporting scoring stage training __init__"
     ),
     # What people do with a finished run.
     "chatting": "adapter data errors logs model pipeline recipe stage",
@@ -215,7 +215,8 @@ def test_every_stage_is_declared_in_its_own_folder():
     edges = graph("lorapar")
     stages = {name for name in edges if name.endswith(".stage")}
     assert stages == {f"{folder}.stage" for folder in ("labeling", "scoring", "partitioning", "renewing", "training",
-                                                       "evaluating", "exporting", "reporting")}  # fmt: skip
+                                                       "evaluating", "benchmarking", "exporting",
+                                                       "reporting")}  # fmt: skip
     assert edges["pipeline.order"] >= stages
     for name, others in edges.items():
         if name not in ("pipeline.order", "pipeline.running"):

@@ -296,6 +296,9 @@ def out_of_memory(stage: str, recipe: Recipe, lengths: Lengths | None) -> str:
     `lengths`: of the labelled rows; None for a stage that is not planned for.
     """
     message = f"{stage}: out of memory; what was finished and the last checkpoint are kept, the same command resumes"
+    if stage == "benchmark":
+        # Its prompts are the tasks' own, so that nothing is planned for.
+        return f"{message}; a smaller evaluate.batch_size needs less"
     if lengths is None:
         return message
     try:

@@ -1,9 +1,11 @@
 """The order of the stages.
 
 labels.jsonl → start/, scores.safetensors → partition.safetensors → sft/ → grpo/ → metrics.json → adapter/ → report
+and with evaluate.tasks, after metrics.json: tasks.json
 and with score.renew, between sft/ and grpo/: scores_renewed.safetensors, partition_renewed.safetensors
 """
 
+from ..benchmarking import stage as benchmarking
 from ..evaluating import stage as evaluating
 from ..exporting import stage as exporting
 from ..labeling import stage as labeling
@@ -27,6 +29,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         *([renewing.stage(recipe)] if recipe.score.renew else []),
         *second,
         evaluating.stage(recipe),
+        *([benchmarking.stage(recipe)] if recipe.evaluate.tasks else []),
         exporting.stage(recipe),
         reporting.stage(recipe),
     ]

@@ -15,7 +15,7 @@ from ..files import read_json, sha256_file, sha256_json, why_not_whole, write_js
 from ..partitioning.partition import Partition
 from ..recipe.sections import changes_result
 from ..scoring.scores import load_scores
-from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED, Run, Stage
+from ..stage import LABELS, PARTITION, PARTITION_RENEWED, SCORES, SCORES_RENEWED, Run, Stage, weights_of
 
 # Left out of a fingerprint where they are not set: folders made before these keys still hold.
 LATER_KEYS = {
@@ -129,19 +129,33 @@ def check_whole(run: Run, names: Sequence[str]) -> None:
 
 
 def refresh_metrics(folder: Path, records: dict[str, Any]) -> None:
-    """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists."""
+    """Put each finished stage's seconds, peak memory and optimizer state into metrics.json, where that exists; and the
+    benchmarks of tasks.json, as long as the adapters are those that they measured."""
     path = folder / "metrics.json"
     if not path.exists():
         return
     done = {name: record for name, record in records.items() if "seconds" in record}
+    metrics = {key: value for key, value in read_json(path).items() if key != "tasks"}
     write_json(
         path,
-        read_json(path)
+        metrics
         | {
             "optimizer_state_bytes": {n: r["optimizer_state_bytes"] for n, r in done.items() if n in ("sft", "grpo")},
             "seconds": {name: record["seconds"] for name, record in done.items()},
             # Of the seconds above, those in which completions were generated.
             "rollout_seconds": {n: r["rollout_seconds"] for n, r in done.items() if "rollout_seconds" in r},
             "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in done.items()},
-        },
+        }
+        | _benchmarks(folder, done),
     )
+
+
+def _benchmarks(folder: Path, done: dict[str, Any]) -> dict[str, Any]:
+    """{"tasks": the figures of tasks.json}, or nothing where it measured other adapters than the finished ones."""
+    path = folder / "tasks.json"
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    trained = [name for name in ("sft", "grpo") if name in done]
+    adapters = {name: recorded_files(done[name]).get(weights_of(name), {}).get("sha256") for name in trained}
+    return {"tasks": found["tasks"]} if found["adapters"] == adapters else {}

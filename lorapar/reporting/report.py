@@ -17,6 +17,7 @@ from ..files import atomic_folder, read_text, sha256_file, write_text
 from . import rows, sections
 from .agreement import agreement
 from .artefacts import Artefacts, active_counts, evaluated, measured, model_name, read_artefacts
+from .benchmarks import benchmarks
 from .charts import Figures
 from .html import duration, escaped, percent
 from .sections import SYSTEMS, TITLES, second_stage_cost
@@ -41,6 +42,7 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None, a
         judged = "Accuracy" if run.metrics is None or measured(run).is_share else "Metric"
         parts = [
             ("accuracy", judged, sections.accuracy),
+            *([("benchmarks", "Benchmarks", benchmarks)] if (run.metrics or {}).get("tasks") else []),
             ("answers", "Answers", rows.answers),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),

@@ -25,7 +25,7 @@ SYSTEMS = {
     "all": ("All", charts.MUTED),
 }
 TITLES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
-STAGES = ("label", "score", "partition", "sft", "renew", "grpo", "evaluate", "export")
+STAGES = ("label", "score", "partition", "sft", "renew", "grpo", "evaluate", "benchmark", "export")
 SCATTER_POINTS = 20_000
 STATE_BYTES = 8  # two fp32 moments an element
 # What each stage's panels show: (key in the log, title, key of its spread).

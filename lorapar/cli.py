@@ -332,11 +332,12 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     if options.verb == "label" and (options.dry_run or options.review):
         print(label_only(recipe, "dry_run" if options.dry_run else "review"))
         return
-    folder = run(recipe, only=None if options.verb == "run" else options.verb, update=options.update)
-    if options.verb == "evaluate" and recipe.evaluate.tasks:
-        run(recipe, only="benchmark", update=options.update)
-        if (folder / "report.html").is_file():
-            run(recipe, only="report", update=options.update)
+    only = None if options.verb == "run" else [options.verb]
+    if only == ["evaluate"] and recipe.evaluate.tasks:
+        # The page shows the benchmarks, and its own stage would be done again by the next `run` alone.
+        shown = (Path(recipe.output_dir).expanduser() / "report.html").is_file()
+        only = ["evaluate", "benchmark", *(["report"] if shown else [])]
+    folder = run(recipe, only=only, update=options.update)
     if options.verb in ("run", "report") and not (_in_launch() and os.environ["RANK"] != "0"):
         print(folder / "report.html")
 

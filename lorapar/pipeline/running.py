@@ -53,11 +53,11 @@ SEEN_AFTER = 60.0  # seconds after which a network file system has shown a new f
 CANNOT_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
-def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = False) -> Path:
+def run(recipe: Recipe | Path | str, only: str | Sequence[str] | None = None, update: bool = False) -> Path:
     """Run a recipe, or go on with it: every stage whose inputs have changed, in order. Returns the output folder.
 
     Args:
-        recipe: a Recipe or a path to one. only: run this stage alone, on what the stages before it have written.
+        recipe: a Recipe or a path to one. only: run this stage, or these, on what those before have written.
         update: take over an output folder made by another recipe, and redo what the change touches.
 
     Raises InputError for an unusable recipe or folder; any other exception is the failure of a stage.
@@ -66,25 +66,27 @@ def run(recipe: Recipe | Path | str, only: str | None = None, update: bool = Fal
         recipe = load_recipe(recipe)
     this, stages = _run_of(recipe), stages_of(recipe)
     names = [stage.name for stage in stages]
-    if only is not None and only not in names:
-        adds = "; score.renew: true adds it" if only == "renew" else ""
-        raise InputError(f"stages: {only} is not one of this recipe's stages ({', '.join(names)}){adds}")
+    chosen = names if only is None else [only] if isinstance(only, str) else list(only)
+    for name in chosen:
+        if name not in names:
+            adds = "; score.renew: true adds it" if name == "renew" else ""
+            raise InputError(f"stages: {name} is not one of this recipe's stages ({', '.join(names)}){adds}")
     with calm_libraries(), as_input_error(this.folder):
         launch.join(choose_device(recipe.model.device).type == "cpu")
         with launch.watching():
-            check_settings(this, only)
+            check_settings(this, chosen)
             processes.from_main(lambda: _check_folder(recipe, this.folder, update))
             with logging_to(this.folder / "run.log"):
-                _run_stages(this, stages, only)
+                _run_stages(this, stages, chosen)
     return this.folder
 
 
-def _run_stages(run: Run, stages: Sequence[Stage], only: str | None) -> None:
+def _run_stages(run: Run, stages: Sequence[Stage], chosen: Sequence[str]) -> None:
     _claim(run.recipe, run.folder)
     for stage in stages:
-        if only in (None, stage.name):
+        if stage.name in chosen:
             _run_stage(stage, run)
-        if only is None and stage.name == "label":
+        if len(chosen) == len(stages) and stage.name == "label":
             processes.from_main(lambda: _check_rows(stages, run))
 
 
@@ -111,7 +113,7 @@ def label_only(recipe: Recipe, what: str) -> str:
     """What the label stage's teachers have still to be asked ("dry_run"), or the path of the file for "review"."""
     this = _run_of(recipe)
     with calm_libraries(), as_input_error(this.folder):
-        check_settings(this, "label")
+        check_settings(this, ["label"])
         if what == "dry_run":
             return labeling.dry_run(this)
         if not (this.folder / "recipe.yaml").is_file():
@@ -136,11 +138,11 @@ def labelled_rows(recipe: Recipe) -> "Dataset | None":
         return labeling.labelled_alone(this) if data_is_here(recipe) else None
 
 
-def check_settings(run: Run, only: str | None = None) -> None:
+def check_settings(run: Run, chosen: Sequence[str]) -> None:
     """Raise InputError for settings that a stage cannot run with, before any work is done.
 
-    With `only` "label" or "report" the trainers' settings are not checked: a machine that only labels may lack what
-    they need (bf16).
+    chosen: the stages that will run. Where those are "label" and "report" alone, the trainers' settings are not
+    checked: a machine that only labels may lack what they need (bf16).
     """
     try:
         backend.forced()
@@ -148,12 +150,13 @@ def check_settings(run: Run, only: str | None = None) -> None:
         raise InputError(str(error)) from None
     base = run.recipe.lora.get("base")
     require(not run.is_sharded() or base != "int8", "lora.base", base, "nf4 or bf16 with a base that is sharded")
-    for stage in stages_of(run.recipe):
+    stages = stages_of(run.recipe)
+    for stage in stages:
         # lm-evaluation-harness has 14,000 tasks, whose files take seconds to read, and need not be where others run.
-        unasked = stage.name == "benchmark" and only not in (None, "evaluate", "benchmark")
-        if not unasked and not (stage.trains and only in ("label", "report")):
+        unasked = stage.name == "benchmark" and stage.name not in chosen
+        if not unasked and not (stage.trains and {*chosen} <= {"label", "report"}):
             stage.check(run)
-    if only is None and not (run.folder / LABELS).is_file():
+    if len(chosen) == len(stages) and not (run.folder / LABELS).is_file():
         # Before teachers are paid for rows that the run could not use.
         check_targets(run.recipe)
 

@@ -93,7 +93,7 @@ def test_the_recipes_of_the_labelling_page_are_recipes(monkeypatch, tmp_path):
         monkeypatch.setenv(str(teacher.api_key_env), "k")
     # All that is known before a teacher is asked holds of them.
     for recipe, members, enough in zip(recipes, (1, 6, 1), (1, 3, 2)):
-        check_settings(Run(recipe, tmp_path), "label")
+        check_settings(Run(recipe, tmp_path), ["label"])
         panel = panel_of(recipe, voter_names(recipe))
         assert panel is not None
         assert (len(panel.members), panel.enough) == (members, enough)

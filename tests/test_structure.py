@@ -17,6 +17,7 @@ ARROWS = {
     "errors": "",
     "files": "errors",
     "distributed": "errors",
+    "intervals": "",
     "logs": "distributed errors",
     "progress": "distributed",
     # What a run is told, and what its rows and its model are.
@@ -32,10 +33,10 @@ ARROWS = {
     "partitioning": "adapter errors files recipe scoring stage",
     "renewing": "adapter data distributed errors partitioning recipe scoring stage",
     "training": "adapter data distributed errors files memory model partitioning progress recipe rewards scoring stage",
-    "evaluating": "adapter data distributed errors files model partitioning progress recipe rewards stage",
+    "evaluating": "adapter data distributed errors files intervals model partitioning progress recipe rewards stage",
     "benchmarking": "adapter distributed errors files model recipe stage",
     "exporting": "adapter data errors files model recipe stage",
-    "reporting": "errors files labeling partitioning recipe scoring stage",
+    "reporting": "errors files intervals labeling partitioning recipe scoring stage",
     "stage": "data distributed memory model",
     # What runs them.
     "pipeline": (

@@ -2,26 +2,23 @@
 
 import asyncio
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-import numpy as np
 from torch import nn
 
 from ..data.rows import without_arrows_nulls
 from ..data.tokens import check_known, prompt_ids
 from ..distributed import processes
 from ..errors import require
+from ..intervals import bootstrap, wilson
 from ..model.generate import answer_greedily
 from ..model.positions import positions_of
 from ..progress import Progress
 from ..rewards import Reward, accuracy, check_call, checked, is_async, resolve_reward
 
 log = logging.getLogger("lorapar")
-Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
-RESAMPLES = 2000
 # What a metric is given of each answer, whatever columns the rows have.
 GIVEN = ("prompt", "prompts", "completions", "completion_ids")
 GROUPS = ("all", "system1", "system2")
@@ -141,23 +138,3 @@ def _values(reward: Reward, rows: list[dict[str, Any]], completions: list[str], 
     # In a thread of its own: where this one has a loop already (a notebook), a second cannot run in it.
     with ThreadPoolExecutor(1) as other:
         return other.submit(asyncio.run, cast(Any, function(**arguments))).result()
-
-
-def wilson(successes: int, trials: int) -> list[float]:
-    """The Wilson score interval of a proportion at 95 % (Wilson 1927): [low, high]."""
-    share, z2 = successes / trials, Z_95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # At 0 and at 1 rounding could leave the share itself just outside.
-    return [min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))]
-
-
-def bootstrap(values: Sequence[float]) -> list[float]:
-    """The percentile bootstrap's 95 % interval of a mean (Efron 1979): [low, high], the same at every call.
-
-    2,000 resamples. It stays within the values' range, as a normal interval does not; of few rows it is narrow.
-    """
-    draw, sample = np.random.default_rng(0), np.asarray(values, dtype=np.float64)
-    means = [sample[draw.integers(len(sample), size=len(sample))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]

@@ -46,7 +46,7 @@ def agreement(run: Artefacts, figures: Figures) -> str:
     if weights:
         caption += " The majority is by the recipe's weights, as it is for the labels."
     figure, summary = figures.draw("agreement", panels, caption), _summary(measured, len(votes), bool(weights))
-    return figure + summary + _confusion(measured) + _usage(run) + _split(rows, measured, bool(weights))
+    return figure + summary + _confusion(measured) + _usage(run) + _split(run, rows, measured, bool(weights))
 
 
 def _summary(measured: Agreement, rows: int, weighted: bool) -> str:
@@ -157,9 +157,11 @@ def _sum(votes: Sequence[dict[str, Any]], key: str) -> float:
     return sum(vote.get(key) or 0 for vote in votes)
 
 
-def _split(rows: list[dict], measured: Agreement, weighted: bool) -> str:
+def _split(run: Artefacts, rows: list[dict], measured: Agreement, weighted: bool) -> str:
     if not measured.split:
         return "<p>On no row do two votes differ.</p>"
+    if not run.texts:
+        return '<p class="absent">The rows that they split on were left out of this page.</p>'
     # The closest first; equally close ones in the order of the data.
     places = sorted(measured.split, key=lambda place: float(rows[place].get("agreement") or 0.0))
     shown = []
@@ -170,7 +172,7 @@ def _split(rows: list[dict], measured: Agreement, weighted: bool) -> str:
         share = f"{100 * float(row.get('agreement') or 0):.0f} % {'by weight' if weighted else 'of votes'}"
         by = {"person": "a person", "tie": "rule for ties"}.get(row.get("decided_by", ""), share)
         label = f"System&nbsp;{row['system']}" if row.get("system") else "dropped"
-        shown.append(f'<td class="text">{escaped(_question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
+        shown.append(f'<td class="text">{escaped(question(row.get("prompt", "")))}</td><td class="text s1">{one}</td>'
                      f'<td class="text s2">{two}</td><td>{label}</td><td>{by}</td>')  # fmt: skip
     heads = ["row", "voted System 1", "voted System 2", "label", "decided by"]
     which = f"the {SPLIT_SHOWN} closest of {number(len(places))}" if len(places) > SPLIT_SHOWN else "all of them"
@@ -178,7 +180,8 @@ def _split(rows: list[dict], measured: Agreement, weighted: bool) -> str:
             f"them to a file for a person to correct.</p>{html_table(heads, shown)}")  # fmt: skip
 
 
-def _question(prompt: str | list[dict[str, Any]]) -> str:
+def question(prompt: str | list[dict[str, Any]]) -> str:
+    """The start of a prompt's text, or of its last message, on one line."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
     text = " ".join(text.split())
     return text if len(text) <= LETTERS_SHOWN else f"{text[: LETTERS_SHOWN - 1]}…"

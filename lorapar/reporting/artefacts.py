@@ -29,6 +29,8 @@ class Artefacts:
     dropped: list[dict] = field(default_factory=list)  # rows that label.ties: drop left out
     votes: list[dict] | None = None  # of teachers
     metrics: dict[str, Any] | None = None
+    answers: list[dict] | None = None  # to the held-out rows, of every model
+    texts: bool = True  # whether the page may show rows: prompts, references, answers
     histories: dict[str, list[dict]] = field(default_factory=dict)
     watched: dict[str, Any] | None = None  # the losses that grpo watched, once a step was kept
     partition: Partition | None = None
@@ -37,8 +39,10 @@ class Artefacts:
     curves: dict[tuple[int, str], KeepCurve] = field(default_factory=dict)
 
 
-def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> Artefacts:
+def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None, texts: bool = True) -> Artefacts:
     """Read what is there; `labels` are the rows of labels.jsonl, where they have been read already.
+
+    texts: whether the page may show the rows' prompts, references and answers.
 
     Raises InputError where nothing is there, and, naming the file, where an artefact is corrupt.
     """
@@ -49,7 +53,7 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
             "scores": "scores.safetensors",
             "partition": "partition.safetensors", "sft": "sft/log_history.json",
             "grpo": "grpo/log_history.json", "watched": "grpo/watched.json",
-            "metrics": "metrics.json",
+            "metrics": "metrics.json", "answers": "answers.jsonl",
         }.items()
         if (folder / path).is_file()
     }  # fmt: skip
@@ -62,11 +66,12 @@ def read_artefacts(folder: Path, labels: list[dict[str, Any]] | None = None) -> 
     if (recipe.get("score") or {}).get("renew") and all(path.is_file() for path in renewed.values()):
         files |= renewed
     newest = max(path.stat().st_mtime for path in files.values())
-    run = Artefacts(folder, datetime.fromtimestamp(newest, UTC), recipe_text, recipe)
+    run = Artefacts(folder, datetime.fromtimestamp(newest, UTC), recipe_text, recipe, texts=texts)
     run.labels = labels or (read_jsonl(files["labels"]) if "labels" in files else None)
     run.dropped = read_jsonl(files["dropped"]) if "dropped" in files else []
     run.votes = read_jsonl(files["votes"]) if "votes" in files else None
     run.metrics = read_json(files["metrics"]) if "metrics" in files else None
+    run.answers = read_jsonl(files["answers"]) if "answers" in files else None
     run.histories = {stage: read_json(files[stage]) for stage in ("sft", "grpo") if stage in files}
     watched = read_json(files["watched"]) if "watched" in files else {}
     run.watched = watched if "kept" in watched else None

@@ -2,9 +2,11 @@
 
 Every number comes from the run's artefacts; nothing is measured here. The page is one file: styles, SVG and pictures
 are inside it, it loads nothing from a network, and it follows the reader's light or dark scheme.
-A section whose artefact is missing says which stage has not run.
+Its one script filters the answers. A section whose artefact is missing says which stage has not run.
 """
 
+import base64
+import hashlib
 import itertools
 from pathlib import Path
 from string import Template
@@ -12,7 +14,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_folder, read_text, sha256_file, write_text
-from . import sections
+from . import rows, sections
 from .agreement import agreement
 from .artefacts import Artefacts, active_counts, evaluated, measured, model_name, read_artefacts
 from .charts import Figures
@@ -20,11 +22,13 @@ from .html import duration, escaped, percent
 from .sections import SYSTEMS, TITLES, second_stage_cost
 
 
-def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -> Path:
+def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None, answers: bool = True) -> Path:
     """Write `report.html` and `figures/` into a run's output folder from the artefacts that are there.
 
     Args:
         labels: the rows of labels.jsonl, where they have been read already.
+        answers: False leaves the text of every row (prompt, reference, answers) out of the page, so that it can be
+            published without the data; counts stay. The recipe is shown whole either way.
 
     Returns the page's path. Raises InputError where the folder is missing or holds none of a run's artefacts, and,
     naming the file, where an artefact is corrupt.
@@ -33,10 +37,11 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a run's output folder")
     with atomic_folder(folder / "figures") as drawn:
-        run, figures = read_artefacts(folder, labels), Figures(drawn)
+        run, figures = read_artefacts(folder, labels, answers), Figures(drawn)
         judged = "Accuracy" if run.metrics is None or measured(run).is_share else "Metric"
         parts = [
             ("accuracy", judged, sections.accuracy),
+            ("answers", "Answers", rows.answers),
             ("importance", "Importance", sections.importance),
             ("map", "Where the regions lie", sections.layer_map),
             ("theta", "θ and granularity", sections.theta),
@@ -52,9 +57,13 @@ def report(output_dir: Path | str, labels: list[dict[str, Any]] | None = None) -
         for key, title, write in parts:
             body.append(f'<section id="{key}"><h2>{title}</h2>\n{write(run, figures)}</section>')
         body.append("<footer>Written by <code>lorapar report</code>. 1 MB is 10⁶ bytes; intervals are 95 %.</footer>")
-    template = Template(read_text(Path(__file__).with_name("report.html")))
+    template = read_text(Path(__file__).with_name("report.html"))
+    # The page's policy lets this one script run, and none that a model's answer might smuggle in.
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    filled = {"title": escaped(f"LoRA-PAR: {model_name(run)}"), "body": "\n".join(body), "script_sha256": digest}
     page = folder / "report.html"
-    write_text(page, template.substitute(title=escaped(f"LoRA-PAR: {model_name(run)}"), body="\n".join(body)))
+    write_text(page, Template(template).substitute(filled))
     return page
 
 

@@ -22,6 +22,6 @@ def stage(recipe: Recipe) -> Stage:
         run=report_stage,
         reads=(LABELS,),
         writes=("report.html",),
-        optional_reads=("metrics.json", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION, *renewed,
+        optional_reads=("metrics.json", "answers.jsonl", "votes.jsonl", "dropped.jsonl", SCORES, PARTITION, *renewed,
                "grpo/watched.json", *(f"{name}/log_history.json" for name in recipe.stages)),
     )  # fmt: skip

@@ -27,7 +27,8 @@ from lorapar.reporting.report import report
 from lorapar.reporting.sections import _watched
 from lorapar.scoring.scores import Scores, save_scores
 
-SECTIONS = ("accuracy", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer", "recipe")
+SECTIONS = ("accuracy", "answers", "importance", "map", "theta", "training", "labels", "agreement", "cost", "optimizer",
+            "recipe")  # fmt: skip
 FIGURES = (
     "accuracy",
     "importance",
@@ -124,6 +125,13 @@ def write_training(folder: Path, made: Partition) -> None:
         for i in range(60)
     ]
     write_jsonl(folder / "labels.jsonl", rows)
+    answers = [
+        {"model": step, "id": row["id"], "system": row["system"], "answer": "7", "completion": f"{step} <b>",
+         "correct": step != "base"}
+        for step in ("base", "sft", "grpo")
+        for row in rows if row["split"] == "held_out"
+    ]  # fmt: skip
+    write_jsonl(folder / "answers.jsonl", answers)
     recipe = "model:\n  name: some/model\ndata:\n  sources:\n  - name: reasoning_gym:chain_sum\n"
     write_text(folder / "recipe.yaml", recipe + "  prompt: '<b>{prompt}</b> & \"more\" $x </pre>'\n")
 
@@ -141,7 +149,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Partition]
 class Page(HTMLParser):
     """Every element's attributes, the text by section, and the tables' rows as lists of cells."""
 
-    VOID = ("meta", "link", "br", "img", "path", "use", "image", "rect")
+    VOID = ("meta", "link", "br", "img", "path", "use", "image", "rect", "input")
 
     def __init__(self, text: str):
         super().__init__()
@@ -194,7 +202,7 @@ def test_page_loads_nothing_from_outside(run):
     page = Page(text)
     assert page.open == []
     for tag, attributes in page.elements:
-        assert tag not in ("script", "iframe", "img", "object", "embed"), tag
+        assert tag not in ("iframe", "img", "object", "embed"), tag
         for key in ("src", "href", "xlink:href", "srcset", "data", "poster"):
             value = attributes.get(key)
             assert value is None or value.startswith(("#", "data:")), (tag, key, value)
@@ -284,7 +292,7 @@ def test_cost_labels_and_recipe(run):
     recipe = (folder / "recipe.yaml").read_text()
     assert recipe in page.text["recipe"]
     assert html.escape(recipe) in text
-    assert "<script" not in text.lower().replace("&lt;script", "")
+    assert text.lower().count("<script") == text.count("<script>") == 1, "the page's own alone"
 
 
 def test_the_watched_loss_says_what_was_kept_and_why(run):

@@ -103,8 +103,8 @@ class Published:
     """What a repository's card says of a run.
 
     Attributes:
-        repository: owner/name. base: the base's hub id, or, where it has none (`on_hub`), the name that the adapter gives
-            it. revision: of the base on the hub. base_facts: lines on how to get it, or how far its name is known.
+        repository: owner/name. base: the base's hub id (`on_hub`), or the name that the adapter gives it.
+        revision: of the base on the hub. base_facts: lines on how to get it, or how far its name is known.
         weights: how those that were trained on differ from the base's own.
         stages: the training stages in their order, with the systems that each trained on. data: names of the sources.
         datasets: those that are hub ids. settings: what was set, {title: value}. metrics: the run's metrics.json.
@@ -208,13 +208,37 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         # Accuracy's rows are the same for every model; a metric's may differ.
         rows = [counts.get(group)] if share else sorted({of.get(group) for of in counts.values()} - {None})
         heads.append(f"{GROUPS[group]} (n = {' to '.join(map(str, rows))})" if any(rows) else GROUPS[group])
-    table = _table(["", *heads], [[TITLES.get(name, name), *(cell(name, group) for group in groups)] for name in means])
+    lines = [[str(TITLES.get(name, name)), *(cell(name, group) for group in groups)] for name in means]
     what = "Share of right greedy answers" if share else f"Mean of `{metrics.get('metric')}` over greedy answers"
-    return f"## Results\n\n{what} to held-out rows, with 95 % intervals.\n\n{table}"
+    return f"## Results\n\n{what} to held-out rows, with 95 % intervals.\n\n{_table(['', *heads], lines)}"
 
 
 def _benchmarks(metrics: dict[str, Any]) -> str:
-    return ""
+    """The figures of lm-evaluation-harness: a row a task and metric, a column a model, each with its standard error."""
+    tasks = metrics.get("tasks", {})
+    models = [name for name in TITLES if any(name in facts for facts in tasks.values())]
+    # Of a group with figures of its own, those alone: MMLU has 57 parts.
+    parts = {part for facts in tasks.values() if facts.get("base") for part in facts.get("subtasks", [])}
+    rows = []
+    for task, facts in tasks.items():
+        n, of = facts.get("n"), facts.get("of")
+        asked = "–" if n is None else f"{n} of {of}" if of is not None and of > n else str(n)
+        shots = "" if facts.get("shots") is None else f", {facts['shots']}-shot"
+        for metric in facts.get("base") or {} if task not in parts else {}:
+            cells = []
+            for model in models:
+                figure = facts.get(model, {}).get(metric, {})
+                value, error = figure.get("value"), figure.get("stderr")
+                text = "–" if value is None else f"{value:.4g}"
+                cells.append(text if value is None or error is None else f"{text} ± {error:.2g}")
+            rows.append([f"{task}{shots}", metric.removesuffix(",none"), asked, *cells])
+    if not rows:
+        return ""
+    heads = ["task", "metric", "documents", *(TITLES[model] for model in models)]
+    return (
+        "## Benchmarks\n\nBy [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness), with "
+        f"standard errors.\n\n{_table(heads, rows)}"
+    )
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
@@ -260,7 +284,7 @@ def _training(run: Published) -> str:
     settings = {"data": ", ".join(f"`{name}`" for name in run.data), **run.settings}
     rows = [[key, value] for key, value in settings.items() if value]
     files = (
-        "`recipe.yaml` is the whole recipe, without paths of the machine that it ran on; `lorapar_partition.safetensors` "
-        "says which element belongs to which system; `metrics.json` and `report.html` are what was measured."
+        "`recipe.yaml` is the whole recipe, without paths of the machine that it ran on; "
+        "`lorapar_partition.safetensors` says which element belongs to which system; `metrics.json` and `report.html` are what was measured."
     )
     return f"## Training\n\n{_table(['', ''], rows)}\n\n{files}"

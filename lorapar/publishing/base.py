@@ -50,8 +50,8 @@ def published_base(settings: dict[str, Any], given: str) -> Base:
     known = str(config.get("_name_or_path") or "")
     if HUB_ID.fullmatch(known) and not os.path.isdir(known):
         fact = (
-            f"It was trained on a local folder whose `config.json` names `{known}`. Where that folder's weights had been "
-            "changed since, its answers on the hub's model differ."
+            f"It was trained on a local folder whose `config.json` names `{known}`. Where that folder's weights had "
+            "been changed since, its answers on the hub's model differ."
         )
         note = f"base: {called} says in its config.json that it is {known}, and the adapter is published as {known}'s"
         return Base(known, True, facts=[fact], note=note)

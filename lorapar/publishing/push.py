@@ -17,9 +17,7 @@ from huggingface_hub.utils import (
 
 from ..errors import InputError, StageFailed
 
-TOKEN = (
-    "set HF_TOKEN, or run `hf auth login`, with a token that may write (https://huggingface.co/settings/tokens)"
-)
+TOKEN = "set HF_TOKEN, or run `hf auth login`, with a token that may write (https://huggingface.co/settings/tokens)"
 
 
 def check_repository(name: str) -> None:
@@ -92,7 +90,9 @@ def _explained(error: BaseException, repository: str) -> InputError | StageFaile
     if status == 401:
         return InputError(f"{repository}: the hub does not know the token (401: {said}); {TOKEN}")
     if status == 403:
-        return InputError(f"{repository}: the token may not write there (403: {said}); give one that may write to {owner}")
+        return InputError(
+            f"{repository}: the token may not write there (403: {said}); give one that may write to {owner}"
+        )
     if status == 404:
         return InputError(f"{repository}: the hub finds no such owner or repository (404: {said})")
     if status == 409 or status == 412:
@@ -100,4 +100,6 @@ def _explained(error: BaseException, repository: str) -> InputError | StageFaile
     if status is not None:
         kind = InputError if status < 500 and status != 429 else StageFailed
         return kind(f"{repository}: the hub refuses ({status}: {said})")
-    return StageFailed(f"{repository}: {constants.ENDPOINT} cannot be reached, or the transfer broke off ({said}); push again")
+    return StageFailed(
+        f"{repository}: {constants.ENDPOINT} cannot be reached, or the transfer broke off ({said}); push again"
+    )

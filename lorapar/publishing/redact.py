@@ -14,7 +14,9 @@ from ..errors import InputError
 from .base import is_absolute
 
 # Keys that hold a path, or a list of paths; in other keys, such as data.prompt, a text may begin with a slash.
-PATHS = re.compile(r"name|model|target|template|chat_template|store|corrections|tasks|deepspeed|fsdp_config|.*_(dir|file|path)")
+PATHS = re.compile(
+    r"name|model|target|template|chat_template|store|corrections|tasks|deepspeed|fsdp_config|.*_(dir|file|path)"
+)
 SECRETS = re.compile(r".*hub_token|.*api_key|.*password|.*secret|authorization|(extra_)?headers", re.IGNORECASE)
 # Machines in somebody's network, and logins in a URL.
 ADDRESSES = re.compile(r".*base_url|.*server_host|.*endpoint")

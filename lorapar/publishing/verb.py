@@ -86,7 +86,9 @@ def _collect(
     if "model.name" in named.replaced or base.on_hub:
         values["model"] = values["model"] | {"name": recipe.model.name if base.weights else base.name}
     write_text(out / "recipe.yaml", dump_yaml(values))
-    write_json(out / "adapter_config.json", settings | {"base_model_name_or_path": base.name, "revision": base.revision})
+    write_json(
+        out / "adapter_config.json", settings | {"base_model_name_or_path": base.name, "revision": base.revision}
+    )
     metrics: dict[str, Any] = {}
     if (folder / "metrics.json").is_file():
         shown = Redacted(read_json(folder / "metrics.json"))

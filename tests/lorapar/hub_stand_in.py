@@ -87,7 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.commit(found[1], [json.loads(line) for line in body.splitlines()])
         if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)) and found[1] in hub.private:
             files = [{"rfilename": name} for name in hub.repositories[found[1]]]
-            return self.reply(200, {"id": found[1], "private": hub.private[found[1]], "sha": "0" * 40, "siblings": files})
+            return self.reply(
+                200, {"id": found[1], "private": hub.private[found[1]], "sha": "0" * 40, "siblings": files}
+            )
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self.file(method, hub.repositories.get(found[1], {}).get(found[2]))
         return self.reply(404, {"error": "Not found"})

@@ -1,5 +1,7 @@
 """`lorapar push`: what goes to the hub, held against a stand-in for it on this machine, and what never does."""
 
+import html
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar.adapter.attach import load_adapter
+from lorapar.files import read_jsonl
 from lorapar.publishing.base import licence_of, published_base
 from lorapar.publishing.redact import LEFT_OUT, Redacted
 from tests.lorapar.test_adapter import logits
@@ -48,6 +51,14 @@ def nobody(monkeypatch, tmp_path: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+
+
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """For tests of what the hub says: drawing the report takes most of a tiny run's push."""
+    # By its name: `lorapar.report` is the function.
+    verb = importlib.import_module("lorapar.publishing.verb")
+    monkeypatch.setattr(verb, "report", lambda folder, *_, **__: (folder / "report.html").write_text("x"))
 
 
 def push(recipe: Path, run: Path, *words: str) -> tuple[int, str, str]:
@@ -101,7 +112,7 @@ def test_no_path_of_this_machine_goes(hub: Hub, recipe_file: Path, finished: Pat
     assert "  model.safetensors\n" in card
 
 
-def test_a_file_that_names_the_run_s_folder_is_not_sent(hub: Hub, recipe_file: Path, finished: Path):
+def test_a_file_that_names_the_run_s_folder_is_not_sent(hub: Hub, recipe_file: Path, finished: Path, no_report):
     (finished / "adapter" / "notes.txt").write_text(f"see {finished}/run.log")
     refused("push", recipe_file, NAME, "--output_dir", finished, says=("notes.txt: holds", "nothing was published"))
     assert hub.seen == []
@@ -124,7 +135,7 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(hub, recipe_file, finished
     assert tree(finished) == before
 
 
-def test_the_card_has_the_table_of_accuracies_and_how_to_load(hub: Hub, recipe_file: Path, finished: Path):
+def test_the_card_has_the_table_of_accuracies_and_how_to_load(hub: Hub, recipe_file: Path, finished: Path, no_report):
     files = pushed(hub, recipe_file, finished)
     card = files["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
@@ -151,7 +162,7 @@ def test_a_hub_id_in_the_base_s_own_config_is_the_base(tmp_path: Path):
     base = published_base(settings, str(folder))
     assert (base.name, base.on_hub) == ("owner/model", True)
     assert "it is owner/model" in base.note
-    assert "Where that folder's weights had been changed" in base.facts[0]
+    assert "Where that folder's weights had been changed since" in base.facts[0]
     (folder / "config.json").write_text(json.dumps({"_name_or_path": "/data/m", "architectures": ["LlamaForCausalLM"]}))
     base = published_base(settings, str(folder))
     assert (base.name, base.on_hub) == ("mine", False)
@@ -161,7 +172,7 @@ def test_a_hub_id_in_the_base_s_own_config_is_the_base(tmp_path: Path):
     assert licence_of(folder) == "apache-2.0"
 
 
-def test_a_base_with_a_hub_id_is_the_card_s_base_model(hub, recipe_file, finished, tiny_folder, monkeypatch, tmp_path):
+def test_a_base_with_a_hub_id_is_the_card_s_base_model(hub, recipe_file, finished, tiny_folder, no_report):
     config = tiny_folder / "config.json"
     before, stat = config.read_text(), config.stat()
     try:
@@ -177,7 +188,9 @@ def test_a_base_with_a_hub_id_is_the_card_s_base_model(hub, recipe_file, finishe
     assert yaml.safe_load(files["recipe.yaml"])["model"]["name"] == "owner/tiny"
 
 
-def test_private_is_kept_and_a_public_repository_is_not_taken_for_one(hub: Hub, recipe_file: Path, finished: Path):
+def test_private_is_kept_and_a_public_repository_is_not_taken_for_one(
+    hub: Hub, recipe_file: Path, finished: Path, no_report
+):
     pushed(hub, recipe_file, finished, "--private")
     assert hub.private[NAME] is True
     # Again into the same: one more commit, of what is there.
@@ -189,7 +202,7 @@ def test_private_is_kept_and_a_public_repository_is_not_taken_for_one(hub: Hub, 
     assert len(hub.commits) == 2
 
 
-def test_what_else_a_repository_holds_stays(hub: Hub, recipe_file: Path, finished: Path):
+def test_what_else_a_repository_holds_stays(hub: Hub, recipe_file: Path, finished: Path, no_report):
     hub.repositories[NAME], hub.private[NAME] = {"notes.md": b"mine"}, False
     assert pushed(hub, recipe_file, finished)["notes.md"] == b"mine"
 
@@ -197,8 +210,16 @@ def test_what_else_a_repository_holds_stays(hub: Hub, recipe_file: Path, finishe
 @pytest.mark.parametrize(
     ("fails", "code", "says"),
     [
-        ({"POST /api/repos/create": (401, "Invalid user token")}, 2, "does not know the token (401: Invalid user token)"),
-        ({"POST /api/repos/create": (403, "not yours"), "GET /api": (404, "")}, 2, "may not write there (403: not yours)"),
+        (
+            {"POST /api/repos/create": (401, "Invalid user token")},
+            2,
+            "does not know the token (401: Invalid user token)",
+        ),
+        (
+            {"POST /api/repos/create": (403, "not yours"), "GET /api": (404, "")},
+            2,
+            "may not write there (403: not yours)",
+        ),
         ({".*/commit/main": (403, "no")}, 2, "may not write there"),
         ({".*/preupload/": (404, "no such repo")}, 2, "finds no such owner or repository (404: no such repo)"),
         ({".*/commit/main": (412, "A commit has happened since")}, 1, "somebody else has changed it meanwhile"),
@@ -208,7 +229,7 @@ def test_what_else_a_repository_holds_stays(hub: Hub, recipe_file: Path, finishe
         ({"PUT /lfs/": (403, "expired")}, 2, "403: expired"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(hub: Hub, recipe_file: Path, finished: Path, fails, code: int, says: str):
+def test_what_the_hub_refuses_is_one_line(hub: Hub, recipe_file: Path, finished: Path, no_report, fails, code, says):
     hub.fails = fails
     got, out, err = push(recipe_file, finished)
     assert (got, out) == (code, "")
@@ -218,7 +239,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, recipe_file: Path, finished:
     assert hub.commits == []
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, recipe_file: Path, finished: Path, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, recipe_file: Path, finished: Path, no_report):
     hub.stop()
     code, _, err = push(recipe_file, finished)
     assert code == 1
@@ -263,7 +284,11 @@ def test_tokens_addresses_and_paths_are_taken_out_of_a_recipe_and_words_are_not(
     rows = tmp_path / "rows.jsonl"
     values = {
         "model": {"name": str(tmp_path / "my model"), "eos_token": "<eos>"},
-        "data": {"sources": [{"name": str(rows)}, {"name": "~/more.csv"}], "prompt": "/no_think", "system_prompt": "/x"},
+        "data": {
+            "sources": [{"name": str(rows)}, {"name": "~/more.csv"}],
+            "prompt": "/no_think",
+            "system_prompt": "/x",
+        },
         "label": {"teachers": [teacher], "template": r"C:\Users\ada\words.txt"},
         "sft": {"hub_token": "hf_secret", "max_steps": 4, "logging_dir": "/var/log/x"},
         "evaluate": {"tasks": ["gsm8k", "/home/ada/own.yaml"]},
@@ -279,6 +304,24 @@ def test_tokens_addresses_and_paths_are_taken_out_of_a_recipe_and_words_are_not(
     assert shown.values["evaluate"]["tasks"] == ["gsm8k", "own.yaml"]
     assert "sft.hub_token" in shown.replaced
     assert values["sft"]["hub_token"] == "hf_secret"
+
+
+@pytest.mark.parametrize("words", [(), ("--with-answers",)])
+def test_rows_and_answers_go_only_where_they_are_asked_for(hub: Hub, recipe_file: Path, finished: Path, words):
+    held_out = next(row for row in read_jsonl(finished / "labels.jsonl") if row["split"] == "held_out")
+    shown = html.escape(held_out["prompt"]).encode() in pushed(hub, recipe_file, finished, *words)["report.html"]
+    assert shown is bool(words)
+    assert not {"answers.jsonl", "labels.jsonl", "votes.jsonl"} & set(hub.repositories[NAME])
+
+
+def test_benchmarks_are_on_the_card_with_their_standard_errors(hub: Hub, recipe_file: Path, finished: Path, no_report):
+    figures = {name: {"acc,none": {"value": 0.25 + i / 8, "stderr": 0.0312}} for i, name in enumerate(["base", "sft"])}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    tasks = {"sums": {"n": 64, "of": 96, "shots": 0, **figures, "grpo": {"acc,none": {"value": 0.5, "stderr": None}}}}
+    (finished / "metrics.json").write_text(json.dumps(metrics | {"tasks": tasks}))
+    card = pushed(hub, recipe_file, finished)["README.md"].decode()
+    assert "| task | metric | documents | base | after SFT | after GRPO |" in card
+    assert "| sums, 0-shot | acc | 64 of 96 | 0.25 ± 0.031 | 0.375 ± 0.031 | 0.5 |" in card
 
 
 def test_help_names_every_option():

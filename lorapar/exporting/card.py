@@ -285,6 +285,7 @@ def _training(run: Published) -> str:
     rows = [[key, value] for key, value in settings.items() if value]
     files = (
         "`recipe.yaml` is the whole recipe, without paths of the machine that it ran on; "
-        "`lorapar_partition.safetensors` says which element belongs to which system; `metrics.json` and `report.html` are what was measured."
+        "`lorapar_partition.safetensors` says which element belongs to which system; `metrics.json` and `report.html` "
+        "are what was measured."
     )
     return f"## Training\n\n{_table(['', ''], rows)}\n\n{files}"

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..data.tokens import prompt_ids
 from ..files import read_text, write_text
@@ -106,7 +106,8 @@ class Published:
         repository: owner/name. base: the base's hub id (`on_hub`), or the name that the adapter gives it.
         revision: of the base on the hub. base_facts: lines on how to get it, or how far its name is known.
         weights: how those that were trained on differ from the base's own.
-        stages: the training stages in their order, with the systems that each trained on. data: names of the sources.
+        stages: the training stages in their order, with the systems that each trained on. selection: of their elements,
+            as the recipe says it (partition.selection). data: names of the sources.
         datasets: those that are hub ids. settings: what was set, {title: value}. metrics: the run's metrics.json.
         licence: of the base, where it is known. vllm: what export found out about serving it (serving.py).
     """
@@ -118,6 +119,7 @@ class Published:
     base_facts: list[str]
     weights: str
     stages: dict[str, list[int]]
+    selection: Literal["scores", "random", "all"]
     data: list[str]
     datasets: list[str]
     settings: dict[str, str]
@@ -166,12 +168,16 @@ def _front_matter(run: Published, wrapper: bool) -> str:
 
 
 def _summary(run: Published) -> str:
-    of = " and ".join
     did = [
-        f"{stage.upper()} of the elements that matter to {of(f'System {system}' for system in systems)}"
+        f"{stage.upper()} on rows of {' and '.join(f'System {system}' for system in systems)}"
         for stage, systems in run.stages.items()
     ]
-    text = f"A LoRA adapter of `{run.base}`, trained by [LoRA-PAR]({PAPER}): {', then '.join(did)}."
+    what = {
+        "scores": "Each stage trained the elements of the adapter that matter to its rows, and no other.",
+        "random": "Each stage trained elements of the adapter that were chosen at random, as a control.",
+        "all": "Every element of the adapter was trained, as in plain LoRA.",
+    }[run.selection]
+    text = f"A LoRA adapter of `{run.base}`, trained by [LoRA-PAR]({PAPER}): {', then '.join(did)}. {what}"
     if run.weights:
         text += (
             f"\n\nIt was trained on that model's weights {run.weights}; on the model's own its answers differ a little."

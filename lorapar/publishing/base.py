@@ -7,7 +7,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..files import read_json, sha256_file
-from ..model.locate import ALIAS, ALIAS_WEIGHTS
+from ..model.locate import ALIAS, ALIAS_WEIGHTS, cache_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -42,7 +42,8 @@ def published_base(settings: dict[str, Any], given: str) -> Base:
     """
     called = str(settings["base_model_name_or_path"])
     if not is_absolute(called):
-        return Base(called, True, settings.get("revision"), ALIAS_WEIGHTS if given == ALIAS else "")
+        places = (ALIAS, str(cache_folder() / "models" / ALIAS))
+        return Base(called, True, settings.get("revision"), ALIAS_WEIGHTS if given in places else "")
     if given.endswith(".gguf"):
         return _file(Path(given).expanduser())
     folder = Path(called)

@@ -4,6 +4,7 @@ The recipe's resolved values hold where a model and data lie on one machine, a t
 wrote it there, a token for the hub. What a reader needs of a path is its last part.
 """
 
+import html
 import os
 import re
 from collections.abc import Iterable
@@ -54,13 +55,33 @@ class Redacted:
         if not (is_path or os.path.exists(text)):
             return text
         self.replaced[at] = text
-        # Of both systems: a run may be pushed from another machine than made it.
-        return PureWindowsPath(text).name or LEFT_OUT
+        return last_part(text)
+
+
+def last_part(path: str) -> str:
+    # Of both systems' paths: a run may be pushed from another machine than made it.
+    return PureWindowsPath(path).name or LEFT_OUT
+
+
+def telling(texts: Iterable[str]) -> list[str]:
+    """Those that say something wherever they stand (/data is a word of many tokenizers), the longest first."""
+    return sorted(
+        {text for text in texts if len(text) > 7 and not (is_absolute(text) and len(re.findall(r"[/\\]", text)) < 2)},
+        key=lambda text: (-len(text), text),
+    )
+
+
+def shorten_paths(page: str, private: Iterable[str]) -> str:
+    """A page of HTML with paths' last parts: labels name a teacher by its model, which may be a folder."""
+    for text in telling(private):
+        if is_absolute(text):
+            page = page.replace(html.escape(text), html.escape(last_part(text)))
+    return page
 
 
 def check_nothing_private(files: Iterable[tuple[str, Path]], private: Iterable[str]) -> None:
     """InputError, which names the file, where one that would be published holds one of the texts of `private`."""
-    needles = {text: text.encode() for text in private if len(text) > 3}
+    needles = {text: text.encode() for text in telling(private)}
     for name, path in files:
         content = path.read_bytes()
         for text, needle in needles.items():

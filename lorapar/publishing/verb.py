@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from ..errors import InputError
 from ..exporting.card import Published, hub_card
-from ..files import read_json, write_json, write_text
+from ..files import read_json, read_text, write_json, write_text
 from ..logs import calm_libraries
-from ..model.locate import ALIAS_ORIGIN
+from ..model.locate import ALIAS, ALIAS_ORIGIN
 from ..partitioning.partition import Partition
 from ..pipeline.records import check_whole, records
 from ..pipeline.running import as_input_error, finished_run
@@ -26,12 +26,12 @@ from ..reporting.report import report
 from ..stage import LABELS, Run, adapter_files, partition_of
 from .base import HUB_ID, Base, licence_of, published_base
 from .push import check_repository, check_token, push
-from .redact import Redacted, check_nothing_private
+from .redact import Redacted, check_nothing_private, shorten_paths
 
 MESSAGE = "Adapter, partition, report and card, by lorapar push"
 # What the report reads beside recipe, metrics and labels (reporting/artefacts.py).
 REPORTED = ("answers.jsonl", "votes.jsonl", "dropped.jsonl", "scores.safetensors", "partition.safetensors",
-            "scores_renewed.safetensors", "partition_renewed.safetensors", "stages.json", "sft/log_history.json",
+            "scores_renewed.safetensors", "partition_renewed.safetensors", "sft/log_history.json",
             "grpo/log_history.json", "grpo/watched.json")  # fmt: skip
 ALIAS_LICENCE = "apache-2.0"
 
@@ -84,7 +84,7 @@ def _collect(
     named = Redacted(recipe.as_dict())
     values = named.values
     if "model.name" in named.replaced or base.on_hub:
-        values["model"] = values["model"] | {"name": recipe.model.name if base.weights else base.name}
+        values["model"] = values["model"] | {"name": ALIAS if base.weights else base.name}
     write_text(out / "recipe.yaml", dump_yaml(values))
     write_json(
         out / "adapter_config.json", settings | {"base_model_name_or_path": base.name, "revision": base.revision}
@@ -104,19 +104,15 @@ def _collect(
         if (folder / name).is_file():
             _place(folder / name, behind / name)
     report(behind, list(cast(Iterable[dict[str, Any]], run.labels())), answers=with_answers)
-    _place(behind / "report.html", out / "report.html")
+    own = {str(folder), str(folder.absolute())} | ({str(settings["base_model_name_or_path"])} - {base.name})
+    private = own | set(named.replaced.values())
+    write_text(out / "report.html", shorten_paths(read_text(behind / "report.html"), private))
     write_text(out / "README.md", hub_card(_published(run, repository, base, values, metrics), folder / "adapter"))
     as_it_is = {path.name: path for path in sorted((folder / "adapter").iterdir()) if path.is_file()}
     partition = {"lorapar_partition.safetensors": folder / partition_of(recipe, recipe.stages[-1])}
     files = as_it_is | partition | {path.name: path for path in sorted(out.iterdir())}
-    own = {str(settings["base_model_name_or_path"])} - {base.name}
-    check_nothing_private(files.items(), own | {str(folder), str(folder.absolute())} | _paths(named.replaced))
+    check_nothing_private(files.items(), private)
     return files, base, named.replaced
-
-
-def _paths(replaced: dict[str, str]) -> set[str]:
-    """Of what was replaced, the texts that stand for themselves wherever they are found."""
-    return {text for text in replaced.values() if len(text) > 7}
 
 
 def _place(source: Path, target: Path) -> None:
@@ -155,6 +151,7 @@ def _published(run: Run, repository: str, base: Base, recipe: dict[str, Any], me
         weights=base.weights,
         stages={stage: getattr(config, stage).systems for stage in config.stages},
         data=list(dict.fromkeys(sources)),
+        selection=config.partition.selection,
         datasets=[name for name in dict.fromkeys(sources) if HUB_ID.fullmatch(name) and not os.path.exists(name)],
         settings=settings,
         metrics=metrics,

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar.adapter.attach import load_adapter
-from lorapar.files import read_jsonl
+from lorapar.errors import InputError
+from lorapar.files import read_jsonl, write_jsonl
 from lorapar.publishing.base import licence_of, published_base
-from lorapar.publishing.redact import LEFT_OUT, Redacted
+from lorapar.publishing.redact import LEFT_OUT, Redacted, check_nothing_private, shorten_paths
 from tests.lorapar.test_adapter import logits
 
 from .driver import lorapar as command
-from .driver import refused, tree
+from .driver import refused, tree, write_recipe
 from .hub_stand_in import TOKEN, Hub
 
 NAME = "ada/sums"
@@ -322,6 +323,31 @@ def test_benchmarks_are_on_the_card_with_their_standard_errors(hub: Hub, recipe_
     card = pushed(hub, recipe_file, finished)["README.md"].decode()
     assert "| task | metric | documents | base | after SFT | after GRPO |" in card
     assert "| sums, 0-shot | acc | 64 of 96 | 0.25 ± 0.031 | 0.375 ± 0.031 | 0.5 |" in card
+
+
+def test_a_page_s_paths_are_shortened_and_a_word_of_a_tokenizer_is_no_path(tmp_path: Path):
+    private = ["/srv/models/judge & co", "/data", "hf_secret"]
+    page = "<td>/srv/models/judge &amp; co</td> /data"
+    assert shorten_paths(page, private) == "<td>judge &amp; co</td> /data"
+    (tmp_path / "f").write_text(page)
+    check_nothing_private([("f", tmp_path / "f")], ["/data"])
+    for text in ("/srv/models/judge", "hf_secret"):
+        (tmp_path / "f").write_text(f"{page} hf_secret")
+        with pytest.raises(InputError, match="f: holds"):
+            check_nothing_private([("f", tmp_path / "f")], [text])
+
+
+def test_a_teacher_called_by_its_folder_is_called_by_its_last_part(hub, recipe_file, finished, tmp_path):
+    judge = str(tmp_path / "models" / "judge")
+    rows = [row | {"votes": {judge: row["system"]}} for row in read_jsonl(finished / "labels.jsonl")]
+    write_jsonl(finished / "labels.jsonl", rows)
+    values = yaml.safe_load((finished / "recipe.yaml").read_text())
+    values["label"]["teachers"] = [{"model": judge}]
+    named = write_recipe(tmp_path / "named.yaml", values)
+    (finished / "recipe.yaml").write_text(named.read_text())
+    report = pushed(hub, named, finished)["report.html"]
+    assert judge.encode() not in report
+    assert b"judge" in report
 
 
 def test_help_names_every_option():

@@ -14,10 +14,12 @@ a warning and no error: the folder is right for PEFT, and the merged model is se
 
 import logging
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -117,8 +119,20 @@ def check_vllm(folder: Path, base: nn.Module) -> dict[str, Any]:
     if needed is None:
         problems.append(f"its rank {rank} is above {MAX_RANKS[-1]}, the largest that vLLM has")
     served = False if problems else None if known is None else True
-    name = settings["base_model_name_or_path"]
-    command = f"vllm serve {name} --enable-lora --max-lora-rank {needed} --lora-modules adapter={folder}"
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    at = ["--revision", revision] if revision else []
+    words = [
+        "vllm",
+        "serve",
+        name,
+        *at,
+        "--enable-lora",
+        "--max-lora-rank",
+        needed,
+        "--lora-modules",
+        f"adapter={folder}",
+    ]
+    command = shlex.join(map(str, words))
     if problems:
         log.warning("export: vLLM will not load adapter/ as it is: %s; docs/serving.md", "; ".join(problems))
     elif known is None:
@@ -158,7 +172,7 @@ def _of_configuration(settings: dict[str, Any]) -> list[str]:
 def _of_sizes(pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], base: nn.Module) -> list[str]:
     """Pairs that are of no linear layer of the base, or not of its size."""
     modules: dict[str, Any] = dict(base.named_modules())
-    unknown = [name for name in pairs if not hasattr(modules.get(name), "in_features")]
+    unknown = [name for name in pairs if not isinstance(modules.get(name), nn.Linear | LoraLayer)]
     problems = [f"{_few(unknown)}: no linear layer of the base"] if unknown else []
     for name, (a, b) in pairs.items():
         if name in unknown:

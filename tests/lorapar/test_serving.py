@@ -76,10 +76,10 @@ def test_ranks_that_differ_by_layer_count_by_the_largest(tmp_path: Path):
 
 def test_the_command_is_in_the_log(tmp_path: Path, caplog):
     base = exported("llama", tmp_path)
-    changed(tmp_path, base_model_name_or_path="owner/model")
+    changed(tmp_path, base_model_name_or_path="owner/model", revision="v2")
     with caplog.at_level(logging.INFO, "lorapar"):
         check_vllm(tmp_path, base)
-    command = f"vllm serve owner/model --enable-lora --max-lora-rank 8 --lora-modules adapter={tmp_path}"
+    command = f"vllm serve owner/model --revision v2 --enable-lora --max-lora-rank 8 --lora-modules adapter={tmp_path}"
     assert caplog.messages[-1] == f"export: vLLM serves it: {command}"
 
 

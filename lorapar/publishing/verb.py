@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+from ..data.tables import form_of
 from ..errors import InputError
 from ..exporting.card import Published, hub_card
 from ..files import read_json, read_text, write_json, write_text
@@ -152,12 +153,19 @@ def _published(run: Run, repository: str, base: Base, recipe: dict[str, Any], me
         stages={stage: getattr(config, stage).systems for stage in config.stages},
         data=list(dict.fromkeys(sources)),
         selection=config.partition.selection,
-        datasets=[name for name in dict.fromkeys(sources) if HUB_ID.fullmatch(name) and not os.path.exists(name)],
+        datasets=hub_datasets(sources),
         settings=settings,
         metrics=metrics,
         licence=ALIAS_LICENCE if base.name == ALIAS_ORIGIN else licence_of(Path(config.model.name).expanduser()),
         vllm=records(run.folder)["export"].get("vllm", {}),
     )
+
+
+def hub_datasets(sources: Iterable[str]) -> list[str]:
+    """The hub ids among sources' names, owner/name or owner/name:config."""
+    names = dict.fromkeys(name.partition(":")[0] for name in sources)
+    return [name for name in names
+            if HUB_ID.fullmatch(name) and not form_of(Path(name)) and not os.path.exists(name)]  # fmt: skip
 
 
 def _preview(

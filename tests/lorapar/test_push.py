@@ -22,6 +22,7 @@ from lorapar.errors import InputError
 from lorapar.files import read_jsonl, write_jsonl
 from lorapar.publishing.base import licence_of, published_base
 from lorapar.publishing.redact import LEFT_OUT, Redacted, check_nothing_private, shorten_paths
+from lorapar.publishing.verb import hub_datasets
 from tests.lorapar.test_adapter import logits
 
 from .driver import lorapar as command
@@ -348,6 +349,13 @@ def test_a_teacher_called_by_its_folder_is_called_by_its_last_part(hub, recipe_f
     report = pushed(hub, named, finished)["report.html"]
     assert judge.encode() not in report
     assert b"judge" in report
+
+
+def test_datasets_of_the_hub_are_told_from_files(tmp_path: Path, monkeypatch):
+    (tmp_path / "own" / "rows").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = ["openai/gsm8k:main", "openai/gsm8k", "data/rows.jsonl", "reasoning_gym:chain_sum", "rows.csv", "own/rows"]
+    assert hub_datasets(names) == ["openai/gsm8k"]
 
 
 def test_help_names_every_option():

@@ -7,6 +7,7 @@ from ..recipe.sections import Recipe
 from ..stage import ADAPTED, Facts, Run, Stage, adapter_files, weights_of
 from .card import QUESTION
 from .export import export
+from .serving import check_vllm
 
 
 def export_stage(run: Run) -> Facts:
@@ -16,7 +17,8 @@ def export_stage(run: Run) -> Facts:
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     differences = export(model, run.tokenizer, folder, config.merged, dtype, recipe.model.revision,
                          recipe.model.trust_remote_code, example_prompt(run))  # fmt: skip
-    return {f"{what}_logit_difference": value for what, value in differences.items()}
+    served = {"vllm": check_vllm(folder / "adapter", model.get_base_model())}
+    return {f"{what}_logit_difference": value for what, value in differences.items()} | served
 
 
 def example_prompt(run: Run) -> str | list[dict[str, str]]:

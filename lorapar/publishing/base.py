@@ -1,0 +1,93 @@
+"""What a published adapter calls its base: the hub id where one is known, never a path of this machine."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ..files import read_json, sha256_file
+from ..model.locate import ALIAS, ALIAS_WEIGHTS, cache_folder
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as others get it.
+
+    Attributes:
+        name: its hub id, or the name that it has here. on_hub: whether it is a hub id. revision: of the hub id.
+        weights: how those that were trained on differ from the hub's. facts: lines for the card, in Markdown, on how to
+            get it or how far the hub id is to be trusted. note: the same in a line for whoever pushes.
+    """
+
+    name: str
+    on_hub: bool
+    revision: str | None = None
+    weights: str = ""
+    facts: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+def published_base(settings: dict[str, Any], given: str) -> Base:
+    """The base of an exported adapter.
+
+    Args:
+        settings: its adapter_config.json, which names the base by a hub id, with its revision, or by an absolute path.
+        given: the recipe's model.name.
+
+    A folder's hub id is what its config.json has as `_name_or_path`. That is right for a copy; after a full fine-tune
+    it may still be the model from before, so card and note say where the name is from.
+    """
+    called = str(settings["base_model_name_or_path"])
+    if not is_absolute(called):
+        places = (ALIAS, str(cache_folder() / "models" / ALIAS))
+        return Base(called, True, settings.get("revision"), ALIAS_WEIGHTS if given in places else "")
+    if given.endswith(".gguf"):
+        return _file(Path(given).expanduser())
+    folder = Path(called)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    known = str(config.get("_name_or_path") or "")
+    if HUB_ID.fullmatch(known) and not os.path.isdir(known):
+        fact = (
+            f"It was trained on a local folder whose `config.json` names `{known}`. Where that folder's weights had "
+            "been changed since, its answers on the hub's model differ."
+        )
+        note = f"base: {called} says in its config.json that it is {known}, and the adapter is published as {known}'s"
+        return Base(known, True, facts=[fact], note=note)
+    kind = ", ".join(config.get("architectures") or []) or "of an architecture that is not known here any more"
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return _unknown(folder.name, f"a local model ({kind})", weights)
+
+
+def _file(file: Path) -> Base:
+    what = "a GGUF file, converted to bfloat16 safetensors by LoRA-PAR"
+    return _unknown(file.name, what, [file] if file.is_file() else [])
+
+
+def _unknown(name: str, what: str, weights: list[Path]) -> Base:
+    facts = [
+        f"Its base `{name}` is {what} that this adapter's author has, and has no name on the hub: ask for it, and give "
+        "PEFT or vLLM the folder that holds it."
+    ]
+    if weights:
+        digests = [f"{sha256_file(path)}  {path.name}" for path in weights]
+        facts += ["", "Its weights, as `sha256sum` prints them:", "", "```", *digests, "```"]
+    note = f"base: {name} has no name on the hub, so others can load the adapter only where they have that model"
+    return Base(name, False, facts=facts, note=note)
+
+
+def is_absolute(text: str) -> bool:
+    """Whether a text is an absolute path here or on another system."""
+    return os.path.isabs(text) or PureWindowsPath(text).is_absolute()
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence in the card of a model folder, where there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    found = re.search(r"^license: *['\"]?([\w.-]+)['\"]? *$", head, re.MULTILINE)
+    return found[1] if found else None

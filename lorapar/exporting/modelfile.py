@@ -1,0 +1,170 @@
+"""Ollama's Modelfile (ollama/ollama, docs/modelfile.mdx): which GGUF, the prompt's form, what ends an answer.
+
+Ollama writes prompts by a template of Go's text/template (docs/template.mdx), models come with one of Jinja's. Ours is
+read off what the model's own writes around made-up messages, and kept where it then writes other conversations as the
+model's own does.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..files import write_text
+from .gguf_tokenizer import adds
+
+log = logging.getLogger("lorapar")
+Messages = list[dict[str, str]]
+# Conversations of every form, which Ollama hands a template: turns in order, at most one system message, at the start.
+FORMS = (
+    ("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user"),
+    ("user", "assistant", "user", "assistant", "user"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a chat template writes around the contents of messages."""
+
+    before_system: str
+    behind_system: str  # up to the first user's content
+    without_system: str  # likewise, where no message is the system's
+    before_user: str  # of every user but the first
+    behind_user: str
+    before_assistant: str
+    behind_assistant: str
+    answer: str  # what asks for an answer
+
+    def write(self, messages: Messages) -> str:
+        """The prompt of a conversation as the Go template writes it."""
+        system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
+        text = f"{self.before_system}{system}{self.behind_system}" if system else self.without_system
+        first = True
+        for one in messages:
+            if one["role"] == "user":
+                text += ("" if first else self.before_user) + one["content"] + self.behind_user
+                first = False
+            elif one["role"] == "assistant":
+                text += self.before_assistant + one["content"] + self.behind_assistant
+        return text + self.answer
+
+    def as_go(self) -> str:
+        """The same as a template of Go's, of Ollama's variables."""
+        at = {name: _literal(text) for name, text in vars(self).items()}
+        head = (
+            f"{{{{ if .System }}}}{at['before_system']}{{{{ .System }}}}{at['behind_system']}"
+            f"{{{{ else }}}}{at['without_system']}{{{{ end }}}}"
+        )
+        user = (
+            f"{{{{ if $first }}}}{{{{ $first = false }}}}{{{{ else }}}}{at['before_user']}{{{{ end }}}}"
+            f"{{{{ .Content }}}}{at['behind_user']}"
+        )
+        assistant = f"{at['before_assistant']}{{{{ .Content }}}}{at['behind_assistant']}"
+        return (
+            f"{head}{{{{ $first := true }}}}{{{{ range .Messages }}}}"
+            f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{assistant}{{{{ end }}}}'
+            f"{{{{ end }}}}{at['answer']}"
+        )
+
+
+def _literal(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def chat_pieces(tokenizer: Any) -> Pieces | None:
+    """What the chat template writes around messages, without the BOS that the tokenizer adds by itself.
+
+    None where there is no template, and where it is of no form that `Pieces` writes.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        pieces = _read_off(tokenizer)
+        for number, roles in enumerate(FORMS):
+            messages = _conversation(roles, number)
+            if pieces.write(messages) != _rendered(tokenizer, messages, True):
+                return None
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
+    return pieces
+
+
+def _conversation(roles: tuple[str, ...], number: int) -> Messages:
+    # Braces, quotes and line ends within, as contents have them; no space around, which some templates take away.
+    return [
+        {"role": role, "content": f"a {number}.{i} {{{{ \"b\" }}}}\n\n'c' é {role}"} for i, role in enumerate(roles)
+    ]
+
+
+def _rendered(tokenizer: Any, messages: Messages, ask: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    bos = tokenizer.bos_token
+    return text.removeprefix(bos) if bos and adds(tokenizer)[0] else text
+
+
+def _read_off(tokenizer: Any) -> Pieces:
+    """The pieces by what stands around made-up contents; ValueError where one is not found as it was given."""
+
+    def parts(roles: tuple[str, ...], ask: bool) -> list[str]:
+        # No content is part of another.
+        contents = [f"LORA-PAR-{role}-{i}-" for i, role in enumerate(roles)]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+        rest, found = _rendered(tokenizer, messages, ask), []
+        for content in contents:
+            before, found_it, rest = rest.partition(content)
+            if not found_it:
+                raise ValueError(content)
+            found.append(before)
+        return [*found, rest]
+
+    def behind(text: str, start: str) -> str:
+        if not text.startswith(start):
+            raise ValueError(text)
+        return text.removeprefix(start)
+
+    without_system, asked = parts(("user",), True)
+    _, behind_user = parts(("user",), False)
+    before_system, behind_system, _ = parts(("system", "user"), True)
+    _, between, to_user, _ = parts(("user", "assistant", "user"), True)
+    _, _, behind_assistant = parts(("user", "assistant"), False)
+    return Pieces(
+        before_system, behind_system, without_system, behind(to_user, behind_assistant), behind_user,
+        behind(between, behind_user), behind_assistant, behind(asked, behind_user),
+    )  # fmt: skip
+
+
+def write_modelfile(
+    path: Path, base: str, adapter: str | None, tokenizer: Any, stops: list[int], system: str | None
+) -> None:
+    """Write a Modelfile.
+
+    Args:
+        base, adapter: paths of GGUF files, absolute or from the Modelfile's folder. stops: the ids that end an answer.
+        system: the system prompt of every training row, None for none.
+    """
+    lines = [f"FROM {base}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    pieces = chat_pieces(tokenizer)
+    template = None if pieces is None else pieces.as_go()
+    if template is not None and _holds(template):
+        lines.append(f'TEMPLATE """{template}"""')
+    elif tokenizer.chat_template is not None:
+        log.warning("export: gguf: %s has no TEMPLATE: the chat template cannot be written as one of Go's; Ollama "
+                    "reads the GGUF's own", path.name)  # fmt: skip
+    if system is not None and _holds(system):
+        lines.append(f'SYSTEM """{system}"""')
+    elif system is not None:
+        log.warning("export: gguf: %s has no SYSTEM: a Modelfile cannot hold data.system_prompt", path.name)
+    texts = [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
+    lines += [f'PARAMETER stop "{text}"' for text in texts if _holds(text) and '"' not in text]
+    # As evaluated: the most likely token each time.
+    lines.append("PARAMETER temperature 0")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _holds(text: str) -> bool:
+    """Whether a Modelfile gives the text back: its parser drops what is not printable, and `\"""` would end it."""
+    return '"""' not in text and all(letter.isprintable() or letter in "\t\n" for letter in text)

@@ -17,7 +17,7 @@ from .gguf_model import architecture, as_laid_out, tensor_names
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's A [r, in] and B [out, r], fp32 on the CPU, its scaling, and the rank trained: half of a twin start's."""
+    """A layer's A [r, in] and B [out, r], fp32 on the CPU, its scaling, and the trained rank; a twin start's r is two."""
 
     a: Tensor
     b: Tensor

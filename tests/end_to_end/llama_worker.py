@@ -16,8 +16,8 @@ import numpy as np  # noqa: E402
 
 def logits(job: dict) -> np.ndarray:
     # An fp32 cache and plain attention: what is left is the weights' own rounding, and that of what they are given.
-    model = llama_cpp.Llama(job["model"], lora_path=job.get("lora"), n_ctx=256, n_threads=1, n_threads_batch=1, type_k=0,
-                  type_v=0, flash_attn=False, logits_all=True, verbose=False)  # fmt: skip
+    model = llama_cpp.Llama(job["model"], lora_path=job.get("lora"), n_ctx=256, n_threads=1, n_threads_batch=1,
+                            type_k=0, type_v=0, flash_attn=False, logits_all=True, verbose=False)  # fmt: skip
     found = []
     for ids in job["ids"]:
         model.reset()

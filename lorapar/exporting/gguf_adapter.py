@@ -17,7 +17,7 @@ from .gguf_model import architecture, as_laid_out, tensor_names
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's A [r, in] and B [out, r], fp32 on the CPU, its scaling, and the trained rank; a twin start's r is two."""
+    """A layer's A [r, in] and B [out, r] in fp32, its scaling, and the trained rank: half of a twin start's r."""
 
     a: Tensor
     b: Tensor

@@ -5,7 +5,9 @@ read off what the model's own writes around made-up messages, and kept where it 
 model's own does.
 """
 
+import itertools
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,8 @@ class Pieces:
 
 
 def _literal(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    """Text outside of actions. Braces that would open one, or join those of the action behind them, are strings."""
+    return re.sub(r"\{{2,}|\{$", r'{{ "\g<0>" }}', text)
 
 
 def chat_pieces(tokenizer: Any) -> Pieces | None:
@@ -119,20 +122,27 @@ def _read_off(tokenizer: Any) -> Pieces:
             found.append(before)
         return [*found, rest]
 
-    def behind(text: str, start: str) -> str:
-        if not text.startswith(start):
-            raise ValueError(text)
-        return text.removeprefix(start)
-
-    without_system, asked = parts(("user",), True)
-    _, behind_user = parts(("user",), False)
+    without_system, to_answer = parts(("user",), True)
     before_system, behind_system, _ = parts(("system", "user"), True)
-    _, between, to_user, _ = parts(("user", "assistant", "user"), True)
-    _, _, behind_assistant = parts(("user", "assistant"), False)
+    _, to_assistant, to_user, _ = parts(("user", "assistant", "user"), True)
+    # Where a turn ends and the next begins makes no difference to a prompt: where a conversation that ends there does.
+    behind_user = _shared_start(to_answer, to_assistant, parts(("user",), False)[-1])
+    behind_assistant = _shared_start(to_user, parts(("user", "assistant"), False)[-1])
     return Pieces(
-        before_system, behind_system, without_system, behind(to_user, behind_assistant), behind_user,
-        behind(between, behind_user), behind_assistant, behind(asked, behind_user),
-    )  # fmt: skip
+        before_system=before_system,
+        behind_system=behind_system,
+        without_system=without_system,
+        before_user=to_user.removeprefix(behind_assistant),
+        behind_user=behind_user,
+        before_assistant=to_assistant.removeprefix(behind_user),
+        behind_assistant=behind_assistant,
+        answer=to_answer.removeprefix(behind_user),
+    )
+
+
+def _shared_start(*texts: str) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts))
+    return "".join(letters[0] for letters in same)
 
 
 def write_modelfile(

@@ -32,7 +32,7 @@ from .gguf_model import (
     tensor_names,
 )  # fmt: skip
 from .gguf_tokenizer import add_tokenizer, check_tokenizer
-from .modelfile import write_modelfile
+from .modelfile import Asked, say_bos, write_modelfile
 
 log = logging.getLogger("lorapar")
 FILES = {"adapter": "adapter.gguf", "f16": "model-f16.gguf", "q8_0": "model-q8_0.gguf", "base": "base-f16.gguf"}
@@ -57,15 +57,15 @@ def export_gguf(
     folder: Path,
     forms: Iterable[str],
     revision: str | None = None,
-    system: str | None = None,
+    asked: Asked = Asked(),  # noqa: B008 (a value)
     base_file: Path | None = None,
 ) -> None:
     """Write `folder`/gguf with the `forms` asked for, of "adapter", "f16", "q8_0" (the merged model) and "base" (f16).
 
     Args:
         model: the trained model with our layers; its base names the checkpoint that is read. revision: of that.
-        system: the system prompt of every training row, for the Modelfiles. base_file: the .gguf that the base was made
-            from, which the adapter's Modelfile names where "base" is not written.
+        asked: how training asked, for the Modelfiles. base_file: the .gguf that the base was made from, which the
+            adapter's Modelfile names where "base" is not written.
 
     Raises InputError for a model or tokenizer that is not converted, and for a checkpoint that cannot be read.
     """
@@ -73,6 +73,7 @@ def export_gguf(
     config = base.config
     check_gguf(config, tokenizer)
     say_what_differs(config)
+    say_bos(tokenizer, asked)
     forms, called = list(forms), str(getattr(base, "lorapar_origin", (base.name_or_path,))[0])
     layers = {f"{name.removeprefix(PREFIX)}.weight": layer for name, layer in masked_layers(model).items()}
     factors = {}
@@ -95,12 +96,12 @@ def export_gguf(
                                 "q8_0" if form == "q8_0" else "f16", title)  # fmt: skip
         whole = next((FILES[form] for form in ("q8_0", "f16") if form in forms), None)
         if whole is not None:
-            write_modelfile(temporary / "Modelfile", f"./{whole}", None, tokenizer, stops, system)
+            write_modelfile(temporary / "Modelfile", f"./{whole}", None, tokenizer, stops, asked)
         if "adapter" in forms:
             source = f"./{FILES['base']}" if "base" in forms else base_file and str(base_file)
             if source:
                 adapter = f"./{FILES['adapter']}"
-                write_modelfile(temporary / "Modelfile.adapter", source, adapter, tokenizer, stops, system)
+                write_modelfile(temporary / "Modelfile.adapter", source, adapter, tokenizer, stops, asked)
             else:
                 log.info("export: gguf: no Modelfile.adapter: Ollama adds the adapter to a base in GGUF; add base to "
                          "export.gguf")  # fmt: skip

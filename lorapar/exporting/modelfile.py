@@ -27,6 +27,16 @@ FORMS = (
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How training asked: `chat`, by the chat template, or in plain text; `system`: the prompt before every question;
+    `question`: what a question was put into, with {prompt} in its place."""
+
+    chat: bool = True
+    system: str | None = None
+    question: str = "{prompt}"
+
+
+@dataclass(frozen=True)
 class Pieces:
     """What a chat template writes around the contents of messages."""
 
@@ -103,8 +113,21 @@ def _conversation(roles: tuple[str, ...], number: int) -> Messages:
 
 def _rendered(tokenizer: Any, messages: Messages, ask: bool) -> str:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    bos = tokenizer.bos_token
-    return text.removeprefix(bos) if bos and adds(tokenizer)[0] else text
+    return text.removeprefix(tokenizer.bos_token) if adds(tokenizer)[0] else text
+
+
+def say_bos(tokenizer: Any, asked: Asked) -> None:
+    """A line in the log where the tokenizer puts its BOS before a text, and training's prompts began without one."""
+    if not adds(tokenizer)[0]:
+        return
+    written = ""
+    if asked.chat and tokenizer.chat_template is not None:
+        written = tokenizer.apply_chat_template(_conversation(("user",), 0), tokenize=False, add_generation_prompt=True)
+    if not written.startswith(tokenizer.bos_token):
+        log.warning(
+            "export: gguf: llama.cpp and Ollama put %s before every prompt, as the tokenizer does before a text; the "
+            "prompts of training began without it", tokenizer.bos_token,
+        )  # fmt: skip
 
 
 def _read_off(tokenizer: Any) -> Pieces:
@@ -145,28 +168,34 @@ def _shared_start(*texts: str) -> str:
     return "".join(letters[0] for letters in same)
 
 
-def write_modelfile(
-    path: Path, base: str, adapter: str | None, tokenizer: Any, stops: list[int], system: str | None
-) -> None:
+# Of a model that was asked in plain text: as data/tokens.py puts a system prompt before a question there.
+PLAIN = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}"
+
+
+def write_modelfile(path: Path, base: str, adapter: str | None, tokenizer: Any, stops: list[int], asked: Asked) -> None:
     """Write a Modelfile.
 
     Args:
         base, adapter: paths of GGUF files, absolute or from the Modelfile's folder. stops: the ids that end an answer.
-        system: the system prompt of every training row, None for none.
     """
     lines = [f"FROM {base}"]
+    if asked.question != "{prompt}":
+        put = asked.question.splitlines()
+        lines = ["# The model was trained with each question put as:", *(f"# {line}" for line in put), *lines]
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
-    pieces = chat_pieces(tokenizer)
-    template = None if pieces is None else pieces.as_go()
+    template = PLAIN
+    if asked.chat and tokenizer.chat_template is not None:
+        pieces = chat_pieces(tokenizer)
+        template = None if pieces is None else pieces.as_go()
     if template is not None and _holds(template):
         lines.append(f'TEMPLATE """{template}"""')
-    elif tokenizer.chat_template is not None:
+    else:
         log.warning("export: gguf: %s has no TEMPLATE: the chat template cannot be written as one of Go's; Ollama "
                     "reads the GGUF's own", path.name)  # fmt: skip
-    if system is not None and _holds(system):
-        lines.append(f'SYSTEM """{system}"""')
-    elif system is not None:
+    if asked.system is not None and _holds(asked.system):
+        lines.append(f'SYSTEM """{asked.system}"""')
+    elif asked.system is not None:
         log.warning("export: gguf: %s has no SYSTEM: a Modelfile cannot hold data.system_prompt", path.name)
     texts = [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
     lines += [f'PARAMETER stop "{text}"' for text in texts if _holds(text) and '"' not in text]

@@ -11,6 +11,7 @@ from ..stage import ADAPTED, Facts, Run, Stage, adapter_files, weights_of
 from .card import QUESTION
 from .export import export
 from .gguf import FOLDER, check_gguf, export_gguf, files_of
+from .modelfile import Asked
 
 
 def export_stage(run: Run) -> Facts:
@@ -23,8 +24,9 @@ def export_stage(run: Run) -> Facts:
     if config.gguf:
         given = Path(recipe.model.name).expanduser()
         base_file = given.resolve() if given.suffix == ".gguf" else None
-        system = recipe.data.system_prompt
-        export_gguf(model, run.tokenizer, folder, config.gguf, recipe.model.revision, system, base_file)
+        chat = isinstance(example_prompt(run), list)
+        asked = Asked(chat, recipe.data.system_prompt, recipe.data.prompt)
+        export_gguf(model, run.tokenizer, folder, config.gguf, recipe.model.revision, asked, base_file)
     return {f"{what}_logit_difference": value for what, value in differences.items()}
 
 

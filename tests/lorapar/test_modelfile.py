@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lorapar.exporting.gguf import FILES, export_gguf
-from lorapar.exporting.modelfile import chat_pieces, write_modelfile
+from lorapar.exporting.modelfile import Asked, chat_pieces, write_modelfile
 from lorapar.model.load import load_tokenizer
 from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
@@ -55,13 +55,13 @@ CONVERSATIONS = [
 # Go's text/template
 
 
-def go_template(text: str, system: str, messages: list[dict[str, str]]) -> str:
-    """What Ollama writes: `.System`, `.Messages`, `.Role`, `.Content`, if, else, range, eq, variables, strings."""
+def go_template(text: str, system: str, messages: list[dict[str, str]], **more: str) -> str:
+    """What Ollama writes. `.System`, `.Messages`, `.Prompt`, `.Role`, `.Content`; if, else, range, eq, variables."""
     # Text and actions in turn; a string within an action may hold braces.
     parts = re.split(r'\{\{((?:[^"}]|"[^"]*")*)\}\}', text)
     nodes, rest = _parse(iter(enumerate(parts)), ())
     assert rest is None
-    scope = {"$": {"System": system, "Messages": messages}}
+    scope = {"$": {"System": system, "Messages": messages, **more}}
     return _run(nodes, scope["$"], scope)
 
 
@@ -236,7 +236,7 @@ def test_a_template_of_another_form_is_left_out_and_said(template, tmp_path, cap
     tokenizer = tokenizer_of(template)
     assert chat_pieces(tokenizer) is None
     with caplog.at_level(logging.WARNING, "lorapar"):
-        write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer, [1], None)
+        write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer, [1], Asked())
     assert caplog.text.count("no TEMPLATE") == 1
     assert [name for name, _ in parse(tmp_path / "Modelfile")] == ["from", "parameter", "parameter"]
 
@@ -273,7 +273,7 @@ def test_both_modelfiles_name_files_that_are_there(tmp_path):
     folder = ggufs.save(tmp_path / "model")
     model, tokenizer = ggufs.moved(folder), AutoTokenizer.from_pretrained(folder)
     system = 'Be brief.\n\nSay "5".'
-    export_gguf(model, tokenizer, tmp_path, ["adapter", "f16", "q8_0", "base"], system=system)
+    export_gguf(model, tokenizer, tmp_path, ["adapter", "f16", "q8_0", "base"], asked=Asked(system=system))
     files = tmp_path / "gguf"
     whole, added = parse(files / "Modelfile"), parse(files / "Modelfile.adapter")
     assert whole[0] == ("from", "./model-q8_0.gguf")
@@ -327,7 +327,7 @@ def test_a_base_given_as_gguf_is_what_the_adapter_s_modelfile_names(tmp_path, mo
 @pytest.mark.parametrize("text", ['a """ b', "a\u00a0b", "a\x00b"])
 def test_what_a_modelfile_cannot_hold_is_left_out_and_said(text, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lorapar"):
-        write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer_of(CHATML), [], text)
+        write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer_of(CHATML), [], Asked(system=text))
     assert "has no SYSTEM" in caplog.text
     assert "system" not in dict(parse(tmp_path / "Modelfile"))
     write_modelfile(
@@ -336,9 +336,16 @@ def test_what_a_modelfile_cannot_hold_is_left_out_and_said(text, tmp_path, caplo
     assert "has no TEMPLATE" in caplog.text
 
 
-def test_special_stops_and_a_tokenizer_without_a_template(tmp_path):
-    tokenizer = ggufs.tokenizer_of("llama")
-    write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer, [2, 1], None)
-    assert parse(tmp_path / "Modelfile") == [
-        ("from", "./m.gguf"), ("parameter", 'stop "</s>"'), ("parameter", 'stop "<s>"'), ("parameter", "temperature 0"),
-    ]  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "gpt-2"])
+def test_a_model_that_was_asked_in_plain_text_is_asked_so(kind, tmp_path):
+    tokenizer, path = ggufs.tokenizer_of(kind), tmp_path / "Modelfile"
+    asked = Asked(chat=False, question="Q: {prompt}\nA:")
+    write_modelfile(path, "./m.gguf", None, tokenizer, [2, 1], asked)
+    names = tokenizer.convert_ids_to_tokens([2, 1])
+    (template, *rest) = parse(path)[1:]
+    assert rest == [*(("parameter", f'stop "{name}"') for name in names), ("parameter", "temperature 0")]
+    assert template[0] == "template"
+    nodes = template[1]
+    assert go_template(nodes, "", [], Prompt="2 + 3?") == "2 + 3?"
+    assert go_template(nodes, "Be brief.", [], Prompt="2 + 3?") == "Be brief.\n\n2 + 3?"
+    assert path.read_text().splitlines()[1:3] == ["# Q: {prompt}", "# A:"]

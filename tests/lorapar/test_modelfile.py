@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lorapar.exporting.gguf import FILES, export_gguf
-from lorapar.exporting.modelfile import Asked, chat_pieces, write_modelfile
+from lorapar.exporting.modelfile import Asked, chat_pieces, say_bos, write_modelfile
 from lorapar.model.load import load_tokenizer
 from lorapar.model.locate import resolve
 from lorapar.recipe.sections import ModelConfig
@@ -219,6 +219,16 @@ def test_the_bos_that_the_tokenizer_adds_is_left_to_it():
     assert chat_pieces(plain).without_system == "<|endoftext|><|im_start|>user\n\n"
 
 
+def test_a_bos_that_training_did_not_have_is_said(caplog):
+    tokenizer = ggufs.tokenizer_of("llama-bpe")
+    with caplog.at_level(logging.WARNING, "lorapar"):
+        say_bos(tokenizer, Asked())  # ChatML's first token is this one's BOS
+        say_bos(ggufs.tokenizer_of("gpt-2"), Asked(chat=False))
+        assert not caplog.records
+        say_bos(tokenizer, Asked(chat=False))
+    assert "put <|im_start|> before every prompt" in caplog.text
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -330,9 +340,7 @@ def test_what_a_modelfile_cannot_hold_is_left_out_and_said(text, tmp_path, caplo
         write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer_of(CHATML), [], Asked(system=text))
     assert "has no SYSTEM" in caplog.text
     assert "system" not in dict(parse(tmp_path / "Modelfile"))
-    write_modelfile(
-        tmp_path / "Modelfile", "./m.gguf", None, tokenizer_of(CHATML.replace("user", text) + text), [], None
-    )
+    write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer_of(f"{text}{CHATML}"), [], Asked())
     assert "has no TEMPLATE" in caplog.text
 
 

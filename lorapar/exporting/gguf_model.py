@@ -16,7 +16,11 @@ log = logging.getLogger("lorapar")
 # A checkpoint's class → llama.cpp's architecture. Mistral's is Llama's there.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama",
                  "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}  # fmt: skip
-ROPE_TYPES = ("default", "linear", "llama3")
+# How positions are scaled, and the settings of each that are written; YaRN's finer ones are llama.cpp's defaults.
+ROPE_SETTINGS = {
+    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -29,17 +33,18 @@ def check_model(config: Any) -> None:
             "merged model (export.merged: true) and convert merged/ with llama.cpp's convert_hf_to_gguf.py"
         )
     rope = _rope(config)
-    unlike = {
-        "rope_type": (rope["rope_type"], ROPE_TYPES),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor") or 1, (1,)),
-        "hidden_act": (config.hidden_act, ("silu",)),
-    }
-    for key, (given, allowed) in unlike.items():
-        if given not in allowed:
-            raise InputError(
-                f"export.gguf: the model's {key} is {given}, and {', '.join(map(str, allowed))} is converted here; "
-                "convert merged/ (export.merged: true) with llama.cpp's convert_hf_to_gguf.py"
-            )
+    kind, factor = rope["rope_type"], rope.get("partial_rotary_factor") or 1
+    given = {"hidden_act": config.hidden_act} if config.hidden_act != "silu" else {}
+    given |= {"rope_type": kind} if kind not in ROPE_SETTINGS else {}
+    given |= {"partial_rotary_factor": factor} if factor != 1 else {}
+    written = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_SETTINGS.get(kind, rope)}
+    given |= {key: value for key, value in rope.items() if key not in written and value is not None}
+    if given:
+        raise InputError(
+            f"export.gguf: a model with {', '.join(f'{key} {value}' for key, value in given.items())} is not converted "
+            f"here (allowed: hidden_act silu, rope_type {', '.join(ROPE_SETTINGS)} with their main settings); convert "
+            "merged/ (export.merged: true) with llama.cpp's convert_hf_to_gguf.py"
+        )
 
 
 def say_what_differs(config: Any) -> None:
@@ -87,6 +92,10 @@ def add_hyperparameters(writer: Any, config: Any) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    elif rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def rope_factors(config: Any) -> Tensor | None:

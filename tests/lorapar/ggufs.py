@@ -41,6 +41,15 @@ CONFIGS = {
     "linear": lambda: LlamaConfig(
         **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
     ),
+    "yarn": lambda: Qwen2Config(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),

@@ -373,10 +373,12 @@ def test_a_form_that_is_not_known_and_a_model_that_is_not_converted_are_refused_
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is yarn"),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "a model with rope_type dynamic is not converted here"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16.0,
+                              "original_max_position_embeddings": 128}}, "with beta_fast 16.0 is not"),
+        ({"hidden_act": "gelu"}, "with hidden_act gelu is not"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-         "partial_rotary_factor is 0.5"),
+         "with partial_rotary_factor 0.5 is not"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_is_not_told_here_is_refused(folder, tmp_path, change, says):

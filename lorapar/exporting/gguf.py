@@ -20,6 +20,7 @@ from ..adapter.merging import PREFIX, merged_weight
 from ..errors import InputError
 from ..files import atomic_folder, read_json
 from ..model.generate import stop_tokens
+from ..model.quantised import given_form
 from .gguf_adapter import Factors, write_adapter
 from .gguf_model import (
     ROPE_FACTORS,
@@ -45,10 +46,16 @@ def files_of(forms: Iterable[str]) -> list[str]:
     return [FILES[form] for form in forms] + ["Modelfile"] * bool({"f16", "q8_0"} & set(forms))
 
 
-def check_gguf(config: Any, tokenizer: Any) -> None:
-    """InputError, in one line, where no GGUF is made of this model or its tokenizer; nothing is loaded."""
+def check_gguf(config: Any, tokenizer: Any, forms: Iterable[str]) -> None:
+    """InputError, in one line, where these forms of this model or tokenizer are not made; no weight is read."""
     check_model(config)
     check_tokenizer(tokenizer)
+    whole = sorted(set(forms) - {"adapter"})
+    if whole and given_form(config) is not None:
+        raise InputError(
+            f"export.gguf: got {', '.join(whole)}, but the model holds its weights as {given_form(config)} alone; name "
+            "the original model, or ask for adapter"
+        )
 
 
 def export_gguf(
@@ -71,10 +78,12 @@ def export_gguf(
     """
     base: Any = model.get_base_model()
     config = base.config
-    check_gguf(config, tokenizer)
+    forms = list(forms)
+    # A base quantised as it was loaded has plain weights in its checkpoint, which says so itself (`Checkpoint`).
+    check_gguf(config, tokenizer, ["adapter"])
     say_what_differs(config)
     say_bos(tokenizer, asked)
-    forms, called = list(forms), str(getattr(base, "lorapar_origin", (base.name_or_path,))[0])
+    called = str(getattr(base, "lorapar_origin", (base.name_or_path,))[0])
     layers = {f"{name.removeprefix(PREFIX)}.weight": layer for name, layer in masked_layers(model).items()}
     factors = {}
     for name, layer in layers.items():

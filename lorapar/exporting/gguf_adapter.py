@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .gguf_model import architecture, as_laid_out, tensor_names
 
 
@@ -64,6 +65,8 @@ def write_adapter(path: Path, config: Any, layers: Mapping[str, Factors], name: 
 
     folded = {at: (*fold_twins(one.a, one.b, one.trained), one.scaling) for at, one in layers.items()}
     folded = {at: one for at, one in folded.items() if one[0].shape[0]}
+    if not folded:
+        raise InputError("export.gguf: the adapter is as it started, so there is nothing to add to the base")
     ranks = [a.shape[0] for a, _, _ in folded.values()]
     alpha = max((a.shape[0], a.shape[0] * scaling) for a, _, scaling in folded.values())[1]
     writer = gguf.GGUFWriter(path, architecture(config))

@@ -192,7 +192,7 @@ def write_modelfile(path: Path, base: str, adapter: str | None, tokenizer: Any, 
         lines.append(f'TEMPLATE """{template}"""')
     else:
         log.warning("export: gguf: %s has no TEMPLATE: the chat template cannot be written as one of Go's; Ollama "
-                    "reads the GGUF's own", path.name)  # fmt: skip
+                    "looks for one of its own that resembles it", path.name)  # fmt: skip
     if asked.system is not None and _holds(asked.system):
         lines.append(f'SYSTEM """{asked.system}"""')
     elif asked.system is not None:

@@ -44,7 +44,7 @@ def example_prompt(run: Run) -> str | list[dict[str, str]]:
 def check(run: Run) -> None:
     """InputError for a model that is not converted to GGUF here, before any stage has trained it."""
     if run.recipe.export.gguf:
-        check_gguf(load_config(run.recipe.model), run.tokenizer)
+        check_gguf(load_config(run.recipe.model), run.tokenizer, run.recipe.export.gguf)
 
 
 def stage(recipe: Recipe) -> Stage:

@@ -8,9 +8,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
+from lorapar.adapter.attach import attach
 from lorapar.adapter.layers import ADAPTER, masked_layers
 from lorapar.adapter.merging import merged_weight
 from lorapar.errors import InputError
@@ -307,14 +309,14 @@ def test_the_token_that_ends_a_turn_is_named_beside_another_eos(tmp_path):
 def test_tokenizers_that_split_otherwise_are_refused_in_one_line(folder):
     config, tokenizer = AutoConfig.from_pretrained(folder), ggufs.tokenizer_of("gpt-2")
     with pytest.raises(InputError, match="has no merges"):
-        check_gguf(config, tiny_tokenizer())
+        check_gguf(config, tiny_tokenizer(), ["adapter"])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(InputError, match=r"splits text as none of gpt-2, smollm, .* of llama\.cpp does"):
-        check_gguf(config, tokenizer)
+        check_gguf(config, tokenizer, ["adapter"])
     tokenizer = ggufs.tokenizer_of("llama")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(InputError, match="unlike SentencePiece"):
-        check_gguf(config, tokenizer)
+        check_gguf(config, tokenizer, ["adapter"])
 
 
 # The stage
@@ -373,7 +375,7 @@ def test_a_form_that_is_not_known_and_a_model_that_is_not_converted_are_refused_
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "a model with rope_type dynamic is not converted here"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic is not"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16.0,
                               "original_max_position_embeddings": 128}}, "with beta_fast 16.0 is not"),
         ({"hidden_act": "gelu"}, "with hidden_act gelu is not"),
@@ -385,7 +387,23 @@ def test_what_llama_cpp_is_not_told_here_is_refused(folder, tmp_path, change, sa
     values = json.loads((folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=says):
-        check_gguf(AutoConfig.from_pretrained(tmp_path), ggufs.tokenizer_of("gpt-2"))
+        check_gguf(AutoConfig.from_pretrained(tmp_path), ggufs.tokenizer_of("gpt-2"), ["adapter"])
+
+
+def test_a_base_of_which_there_are_4_bits_alone_gives_the_adapter_alone(folder):
+    config, tokenizer = AutoConfig.from_pretrained(folder), ggufs.tokenizer_of("gpt-2")
+    config.quantization_config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    check_gguf(config, tokenizer, ["adapter"])
+    with pytest.raises(InputError, match=r"got base, f16, but the model holds its weights as nf4 alone"):
+        check_gguf(config, tokenizer, ["f16", "adapter", "base"])
+
+
+def test_an_adapter_as_it_started_is_nothing_to_write(folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = attach(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), start="twin")
+    with pytest.raises(InputError, match="as it started"):
+        export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path, ["adapter"])
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_without_gguf_a_finished_run_stays_finished(whole_run, tmp_path):

@@ -31,7 +31,7 @@ from .gguf_model import (
     rope_factors,
     say_what_differs,
     tensor_names,
-)  # fmt: skip
+)
 from .gguf_tokenizer import add_tokenizer, check_tokenizer
 from .modelfile import Asked, say_bos, write_modelfile
 

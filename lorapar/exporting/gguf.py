@@ -38,6 +38,7 @@ from .modelfile import Asked, say_bos, write_modelfile
 log = logging.getLogger("lorapar")
 FILES = {"adapter": "adapter.gguf", "f16": "model-f16.gguf", "q8_0": "model-q8_0.gguf", "base": "base-f16.gguf"}
 FOLDER = "gguf"
+F16_MOST = torch.finfo(torch.float16).max
 
 
 def files_of(forms: Iterable[str]) -> list[str]:
@@ -188,11 +189,10 @@ def write_model(
             weight = weight.float()
         else:
             weight = merged_weight(weight, delta.a, delta.b, delta.scaling, torch.float32)
+        if forms[at] == gguf.GGMLQuantizationType.F16 and not (weight.abs() <= F16_MOST).all():
+            raise InputError(f"export.gguf: {at} holds numbers beyond f16's {F16_MOST:.0f}; leave f16 and base out")
         array = as_laid_out(config, at, weight).contiguous().numpy()
-        packed = gguf.quants.quantize(array, forms[at])
-        if forms[at] == gguf.GGMLQuantizationType.F16 and not torch.from_numpy(packed).isfinite().all():
-            raise InputError(f"export.gguf: {at} holds numbers beyond f16's 65,504; leave f16, q8_0 and base out")
-        writer.write_tensor_data(packed)
+        writer.write_tensor_data(gguf.quants.quantize(array, forms[at]))
     writer.close()
 
 

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..files import atomic_folder, read_json
 from ..model.generate import stop_tokens
 from ..model.quantised import given_form
-from .gguf_adapter import Factors, write_adapter
+from .gguf_adapter import Factors, folded, write_adapter
 from .gguf_model import (
     ROPE_FACTORS,
     add_hyperparameters,
@@ -100,7 +100,7 @@ def export_gguf(
             weights = Checkpoint(str(base.name_or_path), revision)
             for form in ("f16", "q8_0", "base"):
                 if form in forms:
-                    deltas = {} if form == "base" else factors
+                    deltas = {} if form == "base" else folded(factors)
                     title = name if form == "base" else f"{name} LoRA-PAR"
                     write_model(temporary / FILES[form], config, tokenizer, weights, deltas,
                                 "q8_0" if form == "q8_0" else "f16", title)  # fmt: skip
@@ -153,8 +153,9 @@ def write_model(
 ) -> None:
     """Write one whole GGUF model, a tensor at a time; `form`: "f16", "q8_0" or, to compare by, "f32".
 
-    deltas: {parameter: factors} that are added to the checkpoint's weights. As llama.cpp's converter does, vectors stay
-    fp32, and of a matrix whose rows are no whole blocks of 32 q8_0 is f16.
+    deltas: {parameter: factors, folded} that are added to the checkpoint's weights. As llama.cpp's converter does,
+    vectors stay fp32, and of a matrix whose rows are no whole blocks of 32 q8_0 is f16.
+    Raises InputError where rounding leaves no layer most of its change.
     """
     import gguf
 
@@ -182,18 +183,45 @@ def write_model(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
+    kept = []
     for at in called:
-        weight = weights.read(at)
-        delta = deltas.get(at)
-        if delta is None:
-            weight = weight.float()
-        else:
-            weight = merged_weight(weight, delta.a, delta.b, delta.scaling, torch.float32)
+        base, delta = weights.read(at), deltas.get(at)
+        weight = base.float()
+        if delta is not None:
+            weight = merged_weight(base, delta.a, delta.b, delta.scaling, torch.float32)
         if forms[at] == gguf.GGMLQuantizationType.F16 and not (weight.abs() <= F16_MOST).all():
             raise InputError(f"export.gguf: {at} holds numbers beyond f16's {F16_MOST:.0f}; leave f16 and base out")
         array = as_laid_out(config, at, weight).contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(array, forms[at]))
+        packed = gguf.quants.quantize(array, forms[at])
+        writer.write_tensor_data(packed)
+        if delta is not None:
+            kept += _kept(as_laid_out(config, at, base.float()).contiguous().numpy(), array, packed, forms[at])
     writer.close()
+    lost = sum(share < 0.5 for share in kept)
+    if kept and lost == len(kept):
+        raise InputError(
+            f"export.gguf: {form} is too coarse to merge into: it rounds most of the adapter's change away in every "
+            "layer; use adapter and base"
+        )
+    if lost:
+        log.warning("export: gguf: rounding to %s takes most of the adapter's change from %d of %d layers; adapter and "
+                    "base keep all", form, lost, len(kept))  # fmt: skip
+
+
+def _kept(base: Any, merged: Any, packed: Any, form: Any) -> list[float]:
+    """[the share of the adapter's change to a weight that is left once base and sum are rounded]; [] without a change.
+
+    About 1 where rounding only adds noise; 0 where the base's weights are numbers of the form, and the change is too
+    small to reach the next ones.
+    """
+    import gguf
+
+    delta = merged - base
+    if not delta.any():
+        return []
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(base, form), form)
+    left = (gguf.quants.dequantize(packed, form) - rounded) * delta
+    return [float(left.sum() / (delta * delta).sum())]
 
 
 def _form(shape: list[int], form: str) -> Any:

@@ -55,6 +55,16 @@ def fold_twins(a: Tensor, b: Tensor, trained: int) -> tuple[Tensor, Tensor]:
     return torch.stack(kept_a), torch.stack(kept_b, dim=1)
 
 
+def folded(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The layers with twins folded, without those that have not changed."""
+    found = {}
+    for at, one in layers.items():
+        a, b = fold_twins(one.a, one.b, one.trained)
+        if len(a):
+            found[at] = Factors(a, b, one.scaling, one.trained)
+    return found
+
+
 def write_adapter(path: Path, config: Any, layers: Mapping[str, Factors], name: str) -> str:
     """Write `layers`, {the parameter that each adds to: its factors}, in fp32 and folded; returns what ranks resulted.
 
@@ -63,29 +73,28 @@ def write_adapter(path: Path, config: Any, layers: Mapping[str, Factors], name: 
     """
     import gguf
 
-    folded = {at: (*fold_twins(one.a, one.b, one.trained), one.scaling) for at, one in layers.items()}
-    folded = {at: one for at, one in folded.items() if one[0].shape[0]}
-    if not folded:
+    changed = folded(layers)
+    if not changed:
         raise InputError("export.gguf: the adapter is as it started, so there is nothing to add to the base")
-    ranks = [a.shape[0] for a, _, _ in folded.values()]
-    alpha = max((a.shape[0], a.shape[0] * scaling) for a, _, scaling in folded.values())[1]
+    ranks = [len(one.a) for one in changed.values()]
+    alpha = max((len(one.a), len(one.a) * one.scaling) for one in changed.values())[1]
     writer = gguf.GGUFWriter(path, architecture(config))
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for at, called in tensor_names(config, list(folded)).items():
-        a, b, scaling = folded[at]
-        b = (b.double() * (scaling * a.shape[0] / alpha)).float()
-        writer.add_tensor(f"{called}.lora_a", a.contiguous().numpy())
+    for at, called in tensor_names(config, list(changed)).items():
+        one = changed[at]
+        b = (one.b.double() * (one.scaling * len(one.a) / alpha)).float()
+        writer.add_tensor(f"{called}.lora_a", one.a.contiguous().numpy())
         writer.add_tensor(f"{called}.lora_b", as_laid_out(config, at, b).contiguous().numpy())
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    held = max(one.a.shape[0] for one in layers.values())
+    held = max(len(one.a) for one in layers.values())
     span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-    dropped = f", {len(layers) - len(folded)} layers that have not changed left out" * (len(folded) < len(layers))
+    dropped = f", {len(layers) - len(changed)} layers that have not changed left out" * (len(changed) < len(layers))
     return f"rank {span} of the {held} that training holds{dropped}"

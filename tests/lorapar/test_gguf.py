@@ -155,6 +155,15 @@ def test_the_adapter_s_file_holds_the_deltas(folder, tmp_path, keys):
 # The whole model
 
 
+def merged_in(layer, weight):
+    """base + delta in fp32, by the folded factors: a layer that has not moved is the base's to the bit."""
+    a, b, scaling = layer.factors(ADAPTER)
+    summed = merged_weight(weight, *fold_twins(a.detach(), b.detach(), layer.trainable_rank), scaling)
+    whole = weight.double() + scaling * product(a.detach(), b.detach())
+    torch.testing.assert_close(summed.double(), whole, rtol=1e-6, atol=1e-6)
+    return summed
+
+
 @torch.no_grad()
 def logits(model, tokens):
     return model.eval()(input_ids=tokens).logits.float()
@@ -183,7 +192,7 @@ def test_transformers_reads_the_base_back_with_its_logits(architecture, tmp_path
         layer = layers.get(at.removesuffix(".weight"))
         if layer is not None:
             # Summed in fp32 and rounded once.
-            summed = as_laid_out(config, at, merged_weight(weights.read(at), *layer.factors(ADAPTER)))
+            summed = as_laid_out(config, at, merged_in(layer, weights.read(at)))
             assert torch.equal(merged[called], summed.half().float()), at
     if architecture in ("llama", "mistral", "qwen2"):
         back = AutoModelForCausalLM.from_pretrained(files, gguf_file="base-f16.gguf", dtype=torch.float32)
@@ -201,7 +210,7 @@ def test_q8_0_is_the_sum_quantised_once(folder, tmp_path):
     assert {kind for name, kind in kinds.items() if not name.endswith("norm.weight")} == {"Q8_0"}
     at = "model.layers.1.mlp.down_proj"
     layer = masked_layers(model)[f"base_model.model.{at}"]
-    summed = merged_weight(Checkpoint(str(folder)).read(f"{at}.weight"), *layer.factors(ADAPTER)).numpy()
+    summed = merged_in(layer, Checkpoint(str(folder)).read(f"{at}.weight")).numpy()
     form = gguf.GGMLQuantizationType.Q8_0
     wanted = gguf.quants.dequantize(gguf.quants.quantize(summed, form), form)
     assert np.array_equal(tensors(path)["blk.1.ffn_down.weight"].numpy(), wanted)
@@ -244,6 +253,41 @@ def test_numbers_beyond_f16_are_refused_and_nothing_is_left(folder, tmp_path):
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj\.weight holds numbers beyond f16"):
         export_gguf(ggufs.moved(copy), ggufs.tokenizer_of("gpt-2"), tmp_path / "out", ["adapter", "f16"])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def on_a_grid(folder, place):
+    """A copy of the model whose matrices are numbers of q8_0."""
+    model = AutoModelForCausalLM.from_pretrained(shutil.copytree(folder, place))
+    form = gguf.GGMLQuantizationType.Q8_0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                packed = gguf.quants.quantize(parameter.numpy(), form)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, form)))
+    model.save_pretrained(place)
+    return place
+
+
+def test_an_adapter_that_rounding_takes_away_is_refused_or_said(folder, tmp_path, caplog):
+    """A change below q8_0's spacing moves the average of weights that lie anywhere, and none that lie on its grid."""
+    tokenizer = ggufs.tokenizer_of("gpt-2")
+    place = on_a_grid(folder, tmp_path / "model")
+    for at, small, large in (("a", 2e-3, 0.0), ("b", 2e-3, 1.0)):
+        models = [ggufs.moved(one) for one in (folder, place)]
+        for model in models:
+            with torch.no_grad():
+                for number, layer in enumerate(masked_layers(model).values()):
+                    layer.factors(ADAPTER)[1].mul_(large if large and not number else small)
+        with caplog.at_level(logging.WARNING, "lorapar"):
+            export_gguf(models[0], tokenizer, tmp_path / at / "anywhere", ["q8_0"])
+            assert not caplog.records
+            if large:
+                export_gguf(models[1], tokenizer, tmp_path / at, ["q8_0"])
+                assert "takes most of the adapter's change from 13 of 14 layers" in caplog.text
+            else:
+                with pytest.raises(InputError, match="q8_0 is too coarse to merge into"):
+                    export_gguf(models[1], tokenizer, tmp_path / at, ["q8_0"])
+                assert not (tmp_path / at / "gguf").exists()
 
 
 def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_line(folder, tmp_path):
@@ -396,6 +440,20 @@ def test_a_base_of_which_there_are_4_bits_alone_gives_the_adapter_alone(folder):
     check_gguf(config, tokenizer, ["adapter"])
     with pytest.raises(InputError, match=r"got base, f16, but the model holds its weights as nf4 alone"):
         check_gguf(config, tokenizer, ["f16", "adapter", "base"])
+
+
+def test_a_layer_that_has_not_moved_is_the_base_s_to_the_bit(folder, tmp_path):
+    model = ggufs.moved(folder)
+    still = masked_layers(model)["base_model.model.model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        a, b, _ = still.factors(ADAPTER)
+        a[:4], b[:, :4] = a[4:], -b[:, 4:]
+    export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path, ALL)
+    base, merged = (tensors(tmp_path / "gguf" / FILES[form]) for form in ("base", "f16"))
+    assert {name for name in base if torch.equal(base[name], merged[name])} == {
+        "blk.0.attn_q.weight", "token_embd.weight", "output.weight", *(name for name in base if "norm" in name)
+    }  # fmt: skip
+    assert not any("blk.0.attn_q" in name for name in tensors(tmp_path / "gguf" / "adapter.gguf"))
 
 
 def test_an_adapter_as_it_started_is_nothing_to_write(folder, tmp_path):

@@ -11,7 +11,7 @@ NARROWEST = 18  # columns of an answer; with fewer they go one beneath the other
 SECONDS = 0.05  # between two drawings at least: a terminal over a slow line draws no faster
 # Of the headings, on light and dark backgrounds: bold, and for a stage the colour of its system in the report.
 STYLES = {"base": "1", "after SFT": "1;38;5;32", "after GRPO": "1;38;5;166"}
-TAB = "    "
+TAB = 4  # columns of a tab at most
 
 Paint = Callable[[str, str], str]
 
@@ -26,9 +26,9 @@ def painted(title: str, text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Text without what a terminal would obey: of control characters the line ends alone, tabs as spaces."""
-    text = text.replace("\r\n", "\n").expandtabs(len(TAB))
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c != "\n" else c for c in text)
+    """Text without what a terminal would obey: of control characters, line ends and tabs alone are kept."""
+    text = text.replace("\r\n", "\n")
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def letter_width(letter: str) -> int:
@@ -84,7 +84,7 @@ def layout(
     width: the terminal's columns. height: lines at most, of which each answer has the last; None: all of them.
     paint: given a title and its text, how that is written.
     """
-    texts = [shown(text) for text in texts]
+    texts = [shown(text).expandtabs(TAB) for text in texts]
     column = (width - GAP * (len(titles) - 1)) // len(titles)
     if column < NARROWEST:
         return _stacked(titles, texts, max(2, width), height, paint)

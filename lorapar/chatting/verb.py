@@ -143,7 +143,7 @@ def _converse(talk: _Talk) -> None:
                 return
             _take(talk, line, at_terminal)
             interrupted = False
-        except InputError as error:
+        except (InputError, StageFailed) as error:
             if not at_terminal:
                 raise
             print(f"lorapar: error: {error}", file=sys.stderr)

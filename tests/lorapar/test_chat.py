@@ -137,6 +137,16 @@ def test_a_question_that_takes_all_positions_is_refused(recipe_file: Path, finis
     refused(*words, says=("the prompt has 8192 tokens, and the model's 8192 positions leave none to answer",))
 
 
+def test_a_gpu_without_room_is_one_line(recipe_file: Path, finished: Path, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Models, "answers", fails)
+    code, out, err = lorapar("chat", recipe_file, "--output_dir", finished, "--once", "hi")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("lorapar: error: chat: the GPU's memory is full")
+
+
 # Its answers
 
 
@@ -437,7 +447,8 @@ def test_growing_answers_show_their_ends_where_the_terminal_is_low():
 
 
 def test_control_characters_of_an_answer_do_nothing():
-    assert shown("a\x1b[2Jb\r\nd\x07\n\te") == "a\ufffd[2Jb\nd\ufffd\n    e"
+    assert shown("a\x1b[2Jb\r\nd\x07\n\te") == "a\ufffd[2Jb\nd\ufffd\n\te"
+    assert layout(["base"], ["a\tb"], 30)[2] == "a   b"
     assert "\x1b" not in "".join(layout(TITLES, ["\x1b[31m", "\x9b2J", "\x00"], 100))
 
 

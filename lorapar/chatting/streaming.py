@@ -60,8 +60,8 @@ def tokens_of(generate: Callable[[Any], Any]) -> Iterator[int]:
             streamer.made.put(error)
 
     thread = threading.Thread(target=run, name="lorapar-chat")
-    thread.start()
     try:
+        thread.start()
         while True:
             streamer.asked.release()
             token = streamer.made.get()
@@ -73,4 +73,6 @@ def tokens_of(generate: Callable[[Any], Any]) -> Iterator[int]:
     finally:
         streamer.is_over = True
         streamer.asked.release()
-        thread.join()
+        # Ctrl-C may come before it has started.
+        if thread.is_alive():
+            thread.join()

@@ -521,6 +521,8 @@ class Session:
         os.close(theirs)
 
     def type(self, text: str) -> None:
+        # As a person does, some time after the prompt is there: input() writes it before it waits for keys or signals.
+        time.sleep(1)
         os.write(self.handle, text.encode())
 
     def until(self, words: str, seconds: float = 90) -> str:
@@ -589,7 +591,8 @@ def test_at_a_terminal(recipe_file: Path, finished: Path, session):
     quiet.type("\x03")
     assert "\x1b[1m" not in quiet.until("stopped; Ctrl-C again ends")
     quiet.until("> ")
-    quiet.type("/reset\n")
+    quiet.type("/help\n")
+    quiet.until("with a space before it.")
     quiet.until("> ")
     quiet.type("\x04")
     assert quiet.process.wait(30) == 0

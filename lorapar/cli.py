@@ -164,7 +164,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         elif options.verb == "plan":
             return _plan(options, overrides)
         elif options.verb == "chat":
-            _chat(options, overrides)
+            return _chat(options, overrides)
         elif options.verb == "push":
             _push(options, overrides)
         else:
@@ -311,11 +311,11 @@ def _recipe_of_run(options: argparse.Namespace, overrides: list[tuple[str, str]]
     return recipe
 
 
-def _chat(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+def _chat(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     recipe = _recipe_of_run(options, overrides)
     from .chatting.verb import chat_verb
 
-    chat_verb(recipe, options.once, options.max_new_tokens, options.temperature)
+    return chat_verb(recipe, options.once, options.max_new_tokens, options.temperature)
 
 
 def _push(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:

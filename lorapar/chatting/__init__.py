@@ -1,1 +1,1 @@
-"""The base and each stage's result, asked the same question side by side in a terminal."""
+"""Asking the base and each stage's result of a finished run the same question, side by side."""

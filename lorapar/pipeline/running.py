@@ -100,7 +100,7 @@ def finished_run(recipe: Recipe, reads: Sequence[str]) -> Run:
     with as_input_error(this.folder):
         if not (this.folder / "recipe.yaml").is_file():
             raise InputError(f"{this.folder}: not a run's output folder, it holds no recipe.yaml; run the recipe first")
-        _check_folder(recipe, this.folder, update=False)
+        _check_folder(recipe, this.folder, False, "give the recipe and the --section.key words that it was made with")
         check_whole(this, reads)
     return this
 
@@ -240,7 +240,10 @@ def _times(stage: Stage, folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_mtime_ns for name in stage.writes if (folder / name).exists()}
 
 
-def _check_folder(recipe: Recipe, folder: Path, update: bool) -> None:
+TAKE_OVER = "use another --output_dir, or --update to redo there what the change touches"
+
+
+def _check_folder(recipe: Recipe, folder: Path, update: bool, advice: str = TAKE_OVER) -> None:
     """Refuse an output folder that is not ours, or that another recipe made, before a byte is written there."""
     path = folder / "recipe.yaml"
     for place in (folder, *folder.parents):
@@ -263,10 +266,7 @@ def _check_folder(recipe: Recipe, folder: Path, update: bool) -> None:
     difference = _first_difference(there, recipe.as_dict())
     if difference:
         key, old, new = difference
-        raise InputError(
-            f"{folder}: made by another recipe ({key} was {old!r}, is {new!r}); use another --output_dir, or "
-            "--update to redo there what the change touches"
-        )
+        raise InputError(f"{folder}: made by another recipe ({key} was {old!r}, is {new!r}); {advice}")
 
 
 def _claim(recipe: Recipe, folder: Path) -> None:

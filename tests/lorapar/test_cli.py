@@ -242,7 +242,8 @@ def test_a_run_that_is_read_must_be_there_and_of_this_recipe(verb, recipe_file: 
     assert not (tmp_path / "gone").exists()
     before = tree(finished)
     at = ("--output_dir", finished)
-    refused(*words, *at, "--partition.theta", "0.5", says=("made by another recipe (partition.theta",), alone=True)
+    says = ("made by another recipe (partition.theta", "give the recipe and the --section.key words that it was made")
+    refused(*words, *at, "--partition.theta", "0.5", says=says, alone=True)
     refused(*words, *at, "--partition.tehta", "0.5", says=("partition.tehta: unknown key",), alone=True)
     assert tree(finished) == before
 

@@ -159,6 +159,13 @@ def test_in_half_precision_a_lone_large_difference_is_rounding_and_a_lost_adapte
     for wrong in (without, without + 0.05 * noise, ours + 0.2 * noise, ours * float("nan")):
         with pytest.raises(ExportDiffers, match="adapter: its logits differ"):
             export._check("adapter", ours, wrong, torch.bfloat16, without)
+    # An adapter that does less than rounding: its tensors have been compared, and rounding alone is between the logits.
+    faint = without + 0.02 * effect
+    rounded = faint + 0.06 * noise
+    rounded[7, 7] += 0.6
+    assert 0.5 < export._check("adapter", faint, rounded, torch.bfloat16, without) < 1.0
+    with pytest.raises(ExportDiffers, match="adapter: its logits differ"):
+        export._check("adapter", faint, faint + 0.12 * noise + (noise == noise.max()), torch.bfloat16, without)
     # Nothing but rounding of half precision is that large.
     with pytest.raises(ExportDiffers, match=r"more than the 0\.001"):
         export._check("adapter", ours, theirs, torch.float32, without)

@@ -31,11 +31,14 @@ It runs from top to bottom on a CPU in a few minutes, and on any GPU. `LENGTH` b
 """,
     """\
 import importlib.util
+from pathlib import Path
 
 # The notebook is in the folder examples/ of a checkout. Elsewhere, on a cloud GPU for instance, get the repository
 # first and name its folder here.
 CHECKOUT = ".."
-if importlib.util.find_spec("lorapar") is None:
+if not all(map(importlib.util.find_spec, ("lorapar", "trl", "reasoning_gym"))):
+    if not Path(CHECKOUT, "pyproject.toml").is_file():
+        raise FileNotFoundError(f"CHECKOUT = {CHECKOUT!r} is no checkout of LoRA-PAR; name its folder above")
     %pip install --quiet "{CHECKOUT}[quickstart]"
 """,
     """\

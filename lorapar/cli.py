@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -51,7 +52,7 @@ LISTS_HELP = {
 }
 MORE_OPTIONS = {
     "label": "[--dry-run | --review] ",
-    "run": "[--tasks NAME,...] [--gguf FORM,...] ",
+    "run": "[--tasks NAME,...] [--run-code] [--gguf FORM,...] ",
     "evaluate": "[--tasks NAME,...] [--run-code] ",
     "export": "[--gguf FORM,...] ",
 }
@@ -114,10 +115,28 @@ def _say(line: str, stopped: bool = False) -> None:
     launch.say_end((launch.who_died() if stopped else None) or line)
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has ended, as after `| head`."""
+    try:
+        place = select.poll()
+        place.register(sys.stdout.fileno(), select.POLLERR)
+        return bool(place.poll(0))
+    except (AttributeError, OSError, ValueError):  # a system without poll; no file
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stopped_by_signals():
-            return _main_of_launch(arguments) if _in_launch() else _main(arguments)
+            code = _main_of_launch(arguments) if _in_launch() else _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Stopped as stopped:
         _say(f"stopped ({stopped}); the same command resumes from here", stopped=True)
         return 128 + stopped.number
@@ -212,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         # Read by split_overrides too.
         for word in [word for word in LISTS if f"--{word} " in MORE_OPTIONS.get(verb, "")]:
             sub.add_argument(f"--{word}", metavar="NAME,...", help=LISTS_HELP[word])
-        if verb == "evaluate":
+        if verb in ("run", "evaluate"):
             what = "let a task execute code that the model writes, in a process without network; sets evaluate.run_code"
             sub.add_argument("--run-code", action="store_true", help=what)
         sub.add_argument("--update", action="store_true", help=takes_over)
@@ -375,6 +394,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
                     raise InputError(f"--{key}: needs a value, as in --{key} VALUE")
                 value = rest.pop(0)
             if key in LISTS:
+                takes = [verb for verb, options in MORE_OPTIONS.items() if f"--{key} " in options]
+                if ours[:1] and ours[0] not in takes:
+                    raise InputError(f"--{key}: {ours[0]} takes no such option; {' and '.join(takes)} do")
                 key, value = LISTS[key], json.dumps([name.strip() for name in value.split(",") if name.strip()])
             overrides.append((key, value))
         else:

@@ -12,6 +12,8 @@ SECONDS = 0.05  # between two drawings at least: a terminal over a slow line dra
 # Of the headings, on light and dark backgrounds: bold, and for a stage the colour of its system in the report.
 STYLES = {"base": "1", "after SFT": "1;38;5;32", "after GRPO": "1;38;5;166"}
 TAB = 4  # columns of a tab at most
+# Unicode's embeddings, overrides and isolates of direction (UAX 9), which would reach into the columns beside.
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 Paint = Callable[[str, str], str]
 
@@ -26,9 +28,11 @@ def painted(title: str, text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Text without what a terminal would obey: of control characters, line ends and tabs alone are kept."""
+    """Text without what a terminal would obey: of control characters, line ends and tabs alone are kept, and none that
+    turns the direction of what stands beside it."""
     text = text.replace("\r\n", "\n")
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    obeyed = ((unicodedata.category(c) == "Cc" and c not in "\n\t") or c in TURNING for c in text)
+    return "".join("\ufffd" if is_obeyed else c for c, is_obeyed in zip(text, obeyed))
 
 
 def letter_width(letter: str) -> int:

@@ -1,6 +1,7 @@
 """`lorapar chat`: the base and each stage's result of a run, asked the same questions side by side."""
 
 import contextlib
+import io
 import math
 import os
 import shutil
@@ -13,7 +14,8 @@ from transformers import set_seed
 from ..data.tokens import prompt_ids
 from ..errors import InputError, StageFailed, require
 from ..logs import calm_libraries
-from ..pipeline.records import records
+from ..pipeline.order import stages_of
+from ..pipeline.records import is_current, records
 from ..pipeline.running import finished_run
 from ..recipe.sections import Recipe
 from ..stage import weights_of
@@ -43,6 +45,9 @@ def chat_verb(recipe: Recipe, once: str | None, max_new_tokens: str | None, temp
     """
     new = recipe.evaluate.max_new_tokens if max_new_tokens is None else _whole(max_new_tokens)
     drawn_at = None if temperature is None else _above_zero(temperature)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 become surrogates, which `checked` refuses in a line.
+        sys.stdin.reconfigure(errors="surrogateescape")
     question = None if once is None else checked(sys.stdin.read() if once == "-" else once, "--once")
     try:
         with calm_libraries():
@@ -110,11 +115,15 @@ class _Talk:
 
 
 def _open(recipe: Recipe, new: int, temperature: float | None) -> _Talk:
-    folder = finished_run(recipe, ()).folder
-    done = records(folder)
-    trained = [name for name in recipe.stages if "finished" in done.get(name, {})]
+    run = finished_run(recipe, ())
+    folder = run.folder
+    trained = [stage.name for stage in stages_of(recipe) if stage.trains and is_current(stage, run)]
     if not trained:
         raise InputError(f"{folder}: no stage has been trained there; run {recipe.stages[0]} first")
+    for name in recipe.stages:
+        if name not in trained and "finished" in records(folder).get(name, {}):
+            print(f"lorapar: {name} is left out: what it was trained on or with has changed since; `lorapar run` "
+                  "trains it again", file=sys.stderr)  # fmt: skip
     run = finished_run(recipe, [weights_of(name) for name in trained])
     return _Talk(recipe, Models(run.load_whole_model(), run.tokenizer, folder, trained), new, temperature)
 

@@ -1,5 +1,6 @@
 """The notebook is README's example, and runs from top to bottom on SmolLM2-135M."""
 
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +52,22 @@ def test_an_example_with_other_statements_makes_none(tmp_path: Path):
     made = made_of(maker)
     assert (made.returncode, made.stdout) == (1, "")
     assert "the example of 'From Python' has other statements" in made.stderr
+
+
+def test_without_a_checkout_the_first_cell_says_so(tmp_path: Path, monkeypatch):
+    """As on a cloud GPU: pip's failure did not stop the cell, and the next one found no lorapar."""
+    cell = "".join(code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8")))[0]["source"])
+    cell = re.sub(r"%pip .*", "installed = True", cell)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"CHECKOUT = '\.\.' is no checkout of LoRA-PAR"):
+        exec(cell, {})
+    (tmp_path / "checkout" / "examples").mkdir(parents=True)
+    (tmp_path / "checkout" / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path / "checkout" / "examples")
+    ran: dict[str, Any] = {}
+    exec(cell, ran)
+    assert ran["installed"]
 
 
 @pytest.mark.slow

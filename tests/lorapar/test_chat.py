@@ -35,11 +35,15 @@ from lorapar.files import read_json, read_jsonl
 from lorapar.logs import RUN_LOCK
 from lorapar.model.generate import answer_greedily, set_stop_tokens
 from lorapar.model.load import load_model, load_tokenizer
+from lorapar.pipeline.order import stages_of
+from lorapar.pipeline.records import fingerprint
+from lorapar.recipe.reading import load_recipe
 from lorapar.recipe.sections import ModelConfig
+from lorapar.stage import Run
 from tests.architectures import ARCHITECTURES, save
 from tests.tiny import CHATML
 
-from .driver import lorapar, refused, tree, write_recipe
+from .driver import lorapar, refused, succeeds, tree, write_recipe
 
 NAMES = ["base", "sft", "grpo"]
 TITLES = ["base", "after SFT", "after GRPO"]
@@ -61,7 +65,17 @@ def changed(folder: Path, **sections: Any) -> Path:
     values = yaml.safe_load((folder / "recipe.yaml").read_text())
     for name, value in sections.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
-    return write_recipe(folder / "recipe.yaml", values)
+    path = write_recipe(folder / "recipe.yaml", values)
+    as_done_now(folder)
+    return path
+
+
+def as_done_now(folder: Path) -> None:
+    """Have the records say that each stage was done with the recipe and the files that are there."""
+    path, recipe = folder / "stages.json", load_recipe(folder / "recipe.yaml")
+    there, run = read_json(path), Run(recipe, folder)
+    now = {stage.name: fingerprint(stage, run) for stage in stages_of(recipe) if stage.name in there}
+    path.write_text(json.dumps({name: {**record, "fingerprint": now[name]} for name, record in there.items()}))
 
 
 def forget(folder: Path, *stages: str) -> None:
@@ -80,6 +94,7 @@ def tell_apart(folder: Path) -> None:
         save_file(tensors, path, {"format": "pt"})
     path = folder / "stages.json"
     path.write_text(json.dumps({name: {**record, "files": {}} for name, record in read_json(path).items()}))
+    as_done_now(folder)
 
 
 # What is refused
@@ -124,6 +139,26 @@ def test_a_recipe_that_is_not_there_and_a_run_without_a_trained_stage(recipe_fil
     forget(finished, "sft", "grpo", "evaluate", "export", "report")
     says = "no stage has been trained there; run sft first"
     refused("chat", recipe_file, "--output_dir", finished, "--once", "hi", says=(says,), alone=True)
+
+
+def test_a_stage_of_another_training_is_left_out(recipe_file: Path, finished: Path, changed_recipe):
+    """GRPO's adapter grew out of the SFT before this one; beside the new SFT it would say nothing of this run."""
+    other = changed_recipe(sft={"learning_rate": 2e-3})
+    succeeds("sft", other, "--output_dir", finished, "--update")
+    code, out, err = lorapar("chat", other, "--output_dir", finished, "--once", "What is 1 + 2?")
+    assert code == 0, err
+    assert "grpo is left out: what it was trained on or with has changed since" in err
+    assert re.findall(r"^\S.*", out, re.M) == ["base", "after SFT"]
+
+
+def test_bytes_that_are_no_text_are_one_line(recipe_file: Path, finished: Path):
+    for words in ([], ["--once", "-"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lorapar", "chat", str(recipe_file), "--output_dir", str(finished), *words],
+            input=b"h\xff\n", capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr.decode()
+        assert b"the question holds U+DCFF, which is no character" in done.stderr.splitlines()[-1]
 
 
 def test_an_adapter_that_is_not_what_its_stage_wrote_is_refused(recipe_file: Path, finished: Path):
@@ -206,6 +241,7 @@ def test_answers_drawn_at_a_temperature_follow_the_seed(recipe_file: Path, finis
                              for more in ((), ("--temperature", 1), ("--temperature", 1)))  # fmt: skip
     assert first == second != greedy
     other = lorapar("chat", changed(finished, seed=1), *words, "--temperature", 1)[1]
+    assert list(sections(other)) == TITLES
     assert other != first
 
 
@@ -448,6 +484,8 @@ def test_growing_answers_show_their_ends_where_the_terminal_is_low():
 
 def test_control_characters_of_an_answer_do_nothing():
     assert shown("a\x1b[2Jb\r\nd\x07\n\te") == "a\ufffd[2Jb\nd\ufffd\n\te"
+    # What would write the columns beside it from right to left; letters that are written so themselves stay.
+    assert shown("a\u202eb\u2067c \u05d0\u05d1") == "a\ufffdb\ufffdc \u05d0\u05d1"
     assert layout(["base"], ["a\tb"], 30)[2] == "a   b"
     assert "\x1b" not in "".join(layout(TITLES, ["\x1b[31m", "\x9b2J", "\x00"], 100))
 

@@ -193,6 +193,24 @@ def test_lists_are_words_with_commas(words, overrides):
     assert split_overrides(words) == ([words[0], "r.yaml"], overrides)
 
 
+@pytest.mark.parametrize(("verb", "word"), [("sft", "--tasks"), ("chat", "--tasks"), ("evaluate", "--gguf")])
+def test_a_list_is_of_the_verbs_that_make_something_of_it(verb: str, word: str, recipe_file: Path, tmp_path: Path):
+    """It was written into the run's recipe by any verb, unchecked."""
+    says = f"{word}: {verb} takes no such option; "
+    refused(verb, recipe_file, word, "a", "--output_dir", tmp_path / "run", says=(says, "run and"), alone=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_traceback():
+    words = [sys.executable, "-m", "lorapar", "doctor"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(120) == 1
+
+
 def test_code_of_a_model_runs_only_where_the_word_says_so(recipe_file: Path):
     ours, overrides = split_overrides(["evaluate", "r.yaml", "--run-code"])
     assert (ours, overrides) == (["evaluate", "r.yaml", "--run-code"], [("evaluate.run_code", "true")])
@@ -224,7 +242,7 @@ def test_words_of_chat_and_push_are_no_keys_of_the_recipe():
         ("push", ("OWNER/NAME", "--dry-run", "--private", "--with-answers", "--output_dir")),
         ("evaluate", ("--tasks", "--run-code")),
         ("export", ("--gguf", "adapter, f16, q8_0")),
-        ("run", ("--tasks", "--gguf")),
+        ("run", ("--tasks", "--run-code", "--gguf")),
     ],
 )
 def test_help_says_the_words_of_its_own(verb: str, words: tuple[str, ...]):

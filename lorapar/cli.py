@@ -325,8 +325,13 @@ def _recipe(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "R
 
 def _recipe_of_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Recipe":
     recipe = _recipe(options, overrides)
+    own = Path(options.recipe).parent
     if options.output_dir is not None:
         recipe.output_dir = options.output_dir
+    elif Path(options.recipe).name == "recipe.yaml" and (own / "stages.json").is_file():
+        # A run's own recipe means the run that it lies in, which may have been moved since it was written.
+        given = Path(recipe.output_dir).expanduser()
+        recipe.output_dir = recipe.output_dir if given.resolve() == own.resolve() else str(own.absolute())
     return recipe
 
 

@@ -49,25 +49,37 @@ def fields_of(template: str) -> tuple[str | None, list[str]]:
 
 
 def around(template: str, question: str) -> str:
-    """The template with the question in it; fields that it has no words for are left empty."""
+    """The template with the question in it; fields that it has no words for are left empty.
+
+    A question that is typed with the template's own words around it, as rows and a card show it, gets them once.
+    """
     filled, others = fields_of(template)
     if filled is None:
         return question
     try:
+        around_it = template.format(**{filled: "\0", **dict.fromkeys(others, "")}).strip().split("\0")
+        if len(around_it) == 2:
+            before, behind = around_it
+            inside = question[len(before) : len(question) - len(behind)].strip()
+            if inside and question.startswith(before) and question.endswith(behind):
+                question = inside
         return template.format(**{filled: question, **dict.fromkeys(others, "")})
     except (ValueError, LookupError, AttributeError) as error:
         raise InputError(f"data.prompt: {template!r} cannot be filled with a typed question: {error}") from None
 
 
 def notes(template: str, is_chat: bool) -> list[str]:
-    """What of the recipe's rows a typed question cannot have, in sentences; [] where it is put as they were."""
+    """How a typed question is put, and what of the recipe's rows it cannot have, in sentences; [] where it is asked as
+    it is typed, as they were."""
     filled, others = fields_of(template)
     named = ", ".join(f"{{{name}}}" for name in others)
     said = []
     if filled is None:
         why = f"it has no {{prompt}} but {named}" if others else "it has no field"
         said.append(f"data.prompt is left out, since {why}: questions are asked as they are typed")
-    elif others:
+    elif template != f"{{{filled}}}":
+        said.append(f"a question is put into data.prompt: {template!r}")
+    if filled is not None and others:
         said.append(f"data.prompt has columns besides the question, which are left empty: {named}")
     if not is_chat:
         said.append("the model was trained without a chat template: each question stands alone")

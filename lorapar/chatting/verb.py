@@ -148,7 +148,7 @@ def _converse(talk: _Talk) -> None:
     while True:
         try:
             line = _next_line(at_terminal)
-            if line is None or line.strip() == "/quit":
+            if line is None or line.strip() in ("/quit", "/exit"):
                 return
             _take(talk, line, at_terminal)
             interrupted = False

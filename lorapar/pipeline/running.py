@@ -100,7 +100,7 @@ def finished_run(recipe: Recipe, reads: Sequence[str]) -> Run:
     with as_input_error(this.folder):
         if not (this.folder / "recipe.yaml").is_file():
             raise InputError(f"{this.folder}: not a run's output folder, it holds no recipe.yaml; run the recipe first")
-        _check_folder(recipe, this.folder, False, "give the recipe and the --section.key words that it was made with")
+        _check_folder(recipe, this.folder, False, f"the run's own recipe is {this.folder / 'recipe.yaml'}")
         check_whole(this, reads)
     return this
 

@@ -391,12 +391,32 @@ def test_a_question_is_put_as_the_rows_were():
     assert around("{context}\n{prompt}", "why") == "\nwhy"
     assert around("{a} and {b}", "why") == "why"
     assert around("as it is", "why") == "why"
-    assert notes("Q: {prompt}", True) == []
+    assert notes("{prompt}", True) == []
+    assert notes("Q: {prompt}", True) == ["a question is put into data.prompt: 'Q: {prompt}'"]
     assert notes("{context}\n{prompt}", True) == [
-        "data.prompt has columns besides the question, which are left empty: {context}"
+        "a question is put into data.prompt: '{context}\\n{prompt}'",
+        "data.prompt has columns besides the question, which are left empty: {context}",
     ]
     assert "is left out, since it has no {prompt} but {a}, {b}" in notes("{a} and {b}", True)[0]
     assert notes("{prompt}", False) == ["the model was trained without a chat template: each question stands alone"]
+
+
+@pytest.mark.parametrize(
+    ("template", "typed", "asked"),
+    [
+        ("Compute: {expression} =", "3 + 4", "Compute: 3 + 4 ="),
+        ("Compute: {expression} =", "Compute: 3 + 4 =", "Compute: 3 + 4 ="),
+        ("Compute: {expression} =", "Compute: =", "Compute: Compute: = ="),
+        ("Q: {prompt}\nA:", "Q: why?", "Q: Q: why?\nA:"),
+        ("Q: {prompt}\nA:", "Q: why?\nA:", "Q: why?\nA:"),
+        ("{prompt}?", "Why?", "Why?"),
+        ("{prompt!r}", "a", "'a'"),
+        ("{prompt} and {prompt}", "a and a", "a and a and a and a"),
+    ],
+)
+def test_a_question_with_the_templates_words_gets_them_once(template: str, typed: str, asked: str):
+    """As a card shows the prompt; it was asked as "Compute: Compute: 3 + 4 = =", and answered worse."""
+    assert around(template, typed) == asked
 
 
 def test_a_conversation_goes_on_with_the_template_around_the_last_question():

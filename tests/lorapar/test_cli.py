@@ -260,10 +260,21 @@ def test_a_run_that_is_read_must_be_there_and_of_this_recipe(verb, recipe_file: 
     assert not (tmp_path / "gone").exists()
     before = tree(finished)
     at = ("--output_dir", finished)
-    says = ("made by another recipe (partition.theta", "give the recipe and the --section.key words that it was made")
+    says = ("made by another recipe (partition.theta", f"the run's own recipe is {finished / 'recipe.yaml'}")
     refused(*words, *at, "--partition.theta", "0.5", says=says, alone=True)
     refused(*words, *at, "--partition.tehta", "0.5", says=("partition.tehta: unknown key",), alone=True)
     assert tree(finished) == before
+
+
+def test_a_runs_own_recipe_means_the_run_that_it_lies_in(finished: Path, tmp_path: Path):
+    """It names the folder that it was made in; a moved run was looked for there, or another one found."""
+    moved = finished.rename(tmp_path / "moved")
+    log = succeeds("partition", moved / "recipe.yaml")
+    assert "partition: done before, skipped" in log
+    assert lorapar.load_recipe(moved / "recipe.yaml").output_dir == str(moved)
+    elsewhere = tmp_path / "elsewhere"
+    succeeds("label", moved / "recipe.yaml", "--output_dir", elsewhere)
+    assert (elsewhere / "labels.jsonl").is_file()
 
 
 def test_until_stable_with_an_empty_level_is_refused():

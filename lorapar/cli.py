@@ -272,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe of a run whose stages have been trained")
     sub.add_argument("--output_dir", metavar="DIR", help="where its artefacts are, in the recipe's place")
     sub.add_argument("--once", metavar="TEXT", help="ask this, print the answers and end; - reads it from stdin")
-    sub.add_argument("--max_new_tokens", metavar="N", help="an answer's length at most (default: evaluate's)")
+    sub.add_argument(
+        "--max_new_tokens", metavar="N", help="longest answer, in tokens (default: evaluate.max_new_tokens)"
+    )
     sub.add_argument(
         "--temperature", metavar="T", help="draw answers at this temperature (default: greedy, as evaluate)"
     )

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter.layers import ADAPTER, MaskedLinear, masked_layers
 from ..adapter.merging import MADE_OF, PREFIX, checkpoint_file, merged_weight, weight_files
@@ -184,7 +184,7 @@ def _check_base(model: PeftModel, weights: Checkpoint) -> None:
         if at not in weights.files:
             raise InputError(f"export.gguf: the checkpoint lacks {at}, which the adapter adds to")
         if isinstance(layer, MaskedLinear):
-            held = layer.base_layer.weight.detach()
+            held = cast(nn.Linear, layer.base_layer).weight.detach()
             if not torch.equal(weights.read(at).to(held.dtype), held.cpu()):
                 raise InputError(
                     f"export.gguf: {at} in {weights.files[at]} is not what the adapter was trained on; a GGUF is made "

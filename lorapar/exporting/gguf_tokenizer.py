@@ -153,7 +153,7 @@ def say_other_tokens(tokenizer: Any, chat: bool) -> None:
     if _kind(parts)[0] == "llama" and not _space_prefix(tokenizer, parts, chat)[1]:
         log.warning(
             "export: gguf: llama.cpp puts a space before the text behind each special token or behind none, and the "
-            "tokenizer does neither: prompts have a token more or less there than in training"
+            "tokenizer does neither: prompts have other tokens there than in training"
         )
     odd = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if _is_odd(tokenizer, token)]
     if odd:

@@ -580,6 +580,7 @@ def test_without_gguf_a_finished_run_stays_finished(whole_run, tmp_path):
     assert not (out / "gguf").exists()
 
 
+@pytest.mark.slow
 def test_what_was_made_of_an_earlier_adapter_is_said(whole_run, tmp_path):
     """gguf/ and merged/ of another adapter stay, and are named; those of the same one are not."""
     recipe, made = whole_run

@@ -48,7 +48,8 @@ LISTS = {"tasks": "evaluate.tasks", "gguf": "export.gguf"}
 LISTS_HELP = {
     "tasks": "benchmarks of lm-evaluation-harness for the base and each stage: names, or .yaml files of tasks; sets "
     "evaluate.tasks",
-    "gguf": "files for llama.cpp and Ollama: adapter, f16, q8_0 (the merged model), base; sets export.gguf",
+    "gguf": "files for llama.cpp and Ollama: adapter, f16, q8_0 (the merged model), base; sets export.gguf. "
+    "gguf/ then holds these alone",
 }
 MORE_OPTIONS = {
     "label": "[--dry-run | --review] ",

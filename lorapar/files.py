@@ -25,7 +25,7 @@ from .errors import InputError
 
 # Windows has no quotas of this kind.
 FULL_DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-FULL_DISK_WORDS = ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
+FULL_DISK_WORDS = ("No space left", "PytorchStreamWriter", "inline_container", "iostream error", "requested and")
 TEMPORARY = ".*.tmp"  # what _replacing and atomic_folder call a thing until it is whole
 
 
@@ -75,7 +75,8 @@ def _full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK_ERRORS:
+        # While what was written is still there: once it is cleared away, the disk has room again.
+        if disk_is_full(error, path.parent):
             raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
         raise
 
@@ -100,7 +101,8 @@ def disk_is_full(error: BaseException | None, folder: Path) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
             return True
-        # safetensors names the cause; torch.save says only that its stream failed, or is not as long as was written.
+        # safetensors names the cause; torch.save says only that its stream failed, or is not as long as was written;
+        # NumPy's tofile says "4096 requested and 3888 written".
         if any(words in str(error) for words in FULL_DISK_WORDS):
             return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 24
         error = error.__cause__ or error.__context__

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..distributed.sharding import whole_modules
 from ..errors import InputError
@@ -24,6 +24,7 @@ from .layers import ADAPTER, MaskedLayer, MaskedLinear
 
 log = logging.getLogger("lorapar")
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
+MADE_OF = "lorapar.json"  # in merged/ and gguf/: which adapter they were made of
 
 
 @torch.no_grad()
@@ -88,6 +89,30 @@ def _dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dequantised(module, dtype).clone()
 
 
+def checkpoint_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a model (a folder, or a hub id at `revision`), fetched where need be; None where there is none."""
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    return None if found is None else Path(found)
+
+
+def weight_files(name: str, revision: str | None = None) -> tuple[Path | None, list[Path]]:
+    """(the index, the safetensors) that transformers reads of a model, fetched where need be; index None for one file.
+
+    Others may lie beside them, which are not the model that was trained: a copy of earlier weights, the same weights
+    under other names (Mistral's consolidated.safetensors). [] where there are none that transformers reads.
+    """
+    config = checkpoint_file(name, "config.json", revision)
+    named = None if config is None else read_json(config).get("transformers_weights")
+    names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
+    first = next((found for file in names if (found := checkpoint_file(name, file, revision))), None)
+    if first is None:
+        return None, []
+    if first.suffix != ".json":
+        return None, [first]
+    return first, [Path(shard) for shard in get_checkpoint_shard_files(name, str(first), revision=revision)[0]]
+
+
 def merge_checkpoint(
     name: str,
     adapter: Path,
@@ -103,12 +128,10 @@ def merge_checkpoint(
     Returns their bytes.
     Raises InputError where they are no plain safetensors, or lack one that the adapter adds to.
     """
-    base = Path(name)
-    if not base.is_dir():
-        base = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    shards = sorted(base.glob("*.safetensors"))
+    index, shards = weight_files(name, revision)
     if not shards:
         raise InputError(f"export.merged: {name} has no safetensors, and a quantised base is merged from those")
+    base = shards[0].parent
     config = read_json(base / "config.json")
     if "quantization_config" in config:
         raise InputError(f"export.merged: {base} holds quantised weights alone; name the original model to merge into")
@@ -134,10 +157,10 @@ def merge_checkpoint(
         raise InputError(
             f"export.merged: {base} holds {merged} of the {len(names) // 2} weights that the adapter adds to"
         )
-    if (base / "generation_config.json").is_file():
-        shutil.copy(base / "generation_config.json", out / "generation_config.json")
-    if (base / "model.safetensors.index.json").is_file():
-        index = read_json(base / "model.safetensors.index.json")
-        write_json(out / "model.safetensors.index.json", index | {"metadata": {"total_size": total}})
+    settings = checkpoint_file(name, "generation_config.json", revision)
+    if settings is not None:
+        shutil.copy(settings, out / settings.name)
+    if index is not None:
+        write_json(out / index.name, read_json(index) | {"metadata": {"total_size": total}})
     write_json(out / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
     return total

@@ -27,9 +27,9 @@ from transformers.utils.hub import cached_file
 
 from ..adapter.attach import save_adapter, take_over_products
 from ..adapter.layers import ADAPTER, lora_parameters
-from ..adapter.merging import PREFIX, merge_checkpoint, merged_weight
+from ..adapter.merging import MADE_OF, PREFIX, merge_checkpoint, merged_weight
 from ..errors import InputError
-from ..files import atomic_folder, read_json, write_json
+from ..files import atomic_folder, read_json, sha256_file, write_json
 from ..model.generate import stop_tokens
 from ..model.load import auto_class
 from ..model.locate import ALIAS_ORIGIN, ALIAS_WEIGHTS
@@ -139,6 +139,7 @@ def export(
             tokenizer.save_pretrained(temporary)
             _copy_processor(name, temporary, tokenizer, revision)
             write_card(temporary, called, tokenizer, prompt, stops, merged=True, auto_class=kind)
+            _write_made_of(temporary, folder / "adapter")
             back = _load_plain(str(temporary), target, {**source, "revision": None}).to(probe.device)
             rounded = _check_merged_weights(model, back, target)
             differences["merged"] = _check(
@@ -173,6 +174,7 @@ def _merge_original(
         tokenizer.save_pretrained(temporary)
         kind = _auto_class(name, source).__name__
         write_card(temporary, called, tokenizer, prompt, stops, merged=True, auto_class=kind)
+        _write_made_of(temporary, folder / "adapter")
         _copy_processor(name, temporary, tokenizer, source["revision"])
         adapted = PeftModel.from_pretrained(original, str(folder / "adapter"))
         back = _load_plain(str(temporary), dtype, {**source, "revision": None})
@@ -189,6 +191,10 @@ def _merge_original(
         _name(dtype), size // 10**6, form, from_trained,
     )  # fmt: skip
     return {"merged": difference, "merged_from_trained": from_trained}
+
+
+def _write_made_of(folder: Path, adapter: Path) -> None:
+    write_json(folder / MADE_OF, {"adapter_sha256": sha256_file(adapter / "adapter_model.safetensors")})
 
 
 def _load_plain(name: str, dtype: torch.dtype, source: dict[str, Any], quantised_as: Any = None) -> Any:

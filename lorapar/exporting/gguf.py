@@ -5,20 +5,21 @@ trained in 4 bits is merged in its original weights, as `merged/` is. base + del
 """
 
 import logging
+import math
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapter.layers import ADAPTER, masked_layers
-from ..adapter.merging import PREFIX, merged_weight
+from ..adapter.layers import ADAPTER, MaskedLinear, masked_layers
+from ..adapter.merging import MADE_OF, PREFIX, checkpoint_file, merged_weight, weight_files
 from ..errors import InputError
-from ..files import atomic_folder, read_json
+from ..files import atomic_folder, read_json, write_json
 from ..model.generate import stop_tokens
 from ..model.quantised import given_form
 from .gguf_adapter import Factors, folded, write_adapter
@@ -32,7 +33,7 @@ from .gguf_model import (
     say_what_differs,
     tensor_names,
 )
-from .gguf_tokenizer import add_tokenizer, check_tokenizer
+from .gguf_tokenizer import add_tokenizer, check_tokenizer, say_other_tokens
 from .modelfile import Asked, say_bos, write_modelfile
 
 log = logging.getLogger("lorapar")
@@ -59,6 +60,26 @@ def check_gguf(config: Any, tokenizer: Any, forms: Iterable[str]) -> None:
         )
 
 
+def check_space(model: PeftModel, folder: Path, forms: Iterable[str], revision: str | None = None) -> None:
+    """InputError where the disk of `folder` has no room for what `export_gguf` writes; no weight is read."""
+    base: Any = model.get_base_model()
+    whole = ["q8_0" if form == "q8_0" else "f16" for form in forms if form != "adapter"]
+    needed = 0
+    if "adapter" in forms:
+        factors = (layer.factors(ADAPTER) for layer in masked_layers(model).values())
+        needed += sum(4 * (a.numel() + b.numel()) for a, b, _ in factors)
+    if whole:
+        shapes = Checkpoint(str(base.name_or_path), revision).shapes
+        tensors = [shapes[at] for at in tensor_names(base.config, list(shapes))]
+        needed += sum(_nbytes(shape, _form(shape, form)) for form in whole for shape in tensors)
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir())).free
+    if needed > free:
+        raise InputError(
+            f"export.gguf: {', '.join(forms)} need {needed / 1e6:.0f} MB, and the disk of {folder} has "
+            f"{free / 1e6:.0f} MB free; free some space, or ask for fewer forms"
+        )
+
+
 def export_gguf(
     model: PeftModel,
     tokenizer: Any,
@@ -67,15 +88,20 @@ def export_gguf(
     revision: str | None = None,
     asked: Asked = Asked(),  # noqa: B008 (a value)
     base_file: Path | None = None,
+    adapter_sha256: str | None = None,
 ) -> None:
     """Write `folder`/gguf with the `forms` asked for, of "adapter", "f16", "q8_0" (the merged model) and "base" (f16).
+
+    The folder then holds those alone: what an earlier export wrote there is removed.
 
     Args:
         model: the trained model with our layers; its base names the checkpoint that is read. revision: of that.
         asked: how training asked, for the Modelfiles. base_file: the .gguf that the base was made from, which the
             adapter's Modelfile names where "base" is not written.
+        adapter_sha256: of the adapter's own file, recorded in lorapar.json beside the files made of it.
 
-    Raises InputError for a model or tokenizer that is not converted, and for a checkpoint that cannot be read.
+    Raises InputError for a model or tokenizer that is not converted, for a checkpoint that cannot be read or
+    holds other weights than the model, and for a disk without room.
     """
     base: Any = model.get_base_model()
     config = base.config
@@ -84,6 +110,8 @@ def export_gguf(
     check_gguf(config, tokenizer, ["adapter"])
     say_what_differs(config)
     say_bos(tokenizer, asked)
+    say_other_tokens(tokenizer, asked.chat)
+    check_space(model, folder, forms, revision)
     called = str(getattr(base, "lorapar_origin", (base.name_or_path,))[0])
     layers = {f"{name.removeprefix(PREFIX)}.weight": layer for name, layer in masked_layers(model).items()}
     factors = {}
@@ -92,18 +120,20 @@ def export_gguf(
         a, b = (one.detach().to("cpu", torch.float32) for one in (a, b))
         factors[name] = Factors(a, b, scaling, layer.trainable_rank)
     stops, name = stop_tokens(base, tokenizer), Path(called).name
+    weights = None if set(forms) == {"adapter"} else Checkpoint(str(base.name_or_path), revision)
+    if weights is not None:
+        _check_base(model, weights)
     with atomic_folder(folder / FOLDER) as temporary:
         if "adapter" in forms:
             ranks = write_adapter(temporary / FILES["adapter"], config, factors, f"{name} LoRA-PAR adapter")
             log.info("export: gguf: the adapter has %s", ranks)
-        if set(forms) != {"adapter"}:
-            weights = Checkpoint(str(base.name_or_path), revision)
+        if weights is not None:
             for form in ("f16", "q8_0", "base"):
                 if form in forms:
                     deltas = {} if form == "base" else folded(factors)
                     title = name if form == "base" else f"{name} LoRA-PAR"
                     write_model(temporary / FILES[form], config, tokenizer, weights, deltas,
-                                "q8_0" if form == "q8_0" else "f16", title)  # fmt: skip
+                                "q8_0" if form == "q8_0" else "f16", title, asked.chat)  # fmt: skip
         whole = next((FILES[form] for form in ("q8_0", "f16") if form in forms), None)
         if whole is not None:
             write_modelfile(temporary / "Modelfile", f"./{whole}", None, tokenizer, stops, asked)
@@ -115,7 +145,13 @@ def export_gguf(
             else:
                 log.info("export: gguf: no Modelfile.adapter: Ollama adds the adapter to a base in GGUF; add base to "
                          "export.gguf")  # fmt: skip
+        if adapter_sha256 is not None:
+            write_json(temporary / MADE_OF, {"adapter_sha256": adapter_sha256})
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.gguf"))}
+        removed = sorted({path.name for path in (folder / FOLDER).glob("*.gguf")} - set(sizes))
+    if removed:
+        log.warning("export: gguf: %s of an earlier export removed: the folder holds what was asked for last",
+                    ", ".join(removed))  # fmt: skip
     log.info("export: gguf: %s", ", ".join(f"{file} ({size / 1e6:.0f} MB)" for file, size in sizes.items()))
 
 
@@ -123,23 +159,37 @@ class Checkpoint:
     """The safetensors of a model (a folder, or a hub id at `revision`), each tensor read as it is asked for."""
 
     def __init__(self, name: str, revision: str | None = None):
-        folder = Path(name)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-        if "quantization_config" in read_json(folder / "config.json"):
+        config = checkpoint_file(name, "config.json", revision)
+        if config is not None and "quantization_config" in read_json(config):
             raise InputError(f"export.gguf: {name} holds quantised weights alone; name the original model to convert")
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(name, revision)[1]:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     self.files[key], self.shapes[key] = path, list(file.get_slice(key).get_shape())
+        self.name = name
         if not self.files:
             raise InputError(f"export.gguf: {name} has no safetensors, and a GGUF is made from those")
 
     def read(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+
+def _check_base(model: PeftModel, weights: Checkpoint) -> None:
+    """InputError unless the checkpoint holds what is beneath the adapter; a quantised layer cannot be compared."""
+    for name, layer in masked_layers(model).items():
+        at = f"{name.removeprefix(PREFIX)}.weight"
+        if at not in weights.files:
+            raise InputError(f"export.gguf: the checkpoint lacks {at}, which the adapter adds to")
+        if isinstance(layer, MaskedLinear):
+            held = cast(nn.Linear, layer.base_layer).weight.detach()
+            if not torch.equal(weights.read(at).to(held.dtype), held.cpu()):
+                raise InputError(
+                    f"export.gguf: {at} in {weights.files[at]} is not what the adapter was trained on; a GGUF is made "
+                    "from the base's checkpoint, which has changed since it was loaded"
+                )
 
 
 def write_model(
@@ -150,18 +200,16 @@ def write_model(
     deltas: Mapping[str, Factors],
     form: str,
     name: str,
+    chat: bool = True,
 ) -> None:
     """Write one whole GGUF model, a tensor at a time; `form`: "f16", "q8_0" or, to compare by, "f32".
 
-    deltas: {parameter: factors, folded} that are added to the checkpoint's weights. As llama.cpp's converter does,
-    vectors stay fp32, and of a matrix whose rows are no whole blocks of 32 q8_0 is f16.
+    deltas: {parameter: factors, folded} that are added to the checkpoint's weights. chat: as for `add_tokenizer`.
+    As llama.cpp's converter does, vectors stay fp32, and of a matrix whose rows are no whole blocks of 32 q8_0 is f16.
     Raises InputError where rounding leaves no layer most of its change.
     """
     import gguf
 
-    missing = set(deltas) - set(weights.shapes)
-    if missing:
-        raise InputError(f"export.gguf: the checkpoint lacks {min(missing)}, which the adapter adds to")
     writer = gguf.GGUFWriter(path, architecture(config))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -169,7 +217,7 @@ def write_model(
     kinds = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
              "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}  # fmt: skip
     writer.add_file_type(kinds[form])
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    add_tokenizer(writer, tokenizer, config.vocab_size, chat)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     called, factors = tensor_names(config, list(weights.shapes)), rope_factors(config)
     forms = {at: _form(weights.shapes[at], form) for at in called}
@@ -234,13 +282,19 @@ def _form(shape: list[int], form: str) -> Any:
     return gguf.GGMLQuantizationType.F16
 
 
+def _nbytes(shape: list[int], form: Any) -> int:
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[form]
+    return math.prod(shape) // block * size
+
+
 def _add_info(writer: Any, name: str, shape: list[int], form: Any) -> None:
     import gguf
     import numpy as np
 
     if form == gguf.GGMLQuantizationType.Q8_0:
-        stored = gguf.quant_shape_to_byte_shape(shape, form)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=form)
+        stored, dtype = gguf.quant_shape_to_byte_shape(shape, form), np.dtype(np.uint8)
     else:
-        dtype = np.dtype(np.float32 if form == gguf.GGMLQuantizationType.F32 else np.float16)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=form)
+        stored, dtype = shape, np.dtype(np.float32 if form == gguf.GGMLQuantizationType.F32 else np.float16)
+    writer.add_tensor_info(name, stored, dtype, _nbytes(shape, form), raw_dtype=form)

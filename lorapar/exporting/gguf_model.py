@@ -26,11 +26,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 def check_model(config: Any) -> None:
     """InputError, in one line, for a model of which no GGUF is made here; `config`: transformers' own."""
-    names = config.architectures or [type(config).__name__]
-    if names[0] not in ARCHITECTURES:
+    name = _class(config)
+    if name not in ARCHITECTURES:
         raise InputError(
-            f"export.gguf: {names[0]} is not converted here, which is done for {', '.join(ARCHITECTURES)}; write the "
+            f"export.gguf: {name} is not converted here, which is done for {', '.join(ARCHITECTURES)}; write the "
             "merged model (export.merged: true) and convert merged/ with llama.cpp's convert_hf_to_gguf.py"
+        )
+    if architecture(config) == "qwen3" and config.attention_bias:
+        raise InputError(
+            "export.gguf: got a Qwen3 with attention_bias true, which llama.cpp does not load; use adapter/"
         )
     rope = _rope(config)
     kind, factor = rope["rope_type"], rope.get("partial_rotary_factor") or 1
@@ -59,7 +63,11 @@ def say_what_differs(config: Any) -> None:
 
 
 def architecture(config: Any) -> str:
-    return ARCHITECTURES[config.architectures[0]]
+    return ARCHITECTURES[_class(config)]
+
+
+def _class(config: Any) -> str:
+    return (config.architectures or [type(config).__name__])[0]
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -7,11 +7,16 @@ split text otherwise than in training.
 """
 
 import json
+import logging
 import re
 from typing import Any
 
+from tokenizers import Tokenizer, normalizers
+
 from ..data.tokens import turn_end_token
 from ..errors import InputError
+
+log = logging.getLogger("lorapar")
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -87,19 +92,82 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
     return (json.dumps(step),)
 
 
-def _prepends(parts: dict[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text; InputError where it does anything else to it."""
-    prepends = False
+def _prepends(parts: dict[str, Any]) -> str:
+    """Where a SentencePiece tokenizer puts a space before text; InputError where it does anything else to it.
+
+    "all": before every text between special tokens, as llama.cpp does where it is told to; "never". What transformers 5
+    makes of such tokenizers is neither: "first", before the whole text alone, or "always", before all texts that do not
+    begin with a space.
+    """
+    prepends = "never"
     for step in _sequence(parts["normalizer"], "normalizers"):
         if step == {"type": "Prepend", "prepend": SPACE}:
-            prepends = True
+            prepends = "all"
         elif step != {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
             raise _refused(f"it normalizes text by {step['type']}")
     for step in _sequence(parts["pre_tokenizer"], "pretokenizers"):
         if step["type"] != "Metaspace" or step["replacement"] != SPACE or step["split"]:
             raise _refused(f"it splits text by {step['type']}, unlike SentencePiece")
-        prepends |= step["prepend_scheme"] != "never"
+        if step["prepend_scheme"] != "never":
+            prepends = step["prepend_scheme"]
     return prepends
+
+
+def _space_prefix(tokenizer: Any, parts: dict[str, Any], chat: bool) -> tuple[bool, bool]:
+    """(whether llama.cpp is told to put a space before every text between special tokens, whether it then writes
+    prompts as training did)
+
+    Where the tokenizer does neither that nor nothing, what makes the prompts' tokens those of training.
+    """
+    prepends = _prepends(parts)
+    if prepends in ("all", "never"):
+        return prepends == "all", True
+    prompts = _prompts(tokenizer, chat)
+    wanted = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    for told in (True, False):
+        if _encoded_by_llama_cpp(parts, prompts, told) == wanted:
+            return told, True
+    return True, False
+
+
+def _encoded_by_llama_cpp(parts: dict[str, Any], texts: list[str], told: bool) -> list[list[int]]:
+    steps = [normalizers.Prepend(SPACE)] * told + [normalizers.Replace(" ", SPACE)]
+    made = Tokenizer.from_str(json.dumps({**parts, "normalizer": None, "pre_tokenizer": None}))
+    made.normalizer = normalizers.Sequence(steps)
+    return [made.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def _prompts(tokenizer: Any, chat: bool) -> list[str]:
+    """Made-up prompts of one question and of two, as training put them: by the chat template, or in plain text."""
+    if not chat or tokenizer.chat_template is None:
+        return ["What is 2 + 3?"]
+    turns = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(("user", "assistant", "user"))]
+    return [
+        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=True) for count in (1, 3)
+    ]
+
+
+def say_other_tokens(tokenizer: Any, chat: bool) -> None:
+    """A line in the log for each thing by which llama.cpp makes other tokens of a prompt than training did."""
+    parts = _parts(tokenizer)
+    if _kind(parts)[0] == "llama" and not _space_prefix(tokenizer, parts, chat)[1]:
+        log.warning(
+            "export: gguf: llama.cpp puts a space before the text behind each special token or behind none, and the "
+            "tokenizer does neither: prompts have other tokens there than in training"
+        )
+    odd = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if _is_odd(tokenizer, token)]
+    if odd:
+        log.warning(
+            "export: gguf: llama.cpp takes %s wherever the text holds it, with the space around it left: the tokenizer "
+            "tells them otherwise (lstrip, rstrip, single_word or normalized)", ", ".join(odd),
+        )  # fmt: skip
+
+
+def _is_odd(tokenizer: Any, token: Any) -> bool:
+    """Whether an added token takes in the space around it, is none within a word, or is looked for in other text."""
+    text, normalizer = str(token.content), tokenizer.backend_tokenizer.normalizer
+    changed = token.normalized and normalizer is not None and normalizer.normalize_str(text) != text
+    return token.lstrip or token.rstrip or token.single_word or changed
 
 
 def adds(tokenizer: Any) -> tuple[bool, bool]:
@@ -108,10 +176,11 @@ def adds(tokenizer: Any) -> tuple[bool, bool]:
     return ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, chat: bool = True) -> None:
     """The keys that hold the tokenizer and its chat template, into a `gguf.GGUFWriter`.
 
-    vocabulary: the rows of the embedding; the ids that are no token's are filled.
+    vocabulary: the rows of the embedding; the ids that are no token's are filled. chat: whether training asked by the
+    chat template, where there is one.
     Raises InputError for a tokenizer that llama.cpp does not have.
     """
     import gguf
@@ -144,7 +213,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         # SentencePiece merges the pair whose result has the highest score, where BPE takes the first of its merges.
         first = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
         writer.add_token_scores([float(-first.get(token, len(merges))) for token in tokens])
-        writer.add_add_space_prefix(_prepends(parts))
+        writer.add_add_space_prefix(_space_prefix(tokenizer, parts, chat)[0])
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
         writer.add_add_space_prefix(False)

@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from .gguf_tokenizer import adds
 log = logging.getLogger("lorapar")
 Messages = list[dict[str, str]]
 # Conversations of every form, which Ollama hands a template: turns in order, at most one system message, at the start.
+# It drops the oldest turns of a conversation that is too long for the context, so an answer may come first.
 FORMS = (
     ("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user"),
-    ("user", "assistant", "user", "assistant", "user"),
+    ("user", "assistant", "user", "assistant", "user"), ("assistant", "user"),
 )  # fmt: skip
 
 
@@ -41,22 +43,25 @@ class Pieces:
     """What a chat template writes around the contents of messages."""
 
     before_system: str
-    behind_system: str  # up to the first user's content
+    behind_system: str  # up to the first user's content, or, where `headed`, to what stands before it
     without_system: str  # likewise, where no message is the system's
-    before_user: str  # of every user but the first
+    before_user: str  # of every user, or, unless `headed`, of every user but the first
     behind_user: str
     before_assistant: str
     behind_assistant: str
     answer: str  # what asks for an answer
+    # Whether the first user's turn begins as the others do. If not (Llama 2: the system prompt stands within it), it
+    # begins with what is the system's.
+    headed: bool
 
     def write(self, messages: Messages) -> str:
         """The prompt of a conversation as the Go template writes it."""
         system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
-        text = f"{self.before_system}{system}{self.behind_system}" if system else self.without_system
-        first = True
+        head = f"{self.before_system}{system}{self.behind_system}" if system else self.without_system
+        text, first = head if self.headed else "", not self.headed
         for one in messages:
             if one["role"] == "user":
-                text += ("" if first else self.before_user) + one["content"] + self.behind_user
+                text += (head if first else self.before_user) + one["content"] + self.behind_user
                 first = False
             elif one["role"] == "assistant":
                 text += self.before_assistant + one["content"] + self.behind_assistant
@@ -64,18 +69,23 @@ class Pieces:
 
     def as_go(self) -> str:
         """The same as a template of Go's, of Ollama's variables."""
-        at = {name: _literal(text) for name, text in vars(self).items()}
+        at = {name: _literal(text) for name, text in vars(self).items() if isinstance(text, str)}
+        # Within `range .Messages` a dot is the message, and $ what it was outside.
         head = (
-            f"{{{{ if .System }}}}{at['before_system']}{{{{ .System }}}}{at['behind_system']}"
+            f"{{{{ if $.System }}}}{at['before_system']}{{{{ $.System }}}}{at['behind_system']}"
             f"{{{{ else }}}}{at['without_system']}{{{{ end }}}}"
         )
-        user = (
-            f"{{{{ if $first }}}}{{{{ $first = false }}}}{{{{ else }}}}{at['before_user']}{{{{ end }}}}"
-            f"{{{{ .Content }}}}{at['behind_user']}"
-        )
+        if self.headed:
+            start, before_user = head, at["before_user"]
+        else:
+            start = "{{ $first := true }}"
+            before_user = (
+                f"{{{{ if $first }}}}{{{{ $first = false }}}}{head}{{{{ else }}}}{at['before_user']}{{{{ end }}}}"
+            )
+        user = f"{before_user}{{{{ .Content }}}}{at['behind_user']}"
         assistant = f"{at['before_assistant']}{{{{ .Content }}}}{at['behind_assistant']}"
         return (
-            f"{head}{{{{ $first := true }}}}{{{{ range .Messages }}}}"
+            f"{start}{{{{ range .Messages }}}}"
             f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{assistant}{{{{ end }}}}'
             f"{{{{ end }}}}{at['answer']}"
         )
@@ -97,7 +107,14 @@ def chat_pieces(tokenizer: Any) -> Pieces | None:
         pieces = _read_off(tokenizer)
         for number, roles in enumerate(FORMS):
             messages = _conversation(roles, number)
-            if pieces.write(messages) != _rendered(tokenizer, messages, True):
+            try:
+                wanted = _rendered(tokenizer, messages, strftime_now=_on_another_day)
+            except TemplateError:
+                # Many refuse a conversation that an answer begins: there is nothing then to write it like.
+                if roles[0] == "assistant":
+                    continue
+                raise
+            if pieces.write(messages) != wanted:
                 return None
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
@@ -111,8 +128,13 @@ def _conversation(roles: tuple[str, ...], number: int) -> Messages:
     ]
 
 
-def _rendered(tokenizer: Any, messages: Messages, ask: bool) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+def _on_another_day(form: str) -> str:
+    """For a chat template that writes today's date, which would stand in a Modelfile for ever."""
+    return datetime(1999, 12, 31, 23, 59, 58).strftime(form)
+
+
+def _rendered(tokenizer: Any, messages: Messages, ask: bool = True, **variables: Any) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **variables)
     return text.removeprefix(tokenizer.bos_token) if adds(tokenizer)[0] else text
 
 
@@ -133,7 +155,7 @@ def say_bos(tokenizer: Any, asked: Asked) -> None:
 def _read_off(tokenizer: Any) -> Pieces:
     """The pieces by what stands around made-up contents; ValueError where one is not found as it was given."""
 
-    def parts(roles: tuple[str, ...], ask: bool) -> list[str]:
+    def parts(roles: tuple[str, ...], ask: bool = True) -> list[str]:
         # No content is part of another.
         contents = [f"LORA-PAR-{role}-{i}-" for i, role in enumerate(roles)]
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
@@ -145,27 +167,35 @@ def _read_off(tokenizer: Any) -> Pieces:
             found.append(before)
         return [*found, rest]
 
-    without_system, to_answer = parts(("user",), True)
-    before_system, behind_system, _ = parts(("system", "user"), True)
-    _, to_assistant, to_user, _ = parts(("user", "assistant", "user"), True)
-    # Where a turn ends and the next begins makes no difference to a prompt: where a conversation that ends there does.
-    behind_user = _shared_start(to_answer, to_assistant, parts(("user",), False)[-1])
-    behind_assistant = _shared_start(to_user, parts(("user", "assistant"), False)[-1])
+    without_system, to_answer = parts(("user",))
+    before_system, behind_system, _ = parts(("system", "user"))
+    _, to_assistant, to_user, _ = parts(("user", "assistant", "user"))
+    try:
+        to_first_answer = parts(("assistant", "user"))[0]
+    except TemplateError:
+        # Many refuse it. Then a question ends as it does where nothing is asked for.
+        to_first_answer = to_assistant.removeprefix(parts(("user",), ask=False)[-1])
+    # A turn begins with what stands before it wherever it stands.
+    before_user, before_assistant = _shared_end(to_user, without_system), _shared_end(to_assistant, to_first_answer)
+    behind_user, behind_assistant = to_assistant.removesuffix(before_assistant), to_user.removesuffix(before_user)
+    headed = behind_system.endswith(before_user)
+    header = before_user if headed else ""
     return Pieces(
         before_system=before_system,
-        behind_system=behind_system,
-        without_system=without_system,
-        before_user=to_user.removeprefix(behind_assistant),
+        behind_system=behind_system.removesuffix(header),
+        without_system=without_system.removesuffix(header),
+        before_user=before_user,
         behind_user=behind_user,
-        before_assistant=to_assistant.removeprefix(behind_user),
+        before_assistant=before_assistant,
         behind_assistant=behind_assistant,
         answer=to_answer.removeprefix(behind_user),
+        headed=headed,
     )
 
 
-def _shared_start(*texts: str) -> str:
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts))
-    return "".join(letters[0] for letters in same)
+def _shared_end(one: str, other: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other)))
+    return "".join(letter for letter, _ in same)[::-1]
 
 
 # Of a model that was asked in plain text: as data/tokens.py puts a system prompt before a question there.

@@ -332,7 +332,8 @@ class ExportConfig:
     merged: bool = key(False, "also write the model with the adapter merged in")
     dtype: Dtype = key("auto", "of the merged weights")
     gguf: list[Literal["adapter", "f16", "q8_0", "base"]] = key(
-        list, "also write for llama.cpp and Ollama: the adapter, the merged model in f16 or q8_0, the base in f16",
+        list, "also write for llama.cpp and Ollama: the adapter, the merged model in f16 or q8_0, the base in f16; "
+        "gguf/ holds those that were asked for last",
         changes_result=False,
     )  # fmt: skip
 

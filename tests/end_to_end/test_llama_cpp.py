@@ -27,6 +27,7 @@ from lorapar.adapter.layers import ADAPTER, masked_layers
 from lorapar.adapter.merging import merged_weight
 from lorapar.exporting.gguf import Checkpoint, export_gguf, write_model
 from lorapar.exporting.gguf_adapter import Factors
+from lorapar.exporting.gguf_tokenizer import _encoded_by_llama_cpp, _parts, _prompts, _space_prefix
 from lorapar.model.load import load_tokenizer
 from lorapar.model.locate import ALIAS, _brought_alias, _download_alias, cache_folder, resolve
 from lorapar.recipe.sections import ModelConfig
@@ -260,3 +261,25 @@ def test_llama_cpp_tokenises_as_each_kind_of_tokenizer_does(kind, llama, tmp_pat
     write_model(tmp_path / "base.gguf", config, tokenizer, Checkpoint(str(folder)), {}, "f16", "base")
     (tokens,) = in_llama_cpp(llama, tmp_path, [{"model": tmp_path / "base.gguf", "texts": TEXTS}])
     assert tokens == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_llama_cpp_tokenises_a_prompt_as_we_expect_of_it(scheme, llama, tmp_path):
+    """SentencePiece tokenizers as transformers 5 makes them: where prompts are other tokens than in training, we know.
+
+    llama.cpp knows a space before every text between special tokens, or before none.
+    """
+    folder, jobs, wanted = ggufs.save(tmp_path / "model"), [], []
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    for number, (chat, asked) in enumerate([(None, True), ("mistral", False), *((one, True) for one in ggufs.CHATS)]):
+        tokenizer = ggufs.metaspace(scheme, chat)
+        path, parts = tmp_path / f"{number}.gguf", _parts(tokenizer)
+        write_model(path, config, tokenizer, Checkpoint(str(folder)), {}, "f16", "base", asked)
+        prompts = _prompts(tokenizer, asked)
+        told, same = _space_prefix(tokenizer, parts, asked)
+        expected = _encoded_by_llama_cpp(parts, prompts, told)
+        assert (expected == [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]) == same
+        jobs.append({"model": path, "texts": prompts})
+        # llama.cpp puts its BOS before all that.
+        wanted.append([[tokenizer.bos_token_id, *ids] for ids in expected])
+    assert in_llama_cpp(llama, tmp_path, jobs) == wanted

@@ -115,6 +115,27 @@ def _sentencepiece() -> PreTrainedTokenizerFast:
     )
 
 
+# Chat templates of SentencePiece tokenizers: which begin with a token, end turns with one, or have neither.
+CHATS = {
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+               "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}",
+    "zephyr": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}<|assistant|>\n",
+    "words": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
+}  # fmt: skip
+
+
+def metaspace(scheme: str, chat: str | None = None) -> PreTrainedTokenizerFast:
+    """As transformers 5 makes a SentencePiece tokenizer: a space is put before the "first" text, or "always"."""
+    tokenizer = _sentencepiece()
+    backend = tokenizer.backend_tokenizer
+    # `Tokenizer` refuses None, which its JSON may hold.
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)  # type: ignore[arg-type]
+    tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
+    tokenizer.chat_template = None if chat is None else CHATS[chat]
+    return tokenizer
+
+
 def save(folder: Path, architecture: str = "llama", kind: str = "gpt-2") -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())

@@ -142,6 +142,19 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_a_disk_is_asked_before_the_folder_that_fills_it_is_cleared_away(tmp_path: Path, monkeypatch):
+    """NumPy's tofile gives no error number, and afterwards the disk has room again."""
+    usage = artefacts.shutil.disk_usage(tmp_path)
+
+    def free(_: object):
+        return usage._replace(free=1000 if list(tmp_path.glob(".folder.*.tmp")) else 1 << 40)
+
+    monkeypatch.setattr(artefacts.shutil, "disk_usage", free)
+    with pytest.raises(InputError, match="folder: the disk is full"), atomic_folder(tmp_path / "folder"):
+        raise OSError("4096 requested and 3888 written")
+    assert os.listdir(tmp_path) == []
+
+
 def test_only_our_left_overs_are_removed(tmp_path: Path):
     (tmp_path / "sft").mkdir()
     for name in (".labels.jsonl.ab12.tmp", "sft/.lorapar.json.x.tmp", "mine.tmp", ".hidden", "sft/.keep"):
@@ -245,9 +258,9 @@ def test_a_full_disk_is_told_from_other_failures(tmp_path: Path, monkeypatch):
     wrapped = RuntimeError("saving failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "x")
     assert disk_is_full(wrapped, tmp_path)
-    # torch.save does not say why, so the disk is asked.
+    # torch.save and NumPy do not say why, so the disk is asked.
     torchs = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-              RuntimeError("basic_ios::clear: iostream error")]  # fmt: skip
+              RuntimeError("basic_ios::clear: iostream error"), OSError("4096 requested and 3888 written")]  # fmt: skip
     assert not any(disk_is_full(error, tmp_path) for error in torchs)
     usage = artefacts.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(artefacts.shutil, "disk_usage", lambda _: usage._replace(free=1000))

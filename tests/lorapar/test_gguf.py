@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import gguf
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, Qwen3Config
 
 from lorapar.adapter.attach import attach
 from lorapar.adapter.layers import ADAPTER, masked_layers
@@ -20,7 +22,8 @@ from lorapar.exporting import gguf as exporting
 from lorapar.exporting.gguf import FILES, Checkpoint, check_gguf, export_gguf, files_of
 from lorapar.exporting.gguf_adapter import Factors, fold_twins, write_adapter
 from lorapar.exporting.gguf_model import as_laid_out, tensor_names
-from lorapar.exporting.gguf_tokenizer import add_tokenizer
+from lorapar.exporting.gguf_tokenizer import add_tokenizer, say_other_tokens
+from lorapar.files import sha256_file
 from tests.lorapar import ggufs
 from tests.lorapar.driver import lorapar, recipe_values, refused, succeeds, tree, write_recipe
 from tests.tiny import tiny_tokenizer
@@ -241,7 +244,10 @@ def test_weights_are_read_and_written_one_at_a_time(folder, tmp_path, monkeypatc
         gguf.GGUFWriter, "write_tensor_data", lambda *args, **keys: order.append("write") or write(*args, **keys)
     )
     export_gguf(ggufs.moved(folder), ggufs.tokenizer_of("gpt-2"), tmp_path, ["f16"])
-    assert order == ["read", "write"] * len(Checkpoint(str(folder)).shapes)
+    # Those that the adapter adds to are compared with the model's first.
+    compared = order.index("write") - 1
+    assert compared == 14
+    assert order[compared:] == ["read", "write"] * len(Checkpoint(str(folder)).shapes)
 
 
 def test_numbers_beyond_f16_are_refused_and_nothing_is_left(folder, tmp_path):
@@ -299,6 +305,59 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_line(folder, tmp_pat
         Checkpoint(str(tmp_path))
     with pytest.raises(InputError, match=r"the checkpoint's model\.layers\.0\.x\.weight has no place"):
         tensor_names(AutoConfig.from_pretrained(folder), ["model.layers.0.x.weight"])
+
+
+@pytest.fixture(scope="module")
+def clean(folder, tmp_path_factory):
+    """The tensors of f16 and base of the model as it is saved."""
+    place = tmp_path_factory.mktemp("clean")
+    export_gguf(ggufs.moved(folder), ggufs.tokenizer_of("gpt-2"), place, ["f16", "base"])
+    return {form: tensors(place / "gguf" / FILES[form]) for form in ("f16", "base")}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("stray", ["model_backup.safetensors", "consolidated.safetensors", "a.safetensors"])
+def test_other_weights_beside_the_model_s_are_not_read(folder, clean, tmp_path, shards, stray):
+    """A copy of earlier weights; Mistral's own repositories hold the same weights under other names."""
+    place = shutil.copytree(folder, tmp_path / "model")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(place / "model.safetensors").items()}
+    if shards:
+        (place / "model.safetensors").unlink()
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(place, max_shard_size="100KB")
+        assert len(list(place.glob("model-*.safetensors"))) > 2
+    other = {"layers.0.wq.weight": torch.zeros(2, 2)} if stray.startswith("consolidated") else zeros
+    save_file(other, place / stray, metadata={"format": "pt"})
+    export_gguf(ggufs.moved(place), ggufs.tokenizer_of("gpt-2"), tmp_path, ["f16", "base"])
+    for form, wanted in clean.items():
+        got = tensors(tmp_path / "gguf" / FILES[form])
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in got)
+
+
+def test_a_checkpoint_that_has_changed_since_it_was_loaded_is_refused(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "model")
+    model = ggufs.moved(place)
+    tensors = load_file(place / "model.safetensors")
+    at = "model.layers.1.mlp.up_proj.weight"
+    tensors[at] = tensors[at].clone()
+    tensors[at][3, 4] += 1e-3
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{re.escape(at)} in .* is not what the adapter was trained on"):
+        export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path, ["base"])
+    assert not (tmp_path / "gguf").exists()
+    # The adapter alone is made of nothing else.
+    export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path, ["adapter"])
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
+    model, usage = ggufs.moved(folder), shutil.disk_usage(tmp_path)
+    export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path / "out", ALL)
+    weights = sum(one.n_bytes for form in ALL for one in gguf.GGUFReader(tmp_path / "out/gguf" / FILES[form]).tensors)
+    before = tree(tmp_path)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage._replace(free=weights - 1))
+    with pytest.raises(InputError, match=r"adapter, f16, q8_0, base need 1 MB, and the disk of .* has \d MB free"):
+        export_gguf(model, ggufs.tokenizer_of("gpt-2"), tmp_path / "out", ALL)
+    assert tree(tmp_path) == before
 
 
 def test_a_window_that_llama_cpp_leaves_out_is_said(caplog):
@@ -363,6 +422,45 @@ def test_tokenizers_that_split_otherwise_are_refused_in_one_line(folder):
         check_gguf(config, tokenizer, ["adapter"])
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_before_text_is_told_so_that_prompts_keep_their_tokens(scheme, tmp_path, caplog):
+    """The end-to-end tests hold what is expected of llama.cpp here against llama.cpp."""
+    for chat, asked, told, same in (
+        (None, True, True, True), ("mistral", True, scheme == "always", True), ("mistral", False, True, True),
+        ("zephyr", True, True, scheme == "always"), ("words", True, True, True),
+    ):  # fmt: skip
+        tokenizer = ggufs.metaspace(scheme, chat)
+        writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lorapar"):
+            add_tokenizer(writer, tokenizer, ggufs.SIZE + 8, asked)
+            say_other_tokens(tokenizer, asked)
+        found = writer.kv_data[0]["tokenizer.ggml.add_space_prefix"].value, not caplog.records
+        assert (chat, *found) == (chat, told, same)
+    caplog.clear()
+    for kind in ggufs.KINDS:
+        say_other_tokens(ggufs.tokenizer_of(kind), True)
+    assert not caplog.records
+
+
+def test_added_tokens_that_llama_cpp_finds_elsewhere_are_said(caplog):
+    odd = [AddedToken("<mask>", lstrip=True, special=True), AddedToken("<fn>", rstrip=True),
+           AddedToken("word", single_word=True), AddedToken("<plain>", normalized=False)]  # fmt: skip
+    for kind, wanted in (("qwen2", "<mask>, <fn>, word "), ("llama", "<mask>, <fn>, word ")):
+        tokenizer = ggufs.tokenizer_of(kind)
+        tokenizer.add_tokens(odd)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lorapar"):
+            say_other_tokens(tokenizer, True)
+        assert wanted in caplog.text
+    # Looked for in text with ▁ before it.
+    tokenizer = ggufs.tokenizer_of("llama")
+    tokenizer.add_tokens([AddedToken("<new>", normalized=True)])
+    with caplog.at_level(logging.WARNING, "lorapar"):
+        say_other_tokens(tokenizer, True)
+    assert "takes <new> wherever" in caplog.text
+
+
 # The stage
 
 
@@ -383,8 +481,8 @@ def test_export_writes_every_form_and_does_it_again_where_a_file_is_cut_short(wh
     said = succeeds(*words)
     assert "export: gguf: the adapter has rank" in said
     names = sorted(path.name for path in (out / "gguf").iterdir())
-    assert names == sorted([*FILES.values(), "Modelfile", "Modelfile.adapter"])
-    assert set(files_of(ALL)) == set(names) - {"Modelfile.adapter"}
+    assert names == sorted([*FILES.values(), "Modelfile", "Modelfile.adapter", "lorapar.json"])
+    assert set(files_of(ALL)) == set(names) - {"Modelfile.adapter", "lorapar.json"}
     assert not list(out.rglob("*.tmp"))
     after = tree(out, "stages.json", "recipe.yaml")
     assert {name for name in after if name not in before} == {f"gguf/{name}" for name in names}
@@ -434,6 +532,15 @@ def test_what_llama_cpp_is_not_told_here_is_refused(folder, tmp_path, change, sa
         check_gguf(AutoConfig.from_pretrained(tmp_path), ggufs.tokenizer_of("gpt-2"), ["adapter"])
 
 
+def test_a_qwen3_with_biases_is_refused():
+    """llama.cpp has no such tensors, and does not load the file."""
+    config = Qwen3Config(**ggufs.SMALL, head_dim=32, architectures=["Qwen3ForCausalLM"])
+    check_gguf(config, ggufs.tokenizer_of("gpt-2"), ["adapter"])
+    config.attention_bias = True
+    with pytest.raises(InputError, match="a Qwen3 with attention_bias true"):
+        check_gguf(config, ggufs.tokenizer_of("gpt-2"), ["adapter"])
+
+
 def test_a_base_of_which_there_are_4_bits_alone_gives_the_adapter_alone(folder):
     config, tokenizer = AutoConfig.from_pretrained(folder), ggufs.tokenizer_of("gpt-2")
     config.quantization_config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -470,4 +577,36 @@ def test_without_gguf_a_finished_run_stays_finished(whole_run, tmp_path):
     code, _, err = lorapar("export", recipe, "--output_dir", out)
     assert code == 0
     assert "export: done before, skipped" in err
+    assert not (out / "gguf").exists()
+
+
+@pytest.mark.slow
+def test_what_was_made_of_an_earlier_adapter_is_said(whole_run, tmp_path):
+    """gguf/ and merged/ of another adapter stay, and are named; those of the same one are not."""
+    recipe, made = whole_run
+    out = shutil.copytree(made, tmp_path / "out")
+    words = ("export", recipe, "--output_dir", out)
+    succeeds(*words, "--gguf", "adapter", "--export.merged", "true", "--update")
+    digest = sha256_file(out / "adapter" / "adapter_model.safetensors")
+    for name in ("gguf", "merged"):
+        assert json.loads((out / name / "lorapar.json").read_text()) == {"adapter_sha256": digest}
+    assert "was not made of this adapter" not in succeeds(*words, "--update")
+    said = succeeds("run", recipe, "--output_dir", out, "--update", "--sft.max_steps", "3")
+    assert sha256_file(out / "adapter" / "adapter_model.safetensors") != digest
+    for name in ("gguf", "merged"):
+        assert f"export: {name}/ was not made of this adapter" in said
+    again = succeeds("export", recipe, "--output_dir", out, "--update", "--sft.max_steps", "3", "--gguf", "q8_0")
+    assert "export: gguf/ was" not in again
+    assert "export: merged/ was not made of this adapter" in again
+    assert "export: gguf: adapter.gguf of an earlier export removed" in again
+    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["Modelfile", "lorapar.json", "model-q8_0.gguf"]
+
+
+def test_without_room_for_gguf_the_adapter_is_left_as_it_is(whole_run, tmp_path, monkeypatch):
+    recipe, made = whole_run
+    out = shutil.copytree(made, tmp_path / "out")
+    usage, before = shutil.disk_usage(out), (out / "adapter" / "lorapar.json").stat().st_mtime_ns
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused("export", recipe, "--output_dir", out, "--gguf", "f16", says=("export.gguf", "free some space"))
+    assert (out / "adapter" / "lorapar.json").stat().st_mtime_ns == before
     assert not (out / "gguf").exists()

@@ -44,7 +44,9 @@ BRACES = (
 )
 TEMPLATES = {"ChatML": CHATML, "with a default system prompt": DEFAULT_SYSTEM, "Llama 2": LLAMA_2, "Llama 3": LLAMA_3,
              "braces": BRACES}  # fmt: skip
-CONVERSATIONS = [
+# Ollama drops the oldest turns of one that is too long, so an answer may come first.
+CUT = [[("assistant", "b"), ("user", "c")], [("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]]
+CONVERSATIONS = CUT + [
     [*([("system", "Be brief.\nAnd { \"kind\" }.")] if system else []), *turns]
     for system in (False, True)
     for turns in ([("user", "2 + 3?")], [("user", "{{ .System }}"), ("assistant", "5\n"), ("user", "'ü' \"x\"?")],
@@ -56,7 +58,8 @@ CONVERSATIONS = [
 
 
 def go_template(text: str, system: str, messages: list[dict[str, str]], **more: str) -> str:
-    """What Ollama writes. `.System`, `.Messages`, `.Prompt`, `.Role`, `.Content`; if, else, range, eq, variables."""
+    """What Ollama writes. `.System`, `.Messages`, `.Prompt`, `.Role`, `.Content`, `$.System`; if, else, range, eq, and
+    variables."""
     # Text and actions in turn; a string within an action may hold braces.
     parts = re.split(r'\{\{((?:[^"}]|"[^"]*")*)\}\}', text)
     nodes, rest = _parse(iter(enumerate(parts)), ())
@@ -96,6 +99,8 @@ def _value(word, dot, scope):
         return word[1:-1]
     if word in ("true", "false"):
         return word == "true"
+    if word.startswith("$."):
+        return scope["$"][word[2:]]
     if word.startswith("."):
         return dot[word[1:]]
     return scope[word]
@@ -214,9 +219,34 @@ def test_the_bos_that_the_tokenizer_adds_is_left_to_it():
     """Ollama tokenizes the prompt with the GGUF's add_bos_token, and two of them would be another prompt."""
     tokenizer = ggufs.tokenizer_of("llama-bpe")
     tokenizer.chat_template = "{{ bos_token }}" + CHATML.replace("<|im_start|>", "<")
-    assert chat_pieces(tokenizer).without_system == "<user\n"
+    assert chat_pieces(tokenizer).write([{"role": "user", "content": "a"}]).startswith("<user\na")
     plain = tokenizer_of(LLAMA_3)
-    assert chat_pieces(plain).without_system == "<|endoftext|><|im_start|>user\n\n"
+    assert chat_pieces(plain).write([{"role": "user", "content": "a"}]).startswith("<|endoftext|><|im_start|>user\n\na")
+
+
+REFUSES = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+
+
+def test_a_conversation_that_an_answer_begins_has_no_header_too_many():
+    turns = [{"role": role, "content": content} for role, content in CUT[0]]
+    wanted = "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    # Also where the model's own template refuses one.
+    for template in (CHATML, REFUSES + CHATML):
+        pieces = chat_pieces(tokenizer_of(template))
+        assert pieces.write(turns) == wanted
+        assert rendered_by_ollama(pieces.as_go(), CUT[0]) == wanted
+    assert chat_pieces(tokenizer_of(LLAMA_2)).write(turns) == " b<|endoftext|>[INST] c [/INST]"
+    assert chat_pieces(tokenizer_of(REFUSES + LLAMA_2)) is not None
+
+
+@pytest.mark.parametrize("today", ["{{ strftime_now('%d %b %Y') }}\n", "{{ strftime_now('%H:%M:%S') }}"])
+def test_the_date_of_the_export_is_not_written_into_a_template(today, tmp_path, caplog):
+    assert chat_pieces(tokenizer_of(f"26 Jul 2024\n{CHATML}")) is not None
+    tokenizer = tokenizer_of(today + CHATML)
+    assert chat_pieces(tokenizer) is None
+    with caplog.at_level(logging.WARNING, "lorapar"):
+        write_modelfile(tmp_path / "Modelfile", "./m.gguf", None, tokenizer, [1], Asked())
+    assert "no TEMPLATE" in caplog.text
 
 
 def test_a_bos_that_training_did_not_have_is_said(caplog):

@@ -43,7 +43,7 @@ from ..recipe.sections import Recipe, changes_result
 from ..stage import LABELS, Run, Stage
 from ..training import stage as training
 from .order import stages_of
-from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
+from .records import check_whole, cut_short, fingerprint, made_with, manifest, records, refresh_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,6 +183,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
         check_memory(stage.name, run.recipe, run.lengths())
     processes.from_main(lambda: _begin(stage, run, wanted, record))
     log.info("%s: started", stage.name)
+    made = made_with(stage, run) if main else {}
     reset_peak_memory()
     began, waited = time.perf_counter(), processes.waited()
     written = _times(stage, folder)
@@ -203,7 +204,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
     if main:
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         together = {"busy_seconds": [busy for busy, _ in of_each]} if len(of_each) > 1 else {}
-        record = {"fingerprint": wanted, "seconds": round(seconds, 3), **together,
+        record = {"fingerprint": wanted, "made_with": made, "seconds": round(seconds, 3), **together,
                   "peak_memory_bytes": max(peak for _, peak in of_each),
                   "finished": finished, **facts, "files": manifest(folder, stage)}  # fmt: skip
         write_json(folder / "stages.json", records(folder) | {stage.name: record})

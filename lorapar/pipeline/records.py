@@ -54,9 +54,15 @@ def made_with(stage: Stage, run: Run) -> dict[str, Any]:
     Unlike a fingerprint it is the same where base, data and the folder itself have been moved, and for other values of
     keys that change no result.
     """
-    values = _values(run)
-    inputs = {section: _deciding(values[section], section) for section in stage.sections} | stage.inputs(run)
-    return {"recipe": sha256_json(inputs), "files": _files(stage, run)}
+    return {"recipe": _of_recipe(stage, run), "files": _files(stage, run)}
+
+
+def is_done(stage: Stage, run: Run, wanted: str) -> bool:
+    """Whether a stage has been done with its inputs as they are; `wanted`: its fingerprint."""
+    record = records(run.folder).get(stage.name, {})
+    # A label stage's fingerprint has its data's files in the place of the recipe's section data.
+    of_recipe = "made_with" not in record or record["made_with"]["recipe"] == _of_recipe(stage, run)
+    return record.get("fingerprint") == wanted and of_recipe
 
 
 def why_another(stage: Stage, run: Run) -> str | None:
@@ -73,6 +79,11 @@ def why_another(stage: Stage, run: Run) -> str | None:
     if was["recipe"] != now["recipe"]:
         return "another recipe"
     return next((f"another {name}" for name, digest in now["files"].items() if digest != was["files"].get(name)), None)
+
+
+def _of_recipe(stage: Stage, run: Run) -> str:
+    values = _values(run)
+    return sha256_json({section: _deciding(values[section], section) for section in stage.sections} | stage.inputs(run))
 
 
 def _deciding(value: Any, at: str) -> Any:

@@ -31,7 +31,8 @@ from lorapar.stage import Run
 from tests.lorapar.test_adapter import logits
 
 from .driver import lorapar as command
-from .driver import refused, skipped, succeeds, tree, write_recipe
+from .driver import recipe_values, refused, skipped, succeeds, tree, write_recipe
+from .ggufs import save
 from .hub_stand_in import TOKEN, Hub
 from .test_benchmarking import task_file
 
@@ -444,27 +445,27 @@ def test_what_changes_no_result_keeps_a_run_fit_to_be_pushed(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_gone_on_with_can_be_pushed(
-    hub: Hub, recipe_file: Path, finished: Path, tmp_path: Path, monkeypatch
-):
+def test_a_run_that_was_gone_on_with_can_be_pushed(hub: Hub, tmp_path: Path, monkeypatch):
     """Drawn again, with benchmarks and a GGUF file; then a stage done again, and all that follows."""
+    recipe, run = write_recipe(tmp_path / "r.yaml", recipe_values(save(tmp_path / "base"))), tmp_path / "run"
+    succeeds("run", recipe, "--output_dir", run)
     docs = tmp_path / "tasks"
     task = task_file(docs, "own")
     write_jsonl(docs / "docs.jsonl", [{"question": f"{i} + 1 =", "answer": f"{i + 1}"} for i in range(4)])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    words = (recipe_file, "--output_dir", finished)
-    (finished / "report.html").unlink()
+    words = (recipe, "--output_dir", run)
+    (run / "report.html").unlink()
     succeeds("report", *words)
     succeeds("evaluate", *words, "--tasks", task)
     succeeds("export", *words, "--gguf", "adapter")
-    card = pushed(hub, recipe_file, finished)["README.md"].decode()
+    card = pushed(hub, recipe, run)["README.md"].decode()
     assert "| own, 0-shot | exact_match | 4 |" in card
     assert "sha256sum" in card
     succeeds("sft", *words, "--update", "--sft.max_steps", "2")
     more = ("--sft.max_steps", "2")
-    refused("push", recipe_file, NAME, "--output_dir", finished, *more, says=("grpo is of another sft/",), alone=True)
+    refused("push", recipe, NAME, "--output_dir", run, *more, says=("grpo is of another sft/",), alone=True)
     succeeds("run", *words, *more)
-    assert "max_steps 2" in pushed(hub, recipe_file, finished, *more)["README.md"].decode()
+    assert "max_steps 2" in pushed(hub, recipe, run, *more)["README.md"].decode()
 
 
 def test_relative_paths_are_shortened_and_names_are_not(tmp_path: Path, monkeypatch):

@@ -44,7 +44,7 @@ def published_base(settings: dict[str, Any], given: str, on_hub: OnHub, same_fil
     Args:
         settings: its adapter_config.json, which names the base by a hub id, with its revision, or by an absolute path.
         given: the recipe's model.name. on_hub: asks whether the hub has a model of a name.
-        same_files: whether a local base's files are those that it was exported from.
+        same_files: whether a local base's files are those that it was trained on.
 
     A folder's hub id is what its config.json has as `_name_or_path`, if the hub has it: a relative folder looks the
     same. That is right for a copy; after a full fine-tune it may still be the model from before, so card and note say
@@ -88,7 +88,7 @@ def _unknown(name: str, what: str, weights: list[Path], same_files: bool) -> Bas
         facts += ["", "Its weights, as `sha256sum` prints them:", "", "```", *digests, "```"]
     note = f"base: {name} has no name on the hub, so others can load the adapter only where they have that model"
     if not same_files:
-        note += "; its files have been changed or moved since the export, so the card does not name their sha256"
+        note += "; its files have been changed or moved since the training, so the card does not name their sha256"
     return Base(name, False, facts=facts, note=note)
 
 

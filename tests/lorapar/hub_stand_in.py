@@ -88,13 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(200, {})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             return self.commit(found[1], [json.loads(line) for line in body.splitlines()])
-        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)) and found[1] in hub.private:
+        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)) and found[
+            1
+        ] in hub.repositories:
             held = hub.repositories[found[1]]
             head = yaml.safe_load([*held.get("README.md", b"").decode().split("---"), ""][1]) or {}
             return self.reply(
                 200,
-                {"id": found[1], "private": hub.private[found[1]], "sha": "0" * 40, "tags": head.get("tags", []),
-                 "siblings": [{"rfilename": name} for name in held]},
+                {"id": found[1], "private": hub.private.get(found[1], False), "sha": "0" * 40,
+                 "tags": head.get("tags", []), "siblings": [{"rfilename": name} for name in held]},
             )  # fmt: skip
         if (found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path)) and found[1] in hub.datasets:
             return self.reply(200, {"id": found[1], "private": False, "sha": "0" * 40})

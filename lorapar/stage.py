@@ -142,6 +142,7 @@ class Stage:
     Attributes:
         run: does the work and gives the facts for the record.
         sections: the recipe's sections that the outcome depends on. inputs: what else it depends on, beside the files.
+        outside: the same, of what lies outside the run's folder, or may be asked otherwise of the same result.
         reads, writes: files in the output folder. folders: those that it writes whole, with files of any name.
         optional_reads: files that it reads where they exist.
         check: raises InputError for settings that the stage cannot run with, before any work is done.
@@ -159,6 +160,7 @@ class Stage:
     folders: tuple[str, ...] = ()
     optional_reads: tuple[str, ...] = ()
     inputs: Callable[[Run], Facts] = no_inputs
+    outside: Callable[[Run], Facts] = no_inputs
     check: Callable[[Run], None] = do_nothing
     check_rows: Callable[[Run], None] = do_nothing
     discard: Callable[[Run], None] = do_nothing

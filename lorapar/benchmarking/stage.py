@@ -136,6 +136,6 @@ def stage(recipe: Recipe) -> Stage:
         sections=(*ADAPTED, "stages", "seed"),
         reads=tuple(map(weights_of, recipe.stages)),
         writes=("tasks.json",),
-        inputs=inputs,
+        outside=inputs,
         check=check,
     )

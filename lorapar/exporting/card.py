@@ -290,7 +290,8 @@ def _training(run: Published) -> str:
     settings = {"data": ", ".join(f"`{name}`" for name in run.data), **run.settings}
     rows = [[key, value] for key, value in settings.items() if value]
     files = (
-        "`recipe.yaml` is the whole recipe, without paths of the machine that it ran on; "
+        "`recipe.yaml` is the whole recipe, paths shortened to their last part and private addresses and keys left "
+        "out; "
         "`lorapar_partition.safetensors` says which element belongs to which system; `metrics.json` and `report.html` "
         "are what was measured."
     )

@@ -302,7 +302,7 @@ def stage(recipe: Recipe) -> Stage:
         run=label_stage,
         sections=("model", "data", "label"),
         writes=(LABELS, *(["votes.jsonl"] if recipe.label.teachers else [])),
-        inputs=inputs,
+        outside=inputs,
         check=check,
         together=True,
     )

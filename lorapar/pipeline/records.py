@@ -33,8 +33,75 @@ def fingerprint(stage: Stage, run: Run) -> str:
 
     Model weights go by size and time of change, like a Makefile's: hashing them would cost a run many seconds a stage.
     """
-    recipe, folder = run.recipe, run.folder
-    values = recipe.as_dict()
+    recipe, values = run.recipe, _values(run)
+    inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
+    inputs["files"] = _files(stage, run)
+    inputs |= stage.inputs(run) | stage.outside(run)
+    if "model" in stage.sections:
+        place = Path(recipe.model.name).expanduser()
+        files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+        stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
+        template = recipe.model.chat_template or ""
+        if "{" not in template and Path(template).expanduser().is_file():
+            inputs["chat_template"] = sha256_file(Path(template).expanduser())
+        inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return sha256_json(inputs)
+
+
+def made_with(stage: Stage, run: Run) -> dict[str, Any]:
+    """What decides a stage's result in the recipe and the run's folder: {"recipe": digest, "files": {name: sha256}}.
+
+    Unlike a fingerprint it is the same where base, data and the folder itself have been moved, and for other values of
+    keys that change no result.
+    """
+    return {"recipe": _of_recipe(stage, run), "files": _files(stage, run)}
+
+
+def is_done(stage: Stage, run: Run, wanted: str) -> bool:
+    """Whether a stage has been done with its inputs as they are; `wanted`: its fingerprint."""
+    record = records(run.folder).get(stage.name, {})
+    # A label stage's fingerprint has its data's files in the place of the recipe's section data.
+    of_recipe = "made_with" not in record or record["made_with"]["recipe"] == _of_recipe(stage, run)
+    return record.get("fingerprint") == wanted and of_recipe
+
+
+def why_another(stage: Stage, run: Run) -> str | None:
+    """What a finished stage's result is of that is not the recipe and the folder's files as they are; None: of these.
+
+    A file that is not there any more, such as scores deleted for the space that they take, is not looked at.
+    """
+    record = records(run.folder)[stage.name]
+    if "made_with" not in record:  # of an earlier version
+        missing = next((name for name in stage.reads if not (run.folder / name).is_file()), None)
+        other = missing is None and record["fingerprint"] != fingerprint(stage, run)
+        return f"{missing}, which is missing" if missing else "another recipe, or other files" if other else None
+    was, now = record["made_with"], made_with(stage, run)
+    if was["recipe"] != now["recipe"]:
+        return "another recipe"
+    return next((f"another {name}" for name, digest in now["files"].items() if digest != was["files"].get(name)), None)
+
+
+def _of_recipe(stage: Stage, run: Run) -> str:
+    values = _values(run)
+    return sha256_json({section: _deciding(values[section], section) for section in stage.sections} | stage.inputs(run))
+
+
+def _deciding(value: Any, at: str) -> Any:
+    """A section's values without the keys that change no result."""
+    if isinstance(value, dict):
+        return {key: _deciding(item, f"{at}.{key}") for key, item in value.items() if changes_result(f"{at}.{key}")}
+    return [_deciding(item, f"{at}[{i}]") for i, item in enumerate(value)] if isinstance(value, list) else value
+
+
+def _files(stage: Stage, run: Run) -> dict[str, str]:
+    """{file of the run's folder that the stage reads: sha256}, of those that are there."""
+    names = (*stage.reads, *stage.optional_reads)
+    return {name: sha256_file(run.folder / name) for name in names if (run.folder / name).is_file()}
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """The recipe's values as fingerprints hold them."""
+    recipe, values = run.recipe, run.recipe.as_dict()
     for name in ("model", "score", "sft", "grpo", "evaluate"):
         values[name] = {key: value for key, value in values[name].items() if changes_result(f"{name}.{key}")}
     # The stages that learn from tokens say it by themselves; labels are the same.
@@ -45,19 +112,7 @@ def fingerprint(stage: Stage, run: Run) -> str:
         values[name] = {key: value for key, value in values[name].items() if value or key not in later}
     if not recipe.grpo.watch_rows:
         del values["grpo"]["watch_rise"]
-    inputs: dict[str, Any] = {section: values[section] for section in stage.sections}
-    optional = [name for name in stage.optional_reads if (folder / name).is_file()]
-    inputs["files"] = {name: sha256_file(folder / name) for name in (*stage.reads, *optional)}
-    inputs |= stage.inputs(run)
-    if "model" in stage.sections:
-        place = Path(recipe.model.name).expanduser()
-        files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
-        stats = {file.name: file.stat() for file in files if file.suffix in (".safetensors", ".gguf", ".json")}
-        template = recipe.model.chat_template or ""
-        if "{" not in template and Path(template).expanduser().is_file():
-            inputs["chat_template"] = sha256_file(Path(template).expanduser())
-        inputs["weights"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return sha256_json(inputs)
+    return values
 
 
 def records(folder: Path) -> dict[str, Any]:

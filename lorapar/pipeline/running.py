@@ -43,7 +43,7 @@ from ..recipe.sections import Recipe, changes_result
 from ..stage import LABELS, Run, Stage
 from ..training import stage as training
 from .order import stages_of
-from .records import check_whole, cut_short, fingerprint, manifest, records, refresh_metrics
+from .records import check_whole, cut_short, fingerprint, is_done, made_with, manifest, records, refresh_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,8 +132,7 @@ def labelled_rows(recipe: Recipe) -> "Dataset | None":
     this, label = _run_of(recipe), stages_of(recipe)[0]
     with calm_libraries():
         labeling.check(this)
-        there = (this.folder / LABELS).is_file() and records(this.folder).get(label.name, {}).get("fingerprint")
-        if there and there == fingerprint(label, this):
+        if (this.folder / LABELS).is_file() and is_done(label, this, fingerprint(label, this)):
             return this.labels()
         return labeling.labelled_alone(this) if data_is_here(recipe) else None
 
@@ -183,6 +182,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
         check_memory(stage.name, run.recipe, run.lengths())
     processes.from_main(lambda: _begin(stage, run, wanted, record))
     log.info("%s: started", stage.name)
+    made = made_with(stage, run) if main else {}
     reset_peak_memory()
     began, waited = time.perf_counter(), processes.waited()
     written = _times(stage, folder)
@@ -203,7 +203,7 @@ def _run_stage(stage: Stage, run: Run) -> None:
     if main:
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         together = {"busy_seconds": [busy for busy, _ in of_each]} if len(of_each) > 1 else {}
-        record = {"fingerprint": wanted, "seconds": round(seconds, 3), **together,
+        record = {"fingerprint": wanted, "made_with": made, "seconds": round(seconds, 3), **together,
                   "peak_memory_bytes": max(peak for _, peak in of_each),
                   "finished": finished, **facts, "files": manifest(folder, stage)}  # fmt: skip
         write_json(folder / "stages.json", records(folder) | {stage.name: record})
@@ -221,7 +221,7 @@ def _looked_up(stage: Stage, run: Run) -> tuple[str, dict[str, Any], bool]:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; run the stage that makes it before {stage.name}")
     wanted, record = fingerprint(stage, run), records(folder).get(stage.name, {})
-    done = record.get("fingerprint") == wanted and all((folder / name).is_file() for name in stage.writes)
+    done = is_done(stage, run, wanted) and all((folder / name).is_file() for name in stage.writes)
     if done and (fault := cut_short(folder, record)):
         log.warning("%s: %s; made again", stage.name, fault)
         done = False

@@ -3,11 +3,11 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -18,6 +18,10 @@ from huggingface_hub.utils import (
 from ..errors import InputError, StageFailed
 
 TOKEN = "set HF_TOKEN, or run `hf auth login`, with a token that may write (https://huggingface.co/settings/tokens)"
+
+TAG = "lora-par"  # of the cards that push writes
+# What from_pretrained would take before an adapter.
+WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def check_repository(name: str) -> None:
@@ -40,22 +44,51 @@ def check_token() -> str:
     return token
 
 
-def push(files: dict[str, Path], repository: str, private: bool, message: str, token: str) -> str:
+def is_on_hub(kind: str, name: str, token: str) -> bool:
+    """Whether the hub has a repository (kind: model, dataset) that the token may see; raises as `push` does."""
+    try:
+        HfApi(token=token).repo_info(name, repo_type=kind)
+    except GatedRepoError:
+        return True
+    except (RepositoryNotFoundError, HFValidationError):
+        return False
+    except Exception as error:
+        raise _explained(error, name) from error
+    return True
+
+
+def push(
+    files: dict[str, Path], ours: Iterable[str], repository: str, private: bool, message: str, token: str
+) -> tuple[str, list[str]]:
     """Commit `files` ({path in the repository: file}) to a model repository, made where there is none.
 
-    What else the repository holds stays. The repository is the only thing that is there after a failure, if it was not
-    before. Returns the commit's URL. Raises InputError where the hub refuses the token or the repository, and where a
-    private one is asked for and it is there and public; StageFailed where the hub fails or cannot be reached.
+    Of what an earlier push wrote there, files of the names `ours` that are not among `files` are deleted by the same
+    commit; what else the repository holds stays. The repository is the only thing that is there after a failure, if it
+    was not before. Returns the commit's URL, and lines on what it has deleted or replaced.
+
+    Raises InputError where the hub refuses the token or the repository, where a private one is asked for and it is
+    there and public, and where it holds a whole model; StageFailed where the hub fails or cannot be reached.
     """
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
+        there = api.model_info(repository)
+        names = {file.rfilename for file in there.siblings or []}
         # The hub leaves a repository that exists as it is.
-        if private and not api.model_info(repository).private:
+        if private and not there.private:
             raise InputError(
                 f"--private: {repository} exists and is public; make it private in its settings, or push to another"
             )
-        operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+        if whole := sorted(filter(WHOLE_MODEL.fullmatch, names)):
+            raise InputError(f"{repository}: holds a whole model ({whole[0]}), which would be loaded in the adapter's "
+                             "place; push to another")  # fmt: skip
+        by_push = TAG in (there.tags or [])
+        left_over = sorted((names & {*ours}) - {*files}) if by_push else []
+        said = [f"deleted, of an earlier push: {', '.join(left_over)}"] if left_over else []
+        if "README.md" in names and not by_push:
+            said.append("README.md was another's and has been replaced; the repository's history holds it")
+        operations = [*(CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())),
+                      *map(CommitOperationDelete, left_over)]  # fmt: skip
         with _bars_on_a_terminal_alone():
             commit = api.create_commit(repository, operations, commit_message=message)
     except InputError:
@@ -63,7 +96,7 @@ def push(files: dict[str, Path], repository: str, private: bool, message: str, t
     # Besides errors of HTTP there are the transfer's own, which are of several libraries (LFS, Xet).
     except Exception as error:
         raise _explained(error, repository) from error
-    return str(commit.commit_url)
+    return str(commit.commit_url), said
 
 
 @contextlib.contextmanager

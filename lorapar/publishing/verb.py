@@ -19,21 +19,32 @@ from ..files import read_json, read_text, write_json, write_text
 from ..logs import calm_libraries
 from ..model.locate import ALIAS, ALIAS_ORIGIN
 from ..partitioning.partition import Partition
-from ..pipeline.records import check_whole, records
+from ..pipeline.order import stages_of
+from ..pipeline.records import check_whole, fingerprint, records, why_another
 from ..pipeline.running import as_input_error, finished_run
 from ..recipe.reading import dump_yaml
 from ..recipe.sections import Recipe
 from ..reporting.report import report
 from ..stage import LABELS, Run, adapter_files, partition_of
-from .base import HUB_ID, Base, licence_of, published_base
-from .push import check_repository, check_token, push
-from .redact import Redacted, check_nothing_private, shorten_paths
+from .base import HUB_ID, Base, OnHub, licence_of, published_base
+from .push import check_repository, check_token, is_on_hub, push
+from .redact import Redacted, check_nothing_private, is_relative, last_part, shorten_paths
 
 MESSAGE = "Adapter, partition, report and card, by lorapar push"
 # What the report reads beside recipe, metrics and labels (reporting/artefacts.py).
 REPORTED = ("answers.jsonl", "votes.jsonl", "dropped.jsonl", "scores.safetensors", "partition.safetensors",
             "scores_renewed.safetensors", "partition_renewed.safetensors", "sft/log_history.json",
             "grpo/log_history.json", "grpo/watched.json")  # fmt: skip
+# What export writes into adapter/, and no other file that lies there: the adapter, and what a tokenizer saves.
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "lorapar.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+             "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "source.spm", "target.spm",
+             "target_vocab.json", "normalizer.json", "bpe.codes", "dict.txt", "emoji.json",
+             "vocab-src.json", "vocab-tgt.json")  # fmt: skip
+PARTITION = "lorapar_partition.safetensors"
+# All that push writes, in one push or another.
+NAMES = (*ADAPTER, *TOKENIZER, PARTITION, "recipe.yaml", "metrics.json", "report.html", "README.md")
 ALIAS_LICENCE = "apache-2.0"
 
 
@@ -47,54 +58,69 @@ def push_verb(recipe: Recipe, repository: str, dry_run: bool, private: bool, wit
     run = finished_run(recipe, ())
     _check_exported(run)
     token = "" if dry_run else check_token()
+    asked: dict[tuple[str, str], bool | None] = {}
+
+    def on_hub(kind: str, name: str) -> bool | None:
+        if (kind, name) not in asked:
+            asked[kind, name] = None if dry_run else is_on_hub(kind, name, token)
+        return asked[kind, name]
+
     # Not in the run's folder, which is only read.
     with tempfile.TemporaryDirectory(prefix="lorapar-push-") as temporary, as_input_error(Path(temporary)):
         with calm_libraries():
-            files, base, replaced = _collect(run, repository, Path(temporary), with_answers)
+            files, base, replaced = _collect(run, repository, Path(temporary), with_answers, on_hub)
         if dry_run:
-            return _preview(run, repository, private, with_answers, files, base, replaced)
-        url = push(files, repository, private, MESSAGE, token)
-        notes = [base.note] if base.note else []
-        return "\n".join([f"{url}: {_size(files.values())}", *notes])
+            unasked = [name for kind, name in asked if kind == "dataset"]
+            return _preview(run, repository, private, with_answers, files, base, replaced, unasked)
+        url, said = push(files, NAMES, repository, private, MESSAGE, token)
+        return "\n".join([f"{url}: {_size(files.values())}", *said, *([base.note] if base.note else [])])
 
 
 def _check_exported(run: Run) -> None:
-    """InputError unless adapter/ is what the last training stage left, and the metrics are of it."""
-    folder, recipe = run.folder, run.recipe
-    last, there = recipe.stages[-1], records(run.folder)
-    exported = there.get("export", {}).get("finished")
-    if exported is None or not (folder / "adapter").is_dir():
+    """InputError unless adapter/, and the metrics where there are any, are of this recipe and of one another."""
+    folder, recipe, there = run.folder, run.recipe, records(run.folder)
+    if "finished" not in there.get("export", {}) or not (folder / "adapter").is_dir():
         raise InputError(f"{folder}: the run has not been exported; run `lorapar export` first")
-    trained = there.get(last, {}).get("finished")
-    if trained is None or exported < trained:
-        raise InputError(f"{folder}: adapter/ is older than {last}/; run `lorapar export` again")
-    evaluated = there.get("evaluate", {}).get("finished")
-    if (folder / "metrics.json").is_file() and evaluated is not None and evaluated < trained:
-        raise InputError(f"{folder}: metrics.json is of an adapter before this one; run `lorapar evaluate` again")
-    check_whole(run, (LABELS, partition_of(recipe, last), *adapter_files("adapter")))
+    for stage in stages_of(recipe):
+        # The report is drawn anew; metrics.json keeps a benchmark's figures only with the adapters that it measured.
+        if stage.name in ("benchmark", "report"):
+            continue
+        if stage.name == "evaluate" and not (folder / "metrics.json").is_file():
+            continue
+        if "finished" not in there.get(stage.name, {}):
+            raise InputError(f"{folder}: {stage.name} has not been finished; run `lorapar run` again")
+        if other := why_another(stage, run):
+            raise InputError(f"{folder}: {stage.name} is of {other}; run `lorapar run` again")
+    check_whole(run, (LABELS, partition_of(recipe, recipe.stages[-1]), *adapter_files("adapter")))
 
 
 def _collect(
-    run: Run, repository: str, temporary: Path, with_answers: bool
-) -> tuple[dict[str, Path], Base, dict[str, str]]:
-    """({name in the repository: file}, the base, what was replaced in recipe and metrics by its key)"""
+    run: Run, repository: str, temporary: Path, with_answers: bool, on_hub: OnHub
+) -> tuple[dict[str, Path], Base, list[str]]:
+    """({name in the repository: file}, the base, the keys in recipe and metrics of which something was replaced)"""
     folder, recipe = run.folder, run.recipe
     out, behind = temporary / "out", temporary / "report"
     settings = read_json(folder / "adapter" / "adapter_config.json")
-    base = published_base(settings, recipe.model.name)
+    last = next(stage for stage in stages_of(recipe) if stage.name == recipe.stages[-1])
+    same_files = records(folder)[last.name]["fingerprint"] == fingerprint(last, run)
+    base = published_base(settings, recipe.model.name, on_hub, same_files)
     named = Redacted(recipe.as_dict())
-    values = named.values
-    if "model.name" in named.replaced or base.on_hub:
-        values["model"] = values["model"] | {"name": ALIAS if base.weights else base.name}
+    values, called = named.values, ALIAS if base.weights else base.called
+    if called != recipe.model.name:
+        values["model"] = values["model"] | {"name": named.replace("model.name", recipe.model.name, called)}
+    for i, source in enumerate(values["data"]["sources"]):
+        if hub_id(source["name"]) and on_hub("dataset", hub_id(source["name"])) is False:
+            source["name"] = named.replace(f"data.sources[{i}].name", source["name"], last_part(source["name"]))
     write_text(out / "recipe.yaml", dump_yaml(values))
     write_json(
-        out / "adapter_config.json", settings | {"base_model_name_or_path": base.name, "revision": base.revision}
+        out / "adapter_config.json", settings | {"base_model_name_or_path": base.called, "revision": base.revision}
     )
     metrics: dict[str, Any] = {}
+    replaced, private = named.replaced, named.private
     if (folder / "metrics.json").is_file():
         shown = Redacted(read_json(folder / "metrics.json"))
         metrics = shown.values
-        named.replaced.update(shown.replaced)
+        replaced, private = replaced + shown.replaced, private | shown.private
         write_json(out / "metrics.json", metrics)
     for name in ("recipe.yaml", "metrics.json"):
         if (out / name).is_file():
@@ -104,16 +130,26 @@ def _collect(
     for name in REPORTED:
         if (folder / name).is_file():
             _place(folder / name, behind / name)
-    report(behind, list(cast(Iterable[dict[str, Any]], run.labels())), answers=with_answers)
-    own = {str(folder), str(folder.absolute())} | ({str(settings["base_model_name_or_path"])} - {base.name})
-    private = own | set(named.replaced.values())
+    try:
+        report(behind, list(cast(Iterable[dict[str, Any]], run.labels())), answers=with_answers)
+    except InputError as error:
+        # It has read the run's files elsewhere.
+        raise InputError(str(error).replace(str(behind), str(folder))) from None
+    private |= {str(folder), str(folder.absolute())} | ({str(settings["base_model_name_or_path"])} - {base.name})
+    # What the hub knows under the same name, or is published as it is, is nobody's secret.
+    private -= {base.name, called, repository}
     write_text(out / "report.html", shorten_paths(read_text(behind / "report.html"), private))
-    write_text(out / "README.md", hub_card(_published(run, repository, base, values, metrics), folder / "adapter"))
-    as_it_is = {path.name: path for path in sorted((folder / "adapter").iterdir()) if path.is_file()}
-    partition = {"lorapar_partition.safetensors": folder / partition_of(recipe, recipe.stages[-1])}
-    files = as_it_is | partition | {path.name: path for path in sorted(out.iterdir())}
-    check_nothing_private(files.items(), private)
-    return files, base, named.replaced
+    write_text(out / "README.md", hub_card(_published(run, repository, base, values, metrics, on_hub),
+                                           folder / "adapter"))  # fmt: skip
+    as_it_is = {name: folder / "adapter" / name for name in (*ADAPTER, *TOKENIZER)
+                if (folder / "adapter" / name).is_file()}  # fmt: skip
+    partition = {PARTITION: folder / partition_of(recipe, recipe.stages[-1])}
+    written = {path.name: path for path in sorted(out.iterdir())}
+    files = as_it_is | partition | written
+    relative = {text for text in private if is_relative(text)}
+    check_nothing_private(files.items(), private - relative)
+    check_nothing_private(written.items(), relative)
+    return files, base, replaced
 
 
 def _place(source: Path, target: Path) -> None:
@@ -124,7 +160,9 @@ def _place(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _published(run: Run, repository: str, base: Base, recipe: dict[str, Any], metrics: dict[str, Any]) -> Published:
+def _published(
+    run: Run, repository: str, base: Base, recipe: dict[str, Any], metrics: dict[str, Any], on_hub: OnHub
+) -> Published:
     """What the card says, out of the recipe as it is published."""
     config, made = run.recipe, Partition.load(run.folder / partition_of(run.recipe, run.recipe.stages[-1]))
     facts = made.summary()
@@ -153,7 +191,7 @@ def _published(run: Run, repository: str, base: Base, recipe: dict[str, Any], me
         stages={stage: getattr(config, stage).systems for stage in config.stages},
         data=list(dict.fromkeys(sources)),
         selection=config.partition.selection,
-        datasets=hub_datasets(sources),
+        datasets=hub_datasets(sources, on_hub),
         settings=settings,
         metrics=metrics,
         licence=ALIAS_LICENCE if base.name == ALIAS_ORIGIN else licence_of(Path(config.model.name).expanduser()),
@@ -161,21 +199,28 @@ def _published(run: Run, repository: str, base: Base, recipe: dict[str, Any], me
     )
 
 
-def hub_datasets(sources: Iterable[str]) -> list[str]:
-    """The hub ids among sources' names, owner/name or owner/name:config."""
-    names = dict.fromkeys(name.partition(":")[0] for name in sources)
-    return [name for name in names
-            if HUB_ID.fullmatch(name) and not form_of(Path(name)) and not os.path.exists(name)]  # fmt: skip
+def hub_id(source: str) -> str:
+    """The name that the hub may have a source under, owner/name or owner/name:config; "" for any other name."""
+    name = source.partition(":")[0]
+    return name if HUB_ID.fullmatch(name) and not form_of(Path(name)) and not os.path.exists(name) else ""
+
+
+def hub_datasets(sources: Iterable[str], on_hub: OnHub) -> list[str]:
+    """The hub ids among sources' names; also those of which the hub was not asked."""
+    names = dict.fromkeys(filter(None, map(hub_id, sources)))
+    return [name for name in names if on_hub("dataset", name) is not False]
 
 
 def _preview(
     run: Run, repository: str, private: bool, with_answers: bool, files: dict[str, Path], base: Base,
-    replaced: dict[str, str],
+    replaced: list[str], unasked: list[str],
 ) -> str:  # fmt: skip
     who = "a private repository" if private else "a repository, public unless its owner's default is another"
     partition = partition_of(run.recipe, run.recipe.stages[-1])
     stays = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(run.folder.iterdir())
              if path.name not in files and path.name not in ("adapter", "figures", partition)]  # fmt: skip
+    stays += [f"adapter/{path.name}{'/' * path.is_dir()}" for path in sorted((run.folder / "adapter").iterdir())
+              if path.name not in files]  # fmt: skip
     lines = [
         f"nothing was sent; {_size(files.values())} would go to {repository} ({who}):",
         *(f"  {name:<32} {_bytes(path.stat().st_size):>10}" for name, path in sorted(files.items())),
@@ -186,6 +231,9 @@ def _preview(
         lines.append(f"changed, so that no path or address of this machine goes: {', '.join(replaced)}")
     if base.note:
         lines.append(base.note)
+    if unasked:
+        lines.append(f"not checked: whether the hub has the data set {', '.join(unasked)}; a name that it has not is "
+                     "shortened to its last part")  # fmt: skip
     return "\n".join([*lines, "README.md:", "", files["README.md"].read_text(encoding="utf-8")])
 
 

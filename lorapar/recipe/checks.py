@@ -57,8 +57,8 @@ REFUSED_TRAINER_KEYS = {
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
          "log_completions_hub_repo"),
-        "a run uploads nothing, and its recipe.yaml would hold a token; upload what export wrote: hf upload NAME "
-        "OUTPUT_DIR/adapter",
+        "a run uploads nothing, and its recipe.yaml would hold a token; publish it once it is finished: lorapar push "
+        "RECIPE.yaml OWNER/NAME",
     ),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "parallelism_config"),

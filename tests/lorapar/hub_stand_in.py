@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_stand_in"
 
 
@@ -23,6 +25,7 @@ class Hub:
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
+    datasets: set[str] = field(default_factory=set)
     large: dict[str, bytes] = field(default_factory=dict)
     commits: list[tuple[str, list[str]]] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
@@ -85,11 +88,20 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(200, {})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             return self.commit(found[1], [json.loads(line) for line in body.splitlines()])
-        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)) and found[1] in hub.private:
-            files = [{"rfilename": name} for name in hub.repositories[found[1]]]
+        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path)) and found[
+            1
+        ] in hub.repositories:
+            held = hub.repositories[found[1]]
+            head = yaml.safe_load([*held.get("README.md", b"").decode().split("---"), ""][1]) or {}
             return self.reply(
-                200, {"id": found[1], "private": hub.private[found[1]], "sha": "0" * 40, "siblings": files}
-            )
+                200,
+                {"id": found[1], "private": hub.private.get(found[1], False), "sha": "0" * 40,
+                 "tags": head.get("tags", []), "siblings": [{"rfilename": name} for name in held]},
+            )  # fmt: skip
+        if (found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path)) and found[1] in hub.datasets:
+            return self.reply(200, {"id": found[1], "private": False, "sha": "0" * 40})
+        if re.fullmatch(r"/api/(models|datasets)/[^/]+/[^/]+", path):
+            return self.reply(404, {"error": "Repository not found"}, code="RepoNotFound")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self.file(method, hub.repositories.get(found[1], {}).get(found[2]))
         return self.reply(404, {"error": "Not found"})
@@ -121,6 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         named = []
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                del self.hub.repositories[name][value["path"]]
+                named.append(f"-{value['path']}")
+                continue
             if line["key"] == "file":
                 content = base64.b64decode(value["content"])
             else:
@@ -147,9 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
         if method == "GET":
             self.wfile.write(content)
 
-    def reply(self, status: int, value: dict[str, Any], kind: str = "application/json") -> None:
+    def reply(self, status: int, value: dict[str, Any], kind: str = "application/json", code: str = "") -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -4,6 +4,7 @@ import html
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,21 +14,27 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorapar
 from lorapar.adapter.attach import load_adapter
 from lorapar.errors import InputError
 from lorapar.files import read_jsonl, write_jsonl
+from lorapar.pipeline.order import stages_of
+from lorapar.pipeline.records import made_with
 from lorapar.publishing.base import licence_of, published_base
-from lorapar.publishing.redact import LEFT_OUT, Redacted, check_nothing_private, shorten_paths
+from lorapar.publishing.redact import LEFT_OUT, Redacted, check_nothing_private, shorten_paths, telling
 from lorapar.publishing.verb import hub_datasets
+from lorapar.recipe.reading import load_recipe
+from lorapar.stage import Run
 from tests.lorapar.test_adapter import logits
 
 from .driver import lorapar as command
-from .driver import refused, tree, write_recipe
+from .driver import recipe_values, refused, skipped, succeeds, tree, write_recipe
+from .ggufs import save
 from .hub_stand_in import TOKEN, Hub
+from .test_benchmarking import task_file
 
 NAME = "ada/sums"
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorapar.json",
@@ -74,6 +81,21 @@ def pushed(hub: Hub, recipe: Path, run: Path, *words: str) -> dict[str, bytes]:
     return hub.repositories[NAME]
 
 
+def there(*_: str) -> bool:
+    """A hub that has every name."""
+    return True
+
+
+def as_if_made_by(run: Path, recipe: Path) -> Path:
+    """Have a run's records say that its stages were done with a recipe and the files that are there; the recipe."""
+    (run / "recipe.yaml").write_text(recipe.read_text())
+    this, stages = Run(load_recipe(recipe), run), json.loads((run / "stages.json").read_text())
+    for stage in stages_of(this.recipe):
+        stages[stage.name]["made_with"] = made_with(stage, this)
+    (run / "stages.json").write_text(json.dumps(stages))
+    return recipe
+
+
 def as_folder(files: dict[str, bytes], folder: Path) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,17 +129,28 @@ def test_no_path_of_this_machine_goes(hub: Hub, recipe_file: Path, finished: Pat
         assert not [text for text in private - {"/"} if text.encode() in content], name
     files = hub.repositories[NAME]
     recipe = yaml.safe_load(files["recipe.yaml"])
-    assert (recipe["model"]["name"], recipe["output_dir"]) == (tiny_folder.name, "run")
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == tiny_folder.name
+    assert (recipe["model"]["name"], recipe["output_dir"]) == (f"./{tiny_folder.name}", "run")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == f"./{tiny_folder.name}"
     card = files["README.md"].decode()
     assert "has no name on the hub: ask for it" in card
     assert "  model.safetensors\n" in card
 
 
 def test_a_file_that_names_the_run_s_folder_is_not_sent(hub: Hub, recipe_file: Path, finished: Path, no_report):
-    (finished / "adapter" / "notes.txt").write_text(f"see {finished}/run.log")
-    refused("push", recipe_file, NAME, "--output_dir", finished, says=("notes.txt: holds", "nothing was published"))
+    (finished / "adapter" / "chat_template.jinja").write_text(f"see {finished}/run.log")
+    says = ("chat_template.jinja: holds", "nothing was published")
+    refused("push", recipe_file, NAME, "--output_dir", finished, says=says)
     assert hub.seen == []
+
+
+def test_only_what_export_writes_goes_of_the_adapter_s_folder(hub: Hub, recipe_file: Path, finished: Path, no_report):
+    (finished / "adapter" / ".env").write_text("KEY=x")
+    (finished / "adapter" / "rows.csv").write_text("private")
+    (finished / "adapter" / "checkpoint").mkdir()
+    _, out, _ = push(recipe_file, finished, "--dry-run")
+    line = next(line for line in out.splitlines() if line.startswith("left out: "))
+    assert line.endswith("adapter/.env, adapter/checkpoint/, adapter/rows.csv")
+    assert set(pushed(hub, recipe_file, finished)) == FILES
 
 
 def test_a_dry_run_says_what_would_go_and_asks_nobody(hub, recipe_file, finished, nobody, monkeypatch):
@@ -161,28 +194,70 @@ def test_a_hub_id_in_the_base_s_own_config_is_the_base(tmp_path: Path):
     folder.mkdir()
     settings = {"base_model_name_or_path": str(folder), "revision": None}
     (folder / "config.json").write_text(json.dumps({"_name_or_path": "owner/model"}))
-    base = published_base(settings, str(folder))
-    assert (base.name, base.on_hub) == ("owner/model", True)
-    assert "it is owner/model" in base.note
+    base = published_base(settings, str(folder), there)
+    assert (base.name, base.on_hub, base.called) == ("owner/model", True, "owner/model")
+    assert base.note.endswith("published as owner/model's")
     assert "Where that folder's weights had been changed since" in base.facts[0]
+    # A relative folder of whoever trained the base looks like a hub id.
+    base = published_base(settings, str(folder), lambda *_: False)
+    assert (base.name, base.on_hub, base.called) == ("mine", False, "./mine")
+    base = published_base(settings, str(folder), lambda *_: None)
+    assert base.on_hub
+    assert "not checked: whether the hub has it" in base.note
     (folder / "config.json").write_text(json.dumps({"_name_or_path": "/data/m", "architectures": ["LlamaForCausalLM"]}))
-    base = published_base(settings, str(folder))
+    base = published_base(settings, str(folder), there)
     assert (base.name, base.on_hub) == ("mine", False)
     assert "a local model (LlamaForCausalLM)" in base.facts[0]
-    assert published_base({"base_model_name_or_path": "a/b", "revision": "c0"}, "a/b").revision == "c0"
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert "  model.safetensors" in "\n".join(published_base(settings, str(folder), there).facts)
+    other = published_base(settings, str(folder), there, same_files=False)
+    assert "  model.safetensors" not in "\n".join(other.facts)
+    assert "changed or moved" in other.note
+    assert published_base({"base_model_name_or_path": "a/b", "revision": "c0"}, "a/b", there).revision == "c0"
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nlicense: mit\n")
     assert licence_of(folder) == "apache-2.0"
 
 
-def test_a_base_with_a_hub_id_is_the_card_s_base_model(hub, recipe_file, finished, tiny_folder, no_report):
+@pytest.fixture
+def named_base(tiny_folder: Path) -> Iterator[None]:
+    """The base says that it is owner/tiny."""
     config = tiny_folder / "config.json"
     before, stat = config.read_text(), config.stat()
-    try:
-        config.write_text(json.dumps({**json.loads(before), "_name_or_path": "owner/tiny"}))
-        files = pushed(hub, recipe_file, finished)
-    finally:
-        config.write_text(before)
-        os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    config.write_text(json.dumps({**json.loads(before), "_name_or_path": "owner/tiny"}))
+    yield
+    config.write_text(before)
+    os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_base_of_a_name_that_the_hub_has_not_is_unknown(hub, recipe_file, finished, named_base, no_report):
+    code, out, _ = push(recipe_file, finished, "--dry-run")
+    assert code == 0
+    assert "not checked: whether the hub has it" in out
+    assert hub.seen == []
+    files = pushed(hub, recipe_file, finished)
+    assert "GET /api/models/owner/tiny" in hub.seen
+    assert b"base_model" not in files["README.md"].split(b"---")[1]
+    assert b"owner/tiny" not in files["README.md"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"].startswith("./")
+    hub.fails = {"GET /api/models/owner/tiny": (500, "down")}
+    code, _, err = push(recipe_file, finished)
+    assert (code, err) == (1, "lorapar: error: owner/tiny: the hub refuses (500: down)\n")
+
+
+def test_a_local_base_is_taken_for_none_of_the_hub_s(tmp_path: Path, tiny_folder: Path, finished: Path):
+    """A folder called gpt2: PEFT alone is given the base, and its automatic class finds none rather than another."""
+    folder = Path(shutil.copytree(finished / "adapter", tmp_path / "there"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    base = published_base(settings | {"base_model_name_or_path": str(tmp_path / "gpt2")}, "gpt2", there)
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base.called}))
+    with pytest.raises(OSError, match=r"\./gpt2"):
+        AutoPeftModelForCausalLM.from_pretrained(folder)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder)
+
+
+def test_a_base_with_a_hub_id_is_the_card_s_base_model(hub, recipe_file, finished, named_base, no_report):
+    hub.repositories["owner/tiny"], hub.private["owner/tiny"] = {}, False
+    files = pushed(hub, recipe_file, finished)
     head = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("owner/tiny", "adapter")
     assert "base_model:adapter:owner/tiny" in head["tags"]
@@ -205,8 +280,33 @@ def test_private_is_kept_and_a_public_repository_is_not_taken_for_one(
 
 
 def test_what_else_a_repository_holds_stays(hub: Hub, recipe_file: Path, finished: Path, no_report):
-    hub.repositories[NAME], hub.private[NAME] = {"notes.md": b"mine"}, False
-    assert pushed(hub, recipe_file, finished)["notes.md"] == b"mine"
+    hub.repositories[NAME], hub.private[NAME] = {"notes.md": b"mine", "vocab.txt": b"mine", "README.md": b"mine"}, False
+    code, out, _ = push(recipe_file, finished)
+    assert code == 0
+    assert "README.md was another's and has been replaced" in out
+    files = hub.repositories[NAME]
+    assert (files["notes.md"], files["vocab.txt"]) == (b"mine", b"mine")
+
+
+def test_what_an_earlier_push_left_is_deleted(hub: Hub, recipe_file: Path, finished: Path, no_report):
+    template = finished / "adapter" / "chat_template.jinja"
+    template.write_text("of before")
+    assert "chat_template.jinja" in pushed(hub, recipe_file, finished)
+    hub.repositories[NAME]["notes.md"] = b"mine"
+    template.unlink()
+    (finished / "metrics.json").unlink()
+    code, out, err = push(recipe_file, finished)
+    assert code == 0, err
+    assert "deleted, of an earlier push: chat_template.jinja, metrics.json" in out
+    assert set(hub.repositories[NAME]) == (FILES - {"metrics.json"}) | {"notes.md"}
+    assert len(hub.commits) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_repository_with_a_whole_model_is_refused(hub: Hub, recipe_file: Path, finished: Path, no_report, name: str):
+    hub.repositories[NAME], hub.private[NAME] = {name: b"x", "README.md": b"mine"}, False
+    refused("push", recipe_file, NAME, "--output_dir", finished, says=(f"holds a whole model ({name})",))
+    assert hub.repositories[NAME] == {name: b"x", "README.md": b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -270,14 +370,185 @@ def test_a_run_that_is_not_exported_or_was_trained_since_is_refused(hub, recipe_
     stages = json.loads(path.read_text())
     path.write_text(json.dumps({name: record for name, record in stages.items() if name != "export"}))
     refused(*words, finished, says=("has not been exported; run `lorapar export` first",), alone=True)
-    path.write_text(json.dumps(stages | {"grpo": stages["grpo"] | {"finished": "2999-01-01T00:00:00+00:00"}}))
-    refused(*words, finished, says=("adapter/ is older than grpo/",), alone=True)
-    path.write_text(json.dumps(stages | {"evaluate": stages["evaluate"] | {"finished": "2001-01-01T00:00:00+00:00"}}))
-    refused(*words, finished, says=("metrics.json is of an adapter before this one",), alone=True)
+    for name in ("grpo", "evaluate"):
+        path.write_text(json.dumps(stages | {name: {"started": stages[name]["fingerprint"]}}))
+        refused(*words, finished, says=(f"{name} has not been finished; run `lorapar run` again",), alone=True)
     path.write_text(json.dumps(stages))
+    weights = finished / "grpo" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes((finished / "sft" / "adapter_model.safetensors").read_bytes())
+    refused(*words, finished, says=("evaluate is of another grpo/adapter_model.safetensors",), alone=True)
+    (finished / "metrics.json").rename(finished / "away.json")
+    refused(*words, finished, says=("export is of another grpo/adapter_model.safetensors",), alone=True)
+    (finished / "away.json").rename(finished / "metrics.json")
+    weights.write_bytes(before)
+    labels = (finished / "labels.jsonl").read_text()
+    (finished / "labels.jsonl").write_text(labels.replace('"system": 1', '"system": 2', 1))
+    refused(*words, finished, says=("score is of another labels.jsonl",), alone=True)
+    (finished / "labels.jsonl").write_text(labels)
     (finished / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     refused(*words, finished, says=("adapter_model.safetensors is corrupt",), alone=True)
     assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage"),
+    [
+        (("--sft.learning_rate", "7"), "sft"),
+        (("--lora.lora_alpha", "99"), "score"),
+        (("--partition.theta", "0.5"), "partition"),
+        (("--data.held_out", "5"), "label"),
+        (("--evaluate.limit", "1"), "evaluate"),
+    ],
+)
+def test_a_recipe_that_the_stages_were_not_made_by_is_refused(
+    hub: Hub, recipe_file: Path, finished: Path, no_pictures, changed: tuple[str, str], stage: str
+):
+    succeeds("report", recipe_file, "--output_dir", finished, "--update", *changed)
+    says = (f"{stage} is of another recipe; run `lorapar run` again",)
+    refused("push", recipe_file, NAME, "--output_dir", finished, *changed, says=says, alone=True)
+    # What the line advises helps: that stage is the first that is done again.
+    assert skipped(succeeds("label", recipe_file, "--output_dir", finished, *changed)) == ["label"] * (stage != "label")
+    assert hub.seen == []
+
+
+def test_a_run_of_an_earlier_version_goes_by_its_fingerprints(
+    hub: Hub, recipe_file: Path, finished: Path, no_pictures, no_report
+):
+    stages = json.loads((finished / "stages.json").read_text())
+    for record in stages.values():
+        record.pop("made_with")
+    (finished / "stages.json").write_text(json.dumps(stages))
+    pushed(hub, recipe_file, finished)
+    changed = ("--sft.learning_rate", "7")
+    succeeds("report", recipe_file, "--output_dir", finished, "--update", *changed)
+    says = ("sft is of another recipe, or other files",)
+    refused("push", recipe_file, NAME, "--output_dir", finished, *changed, says=says, alone=True)
+
+
+def test_what_changes_no_result_keeps_a_run_fit_to_be_pushed(
+    hub: Hub, recipe_file: Path, finished: Path, tiny_folder: Path, no_report, tmp_path: Path, monkeypatch
+):
+    """The folder is a copy, elsewhere; its base has been touched; scores have been deleted for their size."""
+    monkeypatch.chdir(tmp_path)
+    (finished / "scores.safetensors").unlink()
+    weights = tiny_folder / "model.safetensors"
+    stat = weights.stat()
+    os.utime(weights)
+    keys = ("--evaluate.batch_size", "3", "--score.batch_size", "2", "--export.gguf",
+            "[adapter]", "--evaluate.tasks", "[gsm8k]", "--sft.longest_first", "false")  # fmt: skip
+    try:
+        card = pushed(hub, recipe_file, finished, *keys)["README.md"]
+    finally:
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert b"sha256sum" not in card
+
+
+@pytest.mark.slow
+def test_a_run_that_was_gone_on_with_can_be_pushed(hub: Hub, tmp_path: Path, monkeypatch):
+    """Drawn again, with benchmarks and a GGUF file; then a stage done again, and all that follows."""
+    recipe, run = write_recipe(tmp_path / "r.yaml", recipe_values(save(tmp_path / "base"))), tmp_path / "run"
+    succeeds("run", recipe, "--output_dir", run)
+    docs = tmp_path / "tasks"
+    task = task_file(docs, "own")
+    write_jsonl(docs / "docs.jsonl", [{"question": f"{i} + 1 =", "answer": f"{i + 1}"} for i in range(4)])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    words = (recipe, "--output_dir", run)
+    (run / "report.html").unlink()
+    succeeds("report", *words)
+    succeeds("evaluate", *words, "--tasks", task)
+    succeeds("export", *words, "--gguf", "adapter")
+    card = pushed(hub, recipe, run)["README.md"].decode()
+    assert "| own, 0-shot | exact_match | 4 |" in card
+    assert "sha256sum" in card
+    succeeds("sft", *words, "--update", "--sft.max_steps", "2")
+    more = ("--sft.max_steps", "2")
+    refused("push", recipe, NAME, "--output_dir", run, *more, says=("grpo is of another sft/",), alone=True)
+    succeeds("run", *words, *more)
+    assert "max_steps 2" in pushed(hub, recipe, run, *more)["README.md"].decode()
+
+
+def test_relative_paths_are_shortened_and_names_are_not(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "rows").mkdir(parents=True)
+    paths = {"../clients/acme/rows.jsonl": "rows.jsonl", "clients/rows.csv.gz": "rows.csv.gz", "own/rows": "rows",
+             "cust/acme/base": "base", "./acme/m": "m"}  # fmt: skip
+    names = ["openai/gsm8k:main", "openai/gsm8k", "reasoning_gym:chain_sum", "Qwen/Qwen2.5-0.5B", "s3://bucket/rows"]
+    shown = Redacted({"data": {"sources": [{"name": name} for name in (*paths, *names)]}})
+    assert [source["name"] for source in shown.values["data"]["sources"]] == [*paths.values(), *names]
+    assert shown.private == set(paths)
+    teacher = {"model": "accounts/org/models/judge", "template": "words/own.txt"}
+    assert Redacted(teacher).values == {**teacher, "template": "own.txt"}
+    metrics = Redacted({"tasks": {"acme/own.yaml": {"n": 4}, "gsm8k": {}}, "files": {"acme/own.yaml": 1}})
+    assert metrics.values == {"tasks": {"own.yaml": {"n": 4}, "gsm8k": {}}, "files": {"acme/own.yaml": 1}}
+    # By chance another's file may hold a relative path; the report shows its last part.
+    assert shorten_paths("<td>../clients/acme/rows.jsonl</td>", shown.private) == "<td>rows.jsonl</td>"
+
+
+def test_keys_and_private_addresses_are_taken_out_wherever_they_stand():
+    key, public = "hf_" + "a" * 30, "https://api.example.com/v1"
+    given = {
+        "access_token": "x1", "key": "x2", "api-key": "x3", "credential": {"a": "x4"}, "apiKey": "x5", "token": ["x6"],
+        "endpoints": ["https://h.example.com/a", "https://h.example.com/b"],
+        "note": f"asks with {key} at http://10.0.0.5/x", "also": ["http://ada:pw@example.com/", public],
+        "signed": f"{public}?x=1&X-Amz-Signature=ab", "here": "http://judge:8000/v1", "file": "file:///home/ada/x",
+    }  # fmt: skip
+    shown = Redacted({"extra": given}).values["extra"]
+    for name in ("access_token", "key", "api-key", "credential", "apiKey", "token", "signed", "here", "file"):
+        assert shown[name] == LEFT_OUT, name
+    assert shown["endpoints"] == [LEFT_OUT, LEFT_OUT]
+    assert shown["note"] == f"asks with {LEFT_OUT} at {LEFT_OUT}"
+    assert shown["also"] == [LEFT_OUT, public]
+    assert Redacted({"api_key_env": "sk-" + "b1" * 12}).values == {"api_key_env": LEFT_OUT}
+    kept = {"api_key_env": "JUDGE_KEY", "eos_token": "</s>", "pad_token": "<pad>", "max_new_tokens": 4, "key": None,
+            "system_prompt": "It is at http://localhost:8000.", "num_tokens": 3, "keyboard": "sk-hynix"}  # fmt: skip
+    assert Redacted(kept).values == kept
+    # A word that stood under such a key may stand anywhere.
+    assert telling(["question", "hf_abcdefgh"]) == ["hf_abcdefgh"]
+
+
+def test_a_key_in_a_prompt_stops_the_push(
+    hub: Hub, recipe_file: Path, finished: Path, tiny_folder, no_report, tmp_path
+):
+    key = "hf_" + "a" * 30
+    card = finished / "adapter" / "README.md"
+    card.write_text(card.read_text().replace("What is 2 + 3?", f"{key} What is 2 + 3?"))
+    values = yaml.safe_load((finished / "recipe.yaml").read_text())
+    values["data"]["prompt"] = f"{key} {{prompt}}"
+    named = as_if_made_by(finished, write_recipe(tmp_path / "named.yaml", values))
+    refused("push", named, NAME, "--output_dir", finished, says=("README.md: holds 'hf_aaa",))
+
+
+def test_relative_names_stay_here(
+    hub: Hub, recipe_file: Path, finished: Path, tiny_folder: Path, tmp_path, monkeypatch
+):
+    """Of a base and rows that were named from the working directory; one is not there any more."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "clients" / "acme-internal" / "base"
+    shutil.copytree(tiny_folder, base)
+    values = yaml.safe_load((finished / "recipe.yaml").read_text())
+    values["model"]["name"] = "clients/acme-internal/base"
+    values["data"]["sources"] += [{"name": "acme-internal/rows"}, {"name": "openai/gsm8k:main"}]
+    settings = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    path = finished / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    named = as_if_made_by(finished, write_recipe(tmp_path / "named.yaml", values))
+    hub.datasets = {"openai/gsm8k"}
+    _, out, _ = push(named, finished, "--dry-run")
+    assert "not checked: whether the hub has the data set acme-internal/rows, openai/gsm8k" in out
+    files = pushed(hub, named, finished)
+    for name, content in files.items():
+        assert b"acme-internal" not in content, name
+    recipe = yaml.safe_load(files["recipe.yaml"])
+    assert recipe["model"]["name"] == "./base"
+    assert [source["name"] for source in recipe["data"]["sources"][-2:]] == ["rows", "openai/gsm8k:main"]
+    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["datasets"] == ["openai/gsm8k"]
+
+
+def test_a_damaged_file_is_called_by_its_place_in_the_run(hub: Hub, recipe_file: Path, finished: Path):
+    (finished / "answers.jsonl").write_text("{")
+    says = (f"{finished / 'answers.jsonl'}: line 1 is corrupt",)
+    refused("push", recipe_file, NAME, "--output_dir", finished, says=says, alone=True)
 
 
 def test_tokens_addresses_and_paths_are_taken_out_of_a_recipe_and_words_are_not(tmp_path: Path):
@@ -345,8 +616,7 @@ def test_a_teacher_called_by_its_folder_is_called_by_its_last_part(hub, recipe_f
     values = yaml.safe_load((finished / "recipe.yaml").read_text())
     values["label"]["teachers"] = [{"model": judge}]
     named = write_recipe(tmp_path / "named.yaml", values)
-    (finished / "recipe.yaml").write_text(named.read_text())
-    report = pushed(hub, named, finished)["report.html"]
+    report = pushed(hub, as_if_made_by(finished, named), finished)["report.html"]
     assert judge.encode() not in report
     assert b"judge" in report
 
@@ -355,7 +625,8 @@ def test_datasets_of_the_hub_are_told_from_files(tmp_path: Path, monkeypatch):
     (tmp_path / "own" / "rows").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = ["openai/gsm8k:main", "openai/gsm8k", "data/rows.jsonl", "reasoning_gym:chain_sum", "rows.csv", "own/rows"]
-    assert hub_datasets(names) == ["openai/gsm8k"]
+    assert hub_datasets(names, lambda *_: None) == ["openai/gsm8k"]
+    assert hub_datasets(names, lambda *_: False) == []
 
 
 def test_help_names_every_option():

@@ -45,7 +45,7 @@ ARROWS = {
     ),
     # What people do with a finished run.
     "chatting": "adapter data errors logs model pipeline recipe stage",
-    "publishing": "data errors exporting files logs model partitioning pipeline recipe reporting stage",
+    "publishing": "adapter data errors exporting files logs model partitioning pipeline recipe reporting stage",
     "doctor": "memory model",
     "cli": "chatting distributed doctor errors memory pipeline publishing recipe",
     "__main__": "cli",

@@ -15,7 +15,7 @@ from ..data.tokens import prompt_ids
 from ..errors import InputError, StageFailed, require
 from ..logs import calm_libraries
 from ..pipeline.order import stages_of
-from ..pipeline.records import is_current, records
+from ..pipeline.records import records, why_another
 from ..pipeline.running import finished_run
 from ..recipe.sections import Recipe
 from ..stage import weights_of
@@ -117,13 +117,13 @@ class _Talk:
 def _open(recipe: Recipe, new: int, temperature: float | None) -> _Talk:
     run = finished_run(recipe, ())
     folder = run.folder
-    trained = [stage.name for stage in stages_of(recipe) if stage.trains and is_current(stage, run)]
+    done = [stage for stage in stages_of(recipe) if stage.trains and "finished" in records(folder).get(stage.name, {})]
+    of_another = {stage.name: why for stage in done if (why := why_another(stage, run)) is not None}
+    trained = [stage.name for stage in done if stage.name not in of_another]
+    for name, why in of_another.items():
+        print(f"lorapar: {name} is left out: it is of {why}; `lorapar run` trains it again", file=sys.stderr)
     if not trained:
         raise InputError(f"{folder}: no stage has been trained there; run {recipe.stages[0]} first")
-    for name in recipe.stages:
-        if name not in trained and "finished" in records(folder).get(name, {}):
-            print(f"lorapar: {name} is left out: what it was trained on or with has changed since; `lorapar run` "
-                  "trains it again", file=sys.stderr)  # fmt: skip
     run = finished_run(recipe, [weights_of(name) for name in trained])
     return _Talk(recipe, Models(run.load_whole_model(), run.tokenizer, folder, trained), new, temperature)
 

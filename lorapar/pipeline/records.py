@@ -124,12 +124,6 @@ def records(folder: Path) -> dict[str, Any]:
     return found
 
 
-def is_current(stage: Stage, run: Run) -> bool:
-    """Whether the stage has finished, with the settings and files that it would find now."""
-    record = records(run.folder).get(stage.name, {})
-    return "finished" in record and record.get("fingerprint") == fingerprint(stage, run)
-
-
 def manifest(folder: Path, stage: Stage) -> dict[str, dict[str, Any]]:
     """{file: {"sha256" | "bytes": ...}} of the files a stage has written that hold no checksum of their own.
 

@@ -69,7 +69,7 @@ def published_base(settings: dict[str, Any], given: str, on_hub: OnHub, same_fil
         unasked = "; not checked: whether the hub has it, else the base is published as one without a name there"
         return Base(known, True, facts=[fact], note=note if there else note + unasked)
     kind = ", ".join(config.get("architectures") or []) or "of an architecture that is not known here any more"
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    weights = weight_files(str(folder))[1] if folder.is_dir() else []
     return _unknown(folder.name, f"a local model ({kind})", weights, same_files)
 
 

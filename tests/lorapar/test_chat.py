@@ -36,7 +36,7 @@ from lorapar.logs import RUN_LOCK
 from lorapar.model.generate import answer_greedily, set_stop_tokens
 from lorapar.model.load import load_model, load_tokenizer
 from lorapar.pipeline.order import stages_of
-from lorapar.pipeline.records import fingerprint
+from lorapar.pipeline.records import made_with
 from lorapar.recipe.reading import load_recipe
 from lorapar.recipe.sections import ModelConfig
 from lorapar.stage import Run
@@ -74,8 +74,8 @@ def as_done_now(folder: Path) -> None:
     """Have the records say that each stage was done with the recipe and the files that are there."""
     path, recipe = folder / "stages.json", load_recipe(folder / "recipe.yaml")
     there, run = read_json(path), Run(recipe, folder)
-    now = {stage.name: fingerprint(stage, run) for stage in stages_of(recipe) if stage.name in there}
-    path.write_text(json.dumps({name: {**record, "fingerprint": now[name]} for name, record in there.items()}))
+    now = {stage.name: made_with(stage, run) for stage in stages_of(recipe) if stage.name in there}
+    path.write_text(json.dumps({name: {**record, "made_with": now[name]} for name, record in there.items()}))
 
 
 def forget(folder: Path, *stages: str) -> None:
@@ -147,7 +147,7 @@ def test_a_stage_of_another_training_is_left_out(recipe_file: Path, finished: Pa
     succeeds("sft", other, "--output_dir", finished, "--update")
     code, out, err = lorapar("chat", other, "--output_dir", finished, "--once", "What is 1 + 2?")
     assert code == 0, err
-    assert "grpo is left out: what it was trained on or with has changed since" in err
+    assert "grpo is left out: it is of another sft/adapter_model.safetensors; `lorapar run` trains it again" in err
     assert re.findall(r"^\S.*", out, re.M) == ["base", "after SFT"]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..adapter.merging import weight_files
 from ..files import read_json, sha256_file
 from ..model.locate import ALIAS, ALIAS_WEIGHTS, cache_folder
 

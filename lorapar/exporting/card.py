@@ -56,10 +56,12 @@ def write_card(
     fence = "````"
     ends = ", ".join(f"`{tokenizer.convert_ids_to_tokens(token)}` ({token})" for token in stops)
     tags = ["lora-par", "lora"] if merged else ["lora-par", "lora", f"base_model:adapter:{base}"]
-    by = (
-        "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`"
+    form = (
+        "Every stage and the evaluation asked the model in this form, which this folder's tokenizer writes "
+        "(`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`):"
         if isinstance(prompt, list)
-        else "as text"
+        else "Every stage and the evaluation asked the model in plain text, without a chat template. Words in braces "
+        "stand for what a row has there:"
     )
     differs = f"It was trained on that model's weights {weights}; on the model's own its answers differ a little."
     text = auto_class == "AutoModelForCausalLM"
@@ -86,7 +88,7 @@ def write_card(
         "",
         PROMPT,
         "",
-        f"Every stage and the evaluation asked the model in this form, which this folder's tokenizer writes ({by}):",
+        form,
         "",
         fence,
         shown,

@@ -16,7 +16,7 @@ from ..data.tables import form_of
 from ..errors import InputError
 from ..exporting.card import Published, hub_card
 from ..files import read_json, read_text, write_json, write_text
-from ..logs import calm_libraries
+from ..logs import RUN_LOCK, calm_libraries
 from ..model.locate import ALIAS, ALIAS_ORIGIN
 from ..partitioning.partition import Partition
 from ..pipeline.order import stages_of
@@ -218,7 +218,7 @@ def _preview(
     who = "a private repository" if private else "a repository, public unless its owner's default is another"
     partition = partition_of(run.recipe, run.recipe.stages[-1])
     stays = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(run.folder.iterdir())
-             if path.name not in files and path.name not in ("adapter", "figures", partition)]  # fmt: skip
+             if path.name not in files and path.name not in ("adapter", "figures", RUN_LOCK, partition)]  # fmt: skip
     stays += [f"adapter/{path.name}{'/' * path.is_dir()}" for path in sorted((run.folder / "adapter").iterdir())
               if path.name not in files]  # fmt: skip
     lines = [

@@ -128,7 +128,7 @@ def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _check_part(part: dict[str, Any], at: str) -> None:
     """InputError for what is neither a task nor a group, and for data files that are no paths."""
     name, members = part.get("group", part.get("task")), part.get("task")
-    listed = isinstance(members, list) and members and all(isinstance(member, str | dict) for member in members)
+    listed = isinstance(members, list) and members != [] and all(isinstance(member, str | dict) for member in members)
     require(isinstance(name, str) and ("group" not in part or listed), at, sorted(map(str, part))[:5],
             "a file of lm-evaluation-harness with the key task (a name), or group and task (a list)")  # fmt: skip
     options = part.get("dataset_kwargs")

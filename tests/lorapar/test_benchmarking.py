@@ -427,7 +427,8 @@ def test_every_model_is_shown_the_same_worked_examples(tmp_path: Path):
 
 
 def test_an_answer_ends_at_a_token_that_ends_a_turn_special_or_not():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model: Any = tiny_model()
+    tokenizer = tiny_tokenizer()
     questions = ["Compute: 1 + 1 =", "Compute: 12 + 1 ="]
     ids = tokenizer(questions[0], return_tensors="pt").input_ids
     said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
@@ -435,7 +436,7 @@ def test_an_answer_ends_at_a_token_that_ends_a_turn_special_or_not():
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
     rows = [tokenizer(question).input_ids for question in questions]
     expected = answer_greedily(model, tokenizer, rows, 12, 2)
-    assert expected[0] == tokenizer.decode(said[: said.index(stop)]).strip()
+    assert expected[0] == str(tokenizer.decode(said[: said.index(stop)])).strip()
     lm = harness.LoadedModel(model, tokenizer, 2, None, "base", {})
     options = {"until": ["\n\n\n"], "max_gen_toks": 12, "do_sample": False}
     requests = [Instance("generate_until", {}, (question, options), 0) for question in questions]

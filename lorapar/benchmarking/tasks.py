@@ -7,6 +7,7 @@ import functools
 import glob
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def _check_part(part: dict[str, Any], at: str) -> None:
     require(options is None or isinstance(options, dict), f"{at}: dataset_kwargs", options, "keys and values")
     for value in _leaves((options or {}).get("data_files")):
         require(isinstance(value, str), f"{at}: dataset_kwargs.data_files", value, "a path, or several")
+    folder = (options or {}).get("data_dir")
+    require(folder is None or isinstance(folder, str), f"{at}: dataset_kwargs.data_dir", folder, "a path")
 
 
 def digests(words: Iterable[str]) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def digests(words: Iterable[str]) -> dict[str, Any]:
     found = {}
     for word in filter(is_file, words):
         config = read_task_file(word)
-        folders = {file.parent for file in _with_included(expanded(word, AT).absolute())}
+        folders = {file.parent for file in _with_included(expanded(word, AT).resolve())}
         code = [file for folder in folders for file in folder.glob("*.py")]
         data = [file for part in parts(config) for file in _data_files(part)]
         found[word] = {
@@ -168,13 +171,14 @@ def _data_files(part: dict[str, Any]) -> Iterator[Path]:
     """The files on this machine that `datasets.load_dataset` may read for a task."""
     options, source = part.get("dataset_kwargs") or {}, part.get("dataset_path")
     source = Path(source if isinstance(source, str) and Path(source).is_dir() else "")
-    folder = source / (options.get("data_dir") or "")
+    folder = source / os.path.expanduser(options.get("data_dir") or "")
     patterns = list(_leaves(options.get("data_files")))
     if not patterns and folder != Path():
         patterns = ["**"]
     for pattern in patterns:
-        # A pattern that is a whole path takes the place of the folder.
-        yield from filter(Path.is_file, map(Path, glob.glob(str(folder / pattern), recursive=True)))
+        # A name with brackets may be a file's own. What is a whole path takes the place of the folder.
+        found = [pattern, *glob.glob(pattern, root_dir=folder, recursive=True)]
+        yield from filter(Path.is_file, [folder / name for name in found])
 
 
 def _leaves(value: Any) -> Iterator[Any]:

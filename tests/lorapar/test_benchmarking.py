@@ -296,14 +296,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     refused(*words, good, "--evaluate.task_chat", "true", says=("evaluate.task_chat: ",), alone=True)
     code = task_file(tmp_path, "runs_code", unsafe_code=True)
     refused(*words, code, says=("runs_code.yaml: executes code", "--run-code", "evaluate.run_code"), alone=True)
-    for options, at in (
-        (5, "dataset_kwargs: got 5"),
-        ({"data_files": {"test": 5}}, "dataset_kwargs.data_files: got 5"),
-    ):
+    files, directory = {"data_files": {"test": 5}}, {"data_dir": 5}
+    for options, at in ((5, ""), (files, ".data_files"), (directory, ".data_dir")):
         wrong = task_file(tmp_path, "wrong", dataset_kwargs=options)
-        refused(*words, wrong, says=(f"evaluate.tasks: {wrong}: {at}",), alone=True)
+        refused(*words, wrong, says=(f"evaluate.tasks: {wrong}: dataset_kwargs{at}: got 5",), alone=True)
         whole = group_file(tmp_path, "whole", [wrong])
-        refused(*words, whole, says=(f"evaluate.tasks: {whole}: {at}",), alone=True)
+        refused(*words, whole, says=(f"evaluate.tasks: {whole}: dataset_kwargs{at}: got 5",), alone=True)
     empty = group_file(tmp_path, "empty", [])
     refused(*words, empty, says=("expected a file of lm-evaluation-harness with the key task",), alone=True)
     # These evaluate the answer as an expression of Python, and do not say so.

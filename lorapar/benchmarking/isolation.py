@@ -73,6 +73,8 @@ def cut_off(port: int) -> None:
             _stand_by(child)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+    # A signal to its own group reaches nobody else.
+    os.setsid()
 
 
 def _stand_by(child: int) -> None:

@@ -530,6 +530,7 @@ tried("child", lambda: os.system(f"{{sys.executable}} -c 'import socket; "
 tried("parent", lambda: Path("/proc/{os.getpid()}/environ").read_bytes())
 tried("namespace", lambda: open("/proc/{os.getpid()}/ns/net"))
 tried("signal", lambda: os.kill({os.getpid()}, 0))
+found["group"] = [os.getpgrp(), os.getpid()]
 # The one that waits for it has its user's number, and is in its user namespace.
 of_parent = Path("/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
 commands = {{pid: Path("/proc", pid, "cmdline").read_text() for pid in of_parent}}
@@ -548,6 +549,7 @@ result.write_text(json.dumps(found))
     assert "done" not in refusals.values(), refusals
     assert [refusals[name] for name in ("parent", "namespace", "memory")] == ["PermissionError"] * 3
     assert (found["signal"], found["waiting"]) == ("ProcessLookupError", 1)
+    assert found["group"] == [2, 2]
     assert (found["secrets"], found["home"]) == ([], [])
 
 
@@ -590,8 +592,6 @@ def test_what_an_isolated_process_has_started_ends_with_it(tmp_path: Path, monke
 import subprocess
 words = [sys.executable, "-c", "import time; open({str(began)!r}, 'w'); time.sleep(2); open({str(left)!r}, 'w')"]
 subprocess.Popen(words, start_new_session=True)
-# Nor by leaving the group of the process that is waited for.
-os.setsid() if os.getpid() != os.getpgrp() else None
 while not os.path.exists({str(began)!r}): time.sleep(0.05)
 {ends}
 """

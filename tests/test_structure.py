@@ -34,7 +34,7 @@ ARROWS = {
     "renewing": "adapter data distributed errors partitioning recipe scoring stage",
     "training": "adapter data distributed errors files memory model partitioning progress recipe rewards scoring stage",
     "evaluating": "adapter data distributed errors files intervals model partitioning progress recipe rewards stage",
-    "benchmarking": "adapter errors files memory progress recipe stage",
+    "benchmarking": "adapter errors files memory model progress recipe stage",
     "exporting": "adapter data errors files model recipe stage",
     "reporting": "errors files intervals labeling partitioning recipe scoring stage",
     "stage": "data distributed memory model",

@@ -6,26 +6,29 @@ answers in a process without network (`judge`, called by judging.py), where ther
 
 import contextlib
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind
 from transformers import set_seed
 
 from ..errors import InputError
+from ..model.generate import stop_tokens, until
 from ..progress import Progress
-from .tasks import AT, absolute, needs_all, task_manager
+from .figures import Figures, number
+from .tasks import AT, absolute, is_file, needs_all, read_task_file, task_manager
 
 # Logits that a batch of likelihoods may have: 1 GiB in fp32. lm_eval asks for those of every token of its longest rows
 # at the size that is meant for answers; with 150,000 words, 64 rows of 700 tokens would have 27 GB.
 LOGITS = 1 << 28
 Loaded = dict[str, dict[str, Any]]  # lm_eval's TaskDict: tasks and groups by name
-Figures = dict[str, Any]
 
 
 class LoadedModel(cast(Any, HFLM)):  # its decorator hides from type checkers what it is
@@ -42,6 +45,7 @@ class LoadedModel(cast(Any, HFLM)):  # its decorator hides from type checkers wh
         self.name, self.terminal, self.answers = name, sys.stderr, {}
         self.words = self.config.get_text_config().vocab_size
         self.rows, self.progress = batch_size, cast(Progress, None)
+        self.stops = stop_tokens(model, tokenizer)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         return self._answered("generate_until", requests)
@@ -84,6 +88,9 @@ class LoadedModel(cast(Any, HFLM)):  # its decorator hides from type checkers wh
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         tokens = super()._model_generate(context, max_length, stop, **generation_kwargs)
         self._did(len(context))
+        # lm_eval leaves out special tokens and the text of EOS alone; what ends a turn may be neither.
+        for row in tokens[:, context.shape[1] :]:
+            row[len(until(row.tolist(), self.stops)) :] = self.eot_token_id
         return tokens
 
 
@@ -122,20 +129,29 @@ def load_tasks(words: Sequence[str], shots: int | None) -> dict[str, Loaded]:
         try:
             # Metrics that execute code refuse to be loaded without it; nothing that a model wrote is here.
             with _environment(HF_ALLOW_CODE_EVAL="1"), quiet():
-                found[word] = manager.load([named])
+                found[word] = _load(manager, named)
         except Exception as error:  # of the data set, the hub, or the task's own code
             raise InputError(
                 f"{AT}: {word}: the task or its data set cannot be loaded ({_in_a_line(error)})"
             ) from error
-        for name, task in found[word]["tasks"].items():
-            if name in of_word:
+        for name in (*found[word]["tasks"], *found[word]["groups"]):
+            if of_word.setdefault(name, word) != word:
                 raise InputError(f"{AT}: {name} is part of {of_word[name]} and of {word}; name one of them")
-            of_word[name] = word
+        for name, task in found[word]["tasks"].items():
             if getattr(task, "MULTIMODAL", False):
                 raise InputError(f"{AT}: {word}: {name} shows pictures or sounds, and models are asked in text alone")
             own = task.get_config("num_fewshot")
             task.set_config("num_fewshot", own or 0 if shots is None or own == 0 else shots)
     return found
+
+
+def _load(manager: Any, named: str) -> Loaded:
+    config = read_task_file(named) if is_file(named) else {}
+    if "group" not in config:
+        return manager.load([named])
+    # lm_eval itself takes a file for that of a single task.
+    entry = Entry(name=config["group"], kind=Kind.GROUP, yaml_path=Path(named))
+    return manager.load([TaskFactory().build(entry, overrides=None, registry=manager.task_index)])
 
 
 def executes_code(loaded: Loaded) -> bool:
@@ -154,9 +170,7 @@ def measure(lm: LM, loaded: Loaded, limit: int | None, seed: int, chat: bool = F
         limit: documents of each task at most. seed: of the draw of worked examples, the same for every model, and of
             tasks that sample. chat: ask through the chat template.
 
-    Returns {task: {"n": documents, "of": documents there are, "shots": ..., "version": ..., "subtasks": [...] (of a
-    group), "higher_is_better": {metric: bool}, "figures": {"metric,filter": {"value": ..., "stderr": ...}}}}. None
-    stands for a figure that is no number, and for a standard error that lm_eval does not give.
+    Returns {name: figures.Figures} of each task and group.
     """
     results = _evaluate(lm, loaded, limit, seed, chat)
     return {name: _facts(name, results) for name in results["results"]}
@@ -195,7 +209,7 @@ def _facts(name: str, results: dict[str, Any]) -> Figures:
         metric, comma, filtered = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = entry.get(f"{metric}_stderr,{filtered}")
-            figures[key] = {"value": _number(value), "stderr": _number(stderr)}
+            figures[key] = {"value": number(value), "stderr": number(stderr)}
     better = {metric: up for metric, up in (results["higher_is_better"].get(name) or {}).items() if up is not None}
     subtasks = results["group_subtasks"].get(name)
     return {
@@ -207,15 +221,6 @@ def _facts(name: str, results: dict[str, Any]) -> Figures:
         "higher_is_better": better,
         "figures": figures,
     }
-
-
-def _number(value: Any) -> float | None:
-    """A plain number; "N/A" and lists, which a metric may be too, are none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 @contextlib.contextmanager

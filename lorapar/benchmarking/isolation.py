@@ -2,11 +2,13 @@
 
     work in a folder of its own, which goes with it; a home that is empty; an environment without secrets
     a network namespace of its own, without an interface: the kernel refuses every connection, of its children's too
+    a process namespace of its own: it signals no other process, and what it has started ends with it
     a user namespace of its own: it may look into no other process, and regains nothing through sudo or as root
     limits of CPU time, memory and the size of a file
 
-What stays open to the code is the disk, as the user who runs it may read and write it. Linux alone has such namespaces;
-a container's own policy may forbid them. Nothing runs then.
+What stays open to the code is the disk, as the user who runs it may read and write it, and with it the local (Unix)
+sockets that this user may open by their path. Linux alone has such namespaces; a container's own policy may forbid
+them. Nothing runs then.
 """
 
 import contextlib
@@ -19,14 +21,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import InputError, StageFailed
 
 # linux/sched.h and linux/prctl.h
-CLONE_NEWUSER, CLONE_NEWNET, PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 NOT_CUT_OFF = 3  # exit status of a process that could not be cut off
+KILLED = 128  # exit status, and the signal's number, of one that a signal has ended; as in a shell
 MEMORY = 16 << 30  # bytes of data a process may have; torch and the data sets take two
 FILE = 1 << 30  # bytes of a file
+RESULT, SAID = 64 << 20, 1 << 16  # bytes of a result, and of the end of what it says, that are read
 # Variables that say where programs are and how text is written; all others may hold a secret.
 KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "NLTK_DATA")
 INSTEAD = (
@@ -36,13 +42,17 @@ INSTEAD = (
 
 
 def cut_off(port: int) -> None:
-    """Cut this process off from the network, before it has a second thread; it ends where that fails.
+    """Cut this process off from the network and from other processes, before it has a second thread.
+
+    It returns in a process of its own, the second of its namespace. The first stands by, and the kernel ends all others
+    with it; the one that made this call waits, and the first ends with it. The code can reach neither. Where something
+    fails, the process ends.
 
     port: of a listener on 127.0.0.1, which must not be reached afterwards.
     """
     uid, gid = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC) != 0:
         _end(f"unshare: {os.strerror(ctypes.get_errno())}")
     try:
         # The same user inside, so that files are read as before.
@@ -55,6 +65,25 @@ def cut_off(port: int) -> None:
         _end(f"prctl: {os.strerror(ctypes.get_errno())}")
     if _reaches(port):
         _end("127.0.0.1 is reached nevertheless")
+    # The code will have the same user's number and rights: it may not trace the two that stand by, nor write to them.
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    for _ in range(2):
+        child = os.fork()
+        if child != 0:
+            _stand_by(child)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+    # A signal to its own group reaches nobody else.
+    os.setsid()
+
+
+def _stand_by(child: int) -> None:
+    """Wait for a process and end as it does; nothing that it says is taken for a failure to cut it off."""
+    ended, status = 0, 0
+    while ended != child:
+        ended, status = os.wait()
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(KILLED - code if code < 0 else 1 if code == NOT_CUT_OFF else code)
 
 
 def limit(seconds: int) -> None:
@@ -89,32 +118,41 @@ def run_isolated(module: str, request: str, seconds: int) -> str:
     """
     if sys.platform != "linux":
         raise InputError(f"evaluate.run_code: {sys.platform} cuts no process off from the network: {INSTEAD}")
-    with tempfile.TemporaryDirectory(prefix="lorapar-", ignore_cleanup_errors=True) as given, _listener() as port:
-        folder = Path(given)
-        home, result, said = folder / "home", folder / "result", folder / "said"
+    with (
+        tempfile.TemporaryDirectory(prefix="lorapar-", ignore_cleanup_errors=True) as given,
+        open(Path(given) / "result", "w+b") as result,
+        open(Path(given) / "said", "w+b") as said,
+        _listener() as port,
+    ):
+        home, asked = Path(given) / "home", Path(given) / "request"
         home.mkdir()
-        (folder / "request").write_text(request, encoding="utf-8")
-        words = [sys.executable, "-m", module, str(port), str(folder / "request"), str(result)]
-        with open(said, "wb") as output:
-            process = subprocess.Popen(words, env=_environment(home), stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=output, start_new_session=True)  # fmt: skip
-            try:
-                status = process.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                raise StageFailed(f"code that the model wrote was stopped after {seconds} s") from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = lines[-1] if lines else "it said nothing"
+        asked.write_text(request, encoding="utf-8")
+        words = [sys.executable, "-m", module, str(port), str(asked), result.name]
+        process = subprocess.Popen(words, env=_environment(home), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                                   start_new_session=True)  # fmt: skip
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise StageFailed(f"code that the model wrote was stopped after {seconds} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        lines = _end_of(said, SAID).strip().splitlines()
+        why = "".join(filter(str.isprintable, lines[-1]))[:300] if lines else "it said nothing"
         if status == NOT_CUT_OFF:
             raise InputError(f"evaluate.run_code: a process could not be cut off from the network ({why}): {INSTEAD}")
-        if status == -signal.SIGXCPU:
+        if status == KILLED + signal.SIGXCPU:
             raise StageFailed(f"code that the model wrote was stopped after {seconds} s of CPU time")
         if status != 0:
             raise StageFailed(f"the process that runs the model's code ended with status {status}: {why}")
-        return result.read_text(encoding="utf-8")
+        # Through what was opened before the code ran, whatever it has put in the file's place.
+        return _end_of(result, RESULT)
+
+
+def _end_of(file: BinaryIO, most: int) -> str:
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), most, max(0, size - most)).decode("utf-8", errors="replace")
 
 
 def _environment(home: Path) -> dict[str, str]:

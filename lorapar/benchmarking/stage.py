@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..adapter.attach import load_adapter
@@ -12,7 +12,8 @@ from ..files import sha256_file, write_json
 from ..memory.process import is_out_of_memory
 from ..recipe.sections import EvaluateConfig, Recipe
 from ..stage import ADAPTED, Facts, Run, Stage, weights_of
-from .tasks import AT, absolute, check_tasks, code_tasks, digests, refuse_code
+from .figures import Figures, read_figures
+from .tasks import AT, absolute, check_tasks, code_tasks, digests, lm_eval_version, refuse_code
 
 log = logging.getLogger("lorapar")
 # A process that executes a model's answers may take so long: to start, and for each answer.
@@ -25,7 +26,8 @@ def benchmark_stage(run: Run) -> Facts:
 
     recipe, folder, config = run.recipe, run.folder, run.recipe.evaluate
     loaded = load_tasks(config.tasks, config.task_shots)
-    code = [word for word in config.tasks if executes_code(loaded[word])]
+    marked = code_tasks(config.tasks)
+    code = [word for word in config.tasks if word in marked or executes_code(loaded[word])]
     refuse_code(code, config.run_code)
     plain = merged([loaded[word] for word in config.tasks if word not in code])
     coded = merged([loaded[word] for word in code])
@@ -40,7 +42,8 @@ def benchmark_stage(run: Run) -> Facts:
             found |= measure(asked(), plain, config.task_limit, recipe.seed, config.task_chat)
         if coded["tasks"]:
             said = answers(asked(), coded, config.task_limit, recipe.seed, config.task_chat)
-            found |= _judged_apart(code, said, config, recipe.seed)
+            names = (*coded["tasks"], *coded["groups"])
+            found |= _judged_apart(code, names, said, config, recipe.seed)
         return found
 
     first, *later = recipe.stages
@@ -56,6 +59,7 @@ def benchmark_stage(run: Run) -> Facts:
         name: {
             **{key: value for key, value in facts.items() if key != "figures"},
             "chat": config.task_chat,
+            "lm_eval": lm_eval_version(),
             **{model: figures[name]["figures"] for model, figures in by_model.items()},
         }
         for name, facts in by_model["base"].items()
@@ -65,21 +69,16 @@ def benchmark_stage(run: Run) -> Facts:
     return {"tasks": len(tasks)}
 
 
-def _judged_apart(words: list[str], said: dict[str, list[Any]], config: EvaluateConfig, seed: int) -> dict[str, Any]:
-    """The figures of answers that are executed, from a process without network."""
+def _judged_apart(
+    words: list[str], names: Iterable[str], said: dict[str, list[Any]], config: EvaluateConfig, seed: int
+) -> dict[str, Figures]:
+    """The figures of answers that are executed, from a process without network; names: of its tasks and groups."""
     from .isolation import run_isolated
 
     seconds = START_SECONDS + ANSWER_SECONDS * sum(map(len, said.values()))
     request = {"tasks": absolute(words), "shots": config.task_shots, "limit": config.task_limit, "seed": seed,
                "answers": said, "seconds": seconds}  # fmt: skip
-    figures = json.loads(run_isolated("lorapar.benchmarking.judging", json.dumps(request), seconds))
-    # The code has run in the process that wrote this.
-    for facts in figures.values():
-        numbers = [value for figure in facts["figures"].values() for value in (figure["value"], figure["stderr"])]
-        numbers += [facts[key] for key in ("n", "of", "shots")]
-        if not all(value is None or isinstance(value, int | float) for value in numbers):
-            raise StageFailed(f"{', '.join(words)}: the process that ran the model's code returned no figures")
-    return figures
+    return read_figures(run_isolated("lorapar.benchmarking.judging", json.dumps(request), seconds), names)
 
 
 def _in_one_line(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -125,6 +124,7 @@ def inputs(run: Run) -> Facts:
         "limit": config.task_limit,
         "shots": config.task_shots,
         "chat": config.task_chat,
+        "lm_eval": lm_eval_version(),
         AT: digests(config.tasks),
     }
 

@@ -26,9 +26,10 @@ def benchmarks(run: Artefacts, figures: Figures) -> str:
                      *(f"<td>{_figure(facts.get(step, {}).get(key, {}))}</td>" for step in steps)]  # fmt: skip
             rows.append("".join(cells))
     hidden = f" The {number(len(parts))} parts of the groups are in <code>metrics.json</code>." if parts else ""
+    version = escaped(next(iter(tasks.values()))["lm_eval"])
     summary = (
-        "<p>Measured by lm-evaluation-harness on the base and after each stage; ± is one standard error, ↑ and ↓ say "
-        f"which way is better.{hidden}</p>"
+        f"<p>Measured by lm-evaluation-harness {version} on the base and after each stage; ± is one standard error, "
+        f"↑ and ↓ say which way is better.{hidden}</p>"
     )
     return html_table(["task", "documents", "metric", *(TITLES[step] for step in steps)], rows) + summary
 

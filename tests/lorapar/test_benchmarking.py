@@ -12,16 +12,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorapar
 from lorapar.benchmarking import harness, isolation, tasks
+from lorapar.benchmarking import stage as benchmarking
+from lorapar.benchmarking.figures import read_figures
 from lorapar.errors import InputError, StageFailed
 from lorapar.memory.advice import out_of_memory
+from lorapar.model.generate import answer_greedily
 from lorapar.pipeline.order import stages_of
 from lorapar.recipe.reading import load_recipe
 from lorapar.reporting.artefacts import Artefacts
@@ -51,10 +56,20 @@ def task_file(folder: Path, name: str, **more: object) -> Path:
         "metadata": {"version": 1.0},
         **more,
     }
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.yaml"
+    return written(folder / f"{name}.yaml", values)
+
+
+def written(path: Path, values: dict[str, Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
+
+
+def group_file(folder: Path, name: str, members: list[Any], **more: object) -> Path:
+    """A group's file; a member that is a path is the task of that file, written out."""
+    inside = [yaml.safe_load(member.read_text()) if isinstance(member, Path) else member for member in members]
+    means = [{"metric": "exact_match", "weight_by_size": True}]
+    return written(folder / f"{name}.yaml", {"group": name, "task": inside, "aggregate_metric_list": means, **more})
 
 
 CHOICE = {
@@ -131,6 +146,7 @@ def test_figures_of_each_model_are_those_computed_by_hand(recipe_file: Path, fin
     for name, key, place in (("tiny_answers", "exact_match,none", 0), ("tiny_choices", "acc,none", 1)):
         assert {k: measured[name][k] for k in ("n", "of", "shots", "version", "chat")} == {
             "n": COUNT, "of": COUNT, "shots": 0, "version": 1.0, "chat": False}  # fmt: skip
+        assert measured[name]["lm_eval"] == tasks.lm_eval_version()
         for model in MODELS:
             share = by_hand[model][place]
             assert measured[name][model][key]["value"] == pytest.approx(share), (name, model)
@@ -144,6 +160,7 @@ def test_figures_of_each_model_are_those_computed_by_hand(recipe_file: Path, fin
              for task, key in (("tiny_answers", "exact_match,none"), ("tiny_choices", "acc,none"))
              for model in MODELS]  # fmt: skip
     assert all(f"<td>{figure}</td>" in section for figure in shown), section
+    assert f"Measured by lm-evaluation-harness {tasks.lm_eval_version()} on" in section
     assert skipped(succeeds("evaluate", *words, *listed)) == ["evaluate", "benchmark", "report"]
     # A recipe that names no tasks is not another recipe, and nothing is lost.
     done = succeeds("run", *words)
@@ -152,7 +169,7 @@ def test_figures_of_each_model_are_those_computed_by_hand(recipe_file: Path, fin
 
 
 def test_what_has_changed_is_measured_again_and_nothing_else(
-    recipe_file: Path, finished: Path, benchmark_files, tmp_path: Path, no_pictures
+    recipe_file: Path, finished: Path, benchmark_files, tmp_path: Path, no_pictures, monkeypatch
 ):
     words = ("evaluate", recipe_file, "--output_dir", finished)
     (tmp_path / "docs.jsonl").write_bytes((benchmark_files[0] / "docs.jsonl").read_bytes())
@@ -176,6 +193,11 @@ def test_what_has_changed_is_measured_again_and_nothing_else(
         file.write(json.dumps({"question": "?", "answer": "!", "choices": ["a", "b"], "gold": 0}) + "\n")
     assert skipped(succeeds(*words, *listed)) == ["evaluate"]
     assert metrics_of(finished)["tasks"]["second"]["n"] == COUNT + 1
+    # Another lm_eval.
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarking, "lm_eval_version", lambda: "0.4.99")
+        assert skipped(succeeds(*words, *listed)) == ["evaluate"]
+    assert metrics_of(finished)["tasks"]["second"]["lm_eval"] == "0.4.99"
     # Figures of other adapters are left out.
     kept = json.loads((finished / "tasks.json").read_text())
     kept["adapters"]["grpo"] = "0" * 64
@@ -186,6 +208,69 @@ def test_what_has_changed_is_measured_again_and_nothing_else(
     log = succeeds("run", *words[1:], "--tasks", first)
     assert log.index("evaluate: done before") < log.index("benchmark: started") < log.index("export: done before")
     assert list(metrics_of(finished)["tasks"]) == ["first"]
+
+
+def test_whatever_a_task_reads_on_this_machine_counts_as_changed(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = '{"question": "?", "answer": "!"}\n'
+    for folder in ("data", "files/deep", "common"):
+        Path(folder).mkdir(parents=True)
+    first, second, deep = Path("data/a.jsonl"), Path("data/b.jsonl"), Path("files/deep/a.jsonl")
+    for file in (first, deep):
+        file.write_text(rows)
+    common = task_file(Path("common"), "base", task=None)
+    common.write_text(common.read_text() + "process_results: !function utils.process\n")
+    code = Path("common/utils.py")
+    code.write_text("def process(doc, results): return {}\n")
+    own = Path("own")
+    folder = {"dataset_path": "files", "dataset_kwargs": None}
+    inside = task_file(own, "inside", **folder)
+    cases = [
+        (task_file(own, "pattern", dataset_kwargs={"data_files": {"test": ["data/*.jsonl"]}}), second),
+        (task_file(own, "folder", **folder), deep),
+        (task_file(own, "directory", dataset_kwargs={"data_dir": "files"}), deep),
+        (task_file(own, "both", dataset_kwargs={"data_dir": "files", "data_files": "deep/*"}), deep),
+        (written(own / "including.yaml", {"task": "including", "include": "../common/base.yaml"}), code),
+        (group_file(own, "group", [{"group": "part", "task": [yaml.safe_load(inside.read_text())]}]), deep),
+    ]
+    for path, file in cases:
+        before = tasks.digests([str(path)])
+        assert before == tasks.digests([str(path)])
+        with open(file, "a") as opened:
+            opened.write("\n")
+        assert before != tasks.digests([str(path)]), path
+
+
+def test_a_group_s_file_has_the_tasks_that_are_written_in_it(tmp_path: Path, monkeypatch):
+    # No name is to be looked up, and looking for all takes long.
+    monkeypatch.setattr(harness, "needs_all", lambda words: False)
+    (tmp_path / "docs.jsonl").write_text('{"question": "?", "answer": "yes"}\n{"question": "?", "answer": "no"}\n')
+    members = [task_file(tmp_path, name) for name in ("a", "b")]
+    path = group_file(tmp_path, "pair", members, metadata={"version": 2})
+    loaded = harness.load_tasks([str(path)], None)[str(path)]
+    figures = harness.judge(loaded, {"generate_until": ["yes", "yes", "yes", "no"]}, None, 0)
+    values = {name: facts["figures"]["exact_match,none"]["value"] for name, facts in figures.items()}
+    assert values == {"pair::a": 0.5, "pair::b": 1.0, "pair": 0.75}
+    assert (figures["pair"]["subtasks"], figures["pair"]["version"]) == (["pair::a", "pair::b"], "2")
+    # As what comes back from a process that is not trusted.
+    assert read_figures(json.dumps(figures), figures) == figures
+
+
+@pytest.mark.slow
+def test_a_group_s_file_is_measured(recipe_file: Path, finished: Path, benchmark_files, tmp_path: Path, no_pictures):
+    folder, by_hand = benchmark_files
+    words = ("evaluate", recipe_file, "--output_dir", finished, "--tasks")
+    path = group_file(tmp_path, "ours", [folder / "tiny_answers.yaml"])
+    succeeds(*words, path)
+    measured = metrics_of(finished)["tasks"]
+    assert measured["ours"]["subtasks"] == ["ours::tiny_answers"]
+    for name in ("ours", "ours::tiny_answers"):
+        for model in MODELS:
+            assert measured[name][model]["exact_match,none"]["value"] == pytest.approx(by_hand[model][0])
+    wrong = group_file(tmp_path, "wrong", [folder / "tiny_answers.yaml", "gsm8l"])
+    refused(*words, wrong, says=("has no task 'gsm8l'; nearest: gsm8k",), alone=True)
+    code = group_file(tmp_path, "code", ["gsm8k", "humaneval"])
+    refused(*words, code, says=("code.yaml: executes code",), alone=True)
 
 
 def test_the_stage_is_there_only_where_a_recipe_names_tasks(recipe_file: Path):
@@ -211,6 +296,23 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     refused(*words, good, "--evaluate.task_chat", "true", says=("evaluate.task_chat: ",), alone=True)
     code = task_file(tmp_path, "runs_code", unsafe_code=True)
     refused(*words, code, says=("runs_code.yaml: executes code", "--run-code", "evaluate.run_code"), alone=True)
+    files, directory = {"data_files": {"test": 5}}, {"data_dir": 5}
+    for options, at in ((5, ""), (files, ".data_files"), (directory, ".data_dir")):
+        wrong = task_file(tmp_path, "wrong", dataset_kwargs=options)
+        refused(*words, wrong, says=(f"evaluate.tasks: {wrong}: dataset_kwargs{at}: got 5",), alone=True)
+        whole = group_file(tmp_path, "whole", [wrong])
+        refused(*words, whole, says=(f"evaluate.tasks: {whole}: dataset_kwargs{at}: got 5",), alone=True)
+    empty = group_file(tmp_path, "empty", [])
+    refused(*words, empty, says=("expected a file of lm-evaluation-harness with the key task",), alone=True)
+    # These evaluate the answer as an expression of Python, and do not say so.
+    score = Path(lm_eval.tasks.__file__).parent / "score" / "math" / "prompt_robustness_math_algebra.yaml"
+    including = written(tmp_path / "including.yaml", {"task": "including", "include": str(score)})
+    refused(*words, including, says=("including.yaml: executes code",), alone=True)
+    for version in ("0.4.11", "0.5.0"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tasks, "lm_eval_version", lambda version=version: version)
+            says = f"evaluate.tasks: lm-eval {version} is installed, and benchmarks need 0.4.12 or later, below 0.5"
+            refused(*words, good, says=(says,), alone=True)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
         refused(*words, code, "--run-code", says=("evaluate.run_code: darwin cuts no process off",), alone=True)
@@ -232,9 +334,16 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 def test_a_name_is_looked_up_among_all_tasks(recipe_file: Path, finished: Path):
     words = ("evaluate", recipe_file, "--output_dir", finished, "--tasks")
     refused(*words, "gsm8l", says=("has no task 'gsm8l'; nearest: gsm8k",), alone=True)
+    refused(*words, "score_robustness_math", says=("score_robustness_math: executes code",), alone=True)
     refused(*words, "./gsm8k.yml", says=("a task's file ends in .yaml",), alone=True)
     names = "humaneval, mbpp_instruct, humaneval_infilling"
     refused(*words, f"gsm8k,mmlu,{names}", says=(f"evaluate.tasks: {names}: executes code",), alone=True)
+
+
+def test_a_name_that_is_like_none_does_not_print_them_all(monkeypatch):
+    monkeypatch.setattr(tasks, "index", lambda words: {"gsm8k": entry(), "mmlu": entry()})
+    with pytest.raises(InputError, match="has no task 'xyzzyqq'; `lm_eval ls tasks` lists them$"):
+        tasks.check_tasks(["xyzzyqq"], False)
 
 
 def test_a_group_s_tasks_and_what_it_sets_for_them_are_looked_at():
@@ -315,6 +424,23 @@ def test_every_model_is_shown_the_same_worked_examples(tmp_path: Path):
     assert [text.count("A") for text in asked(0, None)] == [0] * 6
 
 
+def test_an_answer_ends_at_a_token_that_ends_a_turn_special_or_not():
+    model: Any = tiny_model()
+    tokenizer = tiny_tokenizer()
+    questions = ["Compute: 1 + 1 =", "Compute: 12 + 1 ="]
+    ids = tokenizer(questions[0], return_tensors="pt").input_ids
+    said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    stop = next(token for token in said[1:] if token != said[0] and token not in tokenizer.all_special_ids)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
+    rows = [tokenizer(question).input_ids for question in questions]
+    expected = answer_greedily(model, tokenizer, rows, 12, 2)
+    assert expected[0] == str(tokenizer.decode(said[: said.index(stop)])).strip()
+    lm = harness.LoadedModel(model, tokenizer, 2, None, "base", {})
+    options = {"until": ["\n\n\n"], "max_gen_toks": 12, "do_sample": False}
+    requests = [Instance("generate_until", {}, (question, options), 0) for question in questions]
+    assert [text.strip() for text in lm.generate_until(requests)] == expected
+
+
 def test_batches_of_likelihoods_are_small_enough_and_change_no_figure(benchmark_files, monkeypatch):
     folder, by_hand = benchmark_files
     loaded = harness.merged(list(harness.load_tasks([str(folder / "tiny_choices.yaml")], None).values()))
@@ -337,7 +463,8 @@ def test_batches_of_likelihoods_are_small_enough_and_change_no_figure(benchmark_
 def test_the_report_shows_a_group_without_its_parts():
     def facts(value: Any, **more: Any) -> dict[str, Any]:
         figure = {"acc,none": {"value": value, "stderr": None}} if value is not None else {}
-        return {"n": 4, "of": 9, "shots": 5, "chat": True, "higher_is_better": {"acc": True}, "base": figure, **more}
+        return {"n": 4, "of": 9, "shots": 5, "chat": True, "lm_eval": "0.4.13", "higher_is_better": {"acc": True},
+                "base": figure, **more}  # fmt: skip
 
     found = {"whole": facts(0.25, subtasks=["half"]), "half": facts(0.5, subtasks=["leaf"]), "leaf": facts(0.75),
              "list": facts(None, subtasks=["shown"]), "shown": facts(1.0), "<b>": facts(0.125)}  # fmt: skip
@@ -402,6 +529,14 @@ tried("child", lambda: os.system(f"{{sys.executable}} -c 'import socket; "
       f"socket.create_connection((\\"127.0.0.1\\", {{request}}), 5)' 2>/dev/null") and 1 / 0)
 tried("parent", lambda: Path("/proc/{os.getpid()}/environ").read_bytes())
 tried("namespace", lambda: open("/proc/{os.getpid()}/ns/net"))
+tried("signal", lambda: os.kill({os.getpid()}, 0))
+found["group"] = [os.getpgrp(), os.getpid()]
+# The one that waits for it has its user's number, and is in its user namespace.
+of_parent = Path("/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+commands = {{pid: Path("/proc", pid, "cmdline").read_text() for pid in of_parent}}
+waiting = [pid for pid in of_parent if str(result) in commands[pid]]
+found["waiting"] = len(waiting)
+tried("memory", lambda: open(f"/proc/{{waiting[0]}}/mem", "r+b"))
 found["secrets"] = [name for name, value in os.environ.items() if "secret" in value]
 found["home"] = os.listdir(os.environ["HOME"])
 result.write_text(json.dumps(found))
@@ -410,9 +545,11 @@ result.write_text(json.dumps(found))
         port = server.getsockname()[1]
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
         found = json.loads(isolated(tmp_path, monkeypatch, body, str(port)))
-    refusals = {name: found[name] for name in ("server", "datagram", "child", "parent", "namespace")}
+    refusals = {name: found[name] for name in ("server", "datagram", "child", "parent", "namespace", "memory")}
     assert "done" not in refusals.values(), refusals
-    assert (refusals["parent"], refusals["namespace"]) == ("PermissionError", "PermissionError")
+    assert [refusals[name] for name in ("parent", "namespace", "memory")] == ["PermissionError"] * 3
+    assert (found["signal"], found["waiting"]) == ("ProcessLookupError", 1)
+    assert found["group"] == [2, 2]
     assert (found["secrets"], found["home"]) == ([], [])
 
 
@@ -439,13 +576,65 @@ def test_an_isolated_process_that_fails_hangs_or_grows_is_one_line(tmp_path: Pat
         isolated(tmp_path, monkeypatch, "f = open(os.environ['HOME'] + '/x', 'wb'); f.truncate(1 << 40)")
     with pytest.raises(StageFailed, match=r"stopped after 60 s of CPU time"):
         isolated(tmp_path, monkeypatch, "import signal; os.kill(os.getpid(), signal.SIGXCPU); time.sleep(5)")
-    # Its children end with it.
-    left, began = tmp_path / "left", time.monotonic()
-    isolated(tmp_path, monkeypatch, f"os.system('(sleep 1; touch {left}) &'); result.write_text('')")
-    with pytest.raises(InputError, match=r"evaluate.run_code: a process could not be cut off .*\(unshare: no\)"):
+    # What it says is not taken for what the process says that cuts it off.
+    with pytest.raises(StageFailed, match=r"ended with status 1: unshare: no"):
         isolated(tmp_path, monkeypatch, "print('unshare: no', flush=True); os._exit(3)")
-    time.sleep(max(0, began + 2 - time.monotonic()))
+    monkeypatch.setitem(globals(), "HEAD", HEAD.replace("isolation.cut", "isolation.CLONE_NEWUSER = 1; isolation.cut"))
+    with pytest.raises(InputError, match=r"evaluate.run_code: a process could not be cut off .*\(unshare: Invalid arg"):
+        isolated(tmp_path, monkeypatch, "")
+
+
+@isolates
+@pytest.mark.parametrize("ends", ["result.write_text('')", "time.sleep(60)"])
+def test_what_an_isolated_process_has_started_ends_with_it(tmp_path: Path, monkeypatch, ends: str):
+    left, began = tmp_path / "left", tmp_path / "began"
+    body = f"""
+import subprocess
+words = [sys.executable, "-c", "import time; open({str(began)!r}, 'w'); time.sleep(2); open({str(left)!r}, 'w')"]
+subprocess.Popen(words, start_new_session=True)
+while not os.path.exists({str(began)!r}): time.sleep(0.05)
+{ends}
+"""
+    if "sleep" in ends:
+        with pytest.raises(StageFailed, match="stopped after 3 s"):
+            isolated(tmp_path, monkeypatch, body.replace("time.sleep(2)", "time.sleep(5)"), seconds=3)
+    else:
+        isolated(tmp_path, monkeypatch, body)
+    time.sleep(2.5)
+    assert began.exists()
     assert not left.exists()
+
+
+@isolates
+def test_a_result_is_read_through_what_was_opened_before(tmp_path: Path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    for body in ("os.mkfifo(result)", f"result.symlink_to({str(secret)!r})", "os._exit(0)"):
+        said = isolated(tmp_path, monkeypatch, f"result.unlink(); {body}", seconds=30)
+        with pytest.raises(StageFailed, match="wrote no figures"):
+            read_figures(said, [])
+    monkeypatch.setattr(isolation, "RESULT", 1 << 10)
+    assert len(isolated(tmp_path, monkeypatch, "result.write_text('1' * (1 << 20))")) == 1 << 10
+
+
+def test_figures_of_a_process_that_is_not_trusted_are_built_anew():
+    good = {"n": 1, "of": 1, "shots": 0, "version": 1.0, "higher_is_better": {"acc": True},
+            "figures": {"acc,none": {"value": 1.0, "stderr": None}}}  # fmt: skip
+    more = {"task": {**good, "extra": "x", "figures": {"acc,none": {"value": 1.0, "stderr": None, "extra": 1}}}}
+    assert read_figures(json.dumps({**more, "other": good}), ["task"]) == {"task": good}
+    figure = '{"acc,none": {"value": NaN, "stderr": 1e999}}'
+    odd = json.dumps({"task": {**good, "figures": "FIGURE"}}).replace('"FIGURE"', figure)
+    assert read_figures(odd, ["task"])["task"]["figures"] == {"acc,none": {"value": None, "stderr": None}}
+    wrong: list[dict[str, Any]] = [
+        {"n": "1"}, {"of": True}, {"shots": [0]}, {"n": 0.5}, {"n": 1 << 60}, {"version": []}, {"version": "\x1b[2J"},
+        {"higher_is_better": []}, {"higher_is_better": {"acc": "yes"}}, {"figures": {"acc,none": 1.0}},
+        {"figures": {"acc,none": {"value": "1", "stderr": None}}}, {"figures": {"\ud800": good["figures"]["acc,none"]}},
+        {"subtasks": [1]}, {"subtasks": None},
+    ]  # fmt: skip
+    texts = [json.dumps({"task": {**good, **part}}) for part in wrong]
+    for text in (*texts, "", "[1]", "null", "[" * 100_000, '{"other": {}}', '{"task": []}'):
+        with pytest.raises(StageFailed, match="^the process that runs the model's code wrote no figures$"):
+            read_figures(text, ["task"])
 
 
 @isolates

@@ -55,9 +55,9 @@ def push_verb(recipe: Recipe, repository: str, dry_run: bool, private: bool, wit
     it was trained, and where there is no token; what `push` raises where the hub refuses.
     """
     check_repository(repository)
+    token = "" if dry_run else check_token()
     run = finished_run(recipe, ())
     _check_exported(run)
-    token = "" if dry_run else check_token()
     asked: dict[tuple[str, str], bool | None] = {}
 
     def on_hub(kind: str, name: str) -> bool | None:

@@ -327,7 +327,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     noted = ("recipe.yaml", "stages.json")
     assert tree(finished, *noted) == {name: what for name, what in before.items() if name not in noted}
     # What is not about benchmarks does not look for them.
-    assert "done before" in succeeds("export", *words[1:], "none_such")
+    assert "done before" in succeeds("export", *words[1:4], "--evaluate.tasks", "[none_such]")
 
 
 @pytest.mark.slow

@@ -258,9 +258,12 @@ def _leave() -> None:
 
 def say_end(line: str) -> bool:
     """Print the line that ends the launch, unless it was said already, by whichever process; returns whether it was
-    printed."""
+    printed. Where another thread of this process is about to say it, that is waited for."""
     global _said
     first = claim(line) and not _said
+    if not first and _ending is not None and _ending[0] is not threading.current_thread():
+        # Ending now would end that thread before it has spoken.
+        _ending[0].join(5 * BEAT)
     if first:
         _said = True
         print(f"lorapar: {line}", file=sys.stderr, flush=True)

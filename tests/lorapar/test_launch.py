@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -97,6 +99,30 @@ def test_averaged_gradients_are_those_of_a_dense_all_reduce(tmp_path, count):
     assert worst["0"] < 1e-6
     assert worst["1"] < 2e-2  # bf16
     assert worst["2"] < 1e-6
+
+
+def test_a_thread_that_is_about_to_say_the_end_is_waited_for(monkeypatch):
+    """The watching thread had seen the other process's death and claimed the line; SIGTERM ended the main thread, and
+    with it the process, before it had spoken."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(launch, "_is_first", lambda why: True)
+    monkeypatch.setattr(launch, "_ending", None)
+    monkeypatch.setattr(launch, "_said", False)
+    claimed, said = threading.Event(), []
+
+    def watching() -> None:
+        assert launch.claim("process 1 of 2 ended")
+        claimed.set()
+        time.sleep(0.3)
+        said.append(launch.say_end("process 1 of 2 ended"))
+
+    thread = threading.Thread(target=watching)
+    thread.start()
+    assert claimed.wait(10)
+    assert not launch.say_end("stopped (SIGTERM)")
+    assert said == [True]
+    thread.join()
 
 
 def test_one_process_waits_for_nobody():

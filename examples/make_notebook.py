@@ -27,7 +27,7 @@ CELLS = [
 A small language model learns one-step sums by SFT (System 1) and two-step sums by GRPO (System 2). Each stage trains
 only the LoRA elements that matter to its system; the result is a plain PEFT adapter.
 
-It runs from top to bottom on a CPU in a few minutes, and on any GPU. `LENGTH` below makes it longer.
+It runs from top to bottom on a CPU in a few minutes, and uses a GPU where there is one. `LENGTH` below makes it longer.
 """,
     """\
 import importlib.util

@@ -45,7 +45,12 @@ def suggestion(given: object, allowed: Iterable[str], count: int = 1) -> str:
 
 def not_installed(what: str, extra: str) -> str:
     """That a package is missing, and which extra of ours brings it; `what` may end in ", which"."""
-    return f"{what} is not installed; pip install 'lorapar[{extra}]'"
+    return f"{what} is not installed; {install(extra)}"
+
+
+def install(extra: str) -> str:
+    """The command that brings what an extra of ours needs, in the versions that it needs."""
+    return f"pip install 'lorapar[{extra}]'"
 
 
 class StageFailed(RuntimeError):

@@ -32,7 +32,7 @@ def check_tasks(words: Sequence[str], run_code: bool) -> None:
     version = lm_eval_version()
     if not Version(LEAST) <= Version(version) < Version(BELOW):
         raise InputError(f"{AT}: lm-eval {version} is installed, and benchmarks need {LEAST} or later, below {BELOW}; "
-                         "pip install 'lorapar[eval]'")  # fmt: skip
+                         f"{install('eval')}")  # fmt: skip
     twice = [word for i, word in enumerate(words) if word in words[:i]]
     require(not twice, AT, twice[:1], "each task once")
     known = index(words)

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ..errors import InputError, nearest, not_installed, require
+from ..errors import InputError, install, nearest, not_installed, require
 from ..files import expanded, sha256_file, sha256_json
 
 AT = "evaluate.tasks"

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import InputError, StageFailed, not_installed
 
@@ -214,15 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     stages = {"run": "run every stage of a recipe, or go on with a run", **STAGES}
     for verb, text in stages.items():
-        sub = verbs.add_parser(
-            verb,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=ANY_KEY,
-            usage=f"lorapar {verb} RECIPE.yaml [--output_dir DIR] [--update] {MORE_OPTIONS.get(verb, '')}"
-            "[--section.key VALUE ...]",
-            allow_abbrev=False,
-        )
+        usage = f"RECIPE.yaml [--output_dir DIR] [--update] {MORE_OPTIONS.get(verb, '')}".rstrip()
+        sub = _add_verb(verbs, verb, text, usage)
         sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
         sub.add_argument("--output_dir", metavar="DIR", help="where the artefacts go, in the recipe's place")
         takes_over = "take over a folder made by another recipe, and redo what the change touches"
@@ -246,32 +239,19 @@ def _parser() -> argparse.ArgumentParser:
         "say what memory each stage needs, and how much work it is, without loading the model: exit status 1 unless it "
         "is known to fit"
     )
-    sub = verbs.add_parser(
-        "plan",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=ANY_KEY,
-        usage="lorapar plan RECIPE.yaml [--vram SIZE] [--tflops RATE] [--gbytes RATE] [--section.key VALUE ...]",
-        allow_abbrev=False,
-    )
+    sub = _add_verb(verbs, "plan", text, "RECIPE.yaml [--vram SIZE] [--tflops RATE] [--gbytes RATE]")
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
     sub.add_argument("--vram", metavar="SIZE", help="the memory there is, 8GB or 24GiB (default: this machine's)")
     sub.add_argument(
         "--tflops", metavar="RATE", help="TFLOP/s that the machine sustains, to turn operations into hours"
     )
     sub.add_argument("--gbytes", metavar="RATE", help="GB/s that it sustains, for the hours of decoding")
+    of_run = "where its artefacts are, in the recipe's place"
     text = "ask the base and each stage's result the same question, side by side in the terminal"
-    sub = verbs.add_parser(
-        "chat",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=ANY_KEY,
-        usage="lorapar chat RECIPE.yaml [--once TEXT] [--max_new_tokens N] [--temperature T] [--output_dir DIR] "
-        "[--section.key VALUE ...]",
-        allow_abbrev=False,
-    )
+    usage = "RECIPE.yaml [--once TEXT] [--max_new_tokens N] [--temperature T] [--output_dir DIR]"
+    sub = _add_verb(verbs, "chat", text, usage)
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe of a run whose stages have been trained")
-    sub.add_argument("--output_dir", metavar="DIR", help="where its artefacts are, in the recipe's place")
+    sub.add_argument("--output_dir", metavar="DIR", help=of_run)
     sub.add_argument("--once", metavar="TEXT", help="ask this, print the answers and end; - reads it from stdin")
     sub.add_argument(
         "--max_new_tokens", metavar="N", help="longest answer, in tokens (default: evaluate.max_new_tokens)"
@@ -280,25 +260,30 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", metavar="T", help="draw answers at this temperature (default: greedy, as evaluate)"
     )
     text = "publish a finished run on the Hugging Face hub: adapter, partition, report and model card"
-    sub = verbs.add_parser(
-        "push",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=ANY_KEY,
-        usage="lorapar push RECIPE.yaml OWNER/NAME [--dry-run] [--private] [--with-answers] [--output_dir DIR] "
-        "[--section.key VALUE ...]",
-        allow_abbrev=False,
-    )
+    usage = "RECIPE.yaml OWNER/NAME [--dry-run] [--private] [--with-answers] [--output_dir DIR]"
+    sub = _add_verb(verbs, "push", text, usage)
     sub.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe of a run that has been exported")
     sub.add_argument("repository", metavar="OWNER/NAME", help="the repository on the hub, made where there is none")
-    sub.add_argument("--output_dir", metavar="DIR", help="where its artefacts are, in the recipe's place")
+    sub.add_argument("--output_dir", metavar="DIR", help=of_run)
     sub.add_argument("--dry-run", action="store_true", help="print what would go, and send nothing")
     sub.add_argument("--private", action="store_true", help="make the repository a private one")
-    what = "leave the held-out rows and their answers in the report, which are taken out of it by default"
+    what = "publish the held-out rows and their answers with the report; it goes without them by default"
     sub.add_argument("--with-answers", action="store_true", help=what)
     text = "say which versions and devices are here, and which implementation of each operation runs"
     verbs.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     return parser
+
+
+def _add_verb(verbs: Any, verb: str, text: str, usage: str) -> argparse.ArgumentParser:
+    """The parser of a verb that takes a recipe and any of its keys."""
+    return verbs.add_parser(
+        verb,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=ANY_KEY,
+        usage=f"lorapar {verb} {usage} [--section.key VALUE ...]",
+        allow_abbrev=False,
+    )
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
